@@ -1,0 +1,107 @@
+# `make` lists the commands. Each one makes the virtual environment it needs, once, and again when what it is made
+# from changes. Needs: Python 3.10 or newer with venv, make, and a package index. No Hugging Face Hub.
+
+PYTHON ?= python3
+VENV ?= .venv
+MINIMUM_VENV ?= .venv-minimum
+
+# Test processes, threads of a demo, and anything to add to the command that a target runs.
+JOBS ?= 2
+THREADS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+MINIMUM_BIN := $(MINIMUM_VENV)/bin
+METADATA := setup.py hf_semckd/version.py
+PIP_INSTALL := -m pip --disable-pip-version-check --quiet install
+
+# Everything said, or `accelerate launch` lists the defaults it took. --quiet: a failing script shows its own
+# traceback and not the launcher's as well.
+LAUNCH := accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+# One thread for each test process: they share the cores already.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+HF_HUB_OFFLINE ?= 1
+export HF_HUB_OFFLINE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo demo-text test test-slow test-text test-minimum quality style clean
+
+help: ## Print this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) THREADS=$(THREADS) (of a demo)'
+	@echo 'ARGS="..." goes to the command, e.g. make test ARGS="-k cache -x"'
+
+demo: $(VENV)/.demo ## Distil a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
+	$(BIN)/$(LAUNCH) examples/distill_vit.py $(ARGS)
+
+demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
+	$(BIN)/python scripts/fetch_text_parts.py
+	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)
+
+test: $(VENV)/.dev ## Run the tests, without the slow ones
+	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-slow: $(VENV)/.dev ## Run the slow tests
+	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network" $(ARGS)
+
+test-text: $(VENV)/.dev ## Fetch the text parts, and run the tests that need them
+	$(BIN)/python scripts/fetch_text_parts.py
+	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m network $(ARGS)
+
+test-minimum: $(MINIMUM_VENV)/.test ## Run the tests with the oldest supported libraries, in a second environment
+	$(PYTEST) $(MINIMUM_BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+quality: $(VENV)/.dev ## Check style, types and the floors of the architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(VENV)/.dev ## Repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv, .venv-minimum, caches and build leftovers (data/ and outputs/ stay)
+	rm -rf .venv .venv-minimum build dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find hf_semckd tests examples scripts -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The environments. A stamp says what was installed; the dev stamp covers the demo's packages too.
+# $(1): the environment's folder.
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo 'Python 3.10 or newer is needed, $(PYTHON) is older or missing. Name another: make PYTHON=python3.11 ...' >&2; \
+		exit 1; }
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || { \
+		echo "Making $(1) with $$($(PYTHON) --version) ..."; $(PYTHON) -m venv $(1); } || { \
+		echo 'The environment could not be made. On Debian and Ubuntu: apt install python3-venv, then again.' >&2; \
+		exit 1; }
+	@echo '*' > $(1)/.gitignore
+	@touch $@
+endef
+
+$(VENV)/.made:
+	$(call make_venv,$(VENV))
+
+$(MINIMUM_VENV)/.made:
+	$(call make_venv,$(MINIMUM_VENV))
+
+$(VENV)/.demo: $(VENV)/.made $(METADATA) constraints.txt
+	@echo 'Installing what the demo needs into $(VENV) (minutes the first time) ...'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(METADATA) constraints.txt
+	@echo 'Installing what the tests and checks need into $(VENV) (minutes the first time) ...'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $(VENV)/.demo $@
+
+$(MINIMUM_VENV)/.test: $(MINIMUM_VENV)/.made $(METADATA) constraints-minimum.txt
+	@echo 'Installing the oldest supported libraries into $(MINIMUM_VENV) (minutes the first time) ...'
+	@$(MINIMUM_BIN)/python $(PIP_INSTALL) -c constraints-minimum.txt -e ".[test]"
+	@touch $@

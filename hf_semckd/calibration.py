@@ -1,0 +1,296 @@
+"""Association weights between student and teacher layers, and the projections that make two layers comparable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import RaggedBatchError, message
+from .features import FeatureSpec
+from .functional import (
+    at_least_float32,
+    entropy,
+    full_precision,
+    map_to_tokens,
+    pool_map,
+    row_cosine,
+    similarity_matrix,
+    tokens_to_map,
+)
+
+# Wide enough for every association that was measured, and small beside any student.
+EMBEDDING_WIDTH = 32
+# Logits of the learned association are cosines times a learned scale, held below this for stability.
+MAXIMUM_SCALE = 100.0
+# Larger maps are pooled to this before similarities are taken: what is where matters, single pixels do not.
+SUMMARY_GRID = 4
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a student layer and a teacher layer are brought to the same positions.
+
+    Attributes:
+        kind: `tokens`: position by position; `grid`: both become maps, the larger pooled to the smaller one's grid;
+            `mean`: both are averaged over their positions (different tokenisations, or a vector).
+    """
+
+    kind: Literal["tokens", "grid", "mean"]
+
+    @classmethod
+    def of(cls, student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> Alignment:
+        """Choose the alignment of a pair.
+
+        Args:
+            student: The student layer.
+            teacher: The teacher layer.
+            tokens_aligned: Whether equal positions of both models mean the same input (one tokenisation, or images).
+        """
+        both_tokens = student.kind == teacher.kind == "tokens"
+        same_layout = (student.length, student.prefix, student.grid) == (teacher.length, teacher.prefix, teacher.grid)
+        if both_tokens and same_layout and tokens_aligned:
+            return cls("tokens")
+        if student.grid is not None and teacher.grid is not None:
+            return cls("grid")
+        return cls("mean")
+
+
+def common_grid(
+    student: Tensor, student_spec: FeatureSpec, teacher: Tensor, teacher_spec: FeatureSpec
+) -> tuple[int, int]:
+    """Return the smaller height and the smaller width of two layers that are maps or have a grid."""
+    first, second = grid_of(student, student_spec), grid_of(teacher, teacher_spec)
+    return min(first[0], second[0]), min(first[1], second[1])
+
+
+def grid_of(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+    """Return the (height, width) of a map, or of the patches among image tokens."""
+    if feature.dim() == 4:
+        return int(feature.shape[2]), int(feature.shape[3])
+    assert spec.grid is not None
+    return spec.grid
+
+
+def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
+    """Return a layer's output as a map (B, C, *size)."""
+    full = feature if feature.dim() == 4 else tokens_to_map(feature, grid_of(feature, spec))
+    return pool_map(full, size)
+
+
+def as_tokens(feature: Tensor) -> Tensor:
+    """Return a layer's output as (B, N, C)."""
+    if feature.dim() == 4:
+        return map_to_tokens(feature)
+    return feature.unsqueeze(1) if feature.dim() == 2 else feature
+
+
+def as_mean(feature: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the average of a layer's output over its (unmasked) positions, (B, C)."""
+    if feature.dim() == 4:
+        return feature.mean((2, 3))
+    if feature.dim() == 2:
+        return feature
+    if mask is None or mask.shape[1] != feature.shape[1]:
+        return feature.mean(1)
+    weights = mask.unsqueeze(-1)
+    # In half precision the sum of a long sequence overflows, though its mean would not.
+    kept = at_least_float32(feature).masked_fill(weights == 0, 0.0)
+    return kept.sum(1) / weights.to(kept.dtype).sum(1).clamp(min=1)
+
+
+def summary(feature: Tensor, spec: FeatureSpec, mask: Tensor | None) -> Tensor:
+    """Return what similarities between samples are taken on: a small map for images, the mean token for text.
+
+    Returns:
+        (B, C * cells), at least in float32.
+    """
+    if spec.grid is None:
+        return at_least_float32(as_mean(feature, mask))
+    height, width = grid_of(feature, spec)
+    size = (min(height, SUMMARY_GRID), min(width, SUMMARY_GRID))
+    return at_least_float32(as_map(feature, spec, size).flatten(1))
+
+
+class ConvolutionalProjection(nn.Sequential):
+    """The published projection of one pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t.
+
+    Args:
+        student_channels: C_s.
+        teacher_channels: C_t.
+        kernel: Size of the middle convolution: 3 on maps, 1 on tokens, which have no neighbours in two dimensions.
+
+    Source: SemCKD (Chen et al., 2021), section 3.3; no bias in the convolutions.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, kernel: int = 3):
+        middle = 2 * teacher_channels
+        super().__init__(
+            nn.Conv2d(student_channels, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, kernel, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, teacher_channels, 1, bias=False),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:  # type: ignore[override]
+        """Project (B, C_s, H, W) to (B, C_t, H, W).
+
+        A single position has no variance over the batch: it is normalised by the running statistics instead.
+        """
+        if not self.training or len(maps) * maps.shape[2] * maps.shape[3] != 1:
+            return super().forward(maps)
+        for layer in self:
+            maps = _by_running_statistics(layer, maps) if isinstance(layer, nn.BatchNorm2d) else layer(maps)
+        return maps
+
+    def project_tokens(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Project (B, N, C_s) token by token; masked tokens do not reach the batch statistics and come out as zero."""
+        rows = tokens.flatten(0, 1) if mask is None else tokens[mask.bool()]
+        projected = self(rows[:, :, None, None])[:, :, 0, 0]
+        if mask is None:
+            return projected.view(*tokens.shape[:2], -1)
+        out = projected.new_zeros(*tokens.shape[:2], projected.shape[1])
+        out[mask.bool()] = projected
+        return out
+
+
+def _by_running_statistics(norm: nn.BatchNorm2d, maps: Tensor) -> Tensor:
+    return F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps)
+
+
+class SimilarityEmbedding(nn.Sequential):
+    """The published query or key network: Linear(B, 2d), ReLU, Linear(2d, d), then unit length; d = B / 4.
+
+    Args:
+        batch_size: B, the length of a similarity row; the network takes no other.
+    """
+
+    def __init__(self, batch_size: int):
+        width = max(batch_size // 4, 1)
+        super().__init__(nn.Linear(batch_size, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width))
+        self.batch_size = batch_size
+
+    def forward(self, similarity: Tensor) -> Tensor:  # type: ignore[override]
+        """Embed each row of a (B, B) similarity matrix into (B, d).
+
+        Raises:
+            RaggedBatchError: When the batch has another size than B.
+        """
+        if len(similarity) != self.batch_size:
+            raise RaggedBatchError(ragged_batch_message(len(similarity), self.batch_size))
+        # Raw similarities are beyond float16, to which autocast would lower them.
+        with full_precision(similarity):
+            return F.normalize(super().forward(similarity.to(self[0].weight.dtype)), dim=1)
+
+
+class FeatureEmbedding(nn.Sequential):
+    """The calibrated query or key network: on a sample's own mean feature, so any batch size and order will do.
+
+    Args:
+        channels: C of the layer.
+    """
+
+    def __init__(self, channels: int):
+        width = EMBEDDING_WIDTH
+        super().__init__(
+            nn.LayerNorm(channels, elementwise_affine=False),
+            nn.Linear(channels, 2 * width),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        """Embed (B, C) into (B, d) of unit length."""
+        weight = self[1].weight
+        return F.normalize(super().forward(features.to(weight.dtype)), dim=1)
+
+
+def ragged_batch_message(received: int, expected: int) -> str:
+    """Say why the published form refuses a batch and what to do about it."""
+    return message(
+        "The published association takes similarity rows, whose length is the batch size, and met another one",
+        received=f"a batch of {received}",
+        expected=f"{expected} samples in every batch",
+        todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
+        "(calibrated) form, which takes any batch size",
+    )
+
+
+def attention_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Tensor | float) -> Tensor:
+    """Return softmax over t of scale * <Q_s, K_t> (SemCKD, equation 6, with scale = 1 / temperature).
+
+    Args:
+        query: S tensors (B, d).
+        key: T tensors (B, d).
+        scale: Factor of the logits.
+
+    Returns:
+        (B, S, T); sums to one over the last dimension.
+    """
+    queries, keys = at_least_float32(torch.stack(list(query), 1)), at_least_float32(torch.stack(list(key), 1))
+    with full_precision(queries):
+        return torch.softmax(torch.einsum("bsd,btd->bst", queries, keys) * scale, dim=-1)
+
+
+@torch.no_grad()
+def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float) -> Tensor:
+    """Return softmax over t of `row_cosine` / temperature, without gradient: how alike both layers see the sample.
+
+    Weights that are not trained cannot drift to the teacher layer that is easiest to imitate.
+
+    Args:
+        student: S tensors (B, D_s), see `summary`.
+        teacher: T tensors (B, D_t).
+        temperature: > 0; 0.2 was measured.
+
+    Returns:
+        (B, S, T). Uniform for a batch of one, which has nothing to compare.
+    """
+    left = torch.stack([similarity_matrix(rows, normalize=True) for rows in student])
+    right = torch.stack([similarity_matrix(rows, normalize=True) for rows in teacher])
+    return torch.softmax(row_cosine(left, right) / temperature, dim=-1)
+
+
+def fixed_weights(kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int) -> Tensor:
+    """Return the (S, T) weights of a control: equal; last layer to last layer only; or a uniform skip map."""
+    if kind == "uniform":
+        return torch.full((students, teachers), 1.0 / teachers)
+    weights = torch.zeros(students, teachers)
+    if kind == "last":
+        weights[-1, -1] = 1.0
+        return weights
+    for student in range(students):
+        # Layer s of S goes where its depth is: the last to the last, the others at even distances.
+        weights[student, max(math.ceil((student + 1) * teachers / students) - 1, 0)] = 1.0
+    return weights
+
+
+def free_energy(weights: Tensor, temperature: float) -> Tensor:
+    """Return temperature * KL(weights || uniform) for every sample and student layer, the learned form's restraint.
+
+    For errors e, sum_t w_t e_t + temperature * KL(w || uniform) is strictly convex in w, and its only minimum over
+    the simplex is the Gibbs distribution w_t ~ exp(-e_t / temperature). Every weight there is at least
+    exp(-(max e - min e) / temperature) / T: the minimum is never on the border, so training cannot collapse onto
+    one layer, as it does without this term.
+
+    Args:
+        weights: (B, S, T).
+        temperature: > 0, in units of the (standardised) error.
+
+    Returns:
+        (B, S), zero for uniform weights.
+    """
+    return temperature * (math.log(weights.shape[-1]) - entropy(weights))
+
+
+def bound_of_cosine_weights(temperature: float, teachers: int) -> float:
+    """Return the largest weight that a softmax over cosines / temperature can give one of T layers."""
+    return 1.0 / (1.0 + (teachers - 1) * math.exp(-2.0 / temperature))

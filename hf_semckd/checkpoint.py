@@ -1,0 +1,117 @@
+"""What is kept besides the student in a checkpoint, and reloading that tolerates no missing weight."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import SemCKDConfig
+from .errors import CheckpointError, message
+from .losses import FeatureLoss
+from .report import environment, write_json
+
+CALIBRATION_FILE = "calibration.safetensors"
+SETTINGS_FILE = "distillation_config.json"
+RECORDED_ARGUMENTS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+def save_calibration(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
+    """Write the feature loss (projections, association, running statistics) beside the optimizer's state."""
+    state = {name: tensor.contiguous() for name, tensor in loss.state_dict().items()}
+    save_file(state, Path(folder) / CALIBRATION_FILE)
+
+
+def load_calibration(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
+    """Read the feature loss back.
+
+    Raises:
+        CheckpointError: When the checkpoint has none, or one of another shape.
+    """
+    path = Path(folder) / CALIBRATION_FILE
+    if not loss.state_dict():
+        return
+    if not path.is_file():
+        raise CheckpointError(
+            message(
+                "The checkpoint holds no calibration to resume from",
+                received=f"no {CALIBRATION_FILE} in the checkpoint",
+                expected="a checkpoint written by this trainer with feature distillation on",
+                todo="resume from another checkpoint, or start a new run with this checkpoint's student as the model",
+            )
+        )
+    try:
+        loss.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise CheckpointError(
+            message(
+                "The checkpoint's calibration does not fit this run",
+                received=str(error),
+                expected="the layers, association and projector that the checkpoint was trained with",
+                todo=f"compare {SETTINGS_FILE} in the checkpoint with your configuration",
+            )
+        ) from error
+
+
+def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Load a checkpoint's weights into the student, all of them.
+
+    Checkpoints use the Hub's key names, which differ from those of the live modules for some families. Only
+    `from_pretrained` translates them; a lenient `load_state_dict` would skip them silently.
+
+    Raises:
+        CheckpointError: When a weight is missing, unexpected or of another shape.
+    """
+    loaded, info = type(student).from_pretrained(
+        os.fspath(folder), config=student.config, dtype=student.dtype, output_loading_info=True
+    )
+    wrong = {
+        kind: sorted(map(str, info[kind]))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    }
+    if wrong:
+        raise CheckpointError(
+            message(
+                "The checkpoint does not fit the student",
+                received=json.dumps({kind: names[:5] for kind, names in wrong.items()}),
+                expected=f"exactly the weights of {type(student).__name__}",
+                todo="resume with the student that the checkpoint was written for",
+            )
+        )
+    student.load_state_dict(loaded.state_dict())
+
+
+def save_settings(config: SemCKDConfig, folder: str | os.PathLike[str], teacher: nn.Module | None) -> None:
+    """Write what was asked of the training, without paths and tokens, for the record: loading does not need it."""
+    settings: dict[str, Any] = {
+        "distillation": config.distillation_settings(),
+        "training": {name: _plain(getattr(config, name, None)) for name in RECORDED_ARGUMENTS},
+        "teacher": type(teacher).__name__ if teacher is not None else None,
+        "versions": environment(),
+    }
+    write_json(Path(folder) / SETTINGS_FILE, settings)
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

@@ -1,0 +1,280 @@
+"""The configuration: every `TrainingArguments` field plus those of the distillation, validated on creation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+from .errors import ConfigurationError, message, nearest
+
+Association = Literal["similarity", "learned", "uniform", "last", "one_to_one"]
+TargetNorm = Literal["channel", "none"]
+Projector = Literal["shared", "pairwise"]
+
+# The size at which each association was measured (method.md): similarities are cosines, errors are near one.
+DEFAULT_ASSOCIATION_TEMPERATURE = 0.2
+# New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
+MINIMUM_CALIBRATION_LEARNING_RATE = 1e-3
+
+
+@dataclass
+class SemCKDConfig(TrainingArguments):
+    """Arguments of `SemCKDTrainer` and `DistillationTrainer`.
+
+    Takes every field of `transformers.TrainingArguments` and the ones below; can be parsed from a command line with
+    `transformers.HfArgumentParser`. The help of each field is in its metadata, and shown by `--help`.
+
+    Raises:
+        ConfigurationError: For a value, or a combination of values, that cannot work.
+    """
+
+    temperature: float = field(
+        default=4.0,
+        metadata={"help": "Temperature of the logit distillation, > 0. Both distributions are softened by it."},
+    )
+    task_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the task loss (the labels), >= 0. With 0 the labels are not needed."},
+    )
+    logit_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the logit distillation (Hinton et al., 2015), >= 0. With 0 it is not computed."},
+    )
+    feature_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Channel-standardised targets "
+            "make the term about 1 for every architecture; the published form needs 50 to 400."
+        },
+    )
+    association: Association = field(
+        default="similarity",
+        metadata={
+            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how alike both see "
+            "the sample among the batch. learned: by small networks, trained with the student. uniform, last, "
+            "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip map)."
+        },
+    )
+    target_norm: TargetNorm = field(
+        default="channel",
+        metadata={
+            "help": "channel: every teacher channel is standardised with its running mean and variance over the training "
+            "data. none: raw targets, as published."
+        },
+    )
+    projector: Projector = field(
+        default="shared",
+        metadata={
+            "help": "shared: one linear projection per student layer and teacher width. pairwise: the published "
+            "convolutional projection for every pair of layers (several times slower)."
+        },
+    )
+    student_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module names. None: all "
+            "blocks, found automatically."
+        },
+    )
+    teacher_layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Teacher layers to learn from, given like student_layers. None: all blocks."},
+    )
+    association_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax over cosines. "
+            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2, or 1 in the "
+            "published form."
+        },
+    )
+    calibration_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of the projections and association networks, > 0; follows the student's "
+            "schedule. None: the larger of learning_rate and 0.001."
+        },
+    )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which teacher outputs are kept, keyed by the sample's content and the teacher, so that "
+            "later epochs and runs skip the teacher. None: no cache."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Validate the distillation fields, then everything that `TrainingArguments` checks."""
+        self._validate_distillation()
+        super().__post_init__()
+        self._validate_combinations()
+
+    @classmethod
+    def published(cls, output_dir: str | None = None, **arguments: Any) -> SemCKDConfig:
+        """Return the configuration of the paper: learned weights, raw targets, a projection for every pair.
+
+        Temperature 4, weights 1 (task), 1 (logits) and 400 (features; CIFAR-100 in the paper, 50 on ImageNet), and an
+        association temperature of 1. The association networks take similarity rows, so every batch must have
+        `per_device_train_batch_size` samples: set `dataloader_drop_last=True` or let the dataset be divisible.
+
+        Args:
+            output_dir: As in `TrainingArguments`.
+            arguments: Any other field; what is given here wins over the published value.
+        """
+        settings: dict[str, Any] = {
+            "association": "learned",
+            "target_norm": "none",
+            "projector": "pairwise",
+            "temperature": 4.0,
+            "task_weight": 1.0,
+            "logit_weight": 1.0,
+            "feature_weight": 400.0,
+            "association_temperature": 1.0,
+        }
+        return cls(output_dir=output_dir, **{**settings, **arguments})
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> SemCKDConfig:
+        """Return a configuration with the values of plain training arguments and the distillation's defaults.
+
+        The given object is not changed, and its derived values (devices, integrations) are kept as they are.
+        """
+        converted = copy.copy(args)
+        converted.__class__ = cls
+        for name in distillation_fields():
+            setattr(converted, name, cls.__dataclass_fields__[name].default)
+        return converted  # type: ignore[return-value]
+
+    @property
+    def distils_logits(self) -> bool:
+        """Whether the logit term is on."""
+        return self.logit_weight > 0
+
+    @property
+    def distils_features(self) -> bool:
+        """Whether the feature term is on."""
+        return self.feature_weight > 0
+
+    @property
+    def distils(self) -> bool:
+        """Whether any distillation term is on; without one the trainer is `Trainer`."""
+        return self.distils_logits or self.distils_features
+
+    @property
+    def depends_on_batch_size(self) -> bool:
+        """Whether the association networks take whole similarity rows, as published, and so fix the batch size."""
+        return self.association == "learned" and self.target_norm == "none"
+
+    def resolved_association_temperature(self) -> float:
+        """Return the association temperature that is used when none was given."""
+        if self.association_temperature is not None:
+            return self.association_temperature
+        return 1.0 if self.depends_on_batch_size else DEFAULT_ASSOCIATION_TEMPERATURE
+
+    def resolved_calibration_learning_rate(self) -> float:
+        """Return the peak learning rate of projections and association networks."""
+        if self.calibration_learning_rate is not None:
+            return self.calibration_learning_rate
+        return max(self.learning_rate, MINIMUM_CALIBRATION_LEARNING_RATE)
+
+    def distillation_settings(self) -> dict[str, Any]:
+        """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card."""
+        settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
+        settings["association_temperature"] = self.resolved_association_temperature()
+        settings["calibration_learning_rate"] = self.resolved_calibration_learning_rate()
+        return settings
+
+    def _validate_distillation(self) -> None:
+        for name in ("task_weight", "logit_weight", "feature_weight"):
+            _require_number(name, getattr(self, name), minimum=0.0, strict=False)
+        _require_number("temperature", self.temperature, minimum=0.0, strict=True)
+        for name in ("association_temperature", "calibration_learning_rate"):
+            if getattr(self, name) is not None:
+                _require_number(name, getattr(self, name), minimum=0.0, strict=True)
+        _require_choice("association", self.association, get_args(Association))
+        _require_choice("target_norm", self.target_norm, get_args(TargetNorm))
+        _require_choice("projector", self.projector, get_args(Projector))
+        self.student_layers = _layer_list("student_layers", self.student_layers)
+        self.teacher_layers = _layer_list("teacher_layers", self.teacher_layers)
+        if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
+            raise ConfigurationError(
+                message(
+                    "`teacher_cache_dir` is empty",
+                    received=repr(self.teacher_cache_dir),
+                    expected="a folder, or None for no cache",
+                    todo="name a folder that can be written",
+                )
+            )
+
+    def _validate_combinations(self) -> None:
+        if self.use_liger_kernel and self.distils_logits:
+            raise ConfigurationError(
+                message(
+                    "`use_liger_kernel` and logit distillation exclude each other: the fused kernel returns no logits",
+                    received=f"use_liger_kernel=True, logit_weight={self.logit_weight}",
+                    expected="one of the two",
+                    todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
+                )
+            )
+        if self.label_smoothing_factor and not self.task_weight and self.distils:
+            raise ConfigurationError(
+                message(
+                    "`label_smoothing_factor` has no effect without a task loss",
+                    received=f"label_smoothing_factor={self.label_smoothing_factor}, task_weight=0",
+                    expected="task_weight > 0, or no label smoothing",
+                    todo="set label_smoothing_factor=0, or task_weight to a positive number",
+                )
+            )
+
+
+def distillation_fields() -> tuple[str, ...]:
+    """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
+    inherited = {entry.name for entry in fields(TrainingArguments)}
+    return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
+
+
+def _require_number(name: str, value: object, *, minimum: float, strict: bool) -> None:
+    expected = f"a finite number {'>' if strict else '>='} {minimum:g}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (value > minimum or (not strict and value == minimum)):  # type: ignore[operator]
+        return
+    raise ConfigurationError(
+        message(f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}")
+    )
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    close = nearest(str(value), choices, count=1)
+    raise ConfigurationError(
+        message(
+            f"`{name}` is not one of the known values",
+            received=repr(value),
+            expected=", ".join(map(repr, choices)),
+            todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
+        )
+    )
+
+
+def _layer_list(name: str, layers: Any) -> list[Any] | None:
+    """Return layers as all-int or all-str; digits from a command line become ints."""
+    if layers is None:
+        return None
+    listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    listed = [int(layer) if isinstance(layer, str) and layer.lstrip("-").isdigit() else layer for layer in listed]
+    kinds = {type(layer) for layer in listed}
+    if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
+        return listed
+    raise ConfigurationError(
+        message(
+            f"`{name}` is not a list of layers",
+            received=repr(layers),
+            expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
+            todo=f"leave {name} out to use all blocks, or list either indices or names",
+        )
+    )

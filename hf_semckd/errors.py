@@ -1,0 +1,67 @@
+"""The errors a user can meet. Each message says what was received, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SemCKDError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ConfigurationError(SemCKDError, ValueError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class InputError(SemCKDError, ValueError):
+    """Models, datasets or batches that do not fit together; raised before the first optimizer step where possible."""
+
+
+class LayerNotFoundError(InputError):
+    """A layer index or module name that the model does not have."""
+
+
+class RaggedBatchError(InputError):
+    """A batch of another size than the published association networks were built for."""
+
+
+class NonFiniteLossError(SemCKDError, FloatingPointError):
+    """A loss term became NaN or infinite during training; the weights have not been touched by it."""
+
+
+class TeacherOutputError(SemCKDError, FloatingPointError):
+    """The teacher produced NaN or infinite values."""
+
+
+class CheckpointError(SemCKDError, RuntimeError):
+    """A checkpoint that does not hold what is needed to go on from it."""
+
+
+class HubPushError(SemCKDError, RuntimeError):
+    """The upload failed; the student is safe on disk and the message says how to push it later."""
+
+
+class MissingDependencyError(SemCKDError, ImportError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+def message(what: str, *, received: object, expected: object, todo: str) -> str:
+    """Compose an error text: what is wrong, what was received, what was expected and what to do.
+
+    Args:
+        what: One clause that names the problem, without a final full stop.
+        received: The offending value, shown with `str`.
+        expected: What would have been accepted.
+        todo: An imperative sentence that tells the next step.
+    """
+    return f"{what}.\n  received: {received}\n  expected: {expected}\n  what to do: {todo}"
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 5) -> list[str]:
+    """Return up to `count` choices spelled most like `name`, best first; used to suggest what was meant."""
+    pool = list(choices)
+    tail = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+    close += [choice for choice in pool if choice.rsplit(".", 1)[-1] == tail and choice not in close]
+    return close[:count]

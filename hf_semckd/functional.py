@@ -1,0 +1,220 @@
+"""Pure functions on tensors: what SemCKD computes, without modules, state or configuration.
+
+Symbols: B samples, S student layers, T teacher layers, N positions (tokens, or the cells of a map), C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError, message
+
+# A row whose spread is below this share of its size is constant: what is left is the rounding of float32.
+ROUNDING = 1e-6
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return the distillation loss of Hinton et al. (2015) for every item: T^2 * KL(teacher/T || student/T).
+
+    Args:
+        student_logits: (..., classes).
+        teacher_logits: Same shape; no gradient flows into it.
+        temperature: T > 0; both distributions are softened by it, and the factor T^2 keeps the size of the
+            gradient independent of it.
+
+    Returns:
+        (...) divergences in nats times T^2, at least in float32 precision.
+    """
+    log_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    log_teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1) * temperature**2
+
+
+def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return the distillation loss of independent labels: the mean over labels of T^2 * KL of two Bernoullis.
+
+    Args:
+        student_logits: (..., labels), one logit a label.
+        teacher_logits: Same shape; no gradient flows into it.
+        temperature: T > 0.
+
+    Returns:
+        (...) mean over the labels, at least in float32 precision.
+    """
+    student = at_least_float32(student_logits) / temperature
+    teacher = at_least_float32(teacher_logits.detach()) / temperature
+    positive = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    negative = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (positive + negative).mean(-1) * temperature**2
+
+
+def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize: bool = False) -> Tensor:
+    """Return the similarity of every two samples of a batch: A = R R^T, R a sample flattened to one row.
+
+    Args:
+        features: (B, ...).
+        mask: (B, N) of ones and zeros for (B, N, C) features; positions with 0 do not take part.
+        normalize: Use cosines (rows of unit length), which neither overflow nor depend on the layer's scale.
+            The published form (SemCKD, equation 4) does not.
+
+    Returns:
+        (B, B), at least in float32: the raw form overflows half precision on ordinary maps.
+    """
+    features = at_least_float32(features)
+    if mask is not None:
+        features = features.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+    rows = features.flatten(1)
+    if normalize:
+        rows = F.normalize(rows, dim=1)
+    with full_precision(rows):
+        return rows @ rows.T
+
+
+def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor:
+    """Return how alike two layers see each sample: the cosine of its centred rows of two similarity matrices.
+
+    The cosine of two rows does not change when the batch is reordered, and centring removes what all samples of
+    a layer share. It is the per-sample form of centred kernel alignment.
+
+    Args:
+        student_similarity: (S, B, B) similarity matrices of the student layers.
+        teacher_similarity: (T, B, B) similarity matrices of the teacher layers.
+
+    Returns:
+        (B, S, T) in [-1, 1]; zeros where a row is constant (always for B = 1), hence uniform weights.
+    """
+    student = student_similarity - student_similarity.mean(-1, keepdim=True)
+    teacher = teacher_similarity - teacher_similarity.mean(-1, keepdim=True)
+    with full_precision(student):
+        return torch.einsum("sbk,tbk->bst", _unit(student, student_similarity), _unit(teacher, teacher_similarity))
+
+
+def pool_map(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool maps (B, C, H, W) to a (height, width) that is not larger; the same tensor when it is equal."""
+    if tuple(features.shape[-2:]) == tuple(size):
+        return features
+    return F.adaptive_avg_pool2d(features, size)
+
+
+def map_to_tokens(features: Tensor) -> Tensor:
+    """Turn a map (B, C, H, W) into tokens (B, H * W, C), row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Turn tokens (B, prefix + H * W, C) into a map (B, C, H, W); CLS and register tokens in front are dropped.
+
+    Raises:
+        InputError: When there are fewer tokens than cells in the grid.
+    """
+    height, width = grid
+    if features.shape[1] < height * width:
+        raise InputError(
+            message(
+                "The tokens do not fill the grid",
+                received=f"{features.shape[1]} tokens for a grid of {height} x {width}",
+                expected=f"at least {height * width} tokens",
+                todo="use one image size for all batches, or name the layers to use with student_layers / teacher_layers",
+            )
+        )
+    patches = features[:, features.shape[1] - height * width :]
+    return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average (B, N) values over the positions of each sample whose mask is 1; zero where there is none."""
+    if mask is None:
+        return values.mean(1)
+    mask = mask.to(values.dtype)
+    # A masked position may hold anything, NaN included (attention over nothing): select, do not multiply.
+    kept = torch.where(mask > 0, values, torch.zeros_like(values))
+    return kept.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def squared_error(projected: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of each sample (B), at least in float32: squares overflow half precision.
+
+    Args:
+        projected: (B, N, C).
+        target: (B, N, C).
+        mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
+    """
+    difference = at_least_float32(projected) - target
+    if mask is not None:
+        difference.masked_fill_(mask.unsqueeze(-1) == 0, 0.0)
+    return masked_mean(difference.square().mean(-1), mask)
+
+
+def pair_errors(projected: Tensor, targets: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of one projected student layer against several teacher layers.
+
+    Args:
+        projected: (B, N, C).
+        targets: T tensors (B, N, C).
+        mask: (B, N); positions with 0 do not count.
+
+    Returns:
+        (B, T).
+    """
+    return torch.stack([squared_error(projected, target, mask) for target in targets], dim=1)
+
+
+def weighted_feature_error(
+    projected: Tensor, targets: Sequence[Tensor], weights: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return sum over t of weights_t * MSE(projected, target_t) for each sample, keeping one difference for backward.
+
+    The gradient of that sum to the projection is 2 * (A * projected - sum_t w_t * target_t) / (N * C) with
+    A = sum_t w_t, which is that of A * MSE(projected, sum_t w_t * target_t / A). So only the distance to the
+    weighted mean target is differentiated. The value is made of the pair errors themselves, streamed over t: the
+    expanded square would cancel catastrophically on transformer outlier channels. The gradient to a weight is its
+    pair error.
+
+    Args:
+        projected: (B, N, C), carries the gradient.
+        targets: T tensors (B, N, C) without gradient.
+        weights: (B, T), non-negative; may carry a gradient.
+        mask: (B, N); positions with 0 do not count.
+
+    Returns:
+        The weighted error (B,), and the pair errors (B, T) without gradient.
+    """
+    with torch.no_grad():
+        errors = pair_errors(projected, targets, mask)
+        fixed = weights.detach()
+        total = fixed.sum(1)
+        shares = fixed / total.clamp(min=torch.finfo(fixed.dtype).tiny).unsqueeze(1)
+        mean_target = torch.zeros_like(at_least_float32(projected))
+        for index, target in enumerate(targets):
+            mean_target += shares[:, index, None, None].to(mean_target.dtype) * target
+        value = (fixed * errors).sum(1)
+    differentiable = total * squared_error(projected, mean_target, mask)
+    if weights.requires_grad:
+        differentiable = differentiable + (weights * errors).sum(1)
+    # The differentiable part has the right gradient and another value: shift it to the value without gradient.
+    return differentiable + (value - differentiable).detach(), errors
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Return the entropy in nats of weights (..., T): log T when uniform, 0 when all lies on one layer."""
+    return torch.special.entr(weights).sum(-1)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half-precision tensors to float32 and leave wider ones (float64 included) as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _unit(centred: Tensor, rows: Tensor) -> Tensor:
+    """Return centred rows with unit length; rows that are constant up to rounding come out as (nearly) zero."""
+    floor = (ROUNDING * rows.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return centred / torch.maximum(centred.norm(dim=-1, keepdim=True), floor)
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Return a context without autocast: similarities are ill-conditioned, half precision would lose them."""
+    return torch.autocast(tensor.device.type, enabled=False)

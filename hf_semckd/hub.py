@@ -1,0 +1,319 @@
+"""Publishing the plain student: what goes to the Hub is the student, its processor, a card and the settings."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch import nn
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
+from transformers import (
+    BaseImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from .checkpoint import CALIBRATION_FILE
+from .config import SemCKDConfig
+from .errors import HubPushError, message
+from .model_card import create_model_card
+from .report import write_atomic
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+STAGING_PREFIX = "hf_semckd_push_"
+# What a checkpoint holds besides the student: needed to resume, and nobody else's business.
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    CALIBRATION_FILE,
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
+
+# Heads for which the Hub has a pipeline, by what follows "For" in the class name.
+PIPELINES = {
+    "ImageClassification": "image-classification",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "CausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "MaskedLM": "fill-mask",
+    "QuestionAnswering": "question-answering",
+    "SemanticSegmentation": "image-segmentation",
+}
+PROCESSORS = (
+    (PreTrainedTokenizerBase, "AutoTokenizer"),
+    (ProcessorMixin, "AutoProcessor"),
+    (BaseImageProcessor, "AutoImageProcessor"),
+    (FeatureExtractionMixin, "AutoFeatureExtractor"),
+)
+
+
+def upload_student(folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str) -> Any:
+    """Upload a folder that holds the plain student.
+
+    Raises:
+        HubPushError: When the upload fails, for whatever reason; the cause is chained.
+    """
+    try:
+        return HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, token=token, revision=revision, commit_message=commit_message
+        )
+    except Exception as error:  # any failure of the network or the server: nothing trained may be lost by it
+        raise HubPushError(
+            message(
+                "The upload to the Hub failed; nothing is lost",
+                received=f"{type(error).__name__}: {error}",
+                expected=f"that {repo_id} can be written with your token",
+                todo="check the connection and `hf auth whoami`, then call trainer.push_to_hub() again, or later "
+                "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was saved there",
+            )
+        ) from error
+
+
+class PublishingMixin:
+    """The part of a trainer that publishes: only the plain student, and never at the price of what was trained.
+
+    Everything is uploaded from a folder made for the purpose, so pictures, logs, optimizer states and pickled
+    arguments that lie in the output folder stay there.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it; see `Trainer.init_hf_repo`.
+
+        Raises:
+            HubPushError: When that is refused, before any training.
+        """
+        try:
+            super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
+        except Exception as error:  # the client raises many kinds, and all mean the same here
+            raise HubPushError(_repository_message(self.args.hub_model_id, error)) from error  # type: ignore[attr-defined]
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save the student and upload it with its processor and a model card.
+
+        Args:
+            commit_message: As in `Trainer.push_to_hub`, like `blocking`, `token`, `revision` and `private`.
+            card: What `create_model_card` takes.
+
+        Returns:
+            The commit, or a future of it when not blocking; None on other processes than the first.
+
+        Raises:
+            HubPushError: When the upload fails; the student is saved in `args.output_dir` by then.
+        """
+        trainer: Any = self
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        trainer.save_model(_internal_call=True)
+        if trainer.hub_model_id is None:
+            trainer.init_hf_repo(token=token, private=private)
+        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
+        trainer.save_model(str(folder), _internal_call=True)
+        if not trainer.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        trainer.create_model_card(**{"model_name": trainer.hub_model_id.split("/")[-1], **card})
+        shutil.copy(Path(trainer.args.output_dir) / CARD, folder / CARD)
+        trainer._finish_current_push()
+        upload = functools.partial(
+            _upload_and_discard,
+            folder,
+            trainer.hub_model_id,
+            token=token or trainer.args.hub_token,
+            revision=revision or trainer.args.hub_revision,
+            commit_message=commit_message or "End of training",
+        )
+        return upload() if blocking else HfApi().run_as_future(upload)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
+        trainer: Any = self
+        if not trainer.is_world_process_zero():
+            return
+        data = dataset_tags or dataset
+        text = student_card(
+            repo_name=model_name or Path(trainer.args.output_dir).name,
+            student=trainer.student,
+            teacher=trainer.teacher,
+            config=trainer.args,
+            metrics=_last_evaluation(trainer.state.log_history),
+            processing_class=trainer.processing_class,
+            dataset=data[0] if isinstance(data, list) else data,
+            license=license,
+            language=language,
+            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
+            base_model=finetuned_from,
+        )
+        write_atomic(Path(trainer.args.output_dir) / CARD, text.encode())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's student in the background; a failure is logged and training goes on."""
+        trainer: Any = self
+        strategy = trainer.args.hub_strategy
+        if not trainer.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+        if busy and not trainer.args.hub_always_push:
+            return
+        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
+        whole = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        shutil.copytree(checkpoint_folder, folder, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True)
+        if whole:
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            shutil.copytree(checkpoint_folder, folder / name)
+        trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
+        shutil.copy(Path(trainer.args.output_dir) / CARD, folder / CARD)
+        by_step = trainer.args.save_strategy == SaveStrategy.STEPS
+        moment = f"step {trainer.state.global_step}" if by_step else f"epoch {int(trainer.state.epoch or 0)}"
+        job = HfApi().run_as_future(
+            _upload_quietly,
+            folder,
+            trainer.hub_model_id,
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+            commit_message=f"Training in progress, {moment}",
+        )
+        if busy:
+            trainer.push_in_progress.jobs.append(job)
+        else:
+            trainer.push_in_progress = PushInProgress([job])
+
+
+def _upload_and_discard(
+    folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
+) -> Any:
+    try:
+        return upload_student(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _upload_quietly(
+    folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
+) -> Any:
+    try:
+        return _upload_and_discard(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
+    except HubPushError as error:
+        logger.error("A push during training failed, and training goes on. %s", error)
+        return None
+
+
+def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the quality metrics of the last evaluation in the log, by their names without `eval_`."""
+    entry = next((row for row in reversed(history) if any(key.startswith("eval_") for key in row)), {})
+    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+    return {key: float(value) for key, value in named.items() if key not in speeds and isinstance(value, (int, float))}
+
+
+def _repository_message(repo_id: str | None, error: Exception) -> str:
+    return message(
+        "The Hub repository could not be created or found",
+        received=f"{repo_id or 'a name from output_dir'} ({type(error).__name__}: {error})",
+        expected="a repository that your token may write, and a connection to the Hub",
+        todo="log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and call "
+        "trainer.push_to_hub() after training",
+    )
+
+
+def student_card(
+    *,
+    repo_name: str,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    config: SemCKDConfig,
+    metrics: Mapping[str, float],
+    processing_class: Any,
+    dataset: str | None,
+    license: str | None = None,
+    language: str | None = None,
+    tags: tuple[str, ...] = (),
+    base_model: str | None = None,
+) -> str:
+    """Return the text of the student's model card.
+
+    Args:
+        repo_name: Name of the repository, its title.
+        student: The plain student.
+        teacher: The teacher, for its name and size.
+        config: What was asked of the distillation.
+        metrics: Evaluation metrics by name.
+        processing_class: The processor saved beside the student, or None.
+        dataset: Hub id of the dataset, or None.
+        license: As in the card's metadata.
+        language: As in the card's metadata.
+        tags: Further tags.
+        base_model: Where the student started; by default what its configuration remembers.
+    """
+    head = auto_class(student)
+    processor = next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None)
+    return create_model_card(
+        repo_name=repo_name,
+        student_class=head[0],
+        pipeline_tag=head[1],
+        base_model=base_model or _source(student),
+        teacher=_source(teacher) or (type(teacher).__name__ if teacher is not None else None),
+        dataset=dataset,
+        metrics=metrics,
+        configuration=config.distillation_settings(),
+        parameters=count_parameters(student),
+        teacher_parameters=count_parameters(teacher) if teacher is not None else None,
+        license=license,
+        language=language,
+        processor=processor,
+        tags=tags,
+    )
+
+
+def auto_class(model: nn.Module) -> tuple[str, str | None]:
+    """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
+    name = type(model).__name__
+    for head, pipeline in PIPELINES.items():
+        if name.endswith(head):
+            return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline
+    return "AutoModel", None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _source(model: nn.Module | None) -> str | None:
+    """Return the Hub id that a model was loaded from; folders and nothing give None."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not os.path.exists(name) and not Path(name).is_absolute() else None

@@ -1,0 +1,78 @@
+"""What every feature loss has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class FeatureLossOutput:
+    """What a feature loss returns.
+
+    Attributes:
+        total: Scalar, the mean of `per_sample`; before `feature_weight`.
+        per_sample: (B) the loss of each sample, from which windows and processes are averaged exactly.
+        attention: (B, S, T) association weights, or None for losses without any; without gradient.
+        errors: (B, S, T) errors of the pairs, or None; without gradient.
+    """
+
+    total: Tensor
+    per_sample: Tensor
+    attention: Tensor | None = None
+    errors: Tensor | None = None
+
+
+class FeatureLoss(nn.Module, ABC):
+    """A loss between the features of a student and those of a frozen teacher; its parameters train with the student.
+
+    Attributes:
+        upper_bound: The largest weight that its association can give a layer; None when weights are fixed or absent.
+        required_batch_size: The only batch size that it takes, or None for any.
+        automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
+            sets it to False and calls `synchronize` once an optimizer step, which makes accumulation and processes
+            exact.
+        collecting: Whether training forwards observe teacher statistics; off for batches that were observed before.
+    """
+
+    upper_bound: float | None = None
+    required_batch_size: int | None = None
+    automatic_synchronization: bool = True
+    collecting: bool = True
+
+    @abstractmethod
+    def forward(
+        self,
+        student_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor],
+        student_mask: Tensor | None = None,
+        teacher_mask: Tensor | None = None,
+    ) -> FeatureLossOutput:
+        """Compare the features of a batch.
+
+        Args:
+            student_features: S tensors, maps (B, C, H, W) or tokens (B, N, C).
+            teacher_features: T tensors likewise.
+            student_mask: (B, N) of ones and zeros; padding tokens are 0. None: all count.
+            teacher_mask: The same for the teacher's tokens.
+        """
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether teacher statistics are needed before the first batch can be compared."""
+        return False
+
+    def observe(self, teacher_features: Sequence[Tensor], teacher_mask: Tensor | None = None) -> None:
+        """Collect teacher statistics without computing a loss; nothing to do for most losses."""
+        return
+
+    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take in what was observed since the last call, summed over processes; once an optimizer step.
+
+        Args:
+            reduce_sum: Adds a tensor over processes; None for a single process.
+        """
+        return

@@ -1,0 +1,179 @@
+"""The student and the feature loss as one module while training, so that one wrapped forward holds all that learns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, message
+from .features import FeatureCapture, without_hidden_states
+from .losses import FeatureLoss
+
+# The name under which the feature loss is a submodule of the student during training, and never after.
+CALIBRATION = "semckd_calibration"
+# The forward keyword that carries the teacher's features; without it the forward is the student's own.
+TARGETS = "distillation_targets"
+
+
+@dataclass
+class DistillationTargets:
+    """What the student's forward needs from the teacher.
+
+    Attributes:
+        features: T teacher features.
+        student_mask: (B, N) mask of the student's tokens, or None.
+        teacher_mask: (B, N) mask of the teacher's tokens, or None.
+    """
+
+    features: list[Tensor]
+    student_mask: Tensor | None = None
+    teacher_mask: Tensor | None = None
+
+    def as_keyword(self) -> dict[str, Any]:
+        """Return the forward keyword; plain containers, which every wrapper knows how to move."""
+        payload = {"features": self.features, "student_mask": self.student_mask, "teacher_mask": self.teacher_mask}
+        return {TARGETS: payload}
+
+
+class StudentAttachment:
+    """Attaches a feature loss to a student for the time of training, and takes it off without a trace.
+
+    While attached, the loss is a submodule of the student, and the student's class is a subclass of its own that
+    runs the loss *inside* its forward. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every
+    trained parameter, synchronises its gradient and shards it. Without the teacher's features as an extra keyword
+    the forward is unchanged, so evaluation, saving and inspection work as ever.
+
+    Args:
+        student: The module to train.
+        loss: The feature loss.
+        capture: Takes the student's features out of its forward.
+    """
+
+    def __init__(self, student: nn.Module, loss: FeatureLoss, capture: FeatureCapture):
+        self.student = student
+        self.loss = loss
+        self.capture = capture
+        self._plain_class = type(student)
+        self._training_class = _training_class(type(student), capture)
+        self._instance_forward = student.__dict__.get("forward")
+
+    @property
+    def attached(self) -> bool:
+        """Whether the loss is part of the student now."""
+        return CALIBRATION in self.student._modules
+
+    @property
+    def removable(self) -> bool:
+        """Whether the student's class is still the one that was set; FSDP2 and others put their own on top."""
+        return type(self.student) is self._training_class
+
+    def attach(self) -> None:
+        """Make the loss part of the student; nothing happens when it already is."""
+        if self.attached:
+            return
+        setattr(self.student, CALIBRATION, self.loss)
+        self.student.__class__ = self._training_class
+
+    def detach(self) -> None:
+        """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
+        if not self.attached or not self.removable:
+            return
+        self._take_off()
+        if self.student.__dict__.get("forward") is not self._instance_forward:
+            # accelerate binds an autocast forward of the training class to the instance; evaluation binds its own.
+            self.student.__dict__.pop("forward", None)
+            self.student.__dict__.pop("_original_forward", None)
+            if self._instance_forward is not None:
+                self.student.__dict__["forward"] = self._instance_forward
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Show the plain student for a moment (to save, reload or count it), and attach again."""
+        if not self.attached or not self.removable:
+            yield
+            return
+        self._take_off()
+        try:
+            yield
+        finally:
+            self.attach()
+
+    def _take_off(self) -> None:
+        delattr(self.student, CALIBRATION)
+        self.student.__class__ = self._plain_class
+
+
+def without_calibration(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the entries of the feature loss."""
+    return {key: value for key, value in state_dict.items() if CALIBRATION not in key.split(".")}
+
+
+def logits_of(outputs: Any, role: str) -> Tensor:
+    """Return the logits in a model's output: a field, the output itself, or the first tensor of a tuple.
+
+    Raises:
+        InputError: When there are none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None and isinstance(outputs, Tensor):
+        logits = outputs
+    if logits is None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
+        logits = next((entry for entry in outputs if isinstance(entry, Tensor) and entry.dim() > 1), None)
+    if isinstance(logits, Tensor):
+        return logits
+    fields = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else type(outputs).__name__
+    raise InputError(
+        message(
+            f"The {role} returns no logits",
+            received=f"an output with {fields}",
+            expected="a tensor of logits, or an output with `.logits`",
+            todo="use a model with a task head (AutoModelFor...), or set logit_weight=0 to distil features alone",
+        )
+    )
+
+
+def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
+    """Return the (B, N) mask that fits the features, or None when there is none.
+
+    Prompt tuning puts learned tokens in front of the sequence; they count as tokens.
+
+    Args:
+        attention_mask: What the model was given under this name; anything but a (B, N) tensor is no mask of tokens.
+        features: The model's captured features.
+    """
+    mask = attention_mask
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    lengths = [feature.shape[1] for feature in features if feature.dim() == 3]
+    extra = max(lengths, default=mask.shape[1]) - mask.shape[1]
+    return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
+
+
+def _training_class(base: type[nn.Module], capture: FeatureCapture) -> type[nn.Module]:
+    """Return a subclass of `base` with the same name, which runs the feature loss inside its forward."""
+    plain_forward = base.forward
+
+    @functools.wraps(plain_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        targets = kwargs.pop(TARGETS, None)
+        if targets is None:
+            return plain_forward(self, *args, **kwargs)
+        with capture.recording(self) as recorded:
+            outputs = plain_forward(self, *args, **{**kwargs, **capture.request(self)})
+        features = capture.collect(outputs, recorded)
+        result = getattr(self, CALIBRATION)(
+            features, targets["features"], tokens_mask(targets["student_mask"], features), targets["teacher_mask"]
+        )
+        losses = {"per_sample": result.per_sample}
+        if result.attention is not None:
+            losses["attention"] = result.attention
+        return without_hidden_states(outputs), losses
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {"forward": forward, **names})

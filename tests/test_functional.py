@@ -1,0 +1,400 @@
+"""Pure tensor functions against numpy formulas, naive loops and the autograd of the naive form."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+
+from hf_semckd import functional
+from hf_semckd.errors import InputError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def relative(actual, expected):
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
+
+
+# Logits
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kd_loss_is_temperature_squared_times_the_divergence(temperature):
+    student, teacher = normal(3, 5, 7, seed=1) * 3, normal(3, 5, 7, seed=2) * 3
+    p = special.softmax(teacher.numpy() / temperature, axis=-1)
+    q = special.softmax(student.numpy() / temperature, axis=-1)
+    expected = special.rel_entr(p, q).sum(-1) * temperature**2
+    np.testing.assert_allclose(functional.kd_loss(student, teacher, temperature), expected, rtol=1e-12)
+
+
+def test_kd_loss_gradient_is_temperature_times_the_difference_of_probabilities():
+    student, teacher = normal(4, 6, seed=3).requires_grad_(), normal(4, 6, seed=4).requires_grad_()
+    functional.kd_loss(student, teacher, 3.0).sum().backward()
+    expected = 3.0 * (torch.softmax(student / 3, -1) - torch.softmax(teacher / 3, -1))
+    torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-12, atol=1e-14)
+    assert teacher.grad is None
+
+
+def test_kd_loss_is_zero_for_equal_logits_up_to_a_shift_and_positive_else():
+    logits = normal(4, 6, seed=5)
+    assert functional.kd_loss(logits + 7, logits, 2.0).abs().max() < 1e-13
+    assert (functional.kd_loss(normal(4, 6, seed=6), logits, 2.0) > 0).all()
+
+
+@pytest.mark.parametrize("loss", [functional.kd_loss, functional.binary_kd_loss])
+def test_logit_losses_stay_finite_on_extreme_logits(loss):
+    student = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True)
+    value = loss(student, torch.tensor([[-500.0, 500.0, 0.0]]), 1.0)
+    value.sum().backward()
+    assert value.isfinite().all() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [functional.kd_loss, functional.binary_kd_loss])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logit_losses_compute_half_precision_logits_in_float32(loss, dtype):
+    student, teacher = normal(4, 6, seed=7, dtype=dtype), normal(4, 6, seed=8, dtype=dtype)
+    value = loss(student, teacher, 4.0)
+    assert value.dtype == torch.float32
+    np.testing.assert_allclose(value, loss(student.double(), teacher.double(), 4.0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_binary_kd_loss_is_the_mean_divergence_of_bernoullis(temperature):
+    student, teacher = normal(3, 5, 4, seed=9) * 3, normal(3, 5, 4, seed=10) * 3
+    p, q = special.expit(teacher.numpy() / temperature), special.expit(student.numpy() / temperature)
+    divergence = special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q)
+    expected = divergence.mean(-1) * temperature**2
+    np.testing.assert_allclose(functional.binary_kd_loss(student, teacher, temperature), expected, rtol=1e-11)
+
+
+def test_binary_kd_loss_of_one_label_is_kd_loss_against_a_zero_logit():
+    student, teacher = normal(8, 1, seed=11), normal(8, 1, seed=12)
+    two_classes = functional.kd_loss(torch.cat([student, 0 * student], 1), torch.cat([teacher, 0 * teacher], 1), 2.0)
+    torch.testing.assert_close(functional.binary_kd_loss(student, teacher, 2.0), two_classes, rtol=1e-12, atol=1e-14)
+
+
+def test_binary_kd_loss_sends_no_gradient_to_the_teacher():
+    student, teacher = normal(4, 3, seed=13).requires_grad_(), normal(4, 3, seed=14).requires_grad_()
+    functional.binary_kd_loss(student, teacher, 2.0).sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+# Similarity
+
+
+def naive_similarity(features, mask=None, normalize=False):
+    """Sum products over the entries (at kept positions) of two samples, one pair at a time."""
+    mask = torch.ones(features.shape[:2]) if mask is None else mask
+
+    def product(i, j):
+        kept = [n for n in range(features.shape[1]) if mask[i, n] and mask[j, n]]
+        return sum(math.fsum((features[i, n] * features[j, n]).flatten().tolist()) for n in kept)
+
+    out = np.zeros((len(features), len(features)))
+    for i, j in np.ndindex(out.shape):
+        out[i, j] = product(i, j) / (math.sqrt(product(i, i) * product(j, j)) if normalize else 1.0)
+    return out
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 2, 5), (4, 6, 3), (4, 7)])
+def test_similarity_matrix_is_the_naive_sum_of_products(shape, normalize):
+    features = normal(*shape, seed=15)
+    actual = functional.similarity_matrix(features, normalize=normalize)
+    np.testing.assert_allclose(actual, naive_similarity(features, normalize=normalize), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_similarity_matrix_leaves_masked_positions_out_even_when_they_are_nan(normalize):
+    features, mask = normal(3, 5, 2, seed=16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
+    expected = naive_similarity(features, mask, normalize)
+    features[mask == 0] = float("nan")
+    actual = functional.similarity_matrix(features, mask, normalize=normalize)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_similarity_matrix_of_a_large_half_precision_map_does_not_overflow(dtype):
+    features = (normal(2, 64, 28, 28, seed=17).abs() + 2).to(dtype)
+    actual = functional.similarity_matrix(features)
+    assert actual.dtype == torch.float32
+    assert float(actual.min()) > torch.finfo(torch.float16).max
+    np.testing.assert_allclose(actual, features.double().flatten(1) @ features.double().flatten(1).T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_similarities_are_not_lowered_by_autocast(dtype):
+    features = normal(4, 3000, seed=18, dtype=torch.float32) * 10
+    with torch.autocast("cpu", dtype=dtype):
+        matrix = functional.similarity_matrix(features)
+        cosine = functional.row_cosine(matrix[None], matrix[None])
+    assert matrix.dtype == cosine.dtype == torch.float32
+    assert relative(matrix, functional.similarity_matrix(features.double())) < 1e-6
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_similarity_matrix_follows_a_permutation_of_the_batch(normalize):
+    features, order = normal(6, 4, 3, seed=19), torch.randperm(6, generator=generator(1))
+    matrix = functional.similarity_matrix(features, normalize=normalize)
+    permuted = functional.similarity_matrix(features[order], normalize=normalize)
+    torch.testing.assert_close(permuted, matrix[order][:, order], rtol=1e-12, atol=1e-13)
+
+
+def naive_row_cosine(student, teacher):
+    out = np.zeros((student.shape[1], len(student), len(teacher)))
+    for s, t, i in itertools.product(range(len(student)), range(len(teacher)), range(student.shape[1])):
+        a, b = student[s, i].numpy(), teacher[t, i].numpy()
+        out[i, s, t] = np.corrcoef(a, b)[0, 1]
+    return out
+
+
+def test_row_cosine_is_the_correlation_of_two_rows():
+    student, teacher = normal(2, 6, 6, seed=20), normal(3, 6, 6, seed=21)
+    actual = functional.row_cosine(student, teacher)
+    assert actual.shape == (6, 2, 3)
+    np.testing.assert_allclose(actual, naive_row_cosine(student, teacher), rtol=1e-11, atol=1e-13)
+
+
+def test_row_cosine_follows_a_permutation_of_the_batch():
+    student, teacher, order = normal(2, 6, 6, seed=22), normal(3, 6, 6, seed=23), torch.randperm(6, generator=generator(2))
+    expected = functional.row_cosine(student, teacher)[order]
+    actual = functional.row_cosine(student[:, order][:, :, order], teacher[:, order][:, :, order])
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_row_cosine_of_one_sample_is_zero():
+    assert functional.row_cosine(normal(2, 1, 1), normal(3, 1, 1)).abs().max() == 0
+
+
+def test_row_cosine_of_a_constant_row_is_zero_and_not_rounding_noise():
+    same = normal(1, 50, seed=24, dtype=torch.float32).expand(7, -1)
+    rows = functional.similarity_matrix(same, normalize=True)
+    other = functional.similarity_matrix(normal(7, 50, seed=25, dtype=torch.float32), normalize=True)
+    rows = rows + torch.linspace(-1e-7, 1e-7, 7)  # what another order of summation may give
+    assert functional.row_cosine(rows[None], other[None]).abs().max() < 0.2
+
+
+# Grids
+
+
+@pytest.mark.parametrize(("size", "target"), [((6, 6), (3, 3)), ((6, 4), (2, 2)), ((5, 7), (3, 4)), ((4, 4), (1, 1))])
+def test_pool_map_averages_the_cells_that_overlap(size, target):
+    features = normal(2, 3, *size, seed=26)
+    expected = np.zeros((2, 3, *target))
+    for h, w in np.ndindex(*target):
+        top, bottom = h * size[0] // target[0], -(-(h + 1) * size[0] // target[0])
+        left, right = w * size[1] // target[1], -(-(w + 1) * size[1] // target[1])
+        expected[:, :, h, w] = features[:, :, top:bottom, left:right].numpy().mean((2, 3))
+    np.testing.assert_allclose(functional.pool_map(features, target), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_pool_map_returns_the_same_tensor_when_the_size_is_equal():
+    features = normal(2, 3, 4, 5)
+    assert functional.pool_map(features, (4, 5)) is features
+
+
+def test_map_to_tokens_goes_row_by_row():
+    features = normal(2, 3, 4, 5, seed=27)
+    tokens = functional.map_to_tokens(features)
+    assert tokens.shape == (2, 20, 3)
+    for h, w in np.ndindex(4, 5):
+        assert torch.equal(tokens[:, h * 5 + w], features[:, :, h, w])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_tokens_to_map_drops_the_prefix_and_inverts_map_to_tokens(prefix):
+    features = normal(2, 3, 4, 5, seed=28)
+    tokens = torch.cat([torch.full((2, prefix, 3), 9.0), functional.map_to_tokens(features)], 1)
+    assert torch.equal(functional.tokens_to_map(tokens, (4, 5)), features)
+
+
+def test_tokens_that_do_not_fill_the_grid_are_refused():
+    with pytest.raises(InputError, match=r"(?s)19 tokens for a grid of 4 x 5.*at least 20"):
+        functional.tokens_to_map(normal(2, 19, 3), (4, 5))
+
+
+# Masked means
+
+
+def test_masked_mean_averages_the_kept_positions_of_each_sample():
+    values, mask = normal(4, 5, seed=29), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0], [0] * 5])
+    expected = [row[kept.bool()].mean() if kept.any() else 0.0 for row, kept in zip(values.numpy(), mask, strict=True)]
+    values[mask == 0] = float("nan")
+    for kind in (mask, mask.bool(), mask.double()):
+        np.testing.assert_allclose(functional.masked_mean(values, kind), expected, rtol=1e-12)
+
+
+def test_masked_mean_without_a_mask_is_the_mean():
+    values = normal(4, 5, seed=30)
+    np.testing.assert_allclose(functional.masked_mean(values, None), values.numpy().mean(1), rtol=1e-12)
+
+
+def test_masked_mean_gives_no_gradient_to_masked_positions():
+    values, mask = normal(3, 4, seed=31).requires_grad_(), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    functional.masked_mean(values, mask).sum().backward()
+    expected = torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4, [0.0] * 4], dtype=torch.float64)
+    torch.testing.assert_close(values.grad, expected)
+
+
+# The weighted error
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+
+
+def naive_pair_error(projected, target, mask):
+    """Average squares one position at a time, over the kept positions of each sample; differentiable."""
+    rows = []
+    for i in range(len(projected)):
+        kept = range(projected.shape[1]) if mask is None else [n for n in range(projected.shape[1]) if mask[i, n]]
+        squares = [((projected[i, n] - target[i, n]) ** 2).sum() / projected.shape[2] for n in kept]
+        rows.append(sum(squares) / len(squares))
+    return torch.stack(rows)
+
+
+def naive_weighted_error(projected, targets, weights, mask):
+    return sum(weights[:, t] * naive_pair_error(projected, target, mask) for t, target in enumerate(targets))
+
+
+def error_problem(seed=0, layers=4, channels=5, dtype=torch.float64):
+    targets = [normal(3, 6, channels, seed=seed + t, dtype=dtype) * (t + 1) + t for t in range(layers)]
+    weights = torch.rand(3, layers, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return normal(3, 6, channels, seed=seed + 99, dtype=dtype), targets, weights
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_pair_errors_are_the_naive_means_of_squares(mask):
+    projected, targets, _ = error_problem()
+    actual = functional.pair_errors(projected, targets, mask)
+    expected = torch.stack([naive_pair_error(projected, target, mask) for target in targets], 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_weighted_feature_error_is_the_naive_weighted_sum(mask):
+    projected, targets, weights = error_problem()
+    value, errors = functional.weighted_feature_error(projected, targets, weights, mask)
+    expected = torch.stack([naive_pair_error(projected, target, mask) for target in targets], 1)
+    torch.testing.assert_close(errors, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(value, (weights * expected).sum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("trained_weights", [False, True])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_weighted_feature_error_has_the_gradients_of_the_naive_form(mask, trained_weights):
+    upstream = normal(3, seed=40)
+    gradients = []
+    for form in (lambda *args: functional.weighted_feature_error(*args)[0], naive_weighted_error):
+        projected, targets, weights = error_problem()
+        projected.requires_grad_(), weights.requires_grad_(trained_weights)
+        (form(projected, targets, weights, mask) * upstream).sum().backward()
+        gradients.append((projected.grad, weights.grad))
+    assert relative(gradients[0][0], gradients[1][0]) < 1e-10
+    if trained_weights:
+        assert relative(gradients[0][1], gradients[1][1]) < 1e-10
+
+
+def test_weighted_feature_error_passes_gradcheck_for_projection_and_weights():
+    projected, targets, weights = error_problem(channels=2, layers=3)
+    projected.requires_grad_(), weights.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p, w: functional.weighted_feature_error(p, targets, w, MASK)[0], (projected, weights), fast_mode=False
+    )
+
+
+def test_weighted_feature_error_gives_targets_and_pair_errors_no_gradient():
+    projected, targets, weights = error_problem()
+    targets = [target.requires_grad_() for target in targets]
+    value, errors = functional.weighted_feature_error(projected.requires_grad_(), targets, weights, None)
+    value.sum().backward()
+    assert not errors.requires_grad and all(target.grad is None for target in targets)
+
+
+def test_weighted_feature_error_keeps_six_digits_in_float32_with_outlier_channels():
+    projected, targets, weights = error_problem(channels=64)
+    for tensor in (projected, *targets):
+        tensor[..., 3] += 1000.0
+        tensor[..., 17] -= 3000.0
+    narrow = [projected.float().requires_grad_(), weights.float().requires_grad_()]
+    wide = [narrow[0].detach().double().requires_grad_(), narrow[1].detach().double().requires_grad_()]
+    stored = [target.float() for target in targets]
+    value, errors = functional.weighted_feature_error(narrow[0], stored, narrow[1], MASK)
+    expected = naive_weighted_error(wide[0], [target.double() for target in stored], wide[1], MASK)
+    value.sum().backward(), expected.sum().backward()
+    assert relative(value.detach(), expected.detach()) < 1e-6
+    assert relative(narrow[1].grad, wide[1].grad) < 1e-6
+    quiet = [c for c in range(64) if c not in (3, 17)]
+    assert relative(narrow[0].grad[..., quiet], wide[0].grad[..., quiet]) < 1e-6
+    assert torch.equal(errors, narrow[1].grad)
+
+
+def test_weighted_feature_error_of_a_group_without_weight_is_zero_without_gradient_to_the_projection():
+    projected, targets, weights = error_problem()
+    weights[1] = 0
+    projected.requires_grad_(), weights.requires_grad_()
+    value, errors = functional.weighted_feature_error(projected, targets, weights, None)
+    value.sum().backward()
+    assert value[1] == 0 and errors[1].min() > 0
+    assert projected.grad[1].abs().max() == 0 and projected.grad[0].abs().min() > 0
+    assert torch.equal(weights.grad, errors)
+
+
+def test_weighted_feature_error_ignores_nan_in_masked_positions_of_targets_and_projection():
+    projected, targets, weights = error_problem()
+    clean = projected.clone().requires_grad_()
+    expected = naive_weighted_error(clean, targets, weights, MASK)
+    expected.sum().backward()
+    for tensor in (projected, *targets):
+        tensor[MASK == 0] = float("nan")
+    projected.requires_grad_()
+    value, errors = functional.weighted_feature_error(projected, targets, weights, MASK)
+    value.sum().backward()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert errors.isfinite().all()
+    torch.testing.assert_close(projected.grad, clean.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weighted_feature_error_of_half_precision_outliers_neither_overflows_nor_rounds(dtype):
+    projected, targets, weights = error_problem(dtype=dtype)
+    projected[..., 0] += 1000  # its square is beyond float16
+    weights = weights.float()
+    projected.requires_grad_()
+    value, errors = functional.weighted_feature_error(projected, targets, weights, MASK)
+    value.sum().backward()
+    wide = projected.detach().double()
+    expected = naive_weighted_error(wide, [target.double() for target in targets], weights.double(), MASK)
+    assert value.dtype == errors.dtype == torch.float32
+    assert relative(value.detach(), expected) < 1e-6
+    assert projected.grad.dtype == dtype and projected.grad.isfinite().all()
+
+
+# Small helpers
+
+
+def test_entropy_is_log_of_the_count_when_uniform_and_zero_on_one_layer():
+    weights = torch.tensor([[0.25] * 4, [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    np.testing.assert_allclose(functional.entropy(weights), [math.log(4), 0.0, math.log(2)], atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_at_least_float32_widens_half_precision_only(dtype, expected):
+    assert functional.at_least_float32(torch.ones(2, dtype=dtype)).dtype == expected

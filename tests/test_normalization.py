@@ -1,0 +1,223 @@
+"""Running channel statistics against numpy over all the data seen, however the data is cut."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_semckd.normalization import VARIANCE_FLOOR, ChannelStatistics
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def data(seed=0):
+    """Maps of 8 samples whose four channels differ in place and spread."""
+    scale = torch.tensor([1.0, 5.0, 0.1, 30.0], dtype=torch.float64)
+    return normal(8, 4, 3, 2, seed=seed) * scale[:, None, None] + torch.tensor([0.0, -3, 2, 100])[:, None, None]
+
+
+def statistics_of(*batches, channels=4, masks=None, dtype=torch.float64):
+    statistics = ChannelStatistics(channels).to(dtype)
+    for index, batch in enumerate(batches):
+        statistics.observe(batch, None if masks is None else masks[index])
+        statistics.merge(statistics.pending())
+    return statistics
+
+
+def rows(features):
+    """Return all positions as (positions, channels) numpy rows."""
+    if features.dim() == 4:
+        features = features.permute(0, 2, 3, 1)
+    return features.reshape(-1, features.shape[-1]).double().numpy()
+
+
+def assert_moments(statistics, values, rtol=1e-11):
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(statistics.variance, values.var(0), rtol=rtol, atol=rtol)
+    assert float(statistics.count) == len(values)
+
+
+def test_fresh_statistics_leave_features_nearly_as_they_are():
+    features = data()
+    np.testing.assert_allclose(ChannelStatistics(4).double()(features), features, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["map", "tokens"])
+def test_moments_are_those_of_all_data_seen(layout):
+    features = data() if layout == "map" else data().flatten(2).transpose(1, 2)
+    second = features * 3 + 1
+    assert_moments(statistics_of(features, second), np.concatenate([rows(features), rows(second)]))
+
+
+@pytest.mark.parametrize("parts", [[8], [4, 4], [1] * 8, [3, 5], [7, 1]])
+def test_moments_do_not_depend_on_how_the_data_is_cut(parts):
+    assert_moments(statistics_of(*data().split(parts)), rows(data()))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_moments_do_not_depend_on_the_order_of_the_data(seed):
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    assert_moments(statistics_of(*data()[order].split(2)), rows(data()))
+
+
+def test_several_observations_may_be_merged_at_once():
+    statistics = statistics_of(data(seed=5))
+    for part in data().split(2):
+        statistics.observe(part)
+    statistics.merge(statistics.pending())
+    assert_moments(statistics, np.concatenate([rows(data(seed=5)), rows(data())]))
+
+
+def test_sums_of_two_processes_give_the_moments_of_both():
+    first, second = statistics_of(data(seed=5)), statistics_of(data(seed=5))
+    first.observe(data()[:3])
+    second.observe(data()[3:])
+    sums = first.pending() + second.pending()
+    first.merge(sums)
+    second.merge(sums)
+    assert_moments(first, np.concatenate([rows(data(seed=5)), rows(data())]))
+    assert torch.equal(first.mean, second.mean) and torch.equal(first.variance, second.variance)
+
+
+def test_a_process_without_data_adds_nothing():
+    busy, idle = statistics_of(data()), statistics_of(data())
+    busy.observe(data(seed=1))
+    sums = busy.pending() + idle.pending()
+    assert sums.shape == (1 + 2 * 4,)
+    busy.merge(sums)
+    assert_moments(busy, np.concatenate([rows(data()), rows(data(seed=1))]))
+
+
+def test_merging_nothing_changes_nothing():
+    statistics = statistics_of(data())
+    before = {name: value.clone() for name, value in statistics.state_dict().items()}
+    statistics.merge(statistics.pending())
+    fresh = ChannelStatistics(4)
+    fresh.merge(fresh.pending())
+    assert all(torch.equal(value, before[name]) for name, value in statistics.state_dict().items())
+    assert torch.equal(fresh.mean, torch.zeros(4)) and torch.equal(fresh.variance, torch.ones(4))
+
+
+def test_pending_forgets_what_it_returned():
+    statistics = ChannelStatistics(4)
+    statistics.observe(data().float())
+    assert statistics.pending().abs().sum() > 0
+    assert statistics.pending().abs().sum() == 0
+
+
+def padded(width, filling):
+    """Return five token sequences of lengths 1 to 5, padded to `width`, with their mask."""
+    mask = (torch.arange(width) < torch.arange(1, 6)[:, None]).long()
+    tokens = torch.full((5, width, 3), filling, dtype=torch.float64)
+    tokens[:, :5] = torch.where(mask[:, :5, None] > 0, normal(5, 5, 3) * 2 + 1, tokens[:, :5])
+    return tokens, mask
+
+
+@pytest.mark.parametrize("filling", [0.0, 1e6, float("nan"), float("inf")])
+@pytest.mark.parametrize("width", [5, 6, 12])
+def test_padding_does_not_reach_the_moments(width, filling):
+    tokens, mask = padded(width, filling)
+    assert_moments(statistics_of(tokens, channels=3, masks=[mask]), tokens[mask.bool()].numpy())
+    assert_moments(statistics_of(tokens, channels=3, masks=[mask.bool()]), tokens[mask.bool()].numpy())
+
+
+def test_batches_of_different_padding_add_up():
+    narrow, wide = padded(5, float("nan")), padded(9, 1e3)
+    statistics = statistics_of(narrow[0][:2], wide[0][2:], channels=3, masks=[narrow[1][:2], wide[1][2:]])
+    assert_moments(statistics, narrow[0][narrow[1].bool()].numpy())
+
+
+def test_a_fully_masked_batch_adds_nothing():
+    tokens, mask = padded(5, 0.0)
+    statistics = statistics_of(tokens, normal(2, 5, 3), channels=3, masks=[mask, torch.zeros(2, 5)])
+    assert_moments(statistics, tokens[mask.bool()].numpy())
+
+
+@pytest.mark.parametrize("parts", [[64], [16] * 4, [1] * 64])
+def test_large_offsets_keep_their_variance_in_float32(parts):
+    features = normal(64, 3, 4, 4, dtype=torch.float32) * torch.tensor([1.0, 2.0, 0.5])[:, None, None] + 1e4
+    statistics = statistics_of(*features.split(parts), channels=3, dtype=torch.float32)
+    np.testing.assert_allclose(statistics.mean, rows(features).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.variance, rows(features).var(0), rtol=1e-3)
+
+
+def test_standardised_channels_have_mean_zero_and_variance_one():
+    features = data()
+    standardised = rows(statistics_of(features)(features))
+    floor = VARIANCE_FLOOR * rows(features).var(0).mean()
+    expected = rows(features).var(0) / (rows(features).var(0) + floor)
+    np.testing.assert_allclose(standardised.mean(0), 0, atol=1e-11)
+    np.testing.assert_allclose(standardised.var(0), expected, rtol=1e-11)
+
+
+def test_standardising_is_the_numpy_formula_for_maps_and_tokens():
+    features, statistics = data(), statistics_of(data(seed=3))
+    values = rows(data(seed=3))
+    scale = np.sqrt(values.var(0) + VARIANCE_FLOOR * values.var(0).mean())
+    expected = (rows(features) - values.mean(0)) / scale
+    np.testing.assert_allclose(rows(statistics(features)), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(rows(statistics(features.flatten(2).transpose(1, 2))), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1, -7.3, 1234.567])
+def test_a_dead_channel_among_live_ones_stays_near_zero(offset):
+    features = normal(16, 3, 4, 4, dtype=torch.float32)
+    features[:, 1] = offset
+    standardised = statistics_of(*features.split(5), channels=3, dtype=torch.float32)(features)
+    assert standardised[:, 1].abs().max() < 0.1
+    assert standardised[:, 0].std() == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.0049382486, 0.10773043, -7.3, 1234.567])
+def test_a_layer_of_dead_channels_does_not_explode(offset):
+    features = torch.full((31, 3, 3, 3), offset)
+    standardised = statistics_of(*features.split(5), channels=3, dtype=torch.float32)(features)
+    assert standardised.abs().max() < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_standardised_in_float32(dtype):
+    features = (normal(16, 3, 4, 4) * 200 + 500).to(dtype)
+    statistics = statistics_of(features, channels=3, dtype=torch.float32)
+    assert statistics(features).dtype == torch.float32
+    np.testing.assert_allclose(statistics.variance, rows(features).var(0), rtol=1e-5)
+
+
+def test_observing_alone_does_not_change_the_forward():
+    statistics = statistics_of(data(seed=3))
+    before = statistics(data())
+    statistics.observe(data() * 100)
+    assert torch.equal(statistics(data()), before)
+    statistics.merge(statistics.pending())
+    assert not torch.allclose(statistics(data()), before)
+
+
+def test_state_dict_round_trip_continues_exactly():
+    statistics = statistics_of(data())
+    restored = ChannelStatistics(4).double()
+    restored.load_state_dict(statistics.state_dict())
+    for entry in (statistics, restored):
+        entry.observe(data(seed=8))
+        entry.merge(entry.pending())
+    assert set(statistics.state_dict()) == {"mean", "variance", "count"}
+    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in statistics.state_dict().items())
+
+
+def test_statistics_carry_no_gradient_and_pass_one_through():
+    statistics, features = statistics_of(data()), data().requires_grad_()
+    statistics.observe(features)
+    assert not statistics.pending().requires_grad
+    assert not list(statistics.parameters())
+    statistics(features).sum().backward()
+    assert features.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_in_a_module_cast_to_half_precision_stay_exact(dtype):
+    statistics = torch.nn.Sequential(ChannelStatistics(3)).to(dtype)[0]
+    parts = [normal(2, 4, 3, seed=seed).to(dtype) for seed in range(400)]
+    for part in parts:
+        statistics.observe(part)
+        statistics.merge(statistics.pending())
+    assert_moments(statistics, rows(torch.cat(parts)), rtol=1e-5)
