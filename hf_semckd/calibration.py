@@ -140,7 +140,7 @@ class ConvolutionalProjection(nn.Sequential):
             nn.Conv2d(middle, teacher_channels, 1, bias=False),
         )
 
-    def forward(self, maps: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, maps: Tensor) -> Tensor:
         """Project (B, C_s, H, W) to (B, C_t, H, W).
 
         A single position has no variance over the batch: it is normalised by the running statistics instead.
@@ -163,7 +163,9 @@ class ConvolutionalProjection(nn.Sequential):
 
 
 def _by_running_statistics(norm: nn.BatchNorm2d, maps: Tensor) -> Tensor:
-    return F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps)
+    return F.batch_norm(
+        maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+    )
 
 
 class SimilarityEmbedding(nn.Sequential):
@@ -178,7 +180,7 @@ class SimilarityEmbedding(nn.Sequential):
         super().__init__(nn.Linear(batch_size, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width))
         self.batch_size = batch_size
 
-    def forward(self, similarity: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, similarity: Tensor) -> Tensor:
         """Embed each row of a (B, B) similarity matrix into (B, d).
 
         Raises:
@@ -188,7 +190,7 @@ class SimilarityEmbedding(nn.Sequential):
             raise RaggedBatchError(ragged_batch_message(len(similarity), self.batch_size))
         # Raw similarities are beyond float16, to which autocast would lower them.
         with full_precision(similarity):
-            return F.normalize(super().forward(similarity.to(self[0].weight.dtype)), dim=1)
+            return F.normalize(super().forward(similarity.to(next(self.parameters()).dtype)), dim=1)
 
 
 class FeatureEmbedding(nn.Sequential):
@@ -207,10 +209,10 @@ class FeatureEmbedding(nn.Sequential):
             nn.Linear(2 * width, width),
         )
 
-    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Tensor) -> Tensor:
         """Embed (B, C) into (B, d) of unit length."""
-        weight = self[1].weight
-        return F.normalize(super().forward(features.to(weight.dtype)), dim=1)
+        dtype = next(self.parameters()).dtype
+        return F.normalize(super().forward(features.to(dtype)), dim=1)
 
 
 def ragged_batch_message(received: int, expected: int) -> str:

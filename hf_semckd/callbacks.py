@@ -44,7 +44,8 @@ class AssociationCallback(TrainerCallback):
         if association is None or writer is None:
             return
         for (s, t), weight in np.ndenumerate(association):
-            tag = f"association/student {self.trainer.student_layer_names[s]}/teacher {self.trainer.teacher_layer_names[t]}"
+            student, teacher = self.trainer.student_layer_names[s], self.trainer.teacher_layer_names[t]
+            tag = f"association/student {student}/teacher {teacher}"
             writer.add_scalar(tag, weight, state.global_step)
 
     def on_train_end(

@@ -9,15 +9,17 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from .config import SemCKDConfig
 from .errors import CheckpointError, message
 from .losses import FeatureLoss
+from .modeling import without_calibration
 from .report import environment, write_json
 
 CALIBRATION_FILE = "calibration.safetensors"
 SETTINGS_FILE = "distillation_config.json"
+PICKLED_ARGUMENTS = "training_args.bin"
 RECORDED_ARGUMENTS = (
     "learning_rate",
     "per_device_train_batch_size",
@@ -111,6 +113,55 @@ def save_settings(config: SemCKDConfig, folder: str | os.PathLike[str], teacher:
         "versions": environment(),
     }
     write_json(Path(folder) / SETTINGS_FILE, settings)
+
+
+class CheckpointingTrainer(Trainer):
+    """Saving the plain student, and resuming exactly; a base of `DistillationTrainer`."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self._distils:
+            super()._save(output_dir, state_dict)
+            return
+        with self._plain_student():
+            super()._save(output_dir, None if state_dict is None else without_calibration(state_dict))
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save:
+            # Trainer pickles its arguments, which only this library could read back: JSON says the same to anyone.
+            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            save_settings(self.args, folder, self.teacher)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._attached and self.feature_loss is not None:
+            # What the last step observed belongs to this checkpoint, on every process.
+            self.feature_loss.synchronize(self._sum_over_processes)
+            if self.args.should_save:
+                save_calibration(self.feature_loss, output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._distils or not self._reloads_here:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with self._plain_student():
+            if isinstance(self.model, PreTrainedModel):
+                reload_student(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._attached and self.feature_loss is not None:
+            load_calibration(self.feature_loss, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        with self._plain_student():
+            if self._distils and self._reloads_here and isinstance(self.model, PreTrainedModel) and best is not None:
+                reload_student(self.model, best)
+            else:
+                super()._load_best_model()
+
+    @property
+    def _reloads_here(self) -> bool:
+        """Whether checkpoints hold whole tensors; FSDP and DeepSpeed carry the calibration in their own state."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 def _plain(value: Any) -> Any:

@@ -47,14 +47,16 @@ class SemCKDConfig(TrainingArguments):
     feature_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Channel-standardised targets "
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. "
+            "Channel-standardised targets "
             "make the term about 1 for every architecture; the published form needs 50 to 400."
         },
     )
     association: Association = field(
         default="similarity",
         metadata={
-            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how alike both see "
+            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how "
+            "alike both see "
             "the sample among the batch. learned: by small networks, trained with the student. uniform, last, "
             "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip map)."
         },
@@ -62,7 +64,8 @@ class SemCKDConfig(TrainingArguments):
     target_norm: TargetNorm = field(
         default="channel",
         metadata={
-            "help": "channel: every teacher channel is standardised with its running mean and variance over the training "
+            "help": "channel: every teacher channel is standardised with its running mean and variance over "
+            "the training "
             "data. none: raw targets, as published."
         },
     )
@@ -76,7 +79,8 @@ class SemCKDConfig(TrainingArguments):
     student_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module names. None: all "
+            "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module "
+            "names. None: all "
             "blocks, found automatically."
         },
     )
@@ -87,7 +91,8 @@ class SemCKDConfig(TrainingArguments):
     association_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax over cosines. "
+            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax "
+            "over cosines. "
             "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2, or 1 in the "
             "published form."
         },
@@ -147,7 +152,7 @@ class SemCKDConfig(TrainingArguments):
         converted.__class__ = cls
         for name in distillation_fields():
             setattr(converted, name, cls.__dataclass_fields__[name].default)
-        return converted  # type: ignore[return-value]
+        return converted
 
     @property
     def distils_logits(self) -> bool:
@@ -274,7 +279,8 @@ def _layer_list(name: str, layers: Any) -> list[Any] | None:
         message(
             f"`{name}` is not a list of layers",
             received=repr(layers),
-            expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
+            expected="different hidden-state indices (ints), or different module names (strings), at least "
+            "one; or None",
             todo=f"leave {name} out to use all blocks, or list either indices or names",
         )
     )

@@ -71,8 +71,8 @@ class FeatureCapture:
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None, role: str):
         self.role = role
-        self.layers = None if layers is None else list(layers)
-        self.by_name = bool(self.layers) and isinstance(self.layers[0], str)  # type: ignore[index]
+        self.layers: list[int | str] | None = None if layers is None else list(layers)
+        self.by_name = bool(self.layers) and self.layers is not None and isinstance(self.layers[0], str)
         if self.by_name:
             for name in self.layers or ():
                 self._find_module(model, str(name))
@@ -112,12 +112,13 @@ class FeatureCapture:
                     f"The {self.role} returns no hidden states",
                     received=f"an output with {_describe_output(outputs)}",
                     expected="a model that takes output_hidden_states=True, or the names of the modules to use",
-                    todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0",
+                    todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set "
+                    "feature_weight=0",
                 )
             )
         if self.layers is None:
             raise InputError(f"The {self.role}'s layers have not been resolved: call `resolve` first.")
-        return [states[self._checked_index(int(index), len(states))] for index in self.layers]
+        return [states[self._checked_index(index, len(states))] for index in self.layers]
 
     def resolve(self, model: nn.Module, outputs: Any) -> None:
         """Choose all blocks when no layers were given: every hidden state but the embedding or stem."""
@@ -128,13 +129,14 @@ class FeatureCapture:
         elif not self.by_name:
             states = hidden_states(outputs)
             if states is not None:
-                self.layers = [self._checked_index(int(index), len(states)) for index in self.layers]
+                self.layers = [self._checked_index(index, len(states)) for index in self.layers]
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
         return [str(layer) for layer in self.layers or ()]
 
-    def _checked_index(self, index: int, count: int) -> int:
+    def _checked_index(self, layer: int | str, count: int) -> int:
+        index = int(layer)
         position = index + count if index < 0 else index
         if not 0 <= position < count:
             raise LayerNotFoundError(
@@ -142,7 +144,8 @@ class FeatureCapture:
                     f"The {self.role} has no hidden state {index}",
                     received=f"{self.role}_layers with {index}",
                     expected=f"indices from 0 (embedding or stem) to {count - 1}, or negative ones from the end",
-                    todo=f"the nearest is {max(0, min(position, count - 1))}; leave {self.role}_layers out for all blocks",
+                    todo=f"the nearest is {max(0, min(position, count - 1))}; leave {self.role}_layers out "
+                    "for all blocks",
                 )
             )
         return position
@@ -210,7 +213,7 @@ def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, 
     images = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() == 4]
     if spec.kind == "map" or not images:
         return spec
-    grid = _patch_grid(getattr(model, "config", None), tuple(images[0].shape[-2:]), spec.length)
+    grid = _patch_grid(getattr(model, "config", None), (images[0].shape[-2], images[0].shape[-1]), spec.length)
     if grid is None:
         return spec
     return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, spec.length - grid[0] * grid[1])

@@ -118,7 +118,8 @@ def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
                 "The tokens do not fill the grid",
                 received=f"{features.shape[1]} tokens for a grid of {height} x {width}",
                 expected=f"at least {height * width} tokens",
-                todo="use one image size for all batches, or name the layers to use with student_layers / teacher_layers",
+                todo="use one image size for all batches, or name the layers to use with student_layers / "
+                "teacher_layers",
             )
         )
     patches = features[:, features.shape[1] - height * width :]

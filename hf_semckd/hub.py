@@ -13,14 +13,15 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from torch import nn
-from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils.hub import PushInProgress
 from transformers import (
     BaseImageProcessor,
     FeatureExtractionMixin,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
 )
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
 
 from .checkpoint import CALIBRATION_FILE
 from .config import SemCKDConfig
@@ -81,17 +82,20 @@ def upload_student(folder: Path, repo_id: str, *, token: str | None, revision: s
                 received=f"{type(error).__name__}: {error}",
                 expected=f"that {repo_id} can be written with your token",
                 todo="check the connection and `hf auth whoami`, then call trainer.push_to_hub() again, or later "
-                "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was saved there",
+                "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was "
+                "saved there",
             )
         ) from error
 
 
-class PublishingMixin:
+class PublishingTrainer(Trainer):
     """The part of a trainer that publishes: only the plain student, and never at the price of what was trained.
 
     Everything is uploaded from a folder made for the purpose, so pictures, logs, optimizer states and pickled
     arguments that lie in the output folder stay there.
     """
+
+    push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it; see `Trainer.init_hf_repo`.
@@ -100,9 +104,9 @@ class PublishingMixin:
             HubPushError: When that is refused, before any training.
         """
         try:
-            super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
+            super().init_hf_repo(token=token, private=private)
         except Exception as error:  # the client raises many kinds, and all mean the same here
-            raise HubPushError(_repository_message(self.args.hub_model_id, error)) from error  # type: ignore[attr-defined]
+            raise HubPushError(_repository_message(self.args.hub_model_id, error)) from error
 
     def push_to_hub(
         self,
@@ -125,25 +129,24 @@ class PublishingMixin:
         Raises:
             HubPushError: When the upload fails; the student is saved in `args.output_dir` by then.
         """
-        trainer: Any = self
-        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-        trainer.save_model(_internal_call=True)
-        if trainer.hub_model_id is None:
-            trainer.init_hf_repo(token=token, private=private)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
         folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
-        trainer.save_model(str(folder), _internal_call=True)
-        if not trainer.is_world_process_zero():
+        self.save_model(str(folder), _internal_call=True)
+        if not self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        trainer.create_model_card(**{"model_name": trainer.hub_model_id.split("/")[-1], **card})
-        shutil.copy(Path(trainer.args.output_dir) / CARD, folder / CARD)
-        trainer._finish_current_push()
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **card})
+        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
+        self._finish_current_push()
         upload = functools.partial(
             _upload_and_discard,
             folder,
-            trainer.hub_model_id,
-            token=token or trainer.args.hub_token,
-            revision=revision or trainer.args.hub_revision,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
             commit_message=commit_message or "End of training",
         )
         return upload() if blocking else HfApi().run_as_future(upload)
@@ -161,33 +164,31 @@ class PublishingMixin:
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
-        trainer: Any = self
-        if not trainer.is_world_process_zero():
+        if not self.is_world_process_zero():
             return
         data = dataset_tags or dataset
         text = student_card(
-            repo_name=model_name or Path(trainer.args.output_dir).name,
-            student=trainer.student,
-            teacher=trainer.teacher,
-            config=trainer.args,
-            metrics=_last_evaluation(trainer.state.log_history),
-            processing_class=trainer.processing_class,
+            repo_name=model_name or Path(self.args.output_dir).name,
+            student=self.student,
+            teacher=self.teacher,
+            config=self.args,
+            metrics=_last_evaluation(self.state.log_history),
+            processing_class=self.processing_class,
             dataset=data[0] if isinstance(data, list) else data,
             license=license,
             language=language,
             tags=tuple([tags] if isinstance(tags, str) else tags or ()),
             base_model=finetuned_from,
         )
-        write_atomic(Path(trainer.args.output_dir) / CARD, text.encode())
+        write_atomic(Path(self.args.output_dir) / CARD, text.encode())
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint's student in the background; a failure is logged and training goes on."""
-        trainer: Any = self
-        strategy = trainer.args.hub_strategy
-        if not trainer.is_world_process_zero() or strategy == HubStrategy.END:
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
-        if busy and not trainer.args.hub_always_push:
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
             return
         folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
         whole = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
@@ -195,22 +196,22 @@ class PublishingMixin:
         if whole:
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             shutil.copytree(checkpoint_folder, folder / name)
-        trainer.create_model_card(model_name=trainer.hub_model_id.split("/")[-1])
-        shutil.copy(Path(trainer.args.output_dir) / CARD, folder / CARD)
-        by_step = trainer.args.save_strategy == SaveStrategy.STEPS
-        moment = f"step {trainer.state.global_step}" if by_step else f"epoch {int(trainer.state.epoch or 0)}"
+        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
         job = HfApi().run_as_future(
             _upload_quietly,
             folder,
-            trainer.hub_model_id,
-            token=trainer.args.hub_token,
-            revision=trainer.args.hub_revision,
+            self.hub_model_id,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
             commit_message=f"Training in progress, {moment}",
         )
         if busy:
-            trainer.push_in_progress.jobs.append(job)
+            self.push_in_progress.jobs.append(job)
         else:
-            trainer.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress([job])
 
 
 def _upload_and_discard(
@@ -234,7 +235,7 @@ def _upload_quietly(
 
 def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
     """Return the quality metrics of the last evaluation in the log, by their names without `eval_`."""
-    entry = next((row for row in reversed(history) if any(key.startswith("eval_") for key in row)), {})
+    entry: dict[str, Any] = next((row for row in reversed(history) if any(key.startswith("eval_") for key in row)), {})
     speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
     return {key: float(value) for key, value in named.items() if key not in speeds and isinstance(value, (int, float))}

@@ -271,7 +271,7 @@ def _metadata(
         metrics=[name for name in results if name != "loss"] or None,
         model_name=repo if evaluations else None,
         pipeline_tag=task,
-        tags=[*own, *(tag for tag in tags if _is_public(tag) and tag not in own)],
+        tags=[*own, *(tag for tag in tags if _is_public(tag))],
     )
 
 
@@ -386,11 +386,11 @@ def _inline(text: str, *, code: bool = True) -> str:
         text = text[: LONGEST_VALUE - 1] + "…"
     if not text:
         return "(empty)"
-    # A code span takes everything literally but a backtick, and inside a table a pipe or a backslash before it.
+    # A code span takes everything literally but a backtick and, inside a table, a pipe or a backslash before it.
     if code and not re.search(r"[`|\\]", text):
         return f"`{text}`"
     escaped = re.sub(r"([\\`*_\[\]#~!])", r"\\\1", text.replace("&", "&amp;"))
-    return escaped.replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _require_class(name: str, value: str) -> None:

@@ -85,6 +85,7 @@ class StudentAttachment:
         if not self.attached or not self.removable:
             return
         self._take_off()
+        self.student.__dict__.pop("_is_accelerate_prepared", None)
         if self.student.__dict__.get("forward") is not self._instance_forward:
             # accelerate binds an autocast forward of the training class to the instance; evaluation binds its own.
             self.student.__dict__.pop("forward", None)

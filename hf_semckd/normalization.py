@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class ChannelStatistics(nn.Module):
         channels: Number of channels.
 
     Attributes:
-        mean, variance: (channels) buffers, float32 or wider even when the module around them is cast to half precision.
+        mean, variance: (channels) buffers, float32 or wider even when the module around them is cast to half
+            precision.
         count: Number of positions behind them; 0 before the first merge.
     """
 
@@ -108,6 +110,6 @@ class ChannelStatistics(nn.Module):
             self._buffers[name] = None if buffer is None else at_least_float32(buffer)
         return self
 
-    def _wide(self) -> dict[str, object]:
+    def _wide(self) -> dict[str, Any]:
         device = self.mean.device
         return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}

@@ -76,7 +76,8 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
         raise InputError(
             message(
                 "There is no teacher to distil from",
-                received=f"teacher_model=None, logit_weight={config.logit_weight}, feature_weight={config.feature_weight}",
+                received=f"teacher_model=None, logit_weight={config.logit_weight}, "
+                f"feature_weight={config.feature_weight}",
                 expected="a model, or a name or folder to load one from",
                 todo="pass teacher_model=..., or set logit_weight=0 and feature_weight=0 for plain fine-tuning",
             )
@@ -123,7 +124,8 @@ def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
     names = [_label_names(model) for model in (student, teacher)]
     if all(names) and names[0] != names[1]:
         logger.warning(
-            "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched by position; "
+            "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched "
+            "by position; "
             "give the student the teacher's id2label if the order differs.",
             names[0],
             names[1],
@@ -159,7 +161,8 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
                 "Neither student nor teacher takes any column of the training dataset",
                 received=f"columns {', '.join(map(repr, columns))}",
                 expected=f"some of {', '.join(sorted(taken - set(LABEL_COLUMNS)))}",
-                todo="tokenize or preprocess the dataset first (dataset.map(...)), or set remove_unused_columns=False when "
+                todo="tokenize or preprocess the dataset first (dataset.map(...)), or set "
+                "remove_unused_columns=False when "
                 "the collator or a transform makes the inputs",
             )
         )
@@ -193,7 +196,8 @@ def check_published_batches(config: SemCKDConfig, samples: int | None, processes
         return
     raise InputError(
         message(
-            "The published association takes similarity rows, whose length is the batch size; the last batch is smaller",
+            "The published association takes similarity rows, whose length is the batch size; the last batch "
+            "is smaller",
             received=f"{samples} samples in batches of {size}, dataloader_drop_last=False",
             expected="every batch of the same size",
             todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
@@ -226,7 +230,9 @@ def probe(
         LayerNotFoundError: When a chosen layer does not exist.
         TeacherOutputError: When the teacher's outputs are not finite.
     """
-    teacher_outputs, teacher_recorded = _run("teacher", batch, lambda: teacher.forward(batch, features=features))
+    teacher_outputs, teacher_recorded = _run(
+        "teacher", batch, lambda: teacher.forward(teacher.inputs(batch), features=features)
+    )
     student_inputs = select_inputs(student, batch)
     was_training = student.training
     student.eval()

@@ -53,7 +53,7 @@ def validate_association(association: np.ndarray) -> np.ndarray:
         InputError: When it is not two-dimensional, is empty, or holds NaN, infinities or values outside [0, 1];
             it is a ValueError.
     """
-    weights = np.array(association, dtype=np.float64)
+    weights = np.asarray(association, dtype=np.float64)
     finite = np.isfinite(weights)
     if weights.ndim != 2 or weights.size == 0:
         received, todo = f"shape {weights.shape}", "average weights per sample over the batch (axis 0) first"
@@ -64,6 +64,7 @@ def validate_association(association: np.ndarray) -> np.ndarray:
         received = f"values from {weights.min():.4g} to {weights.max():.4g}"
         todo = "apply the softmax over teacher layers if these are scores"
     else:
+        # Rounding may leave a weight a little outside; clip also makes the copy.
         return weights.clip(0.0, 1.0)
     raise InputError(
         message(

@@ -57,9 +57,8 @@ class Teacher:
             self.model.to(device)
 
     @torch.no_grad()
-    def forward(self, batch: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
-        """Run the model on a training batch; return its raw output and what the hooks recorded."""
-        inputs = self.inputs(batch)
+    def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
+        """Run the model on its own inputs; return its raw output and what the hooks recorded."""
         request = self.capture.request(self.model) if features else {}
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
@@ -76,12 +75,13 @@ class Teacher:
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
         """
-        outputs, recorded = self.forward(batch, features=features)
+        inputs = self.inputs(batch)
+        outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         return TeacherOutputs(
             logits=logits_of(outputs, "teacher").detach() if logits else None,
             features=taken,
-            mask=tokens_mask(self.inputs(batch).get("attention_mask"), taken),
+            mask=tokens_mask(inputs.get("attention_mask"), taken),
         )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,8 @@ class Teacher:
                         else f"The teacher's {name} is not finite",
                         received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
                         expected="finite values",
-                        todo="check the teacher's weights and these samples, and load the teacher in float32 or bfloat16 "
+                        todo="check the teacher's weights and these samples, and load the teacher in float32 "
+                        "or bfloat16 "
                         "when it is in float16",
                     )
                 )
@@ -155,7 +156,8 @@ def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"{type(model).__name__} takes nothing of the batch",
             received=f"columns {', '.join(map(repr, batch)) or 'none'}",
             expected=f"some of {', '.join(map(repr, parameters))}",
-            todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, or give the "
+            todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
+            "or give the "
             "teacher columns of its own named teacher_...",
         )
     )
@@ -217,8 +219,8 @@ def _model_class(config: Any, like: nn.Module | None) -> Any:
 
 def _plain_forward(model: nn.Module) -> Any:
     """Return the forward whose signature tells the inputs: that of the base model under PEFT."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.forward
+    owner: Any = model
+    return owner.get_base_model().forward if hasattr(owner, "get_base_model") else owner.forward
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -186,9 +186,11 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
     """Say that two models do not predict the same classes and what to do about it."""
     return message(
         "Teacher and student logits have different shapes, so logit distillation is impossible",
-        received=f"student {student}, teacher {teacher} (the last dimension is the number of labels, or the vocabulary)",
+        received=f"student {student}, teacher {teacher} (the last dimension is the number of labels, or the "
+        "vocabulary)",
         expected="the same labels, in the same order, for both",
-        todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to distil features "
+        todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to "
+        "distil features "
         "alone",
     )
 

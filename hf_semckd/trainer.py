@@ -6,24 +6,23 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .callbacks import AssociationCallback
-from .checkpoint import load_calibration, reload_student, save_calibration, save_settings
+from .checkpoint import CheckpointingTrainer
 from .config import SemCKDConfig
-from .errors import NonFiniteLossError, message
 from .features import FeatureCapture
-from .hub import PublishingMixin
+from .hub import PublishingTrainer
 from .losses import FeatureLoss, SemCKDLoss
 from .meters import LossMeter
-from .modeling import DistillationTargets, StudentAttachment, logits_of, without_calibration
+from .modeling import StudentAttachment
+from .objective import ObjectiveTrainer
+from .observation import ObservingTrainer
 from .optimization import BorrowedOptimizer, add_calibration_groups
 from .preflight import (
     Probe,
@@ -39,16 +38,15 @@ from .preflight import (
     probe,
     untouched_random_state,
 )
-from .teacher import TEACHER_PREFIX, Teacher, TeacherOutputs, forward_parameters, load_model, select_inputs
-from .terms import Task, Window, count_window, cross_entropy, logit_loss_sum, task_of
+from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, Teacher, forward_parameters, load_model, select_inputs
+from .terms import Task, Window, task_of
 
 logger = logging.getLogger(__name__)
 
 ModelSource = nn.Module | str | os.PathLike[str]
-PICKLED_ARGUMENTS = "training_args.bin"
 
 
-class DistillationTrainer(PublishingMixin, Trainer):
+class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrainer, PublishingTrainer):
     """`transformers.Trainer` that also learns from a frozen teacher.
 
     total loss = task_weight * task + logit_weight * logits + feature_weight * features, each averaged over the
@@ -68,6 +66,10 @@ class DistillationTrainer(PublishingMixin, Trainer):
         InputError: When models and data do not fit together; always before the first step.
         ConfigurationError: When the arguments cannot work.
     """
+
+    default_feature_loss: ClassVar[str | None] = None
+    label_names: list[str]
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class DistillationTrainer(PublishingMixin, Trainer):
         self._teacher: Teacher | None = None
         self._borrowed: BorrowedOptimizer | None = None
         self.feature_loss: FeatureLoss | None = None
-        self._feature_loss_source = check_feature_loss(feature_loss)
+        self._feature_loss_source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
             args=args,
@@ -141,15 +143,6 @@ class DistillationTrainer(PublishingMixin, Trainer):
         """Names of the teacher layers that are learned from."""
         return self._teacher.capture.names() if self._teacher is not None and self._distils_features else []
 
-    def association(self) -> np.ndarray | None:
-        """Return the mean association weights of the last logging window.
-
-        Returns:
-            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
-            from, or None when nothing was logged yet or there is no association.
-        """
-        return None if self._association is None else self._association.copy()
-
     # ---- Setting up --------------------------------------------------------------------------------------------
 
     @property
@@ -177,6 +170,7 @@ class DistillationTrainer(PublishingMixin, Trainer):
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
         self._student_takes = set(forward_parameters(self.student))
+        self._teacher_only = set(forward_parameters(teacher)) - self._student_takes
         self.callback_handler.callbacks.insert(0, AssociationCallback(self))
         if self.train_dataset is not None:
             check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
@@ -295,7 +289,7 @@ class DistillationTrainer(PublishingMixin, Trainer):
                 self.optimizer, self.feature_loss, learning_rate=rate, weight_decay=self.args.weight_decay
             )
         elif self._borrowed is None:
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
             self._borrowed = BorrowedOptimizer(inner, scheduler, self.feature_loss)
         return optimizer
@@ -304,7 +298,7 @@ class DistillationTrainer(PublishingMixin, Trainer):
         """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if first and self._teacher is not None:
+        if first and self._teacher is not None and self._signature_columns is not None:
             extra = [name for name in forward_parameters(self.teacher) if name not in self._signature_columns]
             columns = _columns(self.train_dataset)
             extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
@@ -320,298 +314,26 @@ class DistillationTrainer(PublishingMixin, Trainer):
 
     def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the student gets of a batch: not the teacher's columns, nor those only the teacher names."""
-        chosen = select_inputs(self.student, inputs) if not isinstance(self.student, PreTrainedModel) else None
-        teacher_only = set(forward_parameters(self.teacher)) - self._student_takes
         own = {
             key: value
             for key, value in inputs.items()
-            if key not in teacher_only and not key.startswith(TEACHER_PREFIX)
+            if key not in self._teacher_only and not key.startswith(TEACHER_PREFIX)
         }
-        if chosen is None:
+        if isinstance(self.student, PreTrainedModel) or hasattr(self.student, "get_base_model"):
             return own
-        labels = {key: value for key, value in own.items() if key in ("labels", "label", "label_ids")}
-        return {**chosen, **labels} if not hasattr(self.student, "get_base_model") else own
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Fetch the micro-batches of an optimizer step, and count what its terms are averages over, on all processes."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._distils and batches:
-            self._window = count_window(batches, self._task, self._shifts_labels, self._sum_over_processes)
-            self._window.processes = self.accelerator.num_processes
-            self._update_statistics(batches)
-        return batches, items
-
-    @property
-    def _shifts_labels(self) -> bool:
-        base = self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
-        return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").to(tensor.device)
-
-    def _update_statistics(self, batches: list[Any]) -> None:
-        """Merge teacher statistics once an optimizer step; the first step takes them from its own samples."""
-        loss = self.feature_loss
-        if loss is None or not self._attached:
-            return
-        loss.collecting = True
-        if loss.needs_statistics:
-            for batch in batches:
-                outputs = self._run_teacher(self._prepare_input(batch), logits=False)
-                loss.observe(outputs.features, outputs.mask)
-            loss.collecting = False
-        loss.synchronize(self._sum_over_processes)
-
-    def _run_teacher(self, batch: Mapping[str, Any], *, logits: bool) -> TeacherOutputs:
-        assert self._teacher is not None
-        return self._teacher.run(batch, logits=logits, features=self._distils_features)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the distillation loss while training, and what `Trainer` returns otherwise.
-
-        Raises:
-            NonFiniteLossError: When a term is NaN or infinite, before it reaches a weight.
-            TeacherOutputError: When it is the teacher's doing.
-        """
-        if not (self._distils and self.model.training and self.is_in_train):
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = self._run_teacher(inputs, logits=self.args.distils_logits)
-        student_inputs = self._student_inputs(inputs)
-        labels = student_inputs.get("labels")
-        if self._drops_labels:
-            student_inputs.pop("labels", None)
-        keyword = {}
-        if self._distils_features:
-            mask = student_inputs.get("attention_mask")
-            keyword = DistillationTargets(targets.features, mask, targets.mask).as_keyword()
-        outputs = model(**student_inputs, **keyword)
-        outputs, features = outputs if keyword else (outputs, None)
-        terms = self._terms(outputs, features, targets, inputs, labels)
-        loss = sum(weight * term for weight, term in terms.values())
-        self._check_finite(loss, terms, targets)
-        self._record(terms, features)
-        if not hasattr(Trainer, "loss_is_scaled_for_ga") and self.compute_loss_func is None:
-            # Before transformers 5.2x Trainer divides by the accumulation steps once more.
-            loss = loss * self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _drops_labels(self) -> bool:
-        """Whether the student must not compute the task loss by itself."""
-        custom = self.compute_loss_func is not None or self.label_smoother is not None
-        return custom or self.args.task_weight == 0 or "labels" not in self._student_takes
-
-    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: Any) -> Any:
-        if not self._distils or "labels" in self._student_takes or "labels" not in inputs or self.compute_loss_func:
-            return super().compute_loss(model, inputs, return_outputs, items)
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        logits = logits_of(outputs, "student")
-        loss = cross_entropy(logits, labels)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
-
-    def _terms(
-        self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], labels: Any
-    ) -> dict[str, tuple[float, Tensor]]:
-        """Return weight and value of each term; values are shares of the window's mean, times the processes."""
-        window, args = self._window, self.args
-        terms: dict[str, tuple[float, Tensor]] = {}
-        items = window.task_items.popleft()
-        if args.task_weight > 0 and items > 0:
-            terms["task_loss"] = (args.task_weight, self._task_loss(outputs, labels, items))
-        if args.distils_logits:
-            assert targets.logits is not None
-            student = logits_of(outputs, "student")
-            total = logit_loss_sum(student, targets.logits, batch, args.temperature, self._task, self._shifts_labels)
-            terms["logit_loss"] = (args.logit_weight, total * window.logit_scale())
-        if features is not None:
-            share = features["per_sample"].sum() * window.sample_scale()
-            terms["feature_loss"] = (args.feature_weight, share)
-        if not terms:
-            # A micro-batch without a single label: it still has to reach every parameter of every process.
-            terms["task_loss"] = (0.0, logits_of(outputs, "student").sum() * 0.0)
-        return terms
-
-    def _task_loss(self, outputs: Any, labels: Any, items: float) -> Tensor:
-        window = self._window
-        if self.compute_loss_func is not None:
-            total = torch.tensor(window.totals[0], device=self.args.device)
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
-        if self.label_smoother is not None and labels is not None:
-            loss = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
-        elif self._drops_labels:
-            loss = cross_entropy(logits_of(outputs, "student"), labels)
-        else:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-        return loss * window.task_scale(items)
-
-    def _check_finite(self, loss: Any, terms: Mapping[str, tuple[float, Tensor]], targets: TeacherOutputs) -> None:
-        if torch.isfinite(loss):
-            return
-        assert self._teacher is not None
-        self._teacher.check_finite(targets)
-        broken = [f"{name} = {float(value):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)]
-        raise NonFiniteLossError(
-            message(
-                f"The loss is not finite at step {self.state.global_step + 1}; training stops before it reaches a weight",
-                received=", ".join(broken) or "a sum of finite terms that overflows",
-                expected="finite loss terms",
-                todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and go on from the "
-                "last checkpoint with train(resume_from_checkpoint=True)",
-            )
-        )
-
-    # ---- What is shown -----------------------------------------------------------------------------------------
-
-    def start_averages(self, step: int) -> None:
-        """Begin a logging window at an optimizer step, forgetting what was summed before."""
-        self._meter = LossMeter()
-        self._averaged_to = step
-
-    def finish_averages(self) -> dict[str, float]:
-        """End the logging window on all processes at once; return its terms and keep its association."""
-        if self._meter.empty:
-            return {}
-        averages = self._meter.average(self.state.global_step - self._averaged_to, self._sum_over_processes)
-        self._averaged_to = self.state.global_step
-        if averages.association is not None:
-            self._association = averages.association
-        bound = None if self.feature_loss is None else self.feature_loss.upper_bound
-        if averages.collapsed(bound) and not self._warned_of_collapse and self.is_world_process_zero():
-            self._warned_of_collapse = True
-            layer = self.teacher_layer_names[int(self._association[0].argmax())]  # type: ignore[index]
-            logger.warning(
-                "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for every "
-                "sample alike, so it carries no information. Use association='similarity' (the default), or raise "
-                "association_temperature.",
-                layer,
-            )
-        return averages.terms
-
-    def _record(self, terms: Mapping[str, tuple[float, Tensor]], features: Any) -> None:
-        for name, (_, value) in terms.items():
-            self._meter.add_term(name, value / self._window.processes)
-        if features is not None and "attention" in features:
-            self._meter.add_association(features["attention"])
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what `Trainer` logs, with the terms of the window and the association's entropy beside the loss."""
-        training = self._distils and "loss" in logs
-        super().log({**logs, **self.finish_averages()} if training else logs, start_time)
-        if training and self._association is not None:
-            # Kept in the history, not printed: S * T numbers would bury the others.
-            self.state.log_history[-1]["association"] = self._association.tolist()
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count the student's operations alone: neither the teacher nor the calibration stays."""
-        if not self._attached:
-            return super().floating_point_ops(inputs)
-        name = getattr(self.student, "main_input_name", "input_ids")
-        return 6 * inputs[name].numel() * self._student_parameters if name in inputs else 0
-
-    # ---- Saving and loading ------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self._distils:
-            super()._save(output_dir, state_dict)
-            return
-        with self._plain_student():
-            super()._save(output_dir, None if state_dict is None else without_calibration(state_dict))
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.args.should_save:
-            # Trainer pickles its arguments, which only this library could read back: JSON says the same to anyone.
-            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            save_settings(self.args, folder, self.teacher)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._attached and self.feature_loss is not None:
-            # What the last step observed belongs to this checkpoint, on every process.
-            self.feature_loss.synchronize(self._sum_over_processes)
-            if self.args.should_save:
-                save_calibration(self.feature_loss, output_dir)
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._distils or not self._reloads_here:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with self._plain_student():
-            if isinstance(self.model, PreTrainedModel):
-                reload_student(self.model, resume_from_checkpoint)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._attached and self.feature_loss is not None:
-            load_calibration(self.feature_loss, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        with self._plain_student():
-            if self._distils and self._reloads_here and isinstance(self.model, PreTrainedModel) and best is not None:
-                reload_student(self.model, best)
-            else:
-                super()._load_best_model()
-
-    @property
-    def _reloads_here(self) -> bool:
-        """Whether checkpoints hold whole tensors; FSDP and DeepSpeed carry the calibration in their own state."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        labels = {key: value for key, value in own.items() if key in LABEL_COLUMNS}
+        return {**select_inputs(self.student, own), **labels}
 
 
 class SemCKDTrainer(DistillationTrainer):
     """`transformers.Trainer` with SemCKD: every student layer learns from the teacher layers that see a sample alike.
 
-    Args:
-        teacher_model: The teacher: a model, or a name or folder to load it from.
-        model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
-            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in
-            `DistillationTrainer`.
+    Takes what `DistillationTrainer` takes; `feature_loss` is SemCKD unless another one is given.
 
     Source: Chen et al. (AAAI 2021), Wang et al. (TKDE 2023); see `losses.SemCKDLoss`.
     """
 
-    def __init__(
-        self,
-        model: ModelSource | None = None,
-        args: TrainingArguments | None = None,
-        data_collator: Callable[..., Any] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., nn.Module] | None = None,
-        compute_loss_func: Callable[..., Tensor] | None = None,
-        compute_metrics: Callable[..., dict[str, float]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
-        *,
-        teacher_model: ModelSource | None = None,
-    ):
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            teacher_model=teacher_model,
-            feature_loss="semckd",
-        )
+    default_feature_loss = "semckd"
 
 
 def _as_config(args: TrainingArguments | None) -> SemCKDConfig:

@@ -394,4 +394,4 @@ def test_text_tokens_have_no_grid_even_when_their_number_is_a_square():
 
 def test_accepts_looks_at_names_and_at_any_keyword():
     assert features.accepts(lambda a, b=1: a, "b") and features.accepts(lambda **rest: rest, "b")
-    assert not features.accepts(lambda a, *b: a, "b")
+    assert not features.accepts(lambda a, *rest: a, "b")

@@ -1,0 +1,163 @@
+"""The part of a trainer that computes what is minimised: loss terms, exact over micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .errors import NonFiniteLossError, message
+from .modeling import DistillationTargets, logits_of
+from .teacher import TeacherOutputs
+from .terms import count_window, cross_entropy, logit_loss_sum
+
+
+class ObjectiveTrainer(Trainer):
+    """Counts the items of an optimizer step and weighs the loss terms; a base of `DistillationTrainer`.
+
+    Trainer averages gradients over processes and adds them over micro-batches. Every term is therefore a sum over
+    items, divided by the number of items in the whole step on all processes, times the number of processes.
+    """
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Fetch an optimizer step's micro-batches and count what its terms are averages over, on all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._distils and batches:
+            self._window = count_window(batches, self._task, self._shifts_labels, self._sum_over_processes)
+            self._window.processes = self.accelerator.num_processes
+            self._update_statistics(batches)
+        return batches, items
+
+    @property
+    def _shifts_labels(self) -> bool:
+        base = self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
+        return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").to(tensor.device)
+
+    def _update_statistics(self, batches: list[Any]) -> None:
+        """Merge teacher statistics once an optimizer step; the first step takes them from its own samples."""
+        loss = self.feature_loss
+        if loss is None or not self._attached:
+            return
+        loss.collecting = True
+        if loss.needs_statistics:
+            for batch in batches:
+                outputs = self._run_teacher(self._prepare_input(batch), logits=False)
+                loss.observe(outputs.features, outputs.mask)
+            loss.collecting = False
+        loss.synchronize(self._sum_over_processes)
+
+    def _run_teacher(self, batch: Mapping[str, Any], *, logits: bool) -> TeacherOutputs:
+        assert self._teacher is not None
+        return self._teacher.run(batch, logits=logits, features=self._distils_features)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the distillation loss while training, and what `Trainer` returns otherwise.
+
+        Raises:
+            NonFiniteLossError: When a term is NaN or infinite, before it reaches a weight.
+            TeacherOutputError: When it is the teacher's doing.
+        """
+        if not (self._distils and self.model.training and self.is_in_train):
+            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+        targets = self._run_teacher(inputs, logits=self.args.distils_logits)
+        student_inputs = self._student_inputs(inputs)
+        labels = student_inputs.get("labels")
+        if self._drops_labels:
+            student_inputs.pop("labels", None)
+        keyword = {}
+        if self._distils_features:
+            mask = student_inputs.get("attention_mask")
+            keyword = DistillationTargets(targets.features, mask, targets.mask).as_keyword()
+        outputs = model(**student_inputs, **keyword)
+        outputs, features = outputs if keyword else (outputs, None)
+        terms = self._terms(outputs, features, targets, inputs, labels)
+        loss = sum(weight * term for weight, term in terms.values())
+        self._check_finite(loss, terms, targets)
+        self._record(terms, features)
+        if not hasattr(Trainer, "loss_is_scaled_for_ga") and self.compute_loss_func is None:
+            # Before transformers 5.2x Trainer divides by the accumulation steps once more.
+            loss = loss * self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _drops_labels(self) -> bool:
+        """Whether the student must not compute the task loss by itself."""
+        custom = self.compute_loss_func is not None or self.label_smoother is not None
+        return custom or self.args.task_weight == 0 or "labels" not in self._student_takes
+
+    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: Any) -> Any:
+        if not self._distils or "labels" in self._student_takes or "labels" not in inputs or self.compute_loss_func:
+            return super().compute_loss(model, inputs, return_outputs, items)
+        labels = inputs["labels"]
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        logits = logits_of(outputs, "student")
+        loss = cross_entropy(logits, labels)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _terms(
+        self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], labels: Any
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Return weight and value of each term; values are shares of the window's mean, times the processes."""
+        window, args = self._window, self.args
+        terms: dict[str, tuple[float, Tensor]] = {}
+        items = window.task_items.popleft()
+        if args.task_weight > 0 and items > 0:
+            terms["task_loss"] = (args.task_weight, self._task_loss(outputs, labels, items))
+        if args.distils_logits:
+            assert targets.logits is not None
+            student = logits_of(outputs, "student")
+            total = logit_loss_sum(student, targets.logits, batch, args.temperature, self._task, self._shifts_labels)
+            terms["logit_loss"] = (args.logit_weight, total * window.logit_scale())
+        if features is not None:
+            share = features["per_sample"].sum() * window.sample_scale()
+            terms["feature_loss"] = (args.feature_weight, share)
+        if not terms:
+            # A micro-batch without a single label: it still has to reach every parameter of every process.
+            terms["task_loss"] = (0.0, logits_of(outputs, "student").sum() * 0.0)
+        return terms
+
+    def _task_loss(self, outputs: Any, labels: Any, items: float) -> Tensor:
+        window = self._window
+        if self.compute_loss_func is not None:
+            total = torch.tensor(window.totals[0], device=self.args.device)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
+        if self.label_smoother is not None and labels is not None:
+            loss = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
+        elif self._drops_labels:
+            loss = cross_entropy(logits_of(outputs, "student"), labels)
+        else:
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        return loss * window.task_scale(items)
+
+    def _check_finite(self, loss: Any, terms: Mapping[str, tuple[float, Tensor]], targets: TeacherOutputs) -> None:
+        if torch.isfinite(loss):
+            return
+        assert self._teacher is not None
+        self._teacher.check_finite(targets)
+        broken = [f"{name} = {float(value):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)]
+        raise NonFiniteLossError(
+            message(
+                f"The loss is not finite in step {self.state.global_step + 1}; training stops with the "
+                "weights untouched",
+                received=", ".join(broken) or "a sum of finite terms that overflows",
+                expected="finite loss terms",
+                todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "
+                "go on from "
+                "the last checkpoint with train(resume_from_checkpoint=True)",
+            )
+        )

@@ -1,0 +1,81 @@
+"""The part of a trainer that shows what is learned: loss terms and the association, averaged rightly and logged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import Trainer
+
+from .meters import LossMeter
+
+logger = logging.getLogger(__name__)
+
+
+class ObservingTrainer(Trainer):
+    """Averages loss terms and association weights over logging windows; a base of `DistillationTrainer`.
+
+    Nothing is read back from the device before a window ends, and a window costs one reduction over processes.
+    """
+
+    _association: np.ndarray | None
+    _warned_of_collapse: bool
+
+    def association(self) -> np.ndarray | None:
+        """Return the mean association weights of the last logging window.
+
+        Returns:
+            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
+            from, or None when nothing was logged yet or there is no association.
+        """
+        return None if self._association is None else self._association.copy()
+
+    def start_averages(self, step: int) -> None:
+        """Begin a logging window at an optimizer step, forgetting what was summed before."""
+        self._meter = LossMeter()
+        self._averaged_to = step
+
+    def finish_averages(self) -> dict[str, float]:
+        """End the logging window on all processes at once; return its terms and keep its association."""
+        if self._meter.empty:
+            return {}
+        averages = self._meter.average(self.state.global_step - self._averaged_to, self._sum_over_processes)
+        self._averaged_to = self.state.global_step
+        if averages.association is not None:
+            self._association = averages.association
+        bound = None if self.feature_loss is None else self.feature_loss.upper_bound
+        if averages.collapsed(bound) and not self._warned_of_collapse and self.is_world_process_zero():
+            self._warned_of_collapse = True
+            layer = self.teacher_layer_names[int(self._association[0].argmax())]  # type: ignore[index]
+            logger.warning(
+                "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
+                "every sample alike, so it carries no information. Use association='similarity' (the "
+                "default), or raise "
+                "association_temperature.",
+                layer,
+            )
+        return averages.terms
+
+    def _record(self, terms: Mapping[str, tuple[float, Tensor]], features: Any) -> None:
+        for name, (_, value) in terms.items():
+            self._meter.add_term(name, value / self._window.processes)
+        if features is not None and "attention" in features:
+            self._meter.add_association(features["attention"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what `Trainer` logs, with the terms of the window and the association's entropy beside the loss."""
+        training = self._distils and "loss" in logs
+        super().log({**logs, **self.finish_averages()} if training else logs, start_time)
+        if training and self._association is not None:
+            # Kept in the history, not printed: S * T numbers would bury the others.
+            self.state.log_history[-1]["association"] = self._association.tolist()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count the student's operations alone: neither the teacher nor the calibration stays."""
+        if not self._attached:
+            return super().floating_point_ops(inputs)
+        name = getattr(self.student, "main_input_name", "input_ids")
+        return 6 * inputs[name].numel() * self._student_parameters if name in inputs else 0

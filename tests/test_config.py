@@ -1,0 +1,289 @@
+"""The configuration refuses what cannot work, says so helpfully, and can be parsed from a command line."""
+
+import json
+import math
+import pickle
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_semckd.config import SemCKDConfig, distillation_fields
+from hf_semckd.errors import ConfigurationError
+
+OWN = (
+    "temperature",
+    "task_weight",
+    "logit_weight",
+    "feature_weight",
+    "association",
+    "target_norm",
+    "projector",
+    "student_layers",
+    "teacher_layers",
+    "association_temperature",
+    "calibration_learning_rate",
+    "teacher_cache_dir",
+)
+
+
+def config(tmp_path, **arguments):
+    return SemCKDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **arguments)
+
+
+def refusal(tmp_path, **arguments):
+    with pytest.raises(ConfigurationError) as caught:
+        config(tmp_path, **arguments)
+    text = str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert [part in text for part in ("received: ", "expected: ", "what to do: ")] == [True] * 3
+    return text
+
+
+def parse(tmp_path, *words):
+    (parsed,) = HfArgumentParser(SemCKDConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])
+    return parsed
+
+
+# Values
+
+
+NOT_NUMBERS = [math.nan, math.inf, -math.inf, "4", None, True, [1.0]]
+
+
+@pytest.mark.parametrize("value", [-0.001, -1, *NOT_NUMBERS])
+@pytest.mark.parametrize("name", ["task_weight", "logit_weight", "feature_weight"])
+def test_a_weight_must_be_a_finite_number_from_zero(tmp_path, name, value):
+    text = refusal(tmp_path, **{name: value})
+    assert f"`{name}`" in text and f"received: {value!r}" in text and "finite number >= 0" in text
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -2.0, *NOT_NUMBERS])
+def test_the_temperature_must_be_positive(tmp_path, value):
+    text = refusal(tmp_path, temperature=value)
+    assert "`temperature`" in text and f"received: {value!r}" in text and "finite number > 0" in text
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, *(value for value in NOT_NUMBERS if value is not None)])
+@pytest.mark.parametrize("name", ["association_temperature", "calibration_learning_rate"])
+def test_optional_numbers_must_be_positive_where_given(tmp_path, name, value):
+    assert f"`{name}`" in refusal(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["association", "target_norm", "projector"])
+@pytest.mark.parametrize("value", ["nonsense", "", None, 3])
+def test_an_unknown_choice_lists_the_known_ones(tmp_path, name, value):
+    text = refusal(tmp_path, **{name: value})
+    known = {"association": "'similarity', 'learned', 'uniform', 'last', 'one_to_one'", "target_norm": "'channel', 'none'"}
+    assert f"received: {value!r}" in text and known.get(name, "'shared', 'pairwise'") in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [("association", "one-to-one", "one_to_one"), ("target_norm", "chanel", "channel"), ("projector", "pairwize", "pairwise")],
+)
+def test_a_misspelt_choice_is_told_what_was_meant(tmp_path, name, value, meant):
+    assert f"did you mean '{meant}'?" in refusal(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("layers", [[], [1, "a"], [1, 1], ["a", "a"], [1.5], [True], [None], ["1", 1], {"a": 1}, 2.5])
+@pytest.mark.parametrize("name", ["student_layers", "teacher_layers"])
+def test_layers_must_be_different_indices_or_different_names(tmp_path, name, layers):
+    text = refusal(tmp_path, **{name: layers})
+    assert f"`{name}`" in text and f"received: {layers!r}" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        ([1, -1], [1, -1]),
+        ((2, 3), [2, 3]),
+        (["1", "-2"], [1, -2]),
+        ("encoder.layer.3", ["encoder.layer.3"]),
+        (4, [4]),
+        (["a.0", "a.1"], ["a.0", "a.1"]),
+    ],
+)
+def test_layers_are_kept_as_one_list_of_one_kind(tmp_path, given, kept):
+    assert config(tmp_path, student_layers=given).student_layers == kept
+    assert config(tmp_path, teacher_layers=given).teacher_layers == kept
+
+
+@pytest.mark.parametrize("name", ["--1", "²", "-", "1-"])
+def test_names_that_only_look_like_numbers_stay_names(tmp_path, name):
+    assert config(tmp_path, student_layers=[name]).student_layers == [name]
+
+
+@pytest.mark.parametrize("folder", ["", "   "])
+def test_an_empty_cache_folder_is_refused(tmp_path, folder):
+    assert "`teacher_cache_dir` is empty" in refusal(tmp_path, teacher_cache_dir=folder)
+
+
+# Combinations
+
+
+@pytest.mark.parametrize("projector", ["shared", "pairwise"])
+@pytest.mark.parametrize("target_norm", ["channel", "none"])
+@pytest.mark.parametrize("association", ["similarity", "learned", "uniform", "last", "one_to_one"])
+def test_every_combination_of_choices_is_accepted(tmp_path, association, target_norm, projector):
+    built = config(tmp_path, association=association, target_norm=target_norm, projector=projector)
+    assert (built.association, built.target_norm, built.projector) == (association, target_norm, projector)
+    assert built.depends_on_batch_size == (association == "learned" and target_norm == "none")
+    assert built.resolved_association_temperature() == (1.0 if built.depends_on_batch_size else 0.2)
+
+
+def test_liger_kernels_and_logit_distillation_exclude_each_other(tmp_path):
+    text = refusal(tmp_path, use_liger_kernel=True)
+    assert "use_liger_kernel=True, logit_weight=1.0" in text and "logit_weight=0" in text
+    assert config(tmp_path, use_liger_kernel=True, logit_weight=0).use_liger_kernel
+
+
+def test_label_smoothing_needs_a_task_loss(tmp_path):
+    text = refusal(tmp_path, label_smoothing_factor=0.1, task_weight=0)
+    assert "label_smoothing_factor=0.1, task_weight=0" in text
+    assert config(tmp_path, label_smoothing_factor=0.1).label_smoothing_factor == 0.1
+    assert config(tmp_path, task_weight=0).task_weight == 0
+    assert config(tmp_path, label_smoothing_factor=0.1, task_weight=0, logit_weight=0, feature_weight=0)
+
+
+@pytest.mark.parametrize(
+    ("logit", "feature", "expected"),
+    [(1, 1, (True, True, True)), (0, 2, (False, True, True)), (2, 0, (True, False, True)), (0, 0, (False, False, False))],
+)
+def test_a_term_is_on_when_its_weight_is_positive(tmp_path, logit, feature, expected):
+    built = config(tmp_path, logit_weight=logit, feature_weight=feature)
+    assert (built.distils_logits, built.distils_features, built.distils) == expected
+
+
+def test_what_training_arguments_refuse_is_still_refused(tmp_path):
+    with pytest.raises(ValueError, match="strategy"):
+        config(tmp_path, eval_strategy="sometimes")
+
+
+# Resolved values
+
+
+def test_a_given_association_temperature_wins(tmp_path):
+    assert config(tmp_path, association_temperature=0.7).resolved_association_temperature() == 0.7
+    assert SemCKDConfig.published(str(tmp_path), association_temperature=2.0).resolved_association_temperature() == 2.0
+
+
+@pytest.mark.parametrize(("rate", "given", "expected"), [(5e-5, None, 1e-3), (0.05, None, 0.05), (0.05, 1e-4, 1e-4)])
+def test_the_calibration_learning_rate_is_at_least_a_thousandth_unless_given(tmp_path, rate, given, expected):
+    built = config(tmp_path, learning_rate=rate, calibration_learning_rate=given)
+    assert built.resolved_calibration_learning_rate() == expected
+
+
+def test_settings_are_json_without_paths_and_with_resolved_values(tmp_path):
+    built = config(tmp_path, teacher_cache_dir=str(tmp_path), student_layers=["1", "2"])
+    settings = json.loads(json.dumps(built.distillation_settings()))
+    assert set(settings) == set(OWN) - {"teacher_cache_dir"}
+    assert settings["association_temperature"] == 0.2 and settings["calibration_learning_rate"] == 1e-3
+    assert settings["student_layers"] == [1, 2] and str(tmp_path) not in json.dumps(settings)
+
+
+def test_a_configuration_survives_pickle_and_its_dictionary(tmp_path):
+    built = config(tmp_path, association="learned", teacher_layers=[1, 2])
+    assert pickle.loads(pickle.dumps(built)).distillation_settings() == built.distillation_settings()
+    kept = {name: built.to_dict()[name] for name in OWN}
+    assert config(tmp_path, **kept).distillation_settings() == built.distillation_settings()
+
+
+# The published form
+
+
+def test_published_is_the_papers_setting(tmp_path):
+    built = SemCKDConfig.published(output_dir=str(tmp_path))
+    assert (built.association, built.target_norm, built.projector) == ("learned", "none", "pairwise")
+    assert (built.temperature, built.task_weight, built.logit_weight, built.feature_weight) == (4.0, 1.0, 1.0, 400.0)
+    assert built.resolved_association_temperature() == 1.0 and built.depends_on_batch_size
+
+
+def test_published_takes_other_fields_and_lets_them_win(tmp_path):
+    built = SemCKDConfig.published(str(tmp_path), feature_weight=50, per_device_train_batch_size=64)
+    assert (built.output_dir, built.feature_weight, built.per_device_train_batch_size) == (str(tmp_path), 50, 64)
+    with pytest.raises(ConfigurationError):
+        SemCKDConfig.published(str(tmp_path), feature_weight=-1)
+
+
+# From plain training arguments
+
+
+def test_plain_arguments_are_converted_with_defaults_and_not_changed(tmp_path):
+    plain = TrainingArguments(str(tmp_path), learning_rate=0.3, seed=7, use_cpu=True, report_to="none")
+    before = dict(vars(plain))
+    converted = SemCKDConfig.from_training_arguments(plain)
+    assert type(plain) is TrainingArguments and vars(plain) == before
+    assert not any(hasattr(plain, name) for name in OWN)
+    assert isinstance(converted, SemCKDConfig) and (converted.learning_rate, converted.seed) == (0.3, 7)
+    reference = config(tmp_path)
+    assert all(getattr(converted, name) == getattr(reference, name) for name in OWN)
+    assert {entry.name for entry in fields(SemCKDConfig)} <= set(vars(converted)) | {"_n_gpu"}
+
+
+def test_plain_arguments_that_cannot_work_are_refused(tmp_path):
+    plain = TrainingArguments(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to="none")
+    with pytest.raises(ConfigurationError, match="use_liger_kernel"):
+        SemCKDConfig.from_training_arguments(plain)
+
+
+# The command line
+
+
+def test_distillation_fields_are_those_of_the_design():
+    assert distillation_fields() == OWN
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_own_field_explains_itself(name):
+    entry = SemCKDConfig.__dataclass_fields__[name]
+    help_text = entry.metadata["help"]
+    assert len(help_text) > 30 and help_text.rstrip().endswith(".")
+
+
+def test_own_fields_appear_in_the_help_of_a_parser():
+    text = HfArgumentParser(SemCKDConfig).format_help()
+    assert all(f"--{name}" in text for name in OWN)
+
+
+def test_the_command_line_without_own_fields_gives_the_defaults(tmp_path):
+    parsed = parse(tmp_path, "--use_cpu")
+    reference = config(tmp_path)
+    assert all(getattr(parsed, name) == getattr(reference, name) for name in OWN)
+
+
+def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
+    given = {
+        "temperature": 2.5,
+        "task_weight": 0.5,
+        "logit_weight": 0.25,
+        "feature_weight": 7.0,
+        "association": "one_to_one",
+        "target_norm": "none",
+        "projector": "pairwise",
+        "student_layers": [1, -1],
+        "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
+        "association_temperature": 0.3,
+        "calibration_learning_rate": 0.01,
+        "teacher_cache_dir": "cache",
+    }
+    words = []
+    for name, value in given.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    parsed = parse(tmp_path, "--use_cpu", *words)
+    assert {name: getattr(parsed, name) for name in OWN} == given
+
+
+def test_a_bad_value_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="`temperature`"):
+        parse(tmp_path, "--temperature", "0")
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--association", "nonsense")
+
+
+def test_a_dictionary_or_json_file_can_be_parsed(tmp_path):
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "student_layers": [1, 2], "feature_weight": 3}
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    (parsed,) = HfArgumentParser(SemCKDConfig).parse_json_file(tmp_path / "args.json")
+    assert parsed.student_layers == [1, 2] and parsed.feature_weight == 3
