@@ -60,7 +60,7 @@ quality: $(VENV)/.dev ## Check style, types and the floors of the architecture
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 style: $(VENV)/.dev ## Repair what ruff can repair
 	$(BIN)/ruff check --fix .
@@ -69,7 +69,7 @@ style: $(VENV)/.dev ## Repair what ruff can repair
 clean: ## Remove .venv, .venv-minimum, caches and build leftovers (data/ and outputs/ stay)
 	rm -rf .venv .venv-minimum build dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	find hf_semckd tests examples scripts -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The environments. A stamp says what was installed; the dev stamp covers the demo's packages too.
 # $(1): the environment's folder.

@@ -175,6 +175,7 @@ class PublishingTrainer(Trainer):
             metrics=_last_evaluation(self.state.log_history),
             processing_class=self.processing_class,
             dataset=data[0] if isinstance(data, list) else data,
+            method="KD" if self.feature_loss is None else type(self.feature_loss).__name__.removesuffix("Loss"),
             license=license,
             language=language,
             tags=tuple([tags] if isinstance(tags, str) else tags or ()),
@@ -260,6 +261,7 @@ def student_card(
     metrics: Mapping[str, float],
     processing_class: Any,
     dataset: str | None,
+    method: str,
     license: str | None = None,
     language: str | None = None,
     tags: tuple[str, ...] = (),
@@ -275,6 +277,7 @@ def student_card(
         metrics: Evaluation metrics by name.
         processing_class: The processor saved beside the student, or None.
         dataset: Hub id of the dataset, or None.
+        method: Name of the method that was used.
         license: As in the card's metadata.
         language: As in the card's metadata.
         tags: Further tags.
@@ -297,6 +300,7 @@ def student_card(
         language=language,
         processor=processor,
         tags=tags,
+        method=method,
     )
 
 

@@ -50,14 +50,13 @@ class ObjectiveTrainer(Trainer):
         loss.collecting = True
         if loss.needs_statistics:
             for batch in batches:
-                outputs = self._run_teacher(self._prepare_input(batch), logits=False)
+                outputs = self._run_teacher(self._prepare_input(batch))
                 loss.observe(outputs.features, outputs.mask)
             loss.collecting = False
         loss.synchronize(self._sum_over_processes)
 
-    def _run_teacher(self, batch: Mapping[str, Any], *, logits: bool) -> TeacherOutputs:
-        assert self._teacher is not None
-        return self._teacher.run(batch, logits=logits, features=self._distils_features)
+    def _run_teacher(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        return self._teacher.run(batch, logits=self.args.distils_logits, features=self._distils_features)
 
     def compute_loss(
         self,
@@ -74,7 +73,7 @@ class ObjectiveTrainer(Trainer):
         """
         if not (self._distils and self.model.training and self.is_in_train):
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = self._run_teacher(inputs, logits=self.args.distils_logits)
+        targets = self._run_teacher(inputs)
         student_inputs = self._student_inputs(inputs)
         labels = student_inputs.get("labels")
         if self._drops_labels:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from .cache import OutputCache, right_padded_lengths, sample_keys, teacher_fingerprint
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture
 from .modeling import logits_of, tokens_mask
@@ -45,9 +46,17 @@ class Teacher:
     Args:
         model: The teacher.
         layers: Hidden-state indices or module names; None finds all blocks.
+        cache_folder: Where outputs are kept between epochs and runs; None computes them every time.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | Sequence[str] | None = None,
+        cache_folder: str | os.PathLike[str] | None = None,
+    ):
+        self.cache_folder = cache_folder
+        self._cache: OutputCache | None = None
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher")
 
@@ -68,7 +77,7 @@ class Teacher:
             return self.model(**inputs, **request), recorded
 
     def run(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
-        """Return the teacher's logits and features for a training batch, as asked.
+        """Return the teacher's logits and features for a training batch, as asked; from the cache where it can.
 
         Args:
             batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
@@ -76,6 +85,14 @@ class Teacher:
             features: Whether the chosen layers' features are needed.
         """
         inputs = self.inputs(batch)
+        if self.cache_folder is None:
+            return self._live(inputs, logits=logits, features=features)
+        if self._cache is None:
+            layers = self.capture.layers or () if features else ()
+            self._cache = OutputCache(self.cache_folder, teacher_fingerprint(self.model, layers, logits))
+        return self._cached(self._cache, inputs, logits=logits, features=features)
+
+    def _live(self, inputs: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         return TeacherOutputs(
@@ -83,6 +100,22 @@ class Teacher:
             features=taken,
             mask=tokens_mask(inputs.get("attention_mask"), taken),
         )
+
+    def _cached(self, cache: OutputCache, inputs: dict[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
+        lengths = right_padded_lengths(inputs)
+        device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        keys = sample_keys(inputs, lengths)
+        rows = [cache.load(key, device) for key in keys]
+        missing = [index for index, row in enumerate(rows) if row is None]
+        if missing:
+            part = {k: v[missing] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            outputs = self._live(part, logits=logits, features=features)
+            for position, index in enumerate(missing):
+                row = _sample(outputs, position, None if lengths is None else lengths[index])
+                cache.save(keys[index], *row)
+                rows[index] = row
+        width = inputs["attention_mask"].shape[1] if lengths is not None else None
+        return _batch([row for row in rows if row is not None], width, inputs.get("attention_mask"))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.
@@ -126,6 +159,39 @@ class Teacher:
                         "when it is in float16",
                     )
                 )
+
+
+def _sample(outputs: TeacherOutputs, index: int, length: int | None) -> tuple[dict[str, Tensor], set[str]]:
+    """Take one sample out of a batch of outputs, cut to its own length where its padding was."""
+    named = {f"feature_{position}": feature for position, feature in enumerate(outputs.features)}
+    if outputs.logits is not None:
+        named["logits"] = outputs.logits
+    width = outputs.mask.shape[1] if outputs.mask is not None else None
+    sequences = {name for name, value in named.items() if length is not None and _runs_along(value, width)}
+    return {
+        name: value[index, :length] if name in sequences else value[index] for name, value in named.items()
+    }, sequences
+
+
+def _batch(rows: Sequence[tuple[dict[str, Tensor], set[str]]], width: int | None, mask: Any) -> TeacherOutputs:
+    """Put samples together again, padded with zeros to the batch's width."""
+    sequences = rows[0][1]
+    stacked = {}
+    for name in rows[0][0]:
+        values = [row[0][name] for row in rows]
+        if name in sequences:
+            padded = values[0].new_zeros(len(values), width or 0, *values[0].shape[1:])
+            for index, value in enumerate(values):
+                padded[index, : len(value)] = value
+            stacked[name] = padded
+        else:
+            stacked[name] = torch.stack(values)
+    features = [stacked[f"feature_{position}"] for position in range(len(stacked) - ("logits" in stacked))]
+    return TeacherOutputs(stacked.get("logits"), features, tokens_mask(mask, features))
+
+
+def _runs_along(value: Tensor, width: int | None) -> bool:
+    return value.dim() == 3 and value.shape[1] == width
 
 
 def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         teacher = load_model(teacher_model, "teacher", like=self.student)  # type: ignore[arg-type]
         check_models(self.student, teacher)
         check_label_names(self.student, teacher)
-        self._teacher = Teacher(teacher, self.args.teacher_layers)
+        self._teacher = Teacher(teacher, self.args.teacher_layers, self.args.teacher_cache_dir)
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
         self._student_takes = set(forward_parameters(self.student))

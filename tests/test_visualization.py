@@ -122,8 +122,8 @@ def test_color_bar_marks_the_uniform_level(shape, uniform):
     assert all(float(label) == pytest.approx(tick) for label, tick in numbers.items())
 
 
-# In np.eye the uniform level lies beside the tick 0.2 (4 layers) or on it (5 layers).
-@pytest.mark.parametrize("association", [weights(2, 3), np.eye(4), np.eye(5), weights(12, 12), weights(4, 24)])
+# The uniform level lies on a tick (5 layers, 0.2) or close to one (11 layers, 0.0909 and 0.1).
+@pytest.mark.parametrize("association", [weights(2, 3), np.eye(5), np.eye(11) * 0.45 + 0.05, weights(4, 24)])
 def test_color_bar_labels_do_not_overlap(association):
     figure, axes = plot_association(association)
     figure_to_array(figure)
