@@ -23,8 +23,8 @@ def read_long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
-# Every lower bound here except torch's is a version that `make test-minimum` installs: keep constraints-minimum.txt
-# in step. torch's is the one transformers itself asks for.
+# Every lower bound below except torch's is a version that `make test-minimum` installs: keep constraints-minimum.txt
+# in step. torch's is the one transformers itself asks for; it was tried by hand, with Python 3.10.
 REQUIRED = [
     "torch>=2.6",
     "transformers>=5.0,<6",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import ClassLabel, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 
 SNIPPET_FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
 
@@ -15,8 +15,8 @@ def load_movie_snippets(folder: str | Path) -> DatasetDict:
     missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"Movie snippets not found: missing {', '.join(missing)}. Run `python scripts/fetch_text_parts.py` first and "
-            "pass its folder (by default data/text/movie_snippets)."
+            f"Received {str(folder)!r}, which lacks {', '.join(missing)}; expected the folder movie_snippets that "
+            "`python scripts/fetch_text_parts.py` writes (by default data/text/movie_snippets). Run that script first."
         )
     paths = {split: str(path) for split, path in files.items()}
     return load_dataset("csv", data_files=paths, features=SNIPPET_FEATURES)
@@ -36,16 +36,16 @@ def load_text_dataset(
 ) -> DatasetDict:
     """Load a Hub dataset (name, optional config), a folder, or local csv files, normalised to `text` and `label`.
 
-    `label` is a `ClassLabel` in the result, and there are always the splits `train` and `test`. Where no labelled test
-    split exists, the validation split becomes it; where neither does, `test_share` of the training rows is split off by
-    `seed`. A validation split of its own is kept. Rows without a label (-1 or empty) are dropped.
+    `label` is a `ClassLabel` in the result, and there are always the splits `train` and `test`. Where no labelled
+    test split exists, the validation split becomes it; where neither does, `test_share` of the training rows is split
+    off by `seed`. A validation split beside a test split is kept. Rows without a text or a label are dropped.
     """
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     files = {split: path for split, path in files.items() if path is not None}
     if (dataset_name is None) == (train_file is None) or (dataset_name and files):
         raise ValueError(
-            f"Received dataset_name={dataset_name!r} and files {files or 'none'}; expected either dataset_name alone or "
-            "train_file with optional validation_file and test_file. Drop one of the two."
+            f"Received dataset_name={dataset_name!r} and files {files or 'none'}; expected either a dataset_name or "
+            "csv files, among them train_file. Give one of the two."
         )
     if dataset_name is None:
         for path in files.values():
@@ -61,26 +61,64 @@ def load_text_dataset(
 
 def _normalise(raw: DatasetDict, text_column: str, label_column: str) -> DatasetDict:
     """Keep the labelled rows of train, validation and test, with the columns `text` and `label` (ClassLabel)."""
-    if "train" not in raw:
-        raise ValueError(f"Received the splits {sorted(raw)}; expected one called 'train'. Load another dataset or config.")
-    splits = DatasetDict({name: raw[name] for name in ("train", "validation", "test") if name in raw})
-    for name, split in splits.items():
-        for option, column in (("text_column", text_column), ("label_column", label_column)):
-            if column not in split.column_names:
-                raise ValueError(
-                    f"Split {name!r} has the columns {split.column_names}; expected a column {column!r}. "
-                    f"Set {option} to the right one."
-                )
-    splits = splits.select_columns([text_column, label_column])
-    splits = DatasetDict({name: _labelled(split, text_column, label_column) for name, split in splits.items()})
-    splits = DatasetDict({name: split for name, split in splits.items() if name == "train" or len(split)})
-    if not len(splits["train"]):
-        raise ValueError(f"No row of the train split has a label in {label_column!r}. Set label_column to another one.")
-    splits = _class_labels(splits, label_column)
-    return DatasetDict(
-        {
-            name: split.rename_columns({old: new for old, new in renames if old != new})
-            for renames in [((text_column, "text"), (label_column, "label"))]
-            for name, split in splits.items()
-        }
-    )
+    splits = {name: raw[name] for name in ("train", "validation", "test") if name in raw}
+    if "train" not in splits:
+        raise ValueError(
+            f"Received the splits {sorted(raw)}; expected one called 'train'. Choose another dataset or config."
+        )
+    splits = {name: _two_columns(name, split, text_column, label_column) for name, split in splits.items()}
+    splits = {name: split for name, split in splits.items() if len(split)}
+    if "train" not in splits:
+        raise ValueError(
+            f"Received a train split without any row that has both a text in {text_column!r} and a label in "
+            f"{label_column!r}; expected some. Set text_column and label_column to the right columns."
+        )
+    if not isinstance(splits["train"].features["label"], ClassLabel):
+        splits = _encode_labels(splits, label_column)
+    return DatasetDict(splits)
+
+
+def _two_columns(name: str, split: Dataset, text_column: str, label_column: str) -> Dataset:
+    """Reduce a split to `text` and `label`, without the rows that lack one of them (-1 is a ClassLabel's "none")."""
+    for option, column in (("text_column", text_column), ("label_column", label_column)):
+        if column not in split.column_names:
+            raise ValueError(
+                f"Received the columns {split.column_names} in the {name} split; expected one called {column!r}. Set "
+                f"{option} to the right column."
+            )
+    split = split.select_columns([text_column, label_column])
+    split = split.rename_columns({text_column: "text", label_column: "label"}).cast_column("text", Value("string"))
+    none = (None, -1) if isinstance(split.features["label"], ClassLabel) else (None,)
+    return split.filter(lambda text, label: text is not None and label not in none, input_columns=["text", "label"])
+
+
+def _encode_labels(splits: dict[str, Dataset], label_column: str) -> dict[str, Dataset]:
+    """Turn string, integer or boolean labels into one ClassLabel for all splits, its names in sorted order."""
+    labels = [label for split in splits.values() for label in split["label"]]
+    types = sorted({type(label).__name__ for label in labels})
+    if types not in (["str"], ["int"], ["bool"]):
+        raise ValueError(
+            f"Received labels of type {' and '.join(types)} in {label_column!r}; expected classes, all strings or all "
+            "integers. Numbers to regress on are not supported; an empty csv cell turns integers into floats: "
+            "remove such rows."
+        )
+    order = sorted(set(labels))
+    index = {label: number for number, label in enumerate(order)}
+    feature = ClassLabel(names=[str(label) for label in order])
+    return {
+        name: split.map(
+            lambda batch: {"label": [index[label] for label in batch["label"]]},
+            batched=True,
+            features=Features({"text": split.features["text"], "label": feature}),
+        )
+        for name, split in splits.items()
+    }
+
+
+def _with_test_split(splits: DatasetDict, test_share: float, seed: int) -> DatasetDict:
+    """Make sure that a test split exists: the validation split, or else a seeded share of the training rows."""
+    if "test" in splits:
+        return splits
+    if "validation" in splits:
+        return DatasetDict(train=splits["train"], test=splits["validation"])
+    return splits["train"].train_test_split(test_size=test_share, seed=seed)

@@ -264,8 +264,8 @@ def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], tem
 def fixed_weights(kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int) -> Tensor:
     """Return the (S, T) weights of a control: equal; last layer to last layer only; or a uniform skip map."""
     if kind == "uniform":
-        return torch.full((students, teachers), 1.0 / teachers)
-    weights = torch.zeros(students, teachers)
+        return torch.full((students, teachers), 1.0 / teachers, dtype=torch.float64)
+    weights = torch.zeros(students, teachers, dtype=torch.float64)
     if kind == "last":
         weights[-1, -1] = 1.0
         return weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -15,8 +16,11 @@ Association = Literal["similarity", "learned", "uniform", "last", "one_to_one"]
 TargetNorm = Literal["channel", "none"]
 Projector = Literal["shared", "pairwise"]
 
-# The size at which each association was measured (method.md): similarities are cosines, errors are near one.
-DEFAULT_ASSOCIATION_TEMPERATURE = 0.2
+# Similarities are cosines, for which 0.2 was measured. Learned weights tend to softmax(-error / temperature), and
+# standardised errors lie between 0 and about 2: at 0.2 nearly all would go to one layer, at 1 little is chosen.
+DEFAULT_SIMILARITY_TEMPERATURE = 0.2
+DEFAULT_LEARNED_TEMPERATURE = 0.5
+PUBLISHED_TEMPERATURE = 1.0
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_CALIBRATION_LEARNING_RATE = 1e-3
 
@@ -65,8 +69,7 @@ class SemCKDConfig(TrainingArguments):
         default="channel",
         metadata={
             "help": "channel: every teacher channel is standardised with its running mean and variance over "
-            "the training "
-            "data. none: raw targets, as published."
+            "the training data. none: raw targets, as published."
         },
     )
     projector: Projector = field(
@@ -80,8 +83,7 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module "
-            "names. None: all "
-            "blocks, found automatically."
+            "names. None: all blocks, found automatically."
         },
     )
     teacher_layers: list[str] | None = field(
@@ -91,10 +93,9 @@ class SemCKDConfig(TrainingArguments):
     association_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax "
-            "over cosines. "
-            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2, or 1 in the "
-            "published form."
+            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax over cosines. "
+            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity), "
+            "0.5 (learned), or 1 in the published form."
         },
     )
     calibration_learning_rate: float | None = field(
@@ -138,7 +139,7 @@ class SemCKDConfig(TrainingArguments):
             "task_weight": 1.0,
             "logit_weight": 1.0,
             "feature_weight": 400.0,
-            "association_temperature": 1.0,
+            "association_temperature": PUBLISHED_TEMPERATURE,
         }
         return cls(output_dir=output_dir, **{**settings, **arguments})
 
@@ -152,6 +153,7 @@ class SemCKDConfig(TrainingArguments):
         converted.__class__ = cls
         for name in distillation_fields():
             setattr(converted, name, cls.__dataclass_fields__[name].default)
+        converted._validate_combinations()
         return converted
 
     @property
@@ -178,7 +180,7 @@ class SemCKDConfig(TrainingArguments):
         """Return the association temperature that is used when none was given."""
         if self.association_temperature is not None:
             return self.association_temperature
-        return 1.0 if self.depends_on_batch_size else DEFAULT_ASSOCIATION_TEMPERATURE
+        return default_association_temperature(self.association, self.target_norm)
 
     def resolved_calibration_learning_rate(self) -> float:
         """Return the peak learning rate of projections and association networks."""
@@ -236,6 +238,13 @@ class SemCKDConfig(TrainingArguments):
             )
 
 
+def default_association_temperature(association: Association, target_norm: TargetNorm) -> float:
+    """Return the association temperature that is used when none is given."""
+    if association != "learned":
+        return DEFAULT_SIMILARITY_TEMPERATURE
+    return PUBLISHED_TEMPERATURE if target_norm == "none" else DEFAULT_LEARNED_TEMPERATURE
+
+
 def distillation_fields() -> tuple[str, ...]:
     """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
@@ -271,7 +280,7 @@ def _layer_list(name: str, layers: Any) -> list[Any] | None:
     if layers is None:
         return None
     listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
-    listed = [int(layer) if isinstance(layer, str) and layer.lstrip("-").isdigit() else layer for layer in listed]
+    listed = [int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]+", layer) else layer for layer in listed]
     kinds = {type(layer) for layer in listed}
     if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
         return listed

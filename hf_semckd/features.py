@@ -16,6 +16,9 @@ from .errors import InputError, LayerNotFoundError, message, nearest
 # In the order in which they are looked for: Swin keeps maps beside the tokens, encoder-decoders two sequences.
 HIDDEN_STATE_FIELDS = ("reshaped_hidden_states", "hidden_states", "decoder_hidden_states")
 SHOWN_NAMES = 12
+# Where transformers keeps the hooks by which it captures hidden states, and its note that they are in place.
+CAPTURING_MODULE = "transformers.utils.output_capturing"
+CAPTURING_MARK = "_output_capturing_hooks_installed"
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,21 @@ def without_hidden_states(outputs: Any) -> Any:
         return outputs
     dropped = (*HIDDEN_STATE_FIELDS, "encoder_hidden_states")
     return type(outputs)(**{key: value for key, value in outputs.items() if key not in dropped})
+
+
+def remove_capturing_traces(model: nn.Module) -> None:
+    """Take off what transformers leaves on a model that was asked for hidden states; it comes back when needed.
+
+    From 5.2x these are hooks that cannot be pickled, before that forwards bound to the layers.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == CAPTURING_MODULE:
+                del module._forward_hooks[key]
+        module.__dict__.pop(CAPTURING_MARK, None)
+        bound = module.__dict__.get("forward")
+        if module is not model and (getattr(bound, "__module__", None) or "").startswith("transformers."):
+            del module.__dict__["forward"]
 
 
 def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, Any]) -> FeatureSpec:

@@ -23,6 +23,8 @@ class ObjectiveTrainer(Trainer):
     items, divided by the number of items in the whole step on all processes, times the number of processes.
     """
 
+    _statistics_ready: bool
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches and count what its terms are averages over, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -48,7 +50,9 @@ class ObjectiveTrainer(Trainer):
         if loss is None or not self._attached:
             return
         loss.collecting = True
-        if loss.needs_statistics:
+        # Asking costs a look at the device: once a training is enough.
+        needed, self._statistics_ready = not self._statistics_ready and loss.needs_statistics, True
+        if needed:
             for batch in batches:
                 outputs = self._run_teacher(self._prepare_input(batch))
                 loss.observe(outputs.features, outputs.mask)
@@ -115,7 +119,7 @@ class ObjectiveTrainer(Trainer):
         window, args = self._window, self.args
         terms: dict[str, tuple[float, Tensor]] = {}
         items = window.task_items.popleft()
-        if args.task_weight > 0 and items > 0:
+        if args.task_weight > 0:
             terms["task_loss"] = (args.task_weight, self._task_loss(outputs, labels, items))
         if args.distils_logits:
             assert targets.logits is not None
@@ -125,13 +129,14 @@ class ObjectiveTrainer(Trainer):
         if features is not None:
             share = features["per_sample"].sum() * window.sample_scale()
             terms["feature_loss"] = (args.feature_weight, share)
-        if not terms:
-            # A micro-batch without a single label: it still has to reach every parameter of every process.
-            terms["task_loss"] = (0.0, logits_of(outputs, "student").sum() * 0.0)
         return terms
 
     def _task_loss(self, outputs: Any, labels: Any, items: float) -> Tensor:
         window = self._window
+        if items == 0:
+            # Not a single label, of which the mean would be NaN. The term is there all the same: every process has to
+            # reach every parameter, and to log the same terms.
+            return logits_of(outputs, "student").sum() * 0.0
         if self.compute_loss_func is not None:
             total = torch.tensor(window.totals[0], device=self.args.device)
             return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
@@ -148,7 +153,7 @@ class ObjectiveTrainer(Trainer):
             return
         assert self._teacher is not None
         self._teacher.check_finite(targets)
-        broken = [f"{name} = {float(value):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)]
+        broken = [f"{name} = {float(value.detach()):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)]
         raise NonFiniteLossError(
             message(
                 f"The loss is not finite in step {self.state.global_step + 1}; training stops with the "
@@ -156,7 +161,6 @@ class ObjectiveTrainer(Trainer):
                 received=", ".join(broken) or "a sum of finite terms that overflows",
                 expected="finite loss terms",
                 todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "
-                "go on from "
-                "the last checkpoint with train(resume_from_checkpoint=True)",
+                "go on from the last checkpoint with train(resume_from_checkpoint=True)",
             )
         )

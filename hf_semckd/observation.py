@@ -53,8 +53,7 @@ class ObservingTrainer(Trainer):
             logger.warning(
                 "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
                 "every sample alike, so it carries no information. Use association='similarity' (the "
-                "default), or raise "
-                "association_temperature.",
+                "default), or raise association_temperature.",
                 layer,
             )
         return averages.terms

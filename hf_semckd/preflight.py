@@ -125,8 +125,7 @@ def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
     if all(names) and names[0] != names[1]:
         logger.warning(
             "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched "
-            "by position; "
-            "give the student the teacher's id2label if the order differs.",
+            "by position; give the student the teacher's id2label if the order differs.",
             names[0],
             names[1],
         )
@@ -148,7 +147,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
                 todo="check how it is made",
             )
         )
-    columns = getattr(dataset, "column_names", None)
+    columns = column_names(dataset)
     if not columns or not remove_unused_columns:
         return
     taken = {name for model in models for name in forward_parameters(model)} | set(LABEL_COLUMNS)
@@ -204,6 +203,15 @@ def check_published_batches(config: SemCKDConfig, samples: int | None, processes
             "(calibrated) form, which takes any batch",
         )
     )
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Return the names of a dataset's columns; one that does not tell them is asked for a sample."""
+    names = getattr(dataset, "column_names", None)
+    if names or dataset is None:
+        return list(names or ())
+    sample = next(iter(first_samples(dataset)), None)
+    return list(sample) if isinstance(sample, Mapping) else []
 
 
 def first_samples(dataset: Any) -> list[Any]:

@@ -139,8 +139,9 @@ class Teacher:
         Raises:
             TeacherOutputError: When there are any outside the padding.
         """
-        named = [("logits", outputs.logits)] if outputs.logits is not None else []
-        named += [(f"layer {name}", x) for name, x in zip(self.capture.names(), outputs.features, strict=False)]
+        # The first broken layer is the cause, logits are what follows from it.
+        named = [(f"layer {name}", x) for name, x in zip(self.capture.names(), outputs.features, strict=False)]
+        named += [("logits", outputs.logits)] if outputs.logits is not None else []
         for name, values in named:
             bad = ~torch.isfinite(values)
             if outputs.mask is not None and values.dim() == 3 and values.shape[1] == outputs.mask.shape[1]:
@@ -155,8 +156,7 @@ class Teacher:
                         received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
                         expected="finite values",
                         todo="check the teacher's weights and these samples, and load the teacher in float32 "
-                        "or bfloat16 "
-                        "when it is in float16",
+                        "or bfloat16 when it is in float16",
                     )
                 )
 
@@ -221,10 +221,9 @@ def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         message(
             f"{type(model).__name__} takes nothing of the batch",
             received=f"columns {', '.join(map(repr, batch)) or 'none'}",
-            expected=f"some of {', '.join(map(repr, parameters))}",
+            expected=f"some of {', '.join(repr(name) for name in forward_parameters(model) if name not in LABEL_COLUMNS)}",
             todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
-            "or give the "
-            "teacher columns of its own named teacher_...",
+            "or give the teacher columns of its own named teacher_...",
         )
     )
 

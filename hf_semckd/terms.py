@@ -190,8 +190,7 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
         "vocabulary)",
         expected="the same labels, in the same order, for both",
         todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to "
-        "distil features "
-        "alone",
+        "distil features alone",
     )
 
 

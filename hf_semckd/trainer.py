@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from .callbacks import AssociationCallback
 from .checkpoint import CheckpointingTrainer
 from .config import SemCKDConfig
-from .features import FeatureCapture
+from .features import FeatureCapture, remove_capturing_traces
 from .hub import PublishingTrainer
 from .losses import FeatureLoss, SemCKDLoss
 from .meters import LossMeter
@@ -34,6 +34,7 @@ from .preflight import (
     check_parallelism,
     check_published_batches,
     check_teacher_given,
+    column_names,
     first_samples,
     probe,
     untouched_random_state,
@@ -118,6 +119,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         self._window = Window()
         self._meter = LossMeter()
         self._averaged_to = 0
+        self._statistics_ready = False
         self._association: np.ndarray | None = None
         self._warned_of_collapse = False
         if self._distils:
@@ -170,7 +172,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
         self._student_takes = set(forward_parameters(self.student))
-        self._teacher_only = set(forward_parameters(teacher)) - self._student_takes
+        self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
         self.callback_handler.callbacks.insert(0, AssociationCallback(self))
         if self.train_dataset is not None:
             check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
@@ -261,15 +263,19 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             if self._attachment is None or self._attachment.student is not self.student:
                 self._attachment = StudentAttachment(self.student, self.feature_loss, self._student_capture)
             self._student_parameters = _parameters_outside_embeddings(self.student)
+            self._statistics_ready = False
             self._attachment.attach()
 
     def _detach(self) -> None:
         if self._borrowed is not None:
             self._borrowed.give_back()
             self._borrowed = None
+        if self._teacher is not None:
+            remove_capturing_traces(self.teacher)
         if self._attachment is None or not self._attachment.removable:
             return
         self._attachment.detach()
+        remove_capturing_traces(self.student)
         # A wrapper made for the attached student is no use for the plain one; the next train() wraps again.
         self.model_wrapped = self.model
         self.accelerator._models = [entry for entry in self.accelerator._models if not _wraps(entry, self.model)]
@@ -300,7 +306,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         super()._set_signature_columns_if_needed()
         if first and self._teacher is not None and self._signature_columns is not None:
             extra = [name for name in forward_parameters(self.teacher) if name not in self._signature_columns]
-            columns = _columns(self.train_dataset)
+            columns = column_names(self.train_dataset)
             extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
             if not isinstance(self.student, PreTrainedModel) and not set(self._signature_columns) & set(columns):
                 extra += columns
@@ -321,8 +327,9 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         }
         if isinstance(self.student, PreTrainedModel) or hasattr(self.student, "get_base_model"):
             return own
-        labels = {key: value for key, value in own.items() if key in LABEL_COLUMNS}
-        return {**select_inputs(self.student, own), **labels}
+        # A plain module's one input may have any name, also one that the teacher alone knows.
+        labels = {key: value for key, value in inputs.items() if key in LABEL_COLUMNS}
+        return {**select_inputs(self.student, inputs), **labels}
 
 
 class SemCKDTrainer(DistillationTrainer):
@@ -340,10 +347,6 @@ def _as_config(args: TrainingArguments | None) -> SemCKDConfig:
     if args is None:
         return SemCKDConfig(output_dir="tmp_trainer")
     return args if isinstance(args, SemCKDConfig) else SemCKDConfig.from_training_arguments(args)
-
-
-def _columns(dataset: Any) -> list[str]:
-    return list(getattr(dataset, "column_names", None) or [])
 
 
 def _parameters_outside_embeddings(student: nn.Module) -> int:

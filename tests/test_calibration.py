@@ -157,7 +157,9 @@ def test_project_tokens_sees_kept_tokens_only_and_gives_zero_elsewhere(masked):
     mask = (torch.arange(6) < torch.tensor([[2], [6], [1], [4]])).long() if masked else torch.ones(4, 6).long()
     tokens[mask == 0] = 1e5
     actual = projection.project_tokens(tokens, mask if masked else None).detach()
-    np.testing.assert_allclose(actual[mask.bool()], numpy_projection(tokens[mask.bool()].numpy(), projection), rtol=1e-10)
+    np.testing.assert_allclose(
+        actual[mask.bool()], numpy_projection(tokens[mask.bool()].numpy(), projection), rtol=1e-10
+    )
     assert (actual[mask == 0] == 0).all()
 
 

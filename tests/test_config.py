@@ -74,13 +74,20 @@ def test_optional_numbers_must_be_positive_where_given(tmp_path, name, value):
 @pytest.mark.parametrize("value", ["nonsense", "", None, 3])
 def test_an_unknown_choice_lists_the_known_ones(tmp_path, name, value):
     text = refusal(tmp_path, **{name: value})
-    known = {"association": "'similarity', 'learned', 'uniform', 'last', 'one_to_one'", "target_norm": "'channel', 'none'"}
+    known = {
+        "association": "'similarity', 'learned', 'uniform', 'last', 'one_to_one'",
+        "target_norm": "'channel', 'none'",
+    }
     assert f"received: {value!r}" in text and known.get(name, "'shared', 'pairwise'") in text
 
 
 @pytest.mark.parametrize(
     ("name", "value", "meant"),
-    [("association", "one-to-one", "one_to_one"), ("target_norm", "chanel", "channel"), ("projector", "pairwize", "pairwise")],
+    [
+        ("association", "one-to-one", "one_to_one"),
+        ("target_norm", "chanel", "channel"),
+        ("projector", "pairwize", "pairwise"),
+    ],
 )
 def test_a_misspelt_choice_is_told_what_was_meant(tmp_path, name, value, meant):
     assert f"did you mean '{meant}'?" in refusal(tmp_path, **{name: value})
@@ -130,7 +137,8 @@ def test_every_combination_of_choices_is_accepted(tmp_path, association, target_
     built = config(tmp_path, association=association, target_norm=target_norm, projector=projector)
     assert (built.association, built.target_norm, built.projector) == (association, target_norm, projector)
     assert built.depends_on_batch_size == (association == "learned" and target_norm == "none")
-    assert built.resolved_association_temperature() == (1.0 if built.depends_on_batch_size else 0.2)
+    defaults = {("learned", "none"): 1.0, ("learned", "channel"): 0.5}
+    assert built.resolved_association_temperature() == defaults.get((association, target_norm), 0.2)
 
 
 def test_liger_kernels_and_logit_distillation_exclude_each_other(tmp_path):
@@ -149,7 +157,12 @@ def test_label_smoothing_needs_a_task_loss(tmp_path):
 
 @pytest.mark.parametrize(
     ("logit", "feature", "expected"),
-    [(1, 1, (True, True, True)), (0, 2, (False, True, True)), (2, 0, (True, False, True)), (0, 0, (False, False, False))],
+    [
+        (1, 1, (True, True, True)),
+        (0, 2, (False, True, True)),
+        (2, 0, (True, False, True)),
+        (0, 0, (False, False, False)),
+    ],
 )
 def test_a_term_is_on_when_its_weight_is_positive(tmp_path, logit, feature, expected):
     built = config(tmp_path, logit_weight=logit, feature_weight=feature)
@@ -157,7 +170,7 @@ def test_a_term_is_on_when_its_weight_is_positive(tmp_path, logit, feature, expe
 
 
 def test_what_training_arguments_refuse_is_still_refused(tmp_path):
-    with pytest.raises(ValueError, match="strategy"):
+    with pytest.raises(ValueError, match="Strategy"):
         config(tmp_path, eval_strategy="sometimes")
 
 

@@ -143,7 +143,9 @@ def test_the_captured_layers_are_the_blocks_own_outputs(name):
 
 def test_the_decoder_of_an_encoder_decoder_is_captured():
     ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    config = tf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2, **ends)
+    config = tf.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2, **ends
+    )
     torch.manual_seed(0)
     model = tf.T5Model(config).eval()
     inputs = {"input_ids": torch.randint(2, 50, (2, 7)), "decoder_input_ids": torch.randint(2, 50, (2, 4))}
@@ -154,7 +156,9 @@ def test_the_decoder_of_an_encoder_decoder_is_captured():
 # Indices
 
 
-@pytest.mark.parametrize(("asked", "resolved"), [([0, 2], [0, 2]), ([-1], [3]), ([-4, 1, -2], [0, 1, 2]), ([3, 1], [3, 1])])
+@pytest.mark.parametrize(
+    ("asked", "resolved"), [([0, 2], [0, 2]), ([-1], [3]), ([-4, 1, -2], [0, 1, 2]), ([3, 1], [3, 1])]
+)
 def test_indices_are_resolved_in_order_and_negative_ones_from_the_end(asked, resolved):
     model, inputs = build("bert"), inputs_for("bert")
     found, layers = capture(model, asked, inputs)
@@ -242,7 +246,9 @@ def test_a_module_without_a_tensor_is_an_input_error_that_names_it(name):
         capture(model, ["stem", name], inputs, role="teacher")
 
 
-@pytest.mark.parametrize(("name", "near"), [("encoder.layers.00", "layers.0"), ("layers.11", "layers.1"), ("poolr", "pooler")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("encoder.layers.00", "layers.0"), ("layers.11", "layers.1"), ("poolr", "pooler")]
+)
 def test_an_unknown_module_name_shows_near_ones(name, near):
     with pytest.raises(LayerNotFoundError) as caught:
         FeatureCapture(build("vit"), [name], "student")

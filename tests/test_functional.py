@@ -166,7 +166,8 @@ def test_row_cosine_is_the_correlation_of_two_rows():
 
 
 def test_row_cosine_follows_a_permutation_of_the_batch():
-    student, teacher, order = normal(2, 6, 6, seed=22), normal(3, 6, 6, seed=23), torch.randperm(6, generator=generator(2))
+    student, teacher = normal(2, 6, 6, seed=22), normal(3, 6, 6, seed=23)
+    order = torch.randperm(6, generator=generator(2))
     expected = functional.row_cosine(student, teacher)[order]
     actual = functional.row_cosine(student[:, order][:, :, order], teacher[:, order][:, :, order])
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)

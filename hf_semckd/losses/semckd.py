@@ -26,10 +26,10 @@ from ..calibration import (
     similarity_weights,
     summary,
 )
-from ..config import DEFAULT_ASSOCIATION_TEMPERATURE, Association, Projector, SemCKDConfig, TargetNorm
+from ..config import Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
-from ..functional import map_to_tokens, similarity_matrix, squared_error, weighted_feature_error
+from ..functional import at_least_float32, map_to_tokens, similarity_matrix, squared_error, weighted_feature_error
 from ..normalization import ChannelStatistics
 from .base import FeatureLoss, FeatureLossOutput
 
@@ -52,7 +52,7 @@ class SemCKDLoss(FeatureLoss):
         association: How teacher layers are weighed; see `SemCKDConfig`.
         target_norm: Whether teacher channels are standardised.
         projector: `shared` or `pairwise`.
-        association_temperature: > 0.
+        association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
 
@@ -74,7 +74,7 @@ class SemCKDLoss(FeatureLoss):
         association: Association = "similarity",
         target_norm: TargetNorm = "channel",
         projector: Projector = "shared",
-        association_temperature: float = DEFAULT_ASSOCIATION_TEMPERATURE,
+        association_temperature: float | None = None,
         batch_size: int | None = None,
         tokens_aligned: bool = True,
     ):
@@ -83,6 +83,8 @@ class SemCKDLoss(FeatureLoss):
         self.teacher_specs = _specs(teacher_shapes, "teacher")
         self.association: Association = association
         self.projector: Projector = projector
+        if association_temperature is None:
+            association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
         self.alignments = [
             [Alignment.of(student, teacher, tokens_aligned) for teacher in self.teacher_specs]
@@ -268,7 +270,8 @@ class SemCKDLoss(FeatureLoss):
             )
         if self.association != "learned":
             weights = fixed_weights(self.association, len(student), len(teacher))
-            return weights.to(student[0].device).expand(len(student[0]), -1, -1)
+            like = at_least_float32(student[0])
+            return weights.to(like.device, like.dtype).expand(len(like), -1, -1)
         if self.required_batch_size is not None:
             queries = [net(_raw_similarity(x, student_mask)) for net, x in zip(self.query, student, strict=True)]
             keys = [net(_raw_similarity(x, teacher_mask)) for net, x in zip(self.key, teacher, strict=True)]

@@ -1,0 +1,123 @@
+"""One of two processes that `test_distributed.py` starts: runs all jobs, one after the other, and writes what came out.
+
+Usage: torchrun --nproc_per_node 2 distributed_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny import PROBLEMS, Outcome, fit, make, outcome
+
+WORLD = 2
+# What one process does in a step: samples of a micro-batch, micro-batches.
+WHOLE, ACCUMULATED = (4, 1), (2, 2)
+EQUAL = [name for name in PROBLEMS if name != "resnet"]
+
+
+def trained(folder: Path, problem: str, **changes: Any) -> Outcome:
+    """Train a problem, and check that all processes end with the same numbers."""
+    trainer = make(problem, folder, **changes)
+    assert trainer.accelerator.num_processes == WORLD
+    fit(trainer)
+    done = outcome(trainer)
+    _assert_equal_on_all_processes(done)
+    return done
+
+
+def resumed(folder: Path, problem: str, **changes: Any) -> Outcome:
+    """Train, and go on from the middle with fresh objects."""
+    fit(make(problem, folder, save_strategy="steps", save_steps=1, **changes))
+    trainer = make(problem, folder, **changes)
+    fit(trainer, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    done = outcome(trainer)
+    _assert_equal_on_all_processes(done)
+    return done
+
+
+def job(do: Callable[..., Outcome], problem: str, micro: int, parts: int, **changes: Any) -> Callable[[Path], Outcome]:
+    """Return a job that takes a folder."""
+    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts}
+    return partial(do, problem=problem, **cut, **changes)
+
+
+# 24 samples make three whole steps; 20 leave a last one of half the samples, in half the micro-batches.
+JOBS: dict[str, Callable[[Path], Outcome]] = {
+    **{f"{name}-whole": job(trained, name, *WHOLE, samples=24) for name in EQUAL},
+    **{f"{name}-accumulated": job(trained, name, *ACCUMULATED, samples=20) for name in EQUAL},
+    **{
+        f"{name}-{terms}": job(trained, name, *ACCUMULATED, samples=20, terms=terms)
+        for name in ("vit", "sentences", "tokens", "next_word")
+        for terms in ("task", "logit", "feature")
+    },
+    **{
+        f"{name}-{association}": job(trained, name, *ACCUMULATED, samples=20, association=association)
+        for name in ("vit", "resnet_vit", "sentences")
+        for association in ("similarity", "learned", "last", "one_to_one")
+    },
+    "vit-unused": job(trained, "vit", *ACCUMULATED, samples=20, ddp_find_unused_parameters=True),
+    "vit-checkpointed": job(
+        trained,
+        "vit",
+        *ACCUMULATED,
+        samples=20,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    ),
+    "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
+}
+
+
+def write(done: Outcome, folder: Path, name: str) -> None:
+    """Write an outcome, from one process."""
+    save_file({key: value.contiguous() for key, value in done.state.items()}, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps({"terms": done.terms, "world": dist.get_world_size()}))
+
+
+def read(folder: Path, name: str) -> tuple[Outcome, int]:
+    """Return an outcome that was written, and the number of processes behind it.
+
+    Raises:
+        AssertionError: With the processes' own words, when the job failed.
+    """
+    failures = [path.read_text() for path in sorted(folder.glob(f"{name}.rank*.txt"))]
+    assert not failures, "\n".join(failures)
+    written = json.loads((folder / f"{name}.json").read_text())
+    return Outcome(load_file(folder / f"{name}.safetensors"), written["terms"]), written["world"]
+
+
+def _assert_equal_on_all_processes(done: Outcome) -> None:
+    for name, value in done.state.items():
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, value), f"{name} differs between processes"
+
+
+def main(folder: Path) -> None:
+    """Run all jobs; one that fails says so in a file and leaves the others alone."""
+    torch.set_num_threads(1)
+    for name, do in JOBS.items():
+        own = folder / name
+        own.mkdir(exist_ok=True)
+        try:
+            done = do(own)
+            if dist.get_rank() == 0:
+                write(done, folder, name)
+        except Exception:
+            rank = dist.get_rank() if dist.is_initialized() else "unknown"
+            (folder / f"{name}.rank{rank}.txt").write_text(traceback.format_exc())
+    print(f"world size {dist.get_world_size()}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""Two real processes (torchrun, gloo) train as one does: weights, projections, statistics and logged terms.
+
+One launch runs all jobs of `distributed_worker`; every test compares one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_worker import ACCUMULATED, JOBS, WHOLE, WORLD, read
+from filelock import FileLock
+from tiny import PROBLEMS, assert_same, by_hand, train
+
+TESTS = Path(__file__).parent
+SECONDS = 540
+
+
+def launch(folder: Path) -> str:
+    """Run all jobs in two processes and return what they printed."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed_worker.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    return done.stdout + f"\nexit status {done.returncode}\n"
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: Any, request: Any) -> Path:
+    """Launch once, also when pytest-xdist spreads these tests over its own processes; return the folder."""
+    spread = hasattr(request.config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if spread else base) / "two-processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            folder.mkdir()
+            (folder / "output.txt").write_text(launch(folder))
+    return folder
+
+
+def by_one(job: str, folder: Path) -> Any:
+    """Return the training of a job by hand: the same micro-batches, in one process."""
+    problem, _, how = job.partition("-")
+    micro, parts = WHOLE if how == "whole" else ACCUMULATED
+    changes = dict(JOBS[job].keywords)
+    kept = {key: changes[key] for key in ("samples", "terms", "association") if key in changes}
+    return by_hand(problem, folder, micro=micro, parts=parts * WORLD, **kept)
+
+
+def test_two_processes_took_part(results):
+    output = (results / "output.txt").read_text()
+    assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
+    assert "exit status 0" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_two_processes_train_as_one_does_by_hand(job, results, tmp_path):
+    done, world = read(results, job)
+    assert world == WORLD
+    assert_same(done, by_one(job, tmp_path), PROBLEMS[job.partition("-")[0]].tolerance)
+
+
+def test_two_processes_train_as_one_does_with_a_batch_of_eight(results, tmp_path):
+    """The library against itself, without a hand in between: 2 processes x 4, and x 2 accumulated x 2."""
+    one = train("vit", tmp_path, samples=24, per_device_train_batch_size=8)
+    assert_same(read(results, "vit-whole")[0], one)
+    one = train("vit", tmp_path, samples=20, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_same(read(results, "vit-accumulated")[0], one)

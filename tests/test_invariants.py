@@ -1,0 +1,157 @@
+"""The same samples give the same training, however they are cut, ordered and padded; the oracle is written by hand.
+
+In float64, with plain gradient descent, so that weights show gradients: a factor that is wrong anywhere shows here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from makers import Samples, images, vit
+from tiny import PROBLEMS, Outcome, assert_same, by_hand, fit, make, outcome, pictures, tokenizer, train
+from torch import Tensor
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from hf_semckd import SemCKDConfig, SemCKDTrainer
+from hf_semckd.errors import InputError
+
+CUTS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+EQUAL = [name for name in PROBLEMS if name != "resnet"]
+# Another task loss does not change the other terms.
+SINGLE_TERMS = [(name, "task") for name in EQUAL] + [
+    (name, terms) for name in EQUAL for terms in ("logit", "feature") if not name.startswith(("smoothed", "own_loss"))
+]
+ASSOCIATIONS = ["similarity", "learned", "last", "one_to_one"]
+
+
+def cut(micro: int, parts: int, **others: Any) -> dict[str, Any]:
+    """Return the arguments that make steps of `parts` micro-batches of `micro` samples."""
+    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, **others}
+
+
+def check_against_hand(problem: str, folder: Any, micro: int, parts: int, **args: Any) -> None:
+    """Compare the library's training with the one by hand."""
+    done = train(problem, folder, **cut(micro, parts), **args)
+    assert_same(done, by_hand(problem, folder, micro=micro, parts=parts, **args), PROBLEMS[problem].tolerance)
+
+
+# ---- Invariant 1: the cut into micro-batches does not matter -------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["8x1", "4x2"])
+@pytest.mark.parametrize("problem", EQUAL)
+def test_training_equals_the_one_by_hand_however_steps_are_cut(problem, shape, tmp_path):
+    """20 samples: the last step has 4, in one micro-batch instead of two."""
+    micro, parts = CUTS[shape]
+    done = train(problem, tmp_path, **cut(micro, parts))
+    # Uniform weights know nothing of the batch: by hand, the step is always one batch of 8.
+    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1), PROBLEMS[problem].tolerance)
+
+
+@pytest.mark.parametrize(("problem", "terms"), SINGLE_TERMS)
+def test_each_term_alone_equals_the_one_by_hand(problem, terms, tmp_path):
+    check_against_hand(problem, tmp_path, *CUTS["4x2"], terms=terms)
+
+
+@pytest.mark.parametrize("association", ["learned", "last", "one_to_one"])
+@pytest.mark.parametrize("problem", ["vit", "resnet_vit", "sentences"])
+def test_associations_that_know_one_sample_at_a_time_do_not_depend_on_the_cut(problem, association, tmp_path):
+    done = train(problem, tmp_path, association=association, **cut(2, 4))
+    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, association=association))
+
+
+@pytest.mark.parametrize("shape", list(CUTS))
+@pytest.mark.parametrize("problem", ["vit", "resnet_vit", "sentences", "tokens"])
+def test_similarities_are_those_of_each_micro_batch(problem, shape, tmp_path):
+    check_against_hand(problem, tmp_path, *CUTS[shape], association="similarity")
+
+
+@pytest.mark.parametrize("association", ["uniform", "similarity"])
+def test_a_student_with_batch_norm_equals_the_one_by_hand_for_the_same_micro_batches(association, tmp_path):
+    check_against_hand("resnet", tmp_path, 4, 2, association=association)
+
+
+@pytest.mark.parametrize("problem", ["vit", "sentences"])
+def test_raw_targets_equal_the_training_by_hand(problem, tmp_path):
+    check_against_hand(problem, tmp_path, 4, 2, target_norm="none")
+
+
+# ---- Invariant 2: any batch size, any padding ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("association", ["similarity", "learned"])
+@pytest.mark.parametrize("problem", ["vit", "sentences"])
+def test_a_ragged_last_batch_equals_the_one_by_hand(problem, association, last, tmp_path):
+    check_against_hand(problem, tmp_path, 4, 1, samples=8 + last, association=association)
+
+
+@pytest.mark.parametrize("association", ["similarity", "learned"])
+def test_batches_of_one_train(association, tmp_path):
+    check_against_hand("sentences", tmp_path, 1, 1, samples=3, association=association)
+
+
+@pytest.mark.parametrize("association", ASSOCIATIONS)
+@pytest.mark.parametrize("problem", ["sentences", "tokens"])
+def test_wider_padding_changes_nothing(problem, association, tmp_path):
+    collator = {"sentences": DataCollatorWithPadding, "tokens": DataCollatorForTokenClassification}[problem]
+    wide = dataclasses.replace(PROBLEMS[problem], collator=collator(tokenizer(), pad_to_multiple_of=16))
+    assert wide.collator([wide.rows(1)[0]])["input_ids"].shape[1] == 16
+    one = train(problem, tmp_path, association=association, **cut(4, 2))
+    assert_same(one, train(wide, tmp_path, association=association, **cut(4, 2)))
+
+
+# ---- Invariant 3: the order within a batch does not matter ---------------------------------------------------------
+
+
+def with_weights(problem: str, folder: Any, order: list[int], association: str) -> tuple[Outcome, list[Tensor]]:
+    """Train on reordered samples and return the association weights (B, S, T) of every batch too."""
+    rows = PROBLEMS[problem].rows(len(order))
+    dataset = Samples([rows[index] for index in order])
+    trainer = make(problem, folder, train_dataset=dataset, association=association, **cut(4, 1))
+    weights: list[Tensor] = []
+    trainer.feature_loss.register_forward_hook(lambda _module, _inputs, output: weights.append(output.attention))
+    fit(trainer)
+    return outcome(trainer), weights
+
+
+@pytest.mark.parametrize("association", ["similarity", "learned"])
+@pytest.mark.parametrize("problem", ["vit", "sentences", "tokens"])
+def test_a_shuffled_batch_permutes_the_weights_and_changes_no_loss(problem, association, tmp_path):
+    first, weights = with_weights(problem, tmp_path, list(range(8)), association)
+    second, shuffled = with_weights(problem, tmp_path, [2, 0, 3, 1, 5, 4, 7, 6], association)
+    assert_same(first, second)
+    for before, after, order in zip(weights, shuffled, ([2, 0, 3, 1], [1, 0, 3, 2]), strict=True):
+        torch.testing.assert_close(after, before[order], rtol=0, atol=1e-9)
+    # The weights of samples differ, or a permutation would say nothing.
+    assert float((weights[0][0] - weights[0][1]).abs().max()) > 1e-6
+
+
+# ---- The published form --------------------------------------------------------------------------------------------
+
+
+def published(folder: Any, samples: int, **changes: Any) -> SemCKDTrainer:
+    """Return a trainer of the published form, for batches of 8."""
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    args = SemCKDConfig.published(str(folder), per_device_train_batch_size=8, num_train_epochs=1, **quiet, **changes)
+    return SemCKDTrainer(model=vit(), teacher_model=vit(3, 24, seed=9), args=args, train_dataset=images(samples))
+
+
+@pytest.mark.parametrize("samples", [17, 18, 19, 7])
+def test_the_published_form_refuses_a_ragged_dataset_before_the_first_step(samples, tmp_path):
+    with pytest.raises(InputError, match="dataloader_drop_last"):
+        published(tmp_path, samples)
+
+
+@pytest.mark.parametrize(("samples", "drop"), [(16, False), (21, True)])
+def test_the_published_form_trains_on_whole_batches(samples, drop, tmp_path):
+    trainer = published(tmp_path, samples, dataloader_drop_last=drop)
+    before = {name: value.clone() for name, value in trainer.feature_loss.state_dict().items()}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    after = trainer.feature_loss.state_dict()
+    still = [name for name, value in trainer.feature_loss.named_parameters() if torch.equal(before[name], after[name])]
+    assert not still
