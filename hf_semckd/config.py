@@ -93,9 +93,9 @@ class SemCKDConfig(TrainingArguments):
     association_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of the softmax over cosines. "
-            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity), "
-            "0.5 (learned), or 1 in the published form."
+            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of a softmax over cosines. "
+            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity),"
+            " 0.5 (learned), or 1 in the published form."
         },
     )
     calibration_learning_rate: float | None = field(

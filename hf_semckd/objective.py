@@ -153,7 +153,9 @@ class ObjectiveTrainer(Trainer):
             return
         assert self._teacher is not None
         self._teacher.check_finite(targets)
-        broken = [f"{name} = {float(value.detach()):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)]
+        broken = [
+            f"{name} = {float(value.detach()):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)
+        ]
         raise NonFiniteLossError(
             message(
                 f"The loss is not finite in step {self.state.global_step + 1}; training stops with the "

@@ -217,11 +217,12 @@ def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if len(required) == 1 and len(tensors) == 1:
         return {required[0]: tensors[0]}
+    expected = [name for name in forward_parameters(model) if name not in LABEL_COLUMNS]
     raise InputError(
         message(
             f"{type(model).__name__} takes nothing of the batch",
             received=f"columns {', '.join(map(repr, batch)) or 'none'}",
-            expected=f"some of {', '.join(repr(name) for name in forward_parameters(model) if name not in LABEL_COLUMNS)}",
+            expected=f"some of {', '.join(map(repr, expected))}",
             todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
             "or give the teacher columns of its own named teacher_...",
         )

@@ -175,7 +175,8 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
         self.callback_handler.callbacks.insert(0, AssociationCallback(self))
         if self.train_dataset is not None:
-            check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
+            with untouched_random_state(self.args.seed):
+                check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
             self._build()
 
     def _build(self) -> None:

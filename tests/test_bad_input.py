@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first step, and what breaks on the way costs neither weights nor checkpoints."""
+"""What cannot work is refused before the first step; what breaks later costs neither weights nor checkpoints."""
 
 import pytest
 import torch
@@ -296,7 +296,9 @@ class Ordered(SemCKDTrainer):
 def ordered(folder, rows=None, callbacks=None, **changes):
     """Return a trainer that writes a checkpoint after every step of four samples."""
     args = config(folder, save_strategy="steps", save_steps=1, max_steps=5, **changes)
-    return Ordered(vit(), args, teacher_model=vit(3, 24, seed=9), train_dataset=rows or images(20), callbacks=callbacks)
+    return Ordered(
+        vit(), args, teacher_model=vit(3, 24, seed=9), train_dataset=rows or images(20), callbacks=callbacks
+    )
 
 
 def stop(trainer, kind, *facts):

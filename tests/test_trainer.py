@@ -249,6 +249,22 @@ def test_distillation_draws_no_random_number_of_the_students(tmp_path):
             torch.testing.assert_close(trainer.student.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+class Augmented(Samples):
+    """Draws random numbers for every sample."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return {**row, "pixel_values": row["pixel_values"] + torch.randn(3, IMAGE, IMAGE)}
+
+
+def test_looking_at_the_data_draws_no_random_number_of_an_augmentation(tmp_path):
+    plain = Trainer(vit(), plain_arguments(tmp_path), train_dataset=Augmented(images().rows))
+    plain.train()
+    trainer = distiller(tmp_path, train_dataset=Augmented(images().rows), args={**NOTHING, "feature_weight": 1e-300})
+    trainer.train()
+    np.testing.assert_allclose(losses(trainer), losses(plain), rtol=1e-6)
+
+
 def test_plain_arguments_get_the_defaults_and_stay_as_they_are(tmp_path):
     arguments = plain_arguments(tmp_path)
     before = dict(vars(arguments))
@@ -263,13 +279,13 @@ def test_plain_arguments_get_the_defaults_and_stay_as_they_are(tmp_path):
 # ---- Nothing stays on the models ---------------------------------------------------------------------------------
 
 
-class Broken(RuntimeError):
+class BrokenError(RuntimeError):
     """Raised by a test in the middle of training."""
 
 
 def fail_in_callback(trainer):
     def action(_):
-        raise Broken
+        raise BrokenError
 
     trainer.add_callback(At("on_step_end", action))
 
@@ -280,7 +296,7 @@ def fail_in_teacher(trainer):
     def hook(*_):
         calls.append(1)
         if len(calls) > 2:
-            raise Broken
+            raise BrokenError
 
     trainer.teacher.classifier.register_forward_hook(hook)
 
@@ -291,7 +307,7 @@ def fail_in_student(trainer):
     def hook(module, *_):
         calls.append(1)
         if len(calls) > 1:
-            raise Broken
+            raise BrokenError
 
     trainer.student.vit.layernorm.register_forward_hook(hook)
 
@@ -310,9 +326,9 @@ def fail_by_interrupt(trainer):
 
 FAILURES = {
     "success": (lambda trainer: None, ()),
-    "callback": (fail_in_callback, Broken),
-    "teacher": (fail_in_teacher, Broken),
-    "student": (fail_in_student, Broken),
+    "callback": (fail_in_callback, BrokenError),
+    "teacher": (fail_in_teacher, BrokenError),
+    "student": (fail_in_student, BrokenError),
     "nan": (fail_by_nan, (NonFiniteLossError, FloatingPointError)),
     "interrupt": (fail_by_interrupt, KeyboardInterrupt),
 }
