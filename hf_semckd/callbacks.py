@@ -10,7 +10,6 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .errors import SemCKDError
 from .visualization import figure_to_array, plot_association, save_association_plot
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ class AssociationCallback(TrainerCallback):
         """Send the mean weight of every pair to TensorBoard, where many curves do no harm."""
         association = self.trainer.association()
         writer = self._tensorboard_writer()
-        if association is None or writer is None:
+        # Evaluations and the summary at the end are logged too, and have no window of their own.
+        if association is None or writer is None or "loss" not in (kwargs.get("logs") or {}):
             return
         for (s, t), weight in np.ndenumerate(association):
             student, teacher = self.trainer.student_layer_names[s], self.trainer.teacher_layer_names[t]
@@ -65,7 +65,7 @@ class AssociationCallback(TrainerCallback):
             if writer is not None:
                 picture = figure_to_array(plot_association(association, *names)[0])
                 writer.add_image("association", picture, state.global_step, dataformats="HWC")
-        except (SemCKDError, OSError, ValueError) as error:
+        except Exception as error:  # a full disk, no matplotlib, or one that does not get on with its own parts
             logger.warning("The picture of the association was not saved (training is not affected): %s", error)
 
     def _tensorboard_writer(self) -> Any:

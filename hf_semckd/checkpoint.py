@@ -124,9 +124,6 @@ class CheckpointingTrainer(Trainer):
     """Saving the plain student, and resuming exactly; a base of `DistillationTrainer`."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self._distils:
-            super()._save(output_dir, state_dict)
-            return
         with self._plain_student():
             super()._save(output_dir, None if state_dict is None else without_calibration(state_dict))
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shutil
@@ -32,6 +33,7 @@ from .report import write_atomic
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+STATE = "trainer_state.json"
 STAGING_PREFIX = "hf_semckd_push_"
 # What a checkpoint holds besides the student: needed to resume, and nobody else's business.
 TRAINING_STATE = (
@@ -39,7 +41,7 @@ TRAINING_STATE = (
     "scheduler.pt",
     "scaler.pt",
     "rng_state*",
-    "trainer_state.json",
+    STATE,
     "training_args.bin",
     CALIBRATION_FILE,
     "pytorch_model_fsdp*",
@@ -103,8 +105,11 @@ class PublishingTrainer(Trainer):
         Raises:
             HubPushError: When that is refused, before any training.
         """
+        if private is not None:
+            # Older versions take it from the arguments only.
+            self.args.hub_private_repo = private
         try:
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(token=token)
         except Exception as error:  # the client raises many kinds, and all mean the same here
             raise HubPushError(_repository_message(self.args.hub_model_id, error)) from error
 
@@ -138,7 +143,7 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **card})
+        self.create_model_card(**card)
         shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
         self._finish_current_push()
         upload = functools.partial(
@@ -168,7 +173,7 @@ class PublishingTrainer(Trainer):
             return
         data = dataset_tags or dataset
         text = student_card(
-            repo_name=model_name or Path(self.args.output_dir).name,
+            repo_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
             student=self.student,
             teacher=self.teacher,
             config=self.args,
@@ -197,7 +202,8 @@ class PublishingTrainer(Trainer):
         if whole:
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             shutil.copytree(checkpoint_folder, folder / name)
-        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+            _hide_local_path(folder / name / STATE)
+        self.create_model_card()
         shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
@@ -232,6 +238,14 @@ def _upload_quietly(
     except HubPushError as error:
         logger.error("A push during training failed, and training goes on. %s", error)
         return None
+
+
+def _hide_local_path(state_file: Path) -> None:
+    """Keep only the last part of the one path that a trainer's state holds, that of the best checkpoint."""
+    state = json.loads(state_file.read_text(encoding="utf-8"))
+    if state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:

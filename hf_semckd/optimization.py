@@ -51,7 +51,7 @@ class BorrowedOptimizer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self._groups = len(optimizer.param_groups)
-        self._lists: list[tuple[list[Any], int]] = []
+        self._lists: list[tuple[Any, str]] = []
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         members = [parameter for parameter in module.parameters() if id(parameter) not in known]
         if not members:
@@ -66,14 +66,15 @@ class BorrowedOptimizer:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
         del self.optimizer.param_groups[self._groups :]
-        for values, length in self._lists:
-            del values[length:]
+        for owner, name in self._lists:
+            # Looked up again: a scheduler makes some of its lists anew at every step.
+            del getattr(owner, name)[self._groups :]
 
     def _extend(self, scheduler: Any) -> None:
         for name in _SCHEDULER_LISTS:
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == self._groups:
-                self._lists.append((values, len(values)))
+                self._lists.append((scheduler, name))
                 values.append(values[0])
         for inner in getattr(scheduler, "_schedulers", ()):
             self._extend(inner)

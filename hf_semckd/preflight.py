@@ -221,6 +221,29 @@ def first_samples(dataset: Any) -> list[Any]:
     return list(islice(iter(dataset), PROBE_SAMPLES))
 
 
+def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
+    """Return the samples as a batch.
+
+    Raises:
+        InputError: When the collator cannot make one.
+    """
+    try:
+        return collator(samples)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        columns = list(samples[0]) if samples and isinstance(samples[0], Mapping) else []
+        paired = any(str(name).startswith(TEACHER_PREFIX) for name in columns)
+        raise InputError(
+            message(
+                "The data collator cannot make a batch of the training samples",
+                received=f"columns {', '.join(map(repr, columns)) or 'of unknown names'}; the collator said: {error}",
+                expected="samples that it can stack or pad",
+                todo="use hf_semckd.data.TeacherStudentCollator, which pads teacher_* columns with the teacher's tokenizer"
+                if paired
+                else "pass a data_collator that fits the samples, such as DataCollatorWithPadding(tokenizer)",
+            )
+        ) from error
+
+
 @torch.no_grad()
 def probe(
     student: nn.Module,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from .cache import OutputCache, right_padded_lengths, sample_keys, teacher_fingerprint
+from .data import TEACHER_PREFIX
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture
 from .modeling import logits_of, tokens_mask
 
-TEACHER_PREFIX = "teacher_"
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 

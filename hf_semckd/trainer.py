@@ -34,6 +34,7 @@ from .preflight import (
     check_parallelism,
     check_published_batches,
     check_teacher_given,
+    collate,
     column_names,
     first_samples,
     probe,
@@ -224,7 +225,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return collator(first_samples(dataset))
+        return collate(collator, first_samples(dataset))
 
     # ---- Training: attach, count, weigh ------------------------------------------------------------------------
 

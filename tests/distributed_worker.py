@@ -21,7 +21,9 @@ from tiny import PROBLEMS, Outcome, fit, make, outcome
 WORLD = 2
 # What one process does in a step: samples of a micro-batch, micro-batches.
 WHOLE, ACCUMULATED = (4, 1), (2, 2)
-EQUAL = [name for name in PROBLEMS if name != "resnet"]
+EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabelled_words")]
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+PUBLISHED = {"association": "learned", "target_norm": "none", "projector": "pairwise", "feature_weight": 50.0}
 
 
 def trained(folder: Path, problem: str, **changes: Any) -> Outcome:
@@ -65,14 +67,10 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
         for association in ("similarity", "learned", "last", "one_to_one")
     },
     "vit-unused": job(trained, "vit", *ACCUMULATED, samples=20, ddp_find_unused_parameters=True),
-    "vit-checkpointed": job(
-        trained,
-        "vit",
-        *ACCUMULATED,
-        samples=20,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    ),
+    "vit-checkpointed": job(trained, "vit", *ACCUMULATED, samples=20, **CHECKPOINTING),
+    "vit-checkpointed-last": job(trained, "vit", *ACCUMULATED, samples=20, association="last", **CHECKPOINTING),
+    "vit-checkpointed-feature": job(trained, "vit", *ACCUMULATED, samples=20, terms="feature", **CHECKPOINTING),
+    "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
 }
 

@@ -13,16 +13,20 @@ import torch
 from makers import Samples, images, vit
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, fit, make, outcome, pictures, tokenizer, train
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import InputError
 
 CUTS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
-EQUAL = [name for name in PROBLEMS if name != "resnet"]
+EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabelled_words")]
 # Another task loss does not change the other terms.
 SINGLE_TERMS = [(name, "task") for name in EQUAL] + [
-    (name, terms) for name in EQUAL for terms in ("logit", "feature") if not name.startswith(("smoothed", "own_loss"))
+    (name, terms)
+    for name in [*EQUAL, "unlabelled_words"]
+    for terms in ("logit", "feature")
+    if not name.startswith(("smoothed", "own_loss"))
 ]
 ASSOCIATIONS = ["similarity", "learned", "last", "one_to_one"]
 
@@ -77,6 +81,17 @@ def test_a_student_with_batch_norm_equals_the_one_by_hand_for_the_same_micro_bat
 @pytest.mark.parametrize("problem", ["vit", "sentences"])
 def test_raw_targets_equal_the_training_by_hand(problem, tmp_path):
     check_against_hand(problem, tmp_path, 4, 2, target_norm="none")
+
+
+def test_a_logged_term_is_the_mean_over_the_steps_since_the_last_log(tmp_path):
+    done = train("tokens", tmp_path, association="similarity", logging_steps=3, **cut(4, 2))
+    steps = by_hand("tokens", tmp_path, micro=4, parts=2, association="similarity").terms
+    (logged,) = done.terms
+    for name in ("loss", "task_loss", "logit_loss", "feature_loss"):
+        assert logged[name] == pytest.approx(sum(step[name] for step in steps) / 3, rel=1e-6), name
+    # Weights are averaged over samples: 8, 8 and 4 of them.
+    entropy = sum(step["association/entropy"] * size for step, size in zip(steps, (8, 8, 4), strict=True)) / 20
+    assert logged["association/entropy"] == pytest.approx(entropy, rel=1e-9)
 
 
 # ---- Invariant 2: any batch size, any padding ----------------------------------------------------------------------
@@ -155,3 +170,79 @@ def test_the_published_form_trains_on_whole_batches(samples, drop, tmp_path):
     after = trainer.feature_loss.state_dict()
     still = [name for name, value in trainer.feature_loss.named_parameters() if torch.equal(before[name], after[name])]
     assert not still
+
+
+# ---- Other ways to train -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", ["vit", "sentences", "next_word", "resnet"])
+def test_bfloat16_autocast_is_close_to_full_precision(problem, tmp_path):
+    settings = {"association": "similarity", **cut(4, 1)}
+    exact = train(problem, tmp_path, **settings)
+    rough = train(problem, tmp_path, dtype=torch.float32, bf16=True, **settings)
+    assert not [name for name, value in rough.state.items() if value.dtype is torch.bfloat16]
+    for one, other in zip(exact.terms, rough.terms, strict=True):
+        assert other == pytest.approx(one, rel=0.05, abs=2e-3)
+    gaps = [abs(one["loss"] - other["loss"]) for one, other in zip(exact.terms, rough.terms, strict=True)]
+    # Else autocast was not on.
+    assert max(gaps) > 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, None])
+@pytest.mark.parametrize("problem", ["vit", "sentences", "next_word"])
+def test_gradient_checkpointing_changes_nothing(problem, reentrant, tmp_path):
+    how = None if reentrant is None else {"use_reentrant": reentrant}
+    args = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": how, "association": "similarity"}
+    done = train(problem, tmp_path, **args, **cut(4, 2))
+    hand = by_hand(problem, tmp_path, micro=4, parts=2, association="similarity")
+    assert_same(done, hand, PROBLEMS[problem].tolerance)
+
+
+COMPILED = [("vit", "eager")] + [
+    pytest.param(problem, backend, marks=pytest.mark.slow)
+    for problem, backend in [("sentences", "eager"), ("sentences", "aot_eager"), ("vit", "inductor")]
+]
+
+
+@pytest.mark.parametrize(("problem", "backend"), COMPILED)
+def test_a_compiled_student_trains_the_same(problem, backend, tmp_path):
+    torch.compiler.reset()
+    args = {"torch_compile": True, "torch_compile_backend": backend, "association": "similarity"}
+    done = train(problem, tmp_path, **args, **cut(4, 2))
+    assert_same(done, by_hand(problem, tmp_path, micro=4, parts=2, association="similarity"))
+
+
+def test_a_student_made_by_model_init_trains_the_same(tmp_path):
+    done = train("vit", tmp_path, model_init=lambda: PROBLEMS["vit"].student().double(), **cut(4, 2))
+    assert_same(done, by_hand("vit", tmp_path, micro=4, parts=2))
+
+
+class Stream(IterableDataset):
+    """Samples without a length."""
+
+    def __init__(self, rows: Samples):
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows.rows)
+
+
+def test_a_stream_of_samples_trains_the_same(tmp_path):
+    done = train("vit", tmp_path, train_dataset=Stream(pictures(24)), max_steps=3, **cut(4, 2))
+    assert_same(done, by_hand("vit", tmp_path, micro=4, parts=2, samples=24))
+
+
+def test_an_optimizer_of_the_user_trains_the_projections_and_comes_back_as_it_was(tmp_path):
+    student = PROBLEMS["vit"].student().double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make("vit", tmp_path, model=student, optimizers=(optimizer, scheduler), **cut(4, 2))
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([len(group["params"]) for group in optimizer.param_groups]))
+    fit(trainer)
+    own = len(list(student.parameters()))
+    assert seen == [[own, len(list(trainer.feature_loss.parameters()))]] * 3
+    assert_same(outcome(trainer), by_hand("vit", tmp_path, micro=4, parts=2, calibration_learning_rate=0.05))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [own]
+    assert (scheduler.base_lrs, len(scheduler.get_last_lr()), len(scheduler.lr_lambdas)) == ([0.05], 1, 1)
+    assert set(optimizer.state) <= set(student.parameters())

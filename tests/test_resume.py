@@ -16,7 +16,7 @@ import pytest
 import torch
 from makers import bert, config, images, resnet, texts, vit, weights
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_semckd import SemCKDTrainer
@@ -48,16 +48,19 @@ class Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-def trainer_of(family: str, folder: Path, callbacks: Any = (), **args: Any) -> SemCKDTrainer:
+def trainer_of(
+    family: str, folder: Path, callbacks: Any = (), student: Any = None, optimizers: Any = (None, None), **args: Any
+) -> SemCKDTrainer:
     """Return a trainer of fresh objects that takes `WHOLE` steps."""
-    student, teacher, data = FAMILIES[family]
+    make_student, teacher, data = FAMILIES[family]
     settings = {"max_steps": WHOLE, "save_strategy": "steps", "save_steps": HALF, **args}
     return SemCKDTrainer(
-        model=student(),
+        model=make_student() if student is None else student,
         teacher_model=teacher(),
         args=config(folder, **settings),
         train_dataset=data(),
         callbacks=list(callbacks),
+        optimizers=optimizers,
     )
 
 
@@ -81,7 +84,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 def checkpoint(folder: Path, step: int = WHOLE) -> dict[str, Any]:
     """Return all that a checkpoint holds: tensors, states, random states, and the log."""
     place = folder / f"checkpoint-{step}"
-    held = {name: load_file(place / name) for name in ("model.safetensors", CALIBRATION_FILE)}
+    held = {path.name: load_file(path) for path in sorted(place.glob("*.safetensors"))}
     for name in ("optimizer.pt", "scheduler.pt"):
         held[name] = torch.load(place / name, weights_only=True)
     held["random"] = torch.load(place / "rng_state.pth", weights_only=False)["cpu"]
@@ -97,7 +100,7 @@ def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
     different = [
         name
         for name, value in first.items()
-        if not (torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name])
+        if not (torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name])
     ]
     assert not different
 
@@ -116,7 +119,7 @@ def test_resuming_equals_not_stopping(family, association, cut, tmp_path):
     fit(trainer_of(family, tmp_path / "twice", **settings), str(tmp_path / "twice" / f"checkpoint-{HALF}"))
     once = checkpoint(tmp_path / "once")
     assert_equal(once, checkpoint(tmp_path / "twice"))
-    # All that has to be equal is there, statistics of every step among it.
+    # All that has to be equal is there, the statistics among it.
     assert once[f"/{CALIBRATION_FILE}/statistics.0.count"] > 0
     assert sum("feature_loss" in name for name in once) == WHOLE
     assert any(name.startswith("/optimizer.pt/state") for name in once)
@@ -154,6 +157,22 @@ def test_the_first_log_after_resuming_averages_only_the_steps_since(tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-6), name
 
 
+def momentum(folder: Path, callbacks: Any = ()) -> SemCKDTrainer:
+    """Return a trainer with an optimizer of the user's, whose rate falls."""
+    student = FAMILIES["vit"][0]()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    return trainer_of("vit", folder, callbacks, student=student, optimizers=(optimizer, scheduler))
+
+
+def test_an_optimizer_of_the_user_is_resumed_with_its_momentum(tmp_path):
+    fit(momentum(tmp_path / "once"))
+    fit(momentum(tmp_path / "twice", [Stop(HALF)]))
+    resumed = fit(momentum(tmp_path / "twice"), True)
+    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
+    assert len(resumed.optimizer.param_groups) == 1
+
+
 # ---- Checkpoints that cannot be gone on from -----------------------------------------------------------------------
 
 
@@ -166,13 +185,9 @@ def halfway(tmp_path):
 
 def resume_with(student: nn.Module, place: Path) -> None:
     """Resume another student, of which nothing may be left changed."""
-    trainer = trainer_of("vit", place.parent)
-    trainer = SemCKDTrainer(
-        model=student, teacher_model=trainer.teacher, args=trainer.args, train_dataset=trainer.train_dataset
-    )
     before = weights(student)
     try:
-        fit(trainer, str(place))
+        fit(trainer_of("vit", place.parent, student=student), str(place))
     finally:
         assert before.keys() == student.state_dict().keys()
         assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
@@ -240,3 +255,63 @@ def test_a_moved_checkpoint_can_be_resumed(halfway, tmp_path_factory):
     fit(trainer_of("vit", folder), True)
     fit(trainer_of("vit", folder / "once", save_steps=WHOLE))
     assert_equal(checkpoint(folder / "once"), checkpoint(folder))
+
+
+# ---- Adapters ------------------------------------------------------------------------------------------------------
+
+
+def adapted(bias: str = "none") -> Any:
+    """Return a BERT with LoRA adapters and a head that is trained whole."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=4, target_modules="all-linear", lora_dropout=0.1, bias=bias, modules_to_save=["classifier"], task_type="SEQ_CLS"
+    )
+    student = bert()
+    torch.manual_seed(1)
+    return peft.get_peft_model(student, lora)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_adapter_trains_and_is_saved_alone(bias, tmp_path):
+    student = adapted(bias)
+    before = weights(student)
+    trainer = fit(trainer_of("bert", tmp_path, student=student, save_strategy="no", learning_rate=0.1))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert before.keys() == student.state_dict().keys()
+    assert any("lora_B" in name for name in moved)
+    assert moved <= {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    trainer.save_model(str(tmp_path / "saved"))
+    written = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert written.keys() == expected_adapter(student, tmp_path / "plain").keys()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def expected_adapter(student: Any, folder: Path) -> dict[str, Tensor]:
+    """Return what peft writes of the student without any trainer."""
+    student.save_pretrained(str(folder))
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_saved_adapter_is_the_student_again(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = fit(trainer_of("bert", tmp_path, student=adapted(), save_strategy="no", learning_rate=0.1))
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "saved")).eval()
+    rows = texts(4)
+    batch = {key: torch.stack([rows[index][key] for index in range(4)]) for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, trainer.student.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_resuming_an_adapter_equals_not_stopping(bias, tmp_path):
+    fit(trainer_of("bert", tmp_path / "once", student=adapted(bias), save_steps=WHOLE))
+    fit(trainer_of("bert", tmp_path / "twice", [Stop(HALF)], student=adapted(bias)))
+    fit(trainer_of("bert", tmp_path / "twice", student=adapted(bias)), True)
+    once = checkpoint(tmp_path / "once")
+    assert_equal(once, checkpoint(tmp_path / "twice"))
+    assert {name.split("/")[1] for name in once if "safetensors" in name} == {
+        "adapter_model.safetensors",
+        CALIBRATION_FILE,
+    }
+    assert not [name for name in once if "adapter_model" in name and "calibration" in name.split("/", 2)[2]]

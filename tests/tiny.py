@@ -155,6 +155,7 @@ PROBLEMS = {
     "tokens": _text(bert_tokens, "tokens", _TOKENS, "tokens"),
     "masked_words": _text(bert_mlm, "words", _TOKENS, "tokens"),
     "next_word": _text(gpt2, "none", _NEXT, "next", **_FLOAT32),
+    "unlabelled_words": _text(gpt2, "none", _PADDING, "next"),
     "smoothed_sentences": _text(bert, "class", _PADDING, "single", **_SMOOTH),
     "smoothed_tokens": _text(bert_tokens, "tokens", _TOKENS, "tokens", **_SMOOTH),
     "smoothed_next_word": _text(gpt2, "none", _NEXT, "next", **_SMOOTH),
@@ -192,18 +193,32 @@ def arguments(folder: Any, terms: str = "all", **changes: Any) -> Any:
     return config(folder, **{**settings, **changes})
 
 
-def make(problem: str | Problem, folder: Any, *, samples: int = 20, terms: str = "all", **args: Any) -> OrderedTrainer:
+def make(
+    problem: str | Problem,
+    folder: Any,
+    *,
+    samples: int = 20,
+    terms: str = "all",
+    dtype: torch.dtype = torch.float64,
+    **args: Any,
+) -> OrderedTrainer:
     """Return a trainer for a problem; keywords are changes of the arguments, or parts of the trainer."""
     problem = PROBLEMS[problem] if isinstance(problem, str) else problem
-    parts = {key: args.pop(key) for key in ("callbacks", "optimizers", "model", "train_dataset") if key in args}
-    defaults = {"model": problem.student().double(), "train_dataset": problem.rows(samples)}
+    parts = {key: args.pop(key) for key in ("model", "model_init", "train_dataset", "optimizers") if key in args}
+    defaults = {} if "model_init" in parts else {"model": problem.student().to(dtype)}
+    defaults["train_dataset"] = Samples([_cast(row, dtype) for row in problem.rows(samples).rows])
     return OrderedTrainer(
-        teacher_model=problem.teacher().double(),
+        teacher_model=problem.teacher().to(dtype),
         data_collator=problem.collator,
         args=arguments(folder, terms, **{**problem.args, **args}),
         **problem.parts,
         **{**defaults, **parts},
     )
+
+
+def _cast(row: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    floating = {key: value for key, value in row.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {**row, **{key: value.to(dtype) for key, value in floating.items()}}
 
 
 @dataclass
@@ -328,7 +343,7 @@ class _ByHand:
         with torch.no_grad():
             for index, (value, gradient) in enumerate(zip(mine + theirs, gradients, strict=True)):
                 if gradient is not None:
-                    value -= (RATE if index < len(mine) else CALIBRATION_RATE) * gradient
+                    value -= (args.learning_rate if index < len(mine) else args.calibration_learning_rate) * gradient
         logged = {name: float(value.detach()) for name, value in means.items() if weights[name]}
         if args.feature_weight:
             logged["association/entropy"] = float(sums["entropy"]) / samples
@@ -421,7 +436,8 @@ class _ByHand:
 
 def _head_losses(problem: Problem, logits: Tensor, targets: Tensor, batch: dict[str, Tensor]) -> tuple[Any, Any, int]:
     """Return the summed task loss and distillation loss of a micro-batch, and the number of task items."""
-    labels, smoothing = batch["labels"], problem.args.get("label_smoothing_factor", 0.0)
+    # Without labels, all tokens but the padding count.
+    labels = batch.get("labels", torch.where(batch.get("attention_mask", torch.ones(1)) > 0, 0, -100))
     if problem.head == "number":
         distances = (logits.squeeze(1) - labels).square(), (logits - targets).square()
         return distances[0].sum(), distances[1].sum(), len(labels)
@@ -436,6 +452,7 @@ def _head_losses(problem: Problem, logits: Tensor, targets: Tensor, batch: dict[
     logits, targets, labels = logits[counted], targets[counted], labels[counted]
     soft = [(x / TEMPERATURE).softmax(-1) for x in (logits, targets)]
     divergence = (soft[1] * (soft[1] / soft[0]).log()).sum()
+    smoothing = problem.args.get("label_smoothing_factor", 0.0)
     task = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     return task, TEMPERATURE**2 * divergence, len(labels)
 

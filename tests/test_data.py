@@ -1,0 +1,92 @@
+"""Two tokenizers, one dataset: each model gets its own, padded by its own tokenizer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from hf_semckd import SemCKDConfig, SemCKDTrainer
+from hf_semckd.data import TeacherStudentCollator
+from hf_semckd.errors import InputError
+
+SENTENCES = ["a b c", "b", "c a b a c", "a a", "b c", "c"]
+
+
+def tokenizer(words: dict[str, int], pad: int) -> PreTrainedTokenizerFast:
+    words = {**words, "[PAD]": pad, "[UNK]": 19}
+    built = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=built, pad_token="[PAD]", unk_token="[UNK]")
+
+
+STUDENT = tokenizer({"a": 1, "b": 2, "c": 3}, pad=0)
+TEACHER = tokenizer({"a": 11, "b": 12}, pad=7)
+
+
+def dataset() -> Dataset:
+    rows = []
+    for index, text in enumerate(SENTENCES):
+        theirs = TEACHER(text.replace("c", "a b"))
+        rows.append(
+            {
+                **STUDENT(text, return_token_type_ids=False),
+                "teacher_input_ids": theirs["input_ids"],
+                "teacher_attention_mask": theirs["attention_mask"],
+                "labels": index % 2,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def collator() -> TeacherStudentCollator:
+    return TeacherStudentCollator(DataCollatorWithPadding(STUDENT), DataCollatorWithPadding(TEACHER))
+
+
+def trainer(tmp_path, data_collator) -> SemCKDTrainer:
+    torch.manual_seed(0)
+    student = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=20, dim=8, n_layers=2, n_heads=2))
+    teacher = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16)
+    )
+    args = SemCKDConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    data = dataset()
+    return SemCKDTrainer(student, args, data_collator, data, data, STUDENT, teacher_model=teacher)
+
+
+def test_each_part_is_padded_with_its_own_token():
+    batch = collator()([dataset()[index] for index in range(3)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0], [2, 0, 0, 0, 0], [3, 1, 2, 1, 3]]
+    assert batch["teacher_input_ids"].tolist() == [
+        [11, 12, 11, 12, 7, 7, 7],
+        [12, 7, 7, 7, 7, 7, 7],
+        [11, 12, 11, 12, 11, 11, 12],
+    ]
+    assert batch["teacher_attention_mask"].sum(1).tolist() == [4, 1, 7]
+    assert batch["labels"].tolist() == [0, 1, 0]
+
+
+def test_samples_without_teacher_columns_are_the_students_alone():
+    samples = [{"input_ids": [1], "attention_mask": [1]}]
+    assert set(collator()(samples)) == {"input_ids", "attention_mask"}
+
+
+def test_two_tokenizations_train_and_evaluate(tmp_path):
+    run = trainer(tmp_path, collator())
+    assert run.train().global_step == 3
+    assert run.association().shape == (2, 3)
+    assert run.evaluate()["eval_loss"] > 0
+
+
+def test_a_collator_that_cannot_pad_the_teachers_columns_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(InputError, match="TeacherStudentCollator"):
+        trainer(tmp_path, DataCollatorWithPadding(STUDENT))
