@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
 from hf_semckd.report import ModelRow, environment, format_table, write_json
@@ -29,6 +30,9 @@ from hf_semckd.report import ModelRow, environment, format_table, write_json
 # Terms that are switched off for a row; the rows differ in nothing else.
 NO_TEACHER = {"logit_weight": 0.0, "feature_weight": 0.0}
 NO_FEATURES = {"feature_weight": 0.0}
+# The subset stays the same whatever --seed is, so that runs with different seeds can be compared.
+SUBSET_SEED = 0
+WRITTEN = ("student", "teacher", "report.json", "association.png")
 RECORDED = (
     "num_train_epochs",
     "max_steps",
@@ -64,6 +68,10 @@ class ComparisonArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train teacher and students on this many samples at most."}
     )
+    student_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train the students on this many of them. None: the example's own on its data, else all."},
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many samples at most."})
     eval_split: str = field(
         default="test", metadata={"help": "Split that the table shows. Choose settings on 'validation'."}
@@ -87,7 +95,6 @@ class Comparison:
     student_processor: Any
     student_train: Any
     student_eval: Any
-    data_collator: Callable[..., Any] | None = None
 
 
 class QuietProgress(ProgressCallback):
@@ -118,63 +125,58 @@ def parse_arguments(kind: type, defaults: dict[str, Any]) -> tuple[Any, SemCKDCo
         **defaults,
     )
     options, args = parser.parse_args_into_dataclasses()
+    logging.disable_progress_bar()  # of loading and writing files; training shows its own
     if args.process_index > 0:
         datasets.disable_progress_bars()
     return options, args
 
 
+def run_example(kind: type, defaults: dict[str, Any], prepare: Callable[[Any, SemCKDConfig], Comparison]) -> None:
+    """Parse the command line, load what it names, and compare; missing files end in a message, not a traceback."""
+    options, args = parse_arguments(kind, defaults)
+    try:
+        job = prepare(options, args)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
+    compare(job, options, args)
+
+
 def compare(job: Comparison, options: ComparisonArguments, args: SemCKDConfig) -> None:
     """Train the rows one after the other, from one student and with one seed, and write and print what came out."""
     out = Path(args.output_dir)
-    say(args, f"{job.data_name}: {len(job.student_train)} {job.unit} to train on, {len(job.student_eval)} to evaluate")
-    rows = [_teacher_row(job, args, out)]
-    association: dict[str, Any] = {}
-    for number, (name, folder, off) in enumerate(
-        (
-            ("student alone", out / "student_alone", NO_TEACHER),
-            ("student + KD", out / "student_kd", NO_FEATURES),
-            ("student + SemCKD", out, {}),
-        ),
-        start=2,
-    ):
-        kind = SemCKDTrainer if folder == out else DistillationTrainer
-        push = args.push_to_hub and folder == out
-        trainer = kind(
-            model=copy.deepcopy(job.student),
-            teacher_model=None if off is NO_TEACHER else job.teacher,
-            args=dataclasses.replace(args, output_dir=str(folder), push_to_hub=push, **off),
-            train_dataset=job.student_train,
-            eval_dataset=job.student_eval,
-            data_collator=job.data_collator,
-            processing_class=job.student_processor,
-            compute_metrics=accuracy,
-        )
-        rows.append(_run(trainer, name, number))
-        trainer.save_model(str(out / "student" if folder == out else folder))
-        if kind is SemCKDTrainer:
-            association = {
-                "student_layers": trainer.student_layer_names,
-                "teacher_layers": trainer.teacher_layer_names,
-                "weights": trainer.association(),
-            }
-            if push:
-                trainer.push_to_hub()
+    say(
+        args,
+        f"{job.data_name}: the teacher learns from {len(job.teacher_train)} {job.unit}, the students from "
+        f"{len(job.student_train)}; accuracy on {len(job.student_eval)} {options.eval_split} {job.unit}",
+    )
+    teacher = _teacher_row(job, args, out / "teacher")
+    alone = _student_row(job, args, 2, "student alone", out / "student_alone", DistillationTrainer, **NO_TEACHER)[0]
+    kd = _student_row(job, args, 3, "student + KD", out / "student_kd", DistillationTrainer, **NO_FEATURES)[0]
+    # Its output_dir is the example's own: that is where the trainer puts the picture of the association.
+    semckd, trainer = _student_row(
+        job, args, 4, "student + SemCKD", out / "student", SemCKDTrainer, output_dir=str(out)
+    )
     if args.process_index == 0:
-        _report(job, options, args, rows, association)
+        association = {
+            "student_layers": trainer.student_layer_names,
+            "teacher_layers": trainer.teacher_layer_names,
+            "weights": trainer.association(),
+        }
+        _report(job, options, args, [teacher, alone, kd, semckd], association)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
-def _teacher_row(job: Comparison, args: SemCKDConfig, out: Path) -> dict[str, Any]:
+def _teacher_row(job: Comparison, args: SemCKDConfig, folder: Path) -> dict[str, Any]:
     """Train the teacher if it is to be trained, and evaluate it."""
-    settings: dict[str, Any] = {"output_dir": str(out / "teacher"), "push_to_hub": False, **NO_TEACHER}
-    settings["learning_rate"] = job.teacher_learning_rate
+    settings: dict[str, Any] = {"output_dir": str(folder), "learning_rate": job.teacher_learning_rate, **NO_TEACHER}
     if args.max_steps <= 0:
         settings["num_train_epochs"] = job.teacher_epochs
     trainer = Trainer(
         model=job.teacher,
-        args=dataclasses.replace(args, **settings),
+        args=dataclasses.replace(args, push_to_hub=False, **settings),
         train_dataset=job.teacher_train,
         eval_dataset=job.teacher_eval,
-        data_collator=job.data_collator,
         processing_class=job.teacher_processor,
         compute_metrics=accuracy,
     )
@@ -184,16 +186,40 @@ def _teacher_row(job: Comparison, args: SemCKDConfig, out: Path) -> dict[str, An
     return row
 
 
+def _student_row(
+    job: Comparison,
+    args: SemCKDConfig,
+    number: int,
+    name: str,
+    folder: Path,
+    kind: type[DistillationTrainer],
+    **settings: Any,
+) -> tuple[dict[str, Any], DistillationTrainer]:
+    """Train a copy of the untrained student and save it."""
+    push = args.push_to_hub and kind is SemCKDTrainer
+    trainer = kind(
+        model=copy.deepcopy(job.student),
+        teacher_model=job.teacher,
+        args=dataclasses.replace(args, **{"output_dir": str(folder), "push_to_hub": push, **settings}),
+        train_dataset=job.student_train,
+        eval_dataset=job.student_eval,
+        processing_class=job.student_processor,
+        compute_metrics=accuracy,
+    )
+    row = _run(trainer, name, number)
+    trainer.save_model(str(folder))
+    return row, trainer
+
+
 def _run(trainer: Trainer, name: str, number: int, train: bool = True) -> dict[str, Any]:
-    """Train (unless told not to) and evaluate; return the row with what the report needs besides."""
+    """Train (unless told not to) and evaluate; return the row with what the report holds besides."""
     args = trainer.args
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if not args.disable_tqdm:
         trainer.add_callback(QuietProgress(name))
     parameters = trainer.model.num_parameters()
-    work = f"training on {len(trainer.train_dataset)} samples" if train else "as it is, not trained here"
-    say(args, f"\n{number}/4 {name}: {type(trainer.model).__name__}, {parameters:,} parameters, {work}")
+    say(args, f"\n{number}/4 {name}: {parameters:,} parameters" + ("" if train else ", not trained here"))
     seconds = None
     if train:
         started = time.perf_counter()
@@ -234,24 +260,49 @@ def _report(
         "environment": environment(),
     }
     write_json(out / "report.json", report)
-    columns = ("model", "parameters", "accuracy", "seconds")
-    shown = [dict(zip(columns, _shown(row), strict=True)) for row in rows]
     print(f"\n{job.data_name}, {len(job.student_eval)} {options.eval_split} {job.unit}, seed {args.seed}\n")
-    print(format_table(shown, columns))
+    print(format_table([_shown(row) for row in rows], ("model", "parameters", "accuracy", "seconds")))
+    written = [path for path in WRITTEN if (out / path).exists()]
     auto = "AutoModelFor" + type(job.student).__name__.rpartition("For")[2]
-    print(f"\nWritten to {out}: student, teacher, report.json, association.png. The student is a plain model:\n")
+    print(f"\nWritten to {out}: {', '.join(written)}. The student is a plain model:\n")
     print(f"    from transformers import {auto}")
     print(f'    model = {auto}.from_pretrained("{out / "student"}")')
 
 
-def _shown(row: dict[str, Any]) -> tuple[Any, ...]:
-    seconds = row["seconds"]
-    return row["name"], row["parameters"], row["metric"], None if seconds is None else round(seconds)
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    seconds = None if row["seconds"] is None else round(row["seconds"])
+    return {
+        "model": row["name"],
+        "parameters": row["parameters"],
+        "accuracy": row["metric"],
+        "seconds": seconds,
+    }
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of samples whose largest logit is the label's."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def some_rows(dataset: Any, most: int | None) -> Any:
+    """Return so many rows of a dataset at most, always the same ones in a random order; all of them for None."""
+    if most is None or most >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=SUBSET_SEED).select(range(most))
+
+
+def choose_split(data: Any, name: str) -> Any:
+    """Return a split of a `DatasetDict`."""
+    if name in data:
+        return data[name]
+    raise ValueError(f"Received eval_split={name!r}; expected one of {sorted(data)}. Set eval_split to one of these.")
+
+
+def choose_epochs(options: ComparisonArguments, trained: bool, default: float) -> float:
+    """Return the epochs of teacher training: as asked, or none for a teacher that knows the classes already."""
+    if options.teacher_epochs is not None:
+        return options.teacher_epochs
+    return 0.0 if trained else default
 
 
 def load_or_make(
@@ -270,7 +321,12 @@ def load_or_make(
     if source is None:
         return make(), False
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    model = auto.from_pretrained(source, num_labels=len(names), ignore_mismatched_sizes=True, **labels)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a new head is expected, no reason for a warning
+    try:
+        model = auto.from_pretrained(source, num_labels=len(names), ignore_mismatched_sizes=True, **labels)
+    finally:
+        logging.set_verbosity(verbosity)
     return model, _classifies(auto, source, len(names))
 
 

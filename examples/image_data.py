@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -88,11 +89,12 @@ def _fashion_rows(folder: str, prefix: str) -> Iterator[dict[str, Any]]:
 def read_idx(path: Path) -> np.ndarray:
     """Read a gzipped idx file of unsigned bytes: two zero bytes, the type 8, the number of axes, their sizes."""
     content = gzip.decompress(path.read_bytes())
-    axes = content[3] if content[:3] == b"\x00\x00\x08" else 0
-    shape = np.frombuffer(content, ">i4", axes, 4)
-    if not axes or len(content) != 4 + 4 * axes + shape.prod():
+    axes = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4)]
+    if not axes or len(content) != start + math.prod(shape):
         raise ValueError(f"Received {path.name}, which is no complete idx file of bytes; fetch it again.")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def load_image_dataset(

@@ -35,13 +35,12 @@ class TeacherStudentCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the student's batch, with the teacher's beside it under `teacher_*`."""
-        own = [
-            {key: value for key, value in sample.items() if not key.startswith(TEACHER_PREFIX)} for sample in samples
-        ]
-        theirs = [
-            {key[len(TEACHER_PREFIX) :]: value for key, value in sample.items() if key.startswith(TEACHER_PREFIX)}
-            for sample in samples
-        ]
+        own: list[dict[str, Any]] = [{} for _ in samples]
+        theirs: list[dict[str, Any]] = [{} for _ in samples]
+        for index, sample in enumerate(samples):
+            for key, value in sample.items():
+                target = theirs if key.startswith(TEACHER_PREFIX) else own
+                target[index][key.removeprefix(TEACHER_PREFIX)] = value
         batch = dict(self.student_collator(own))
         # In evaluation the teacher's columns may have been left out: it does not take part.
         teacher = self.teacher_collator(theirs) if all(theirs) else {}

@@ -237,7 +237,7 @@ def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
                 "The data collator cannot make a batch of the training samples",
                 received=f"columns {', '.join(map(repr, columns)) or 'of unknown names'}; the collator said: {error}",
                 expected="samples that it can stack or pad",
-                todo="use hf_semckd.data.TeacherStudentCollator, which pads teacher_* columns with the teacher's tokenizer"
+                todo="use hf_semckd.data.TeacherStudentCollator: each tokenizer then pads its own columns"
                 if paired
                 else "pass a data_collator that fits the samples, such as DataCollatorWithPadding(tokenizer)",
             )

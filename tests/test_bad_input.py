@@ -152,6 +152,12 @@ def test_a_folder_that_is_not_there(tmp_path, role):
     refuse(tmp_path, InputError, f"{role} could not be loaded", "not-there", "config.json", **{key: name})
 
 
+def test_a_name_that_is_not_on_the_hub(tmp_path):
+    """Without a connection, as here, it is the same to the user."""
+    facts = ("teacher could not be loaded", "'no-such-user/no-such-model'", "check the name and the connection")
+    refuse(tmp_path, InputError, *facts, teacher_model="no-such-user/no-such-model")
+
+
 def test_a_folder_without_weights(tmp_path):
     vit().config.save_pretrained(tmp_path)
     refuse(tmp_path, InputError, "teacher could not be loaded", "safetensors", teacher_model=str(tmp_path))
@@ -229,6 +235,14 @@ def test_without_a_task_loss_no_labels_are_needed(tmp_path):
     trainer.train()
     assert not torch.equal(trainer.student.classifier.weight, before["classifier.weight"])
     assert losses(trainer, "logit_loss") and not losses(trainer, "task_loss")
+
+
+def test_without_a_task_loss_labels_of_other_classes_do_no_harm(tmp_path):
+    """The student would raise if it saw them."""
+    data = Samples([{**row, "labels": 7} for row in images()])
+    trainer = distiller(tmp_path, train_dataset=data, args={"task_weight": 0.0})
+    trainer.train()
+    assert len(losses(trainer, "logit_loss")) == 3
 
 
 def published(folder, samples, **changes):

@@ -6,11 +6,12 @@ In float64, with plain gradient descent, so that weights show gradients: a facto
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from makers import Samples, images, vit
+from makers import Samples, images, resnet, vit
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, fit, make, outcome, pictures, tokenizer, train
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -117,6 +118,14 @@ def test_wider_padding_changes_nothing(problem, association, tmp_path):
     assert wide.collator([wide.rows(1)[0]])["input_ids"].shape[1] == 16
     one = train(problem, tmp_path, association=association, **cut(4, 2))
     assert_same(one, train(wide, tmp_path, association=association, **cut(4, 2)))
+
+
+@pytest.mark.xfail(strict=True, reason="the first step's variances are taken at face value: 54 instead of about 1")
+def test_a_channel_that_is_silent_in_the_first_step_does_not_blow_up_the_term(tmp_path):
+    """The last stage has one position a sample, so some channels behind a ReLU are 0 for all of the first 8."""
+    sparse = dataclasses.replace(PROBLEMS["resnet"], teacher=partial(resnet, (8, 12, 16), seed=9))
+    done = train(sparse, tmp_path, **cut(8, 1), learning_rate=1e-6, calibration_learning_rate=1e-6)
+    assert max(step["feature_loss"] for step in done.terms) < 5
 
 
 # ---- Invariant 3: the order within a batch does not matter ---------------------------------------------------------
@@ -238,7 +247,9 @@ def test_an_optimizer_of_the_user_trains_the_projections_and_comes_back_as_it_wa
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = make("vit", tmp_path, model=student, optimizers=(optimizer, scheduler), **cut(4, 2))
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append([len(group["params"]) for group in optimizer.param_groups]))
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append([len(group["params"]) for group in optimizer.param_groups])
+    )
     fit(trainer)
     own = len(list(student.parameters()))
     assert seen == [[own, len(list(trainer.feature_loss.parameters()))]] * 3

@@ -146,7 +146,6 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_be
 
 def test_the_first_log_after_resuming_averages_only_the_steps_since(tmp_path):
     """Logs at steps 2, 4, 6, and a resume at 3: the log at 4 is that of step 4 alone."""
-    fit(trainer_of("vit", tmp_path / "once", save_strategy="no"))
     each = fit(trainer_of("vit", tmp_path / "each", [Stop(HALF)])).state.log_history
     resumed = fit(trainer_of("vit", tmp_path / "each", logging_steps=2), True)
     single = fit(trainer_of("vit", tmp_path / "once", save_strategy="no")).state.log_history
@@ -264,7 +263,12 @@ def adapted(bias: str = "none") -> Any:
     """Return a BERT with LoRA adapters and a head that is trained whole."""
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(
-        r=4, target_modules="all-linear", lora_dropout=0.1, bias=bias, modules_to_save=["classifier"], task_type="SEQ_CLS"
+        r=4,
+        target_modules="all-linear",
+        lora_dropout=0.1,
+        bias=bias,
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
     )
     student = bert()
     torch.manual_seed(1)

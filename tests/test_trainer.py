@@ -31,7 +31,14 @@ from makers import (
     weights,
 )
 from torch import nn
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import NonFiniteLossError
@@ -408,18 +415,22 @@ def test_a_student_can_be_trained_on_after_a_failure(tmp_path):
     np.testing.assert_allclose(losses(trainer)[-3:], losses(fresh), rtol=1e-2)
 
 
-def test_a_copy_made_in_training_is_a_whole_model(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_copy_made_in_training_is_a_whole_model(tmp_path, bf16):
     """An exponential moving average copies the model in a callback, and evaluates with the copy."""
     copies = []
-    trainer = distiller(tmp_path, args={"max_steps": 4})
+    trainer = distiller(tmp_path, args={"max_steps": 4, "bf16": bf16})
     trainer.add_callback(At("on_step_end", lambda model: copies.append((copy.deepcopy(model), weights(model)))))
     trainer.train()
     twin, state = copies[1]
     assert_same_weights(weights(twin), state)
     assert not torch.equal(twin.classifier.weight, trainer.student.classifier.weight)
+    plain = vit()
+    plain.load_state_dict({name: value for name, value in state.items() if CALIBRATION not in name})
+    pixels = torch.stack([row["pixel_values"] for row in images(4)])
     with torch.no_grad():
-        logits = twin(pixel_values=torch.zeros(1, 3, IMAGE, IMAGE)).logits
-    assert logits.shape == (1, LABELS)
+        expected, logits = plain.eval()(pixel_values=pixels).logits, twin.eval()(pixel_values=pixels).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-2 if bf16 else 1e-6)
 
 
 def test_the_trained_student_survives_torch_save(tmp_path):
@@ -543,6 +554,75 @@ def test_plain_modules_for_both_and_a_dataset_with_columns(tmp_path):
         tmp_path, model=Convolutional(), teacher_model=Convolutional(8, 9), train_dataset=data, args=args
     )
     learns(trainer)
+
+
+class WithoutLabels(PreTrainedModel):
+    """A model of transformers' kind whose forward takes no labels; its teacher's does."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.body, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, LABELS)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return {"logits": self.head(self.body(pixel_values).relu().mean((2, 3)))}
+
+
+def test_labels_that_the_teacher_alone_names_are_the_students_too(tmp_path):
+    trainer = distiller(tmp_path, model=WithoutLabels(PreTrainedConfig()), args={"student_layers": ["body"]})
+    learns(trainer)
+    assert trainer.evaluate(images(6))["eval_loss"] > 0
+
+
+def test_a_loss_outside_training_is_the_students_own(tmp_path):
+    trainer, rows = distiller(tmp_path), images(4)
+    calls = Calls(trainer.teacher)
+    batch = trainer.data_collator([rows[index] for index in range(4)])
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    assert float(loss.detach()) == float(vit().train()(**batch).loss.detach()) and calls.count == 0
+
+
+def column_dataset(name="labels"):
+    rows = [{"pixel_values": row["pixel_values"].tolist(), name: row["labels"], "file": "a.png"} for row in images()]
+    return HubDataset.from_list(rows).with_format("torch")
+
+
+def test_a_label_column_and_columns_nobody_takes(tmp_path):
+    runs = []
+    for data in (images(), column_dataset("label")):
+        trainer = learns(distiller(tmp_path, train_dataset=data, eval_dataset={"a": data, "b": data}))
+        assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+
+
+class Stream(IterableDataset):
+    """The pictures, one after the other."""
+
+    def __iter__(self):
+        return iter(images())
+
+
+@pytest.mark.parametrize("data", [Stream(), column_dataset().to_iterable_dataset()])
+def test_streams_are_trained_on_in_their_order(tmp_path, data):
+    plain = Trainer(vit(), plain_arguments(tmp_path), train_dataset=data)
+    plain.train()
+    trainer = learns(distiller(tmp_path, train_dataset=data))
+    assert losses(trainer, "task_loss")[0] == pytest.approx(losses(plain)[0], rel=1e-5)
+
+
+def test_a_collator_makes_batches_of_whatever_the_dataset_gives(tmp_path):
+    rows = [(row["pixel_values"], row["labels"]) for row in images()]
+
+    def collate(pairs):
+        return {"pixel_values": torch.stack([x for x, _ in pairs]), "labels": torch.tensor([y for _, y in pairs])}
+
+    trainer = learns(distiller(tmp_path, train_dataset=rows, data_collator=collate))
+    expected = distiller(tmp_path)
+    expected.train()
+    assert losses(trainer) == losses(expected)
 
 
 def test_the_task_loss_of_a_plain_module_is_cross_entropy(tmp_path):
