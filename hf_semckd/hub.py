@@ -26,7 +26,7 @@ from transformers.utils.hub import PushInProgress
 
 from .checkpoint import CALIBRATION_FILE
 from .config import SemCKDConfig
-from .errors import HubPushError, message
+from .errors import HubPushError, SemCKDError, message
 from .model_card import create_model_card
 from .report import write_atomic
 
@@ -197,14 +197,12 @@ class PublishingTrainer(Trainer):
         if busy and not self.args.hub_always_push:
             return
         folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
-        whole = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        shutil.copytree(checkpoint_folder, folder, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True)
-        if whole:
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            shutil.copytree(checkpoint_folder, folder / name)
-            _hide_local_path(folder / name / STATE)
-        self.create_model_card()
-        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
+        try:
+            self._stage_checkpoint(Path(checkpoint_folder), folder)
+        except (OSError, SemCKDError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.error("A checkpoint could not be made ready for the Hub, and training goes on. %s", error)
+            return
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
         job = HfApi().run_as_future(
@@ -219,6 +217,17 @@ class PublishingTrainer(Trainer):
             self.push_in_progress.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
+
+    def _stage_checkpoint(self, checkpoint: Path, folder: Path) -> None:
+        """Copy what is published of a checkpoint to a folder: the student, and the whole of it where that is asked."""
+        strategy = self.args.hub_strategy
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            shutil.copytree(checkpoint, folder / name)
+            _hide_local_path(folder / name / STATE)
+        self.create_model_card()
+        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
 
 
 def _upload_and_discard(

@@ -12,6 +12,8 @@ from .functional import at_least_float32
 
 # A share of the layer's mean variance is added to each channel's: dead channels stay at zero instead of exploding.
 VARIANCE_FLOOR = 1e-5
+# What a channel's own variance weighs against at first: a prior of this many positions.
+PRIOR_POSITIONS = 256
 
 
 class ChannelStatistics(nn.Module):
@@ -82,11 +84,19 @@ class ChannelStatistics(nn.Module):
         Args:
             features: (B, C, H, W) or (B, N, C).
         """
-        scale = torch.rsqrt(
-            self.variance + VARIANCE_FLOOR * self.variance.mean() + torch.finfo(self.variance.dtype).tiny
-        )
+        scale = torch.rsqrt(self.shrunk_variance())
         shape = (-1, 1, 1) if features.dim() == 4 else (-1,)
         return (at_least_float32(features) - self.mean.view(shape)) * scale.view(shape)
+
+    def shrunk_variance(self) -> Tensor:
+        """Return each channel's variance (channels), drawn to the layer's mean variance while little was seen.
+
+        A channel that was silent in a few samples would otherwise be blown up by the first one that wakes it. The
+        pull is that of `PRIOR_POSITIONS` positions with the mean variance, and fades as more are seen.
+        """
+        typical = self.variance.mean()
+        shrunk = (self.count * self.variance + PRIOR_POSITIONS * typical) / (self.count + PRIOR_POSITIONS)
+        return shrunk + VARIANCE_FLOOR * typical + torch.finfo(self.variance.dtype).tiny
 
     def moments(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Return count, sum and sum of squares about the running mean, packed into (1 + 2 * channels)."""

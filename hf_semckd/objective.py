@@ -90,6 +90,9 @@ class ObjectiveTrainer(Trainer):
         outputs, features = outputs if keyword else (outputs, None)
         terms = self._terms(outputs, features, targets, inputs, labels)
         loss = sum(weight * term for weight, term in terms.values())
+        if terms.keys() == {"feature_loss"}:
+            # The head learns nothing then, but a wrapper may wait for its gradient.
+            loss = loss + _zero(outputs)
         self._check_finite(loss, terms, targets)
         self._record(terms, features)
         if not hasattr(Trainer, "loss_is_scaled_for_ga") and self.compute_loss_func is None:
@@ -136,7 +139,7 @@ class ObjectiveTrainer(Trainer):
         if items == 0:
             # Not a single label, of which the mean would be NaN. The term is there all the same: every process has to
             # reach every parameter, and to log the same terms.
-            return logits_of(outputs, "student").sum() * 0.0
+            return _zero(outputs)
         if self.compute_loss_func is not None:
             total = torch.tensor(window.totals[0], device=self.args.device)
             return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
@@ -166,3 +169,12 @@ class ObjectiveTrainer(Trainer):
                 "go on from the last checkpoint with train(resume_from_checkpoint=True)",
             )
         )
+
+
+def _zero(outputs: Any) -> Tensor:
+    """Return a zero that depends on the student's outputs, so that backward reaches every parameter."""
+    values = (
+        outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
+    )
+    tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad and value.dim()]
+    return torch.stack([tensor.sum() for tensor in tensors]).sum() * 0.0 if tensors else torch.zeros(())

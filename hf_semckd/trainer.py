@@ -182,25 +182,32 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
 
     def _build(self) -> None:
         """Probe both models with a small batch and make the feature loss for the layers that were found."""
+        try:
+            with untouched_random_state(self.args.seed):
+                self._probe = self._probe_models(self._prepare_input(self._probe_batch()))
+                if self._distils_features:
+                    self.feature_loss = self._make_feature_loss(self._probe)
+        finally:
+            # Looking into a model leaves hooks of transformers on it, also where it is refused.
+            remove_capturing_traces(self.student)
+            remove_capturing_traces(self.teacher)
+
+    def _probe_models(self, batch: Mapping[str, Any]) -> Probe:
         assert self._teacher is not None
-        with untouched_random_state(self.args.seed):
-            batch = self._prepare_input(self._probe_batch())
-            check_labels(batch, self.label_names, self.args)
-            self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
-            config = self.args
-            self._probe = probe(
-                self.student,
-                self._student_capture,
-                self._teacher,
-                batch,
-                features=self._distils_features,
-                logits=config.distils_logits,
-            )
-            if self._probe.student_logits is not None:
-                problem = getattr(getattr(self.student, "config", None), "problem_type", None)
-                self._task = task_of(self._probe.student_logits, batch.get("labels"), problem)
-            if self._distils_features:
-                self.feature_loss = self._make_feature_loss(self._probe)
+        check_labels(batch, self.label_names, self.args)
+        self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
+        found = probe(
+            self.student,
+            self._student_capture,
+            self._teacher,
+            batch,
+            features=self._distils_features,
+            logits=self.args.distils_logits,
+        )
+        if found.student_logits is not None:
+            problem = getattr(getattr(self.student, "config", None), "problem_type", None)
+            self._task = task_of(found.student_logits, batch.get("labels"), problem)
+        return found
 
     def _make_feature_loss(self, found: Probe) -> FeatureLoss:
         loss = self._feature_loss_source

@@ -120,7 +120,6 @@ def test_wider_padding_changes_nothing(problem, association, tmp_path):
     assert_same(one, train(wide, tmp_path, association=association, **cut(4, 2)))
 
 
-@pytest.mark.xfail(strict=True, reason="the first step's variances are taken at face value: 54 instead of about 1")
 def test_a_channel_that_is_silent_in_the_first_step_does_not_blow_up_the_term(tmp_path):
     """The last stage has one position a sample, so some channels behind a ReLU are 0 for all of the first 8."""
     sparse = dataclasses.replace(PROBLEMS["resnet"], teacher=partial(resnet, (8, 12, 16), seed=9))
@@ -191,7 +190,7 @@ def test_bfloat16_autocast_is_close_to_full_precision(problem, tmp_path):
     rough = train(problem, tmp_path, dtype=torch.float32, bf16=True, **settings)
     assert not [name for name, value in rough.state.items() if value.dtype is torch.bfloat16]
     for one, other in zip(exact.terms, rough.terms, strict=True):
-        assert other == pytest.approx(one, rel=0.05, abs=2e-3)
+        assert other == pytest.approx(one, rel=0.05, abs=5e-3)
     gaps = [abs(one["loss"] - other["loss"]) for one, other in zip(exact.terms, rough.terms, strict=True)]
     # Else autocast was not on.
     assert max(gaps) > 1e-5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_semckd.normalization import VARIANCE_FLOOR, ChannelStatistics
+from hf_semckd.normalization import PRIOR_POSITIONS, VARIANCE_FLOOR, ChannelStatistics
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -142,11 +142,28 @@ def test_large_offsets_keep_their_variance_in_float32(parts):
     np.testing.assert_allclose(statistics.variance, rows(features).var(0), rtol=1e-3)
 
 
+def scaled_variance(values):
+    """Return the variance that channels are divided by: drawn to the layer's mean by a prior, and never zero."""
+    own, typical, count = values.var(0), values.var(0).mean(), len(values)
+    return (count * own + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS) + VARIANCE_FLOOR * typical
+
+
+def test_channels_have_mean_zero_and_come_to_variance_one_the_more_was_seen():
+    few, many = normal(8, 3, 2, 2), normal(20000, 3, 2, 2)
+    spread = torch.tensor([0.01, 1.0, 3.0])[:, None, None]
+    for features, tolerance in ((few * spread, 1.0), (many * spread, 0.05)):
+        deviation = rows(statistics_of(features, channels=3)(features)).std(0)
+        assert abs(deviation[1:] - 1).max() < tolerance
+    asleep = torch.cat([few * 0, normal(1, 3, 2, 2)])
+    asleep[:8, 0] = normal(8, 2, 2)
+    woken = statistics_of(asleep[:8], channels=3)(asleep)
+    assert woken.abs().max() < 20, "a channel that was silent at first must not explode when it wakes"
+
+
 def test_standardised_channels_have_mean_zero_and_variance_one():
     features = data()
     standardised = rows(statistics_of(features)(features))
-    floor = VARIANCE_FLOOR * rows(features).var(0).mean()
-    expected = rows(features).var(0) / (rows(features).var(0) + floor)
+    expected = rows(features).var(0) / scaled_variance(rows(features))
     np.testing.assert_allclose(standardised.mean(0), 0, atol=1e-11)
     np.testing.assert_allclose(standardised.var(0), expected, rtol=1e-11)
 
@@ -154,7 +171,7 @@ def test_standardised_channels_have_mean_zero_and_variance_one():
 def test_standardising_is_the_numpy_formula_for_maps_and_tokens():
     features, statistics = data(), statistics_of(data(seed=3))
     values = rows(data(seed=3))
-    scale = np.sqrt(values.var(0) + VARIANCE_FLOOR * values.var(0).mean())
+    scale = np.sqrt(scaled_variance(values))
     expected = (rows(features) - values.mean(0)) / scale
     np.testing.assert_allclose(rows(statistics(features)), expected, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(rows(statistics(features.flatten(2).transpose(1, 2))), expected, rtol=1e-10, atol=1e-12)
@@ -166,7 +183,8 @@ def test_a_dead_channel_among_live_ones_stays_near_zero(offset):
     features[:, 1] = offset
     standardised = statistics_of(*features.split(5), channels=3, dtype=torch.float32)(features)
     assert standardised[:, 1].abs().max() < 0.1
-    assert standardised[:, 0].std() == pytest.approx(1, rel=1e-2)
+    own, divided = rows(features).var(0)[0], scaled_variance(rows(features))[0]
+    assert standardised[:, 0].std() == pytest.approx((own / divided) ** 0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.0049382486, 0.10773043, -7.3, 1234.567])

@@ -359,7 +359,7 @@ class _ByHand:
                 for layer in zip(*features, strict=True)
             ]
         )
-        self.statistics = [(mean, variance) for mean, variance, _ in self._merged()]
+        self.statistics = self._merged()
 
     def _merged(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         merged = []
@@ -391,8 +391,9 @@ class _ByHand:
             per_sample = per_sample + self.args.resolved_association_temperature() * divergence.mean(1)
         return per_sample, weights
 
-    def _standard(self, target: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        scale = (variance + 1e-5 * variance.mean()).rsqrt()
+    def _standard(self, target: Tensor, mean: Tensor, variance: Tensor, count: Any) -> Tensor:
+        typical = variance.mean()
+        scale = ((count * variance + 256 * typical) / (count + 256) + 1e-5 * typical).rsqrt()
         if target.dim() == 4:
             return (target - mean[:, None, None]) * scale[:, None, None]
         return (target - mean) * scale

@@ -14,7 +14,7 @@ from hf_semckd.config import SemCKDConfig
 from hf_semckd.errors import ConfigurationError, InputError, RaggedBatchError
 from hf_semckd.features import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
-from hf_semckd.normalization import VARIANCE_FLOOR
+from hf_semckd.normalization import PRIOR_POSITIONS, VARIANCE_FLOOR
 
 ASSOCIATIONS = ["similarity", "learned", "uniform", "last", "one_to_one"]
 PROJECTORS = ["shared", "pairwise"]
@@ -312,7 +312,9 @@ def standardise(feature, mask):
     """Standardise every channel by the moments of all kept positions of this batch."""
     values = torch.stack([row for rows in kept_positions(feature, mask) for row in rows]).numpy()
     mean, variance = values.mean(0), values.var(0)
-    scale = np.sqrt(variance + VARIANCE_FLOOR * variance.mean())
+    typical, count = variance.mean(), len(values)
+    shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
+    scale = np.sqrt(shrunk + VARIANCE_FLOOR * typical)
     shape = (-1, 1, 1) if feature.dim() == 4 else (-1,)
     return (feature - torch.from_numpy(mean).view(shape)) / torch.from_numpy(scale).view(shape)
 
@@ -496,8 +498,8 @@ def test_a_vector_layer_beside_token_layers_is_not_masked():
         loss = SemCKDLoss([(6, 4), vector], [(6, 5), vector], projector=projector, association="uniform").double()
         student = [normal(8, 6, 4, seed=1), normal(8, 4, seed=2)]
         teacher = [normal(8, 6, 5, seed=3), normal(8, 4, seed=4)]
-        out = loss(student, teacher, MASK, MASK)
-        bare = copy.deepcopy(loss)(student, teacher)
+        other = copy.deepcopy(loss)
+        out, bare = loss(student, teacher, MASK, MASK), other(student, teacher)
         torch.testing.assert_close(out.errors[:, 1, 1], bare.errors[:, 1, 1], rtol=1e-10, atol=0)
 
 
