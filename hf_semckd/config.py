@@ -49,10 +49,9 @@ class SemCKDConfig(TrainingArguments):
         metadata={"help": "Weight of the logit distillation (Hinton et al., 2015), >= 0. With 0 it is not computed."},
     )
     feature_weight: float = field(
-        default=1.0,
+        default=3.0,
         metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. "
-            "Channel-standardised targets "
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Channel-standardised targets "
             "make the term about 1 for every architecture; the published form needs 50 to 400."
         },
     )
