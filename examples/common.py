@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class Comparison:
     student_processor: Any
     student_train: Any
     student_eval: Any
+    cache_teacher: bool = False
+    """Whether to keep the teacher's outputs while a row trains: it is much larger, and the samples do not vary."""
 
 
 class QuietProgress(ProgressCallback):
@@ -149,7 +152,8 @@ def compare(job: Comparison, options: ComparisonArguments, args: SemCKDConfig) -
         f"{job.data_name}: the teacher learns from {len(job.teacher_train)} {job.unit}, the students from "
         f"{len(job.student_train)}; accuracy on {len(job.student_eval)} {options.eval_split} {job.unit}",
     )
-    teacher = _teacher_row(job, args, out / "teacher")
+    # A teacher that stays as it is gets no folder.
+    teacher = _teacher_row(job, args, out / "teacher" if job.teacher_epochs > 0 else out)
     alone = _student_row(job, args, 2, "student alone", out / "student_alone", DistillationTrainer, **NO_TEACHER)[0]
     kd = _student_row(job, args, 3, "student + KD", out / "student_kd", DistillationTrainer, **NO_FEATURES)[0]
     # Its output_dir is the example's own: that is where the trainer puts the picture of the association.
@@ -197,10 +201,26 @@ def _student_row(
 ) -> tuple[dict[str, Any], DistillationTrainer]:
     """Train a copy of the untrained student and save it."""
     push = args.push_to_hub and kind is SemCKDTrainer
+    settings = {"output_dir": str(folder), "push_to_hub": push, **settings}
+    with tempfile.TemporaryDirectory() as cache:
+        if job.cache_teacher and args.teacher_cache_dir is None:
+            settings["teacher_cache_dir"] = cache
+        return _train_student(job, args, number, name, folder, kind, settings)
+
+
+def _train_student(
+    job: Comparison,
+    args: SemCKDConfig,
+    number: int,
+    name: str,
+    folder: Path,
+    kind: type[DistillationTrainer],
+    settings: dict[str, Any],
+) -> tuple[dict[str, Any], DistillationTrainer]:
     trainer = kind(
         model=copy.deepcopy(job.student),
         teacher_model=job.teacher,
-        args=dataclasses.replace(args, **{"output_dir": str(folder), "push_to_hub": push, **settings}),
+        args=dataclasses.replace(args, **settings),
         train_dataset=job.student_train,
         eval_dataset=job.student_eval,
         processing_class=job.student_processor,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import RaggedBatchError, message
+from .errors import InputError, RaggedBatchError, message
 from .features import FeatureSpec
 from .functional import (
     at_least_float32,
@@ -78,9 +78,23 @@ def grid_of(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
 
 
 def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
-    """Return a layer's output as a map (B, C, *size)."""
-    full = feature if feature.dim() == 4 else tokens_to_map(feature, grid_of(feature, spec))
-    return pool_map(full, size)
+    """Return a layer's output as a map (B, C, *size).
+
+    Raises:
+        InputError: When there are more or fewer tokens than the layer was described with.
+    """
+    if feature.dim() == 4:
+        return pool_map(feature, size)
+    if feature.shape[1] != spec.length:
+        raise InputError(
+            message(
+                f"Layer `{spec.name}` has another number of image tokens than at the start",
+                received=f"{feature.shape[1]} tokens",
+                expected=f"{spec.length}: {spec.prefix} in front of a grid of {grid_of(feature, spec)}",
+                todo="use one image size for all batches",
+            )
+        )
+    return pool_map(tokens_to_map(feature, grid_of(feature, spec)), size)
 
 
 def as_tokens(feature: Tensor) -> Tensor:

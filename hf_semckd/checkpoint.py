@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from .losses import FeatureLoss
 from .modeling import without_calibration
 from .report import environment, write_json
 
+logger = logging.getLogger(__name__)
+
 CALIBRATION_FILE = "calibration.safetensors"
 SETTINGS_FILE = "distillation_config.json"
 PICKLED_ARGUMENTS = "training_args.bin"
+OPTIMIZER_FILE = "optimizer.pt"
 RECORDED_ARGUMENTS = (
     "learning_rate",
     "per_device_train_batch_size",
@@ -133,7 +137,7 @@ class CheckpointingTrainer(Trainer):
             save_settings(self.args, folder, self.teacher)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._attached and self.feature_loss is not None:
+        if self._attached and self.feature_loss is not None and self._reloads_here:
             # What the last step observed belongs to this checkpoint, on every process.
             self.feature_loss.synchronize(self._sum_over_processes)
             if self.args.should_save:
@@ -150,7 +154,13 @@ class CheckpointingTrainer(Trainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._attached and self.feature_loss is not None:
-            load_calibration(self.feature_loss, resume_from_checkpoint)
+            if (Path(resume_from_checkpoint) / OPTIMIZER_FILE).is_file():
+                load_calibration(self.feature_loss, resume_from_checkpoint)
+            else:
+                logger.warning(
+                    "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
+                    "start anew, so the run goes on but is not the one that was interrupted."
+                )
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

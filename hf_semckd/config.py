@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
@@ -51,7 +52,7 @@ class SemCKDConfig(TrainingArguments):
     feature_weight: float = field(
         default=3.0,
         metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Channel-standardised targets "
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Standardised targets "
             "make the term about 1 for every architecture; the published form needs 50 to 400."
         },
     )
@@ -114,7 +115,7 @@ class SemCKDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Validate the distillation fields, then everything that `TrainingArguments` checks."""
-        self._validate_distillation()
+        self._validate_values()
         super().__post_init__()
         self._validate_combinations()
 
@@ -194,7 +195,16 @@ class SemCKDConfig(TrainingArguments):
         settings["calibration_learning_rate"] = self.resolved_calibration_learning_rate()
         return settings
 
-    def _validate_distillation(self) -> None:
+    def validate_distillation(self) -> None:
+        """Check the distillation's values and combinations again, after fields were set by hand.
+
+        Raises:
+            ConfigurationError: For a value, or a combination of values, that cannot work.
+        """
+        self._validate_values()
+        self._validate_combinations()
+
+    def _validate_values(self) -> None:
         for name in ("task_weight", "logit_weight", "feature_weight"):
             _require_number(name, getattr(self, name), minimum=0.0, strict=False)
         _require_number("temperature", self.temperature, minimum=0.0, strict=True)
@@ -226,6 +236,15 @@ class SemCKDConfig(TrainingArguments):
                     todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
                 )
             )
+        if self.auto_find_batch_size and self.depends_on_batch_size:
+            raise ConfigurationError(
+                message(
+                    "`auto_find_batch_size` changes the batch size, which the published association is built for",
+                    received="auto_find_batch_size=True, association='learned', target_norm='none'",
+                    expected="one of the two",
+                    todo="set auto_find_batch_size=False, or target_norm='channel', whose association takes any batch",
+                )
+            )
         if self.label_smoothing_factor and not self.task_weight and self.distils:
             raise ConfigurationError(
                 message(
@@ -252,7 +271,7 @@ def distillation_fields() -> tuple[str, ...]:
 
 def _require_number(name: str, value: object, *, minimum: float, strict: bool) -> None:
     expected = f"a finite number {'>' if strict else '>='} {minimum:g}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and (value > minimum or (not strict and value == minimum)):  # type: ignore[operator]
         return
     raise ConfigurationError(

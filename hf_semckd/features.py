@@ -19,6 +19,7 @@ SHOWN_NAMES = 12
 # Where transformers keeps the hooks by which it captures hidden states, and its note that they are in place.
 CAPTURING_MODULE = "transformers.utils.output_capturing"
 CAPTURING_MARK = "_output_capturing_hooks_installed"
+CAPTURING_FORWARD = "wrapped_forward"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class FeatureCapture:
 
     def request(self, model: nn.Module) -> dict[str, Any]:
         """Return the keywords that make `model` return what is needed; empty when modules are named."""
-        return {} if self.by_name or not accepts(model.forward, "output_hidden_states") else _HIDDEN_STATES_REQUEST
+        if self.by_name:
+            return {}
+        return {name: True for name in ("output_hidden_states", "return_dict") if accepts(model.forward, name)}
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -133,6 +136,7 @@ class FeatureCapture:
             states = hidden_states(outputs)
             if states is not None:
                 self.layers = [self._checked_index(index, len(states)) for index in self.layers]
+                self._check_distinct()
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
@@ -152,6 +156,18 @@ class FeatureCapture:
                 )
             )
         return position
+
+    def _check_distinct(self) -> None:
+        layers = self.layers or []
+        if len(set(layers)) < len(layers):
+            raise InputError(
+                message(
+                    f"A {self.role} layer is named twice, from the front and from the end",
+                    received=f"{self.role}_layers that mean the hidden states {layers}",
+                    expected="every layer once",
+                    todo=f"leave one of them out of {self.role}_layers",
+                )
+            )
 
     def _find_module(self, model: nn.Module, name: str) -> nn.Module:
         modules = dict(model.named_modules())
@@ -179,9 +195,6 @@ class FeatureCapture:
                 todo=f"name another module in {self.role}_layers",
             )
         )
-
-
-_HIDDEN_STATES_REQUEST: dict[str, Any] = {"output_hidden_states": True, "return_dict": True}
 
 
 def hidden_states(outputs: Any) -> tuple[Tensor, ...] | None:
@@ -212,7 +225,8 @@ def remove_capturing_traces(model: nn.Module) -> None:
                 del module._forward_hooks[key]
         module.__dict__.pop(CAPTURING_MARK, None)
         bound = module.__dict__.get("forward")
-        if module is not model and (getattr(bound, "__module__", None) or "").startswith("transformers."):
+        code = getattr(bound, "__code__", None)
+        if code is not None and (code.co_name, module is model) == (CAPTURING_FORWARD, False):
             del module.__dict__["forward"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from .losses import FeatureLoss
 CALIBRATION = "semckd_calibration"
 # The forward keyword that carries the teacher's features; without it the forward is the student's own.
 TARGETS = "distillation_targets"
+# What accelerate notes on a model that it has prepared.
+PREPARATION = ("_is_accelerate_prepared", "_original_forward")
 
 
 @dataclass
@@ -60,8 +62,8 @@ class StudentAttachment:
         self.loss = loss
         self.capture = capture
         self._plain_class = type(student)
-        self._training_class = _training_class(type(student), capture)
-        self._instance_forward = student.__dict__.get("forward")
+        self._bound_forward: Callable[..., Any] | None = None
+        self._training_class = _training_class(type(student), capture, self._plain_forward)
 
     @property
     def attached(self) -> bool:
@@ -77,21 +79,20 @@ class StudentAttachment:
         """Make the loss part of the student; nothing happens when it already is."""
         if self.attached:
             return
-        setattr(self.student, CALIBRATION, self.loss)
-        self.student.__class__ = self._training_class
+        forget_preparation(self.student)
+        # A forward bound to the object (by an offloading hook, say) would hide that of the training class.
+        self._bound_forward = self.student.__dict__.pop("forward", None)
+        self._put_on()
 
     def detach(self) -> None:
         """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
         if not self.attached or not self.removable:
             return
         self._take_off()
-        self.student.__dict__.pop("_is_accelerate_prepared", None)
-        if self.student.__dict__.get("forward") is not self._instance_forward:
-            # accelerate binds an autocast forward of the training class to the instance; evaluation binds its own.
-            self.student.__dict__.pop("forward", None)
-            self.student.__dict__.pop("_original_forward", None)
-            if self._instance_forward is not None:
-                self.student.__dict__["forward"] = self._instance_forward
+        for name in (*PREPARATION, "forward"):
+            self.student.__dict__.pop(name, None)
+        if self._bound_forward is not None:
+            self.student.__dict__["forward"] = self._bound_forward
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -103,11 +104,36 @@ class StudentAttachment:
         try:
             yield
         finally:
-            self.attach()
+            self._put_on()
+
+    def _put_on(self) -> None:
+        setattr(self.student, CALIBRATION, self.loss)
+        self.student.__class__ = self._training_class
 
     def _take_off(self) -> None:
         delattr(self.student, CALIBRATION)
         self.student.__class__ = self._plain_class
+
+    def _plain_forward(self, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._bound_forward is not None:
+            return self._bound_forward(*args, **kwargs)
+        return self._plain_class.forward(student, *args, **kwargs)
+
+
+def forget_preparation(model: nn.Module) -> None:
+    """Undo what accelerate left on a model that it prepared: a note, and a forward with autocast bound to it.
+
+    Evaluation prepares the model too, without a gradient-synchronising wrapper; training must be free to prepare it
+    anew, or processes would drift apart.
+    """
+    kept = model.__dict__
+    original = kept.get("_original_forward")
+    if original is not None:
+        kept.pop("forward", None)
+        if getattr(original, "__func__", None) is not type(model).forward:
+            kept["forward"] = original
+    for name in PREPARATION:
+        kept.pop(name, None)
 
 
 def without_calibration(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,16 +165,34 @@ def logits_of(outputs: Any, role: str) -> Tensor:
     )
 
 
+def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
+    """Return the attention mask of the tokens whose features are taken: of the decoder where there is one.
+
+    Args:
+        inputs: The model's inputs.
+        labels: The batch's labels; where a decoder has no mask of its own, positions with -100 are padding.
+        model: Its configuration tells whether it has a decoder.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return inputs.get("attention_mask")
+    if inputs.get("decoder_attention_mask") is not None:
+        return inputs["decoder_attention_mask"]
+    return (labels != -100).long() if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
 def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
     """Return the (B, N) mask that fits the features, or None when there is none.
 
-    Prompt tuning puts learned tokens in front of the sequence; they count as tokens.
+    Prompt tuning puts learned tokens in front of the sequence; they count as tokens. Multiple choice has a mask
+    (B, choices, N) for features of B * choices rows.
 
     Args:
-        attention_mask: What the model was given under this name; anything but a (B, N) tensor is no mask of tokens.
+        attention_mask: What the model was given under this name, if anything.
         features: The model's captured features.
     """
     mask = attention_mask
+    if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
+        mask = mask.flatten(0, 1)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     lengths = [feature.shape[1] for feature in features if feature.dim() == 3]
@@ -156,11 +200,12 @@ def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
     return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
 
 
-def _training_class(base: type[nn.Module], capture: FeatureCapture) -> type[nn.Module]:
+def _training_class(
+    base: type[nn.Module], capture: FeatureCapture, plain_forward: Callable[..., Any]
+) -> type[nn.Module]:
     """Return a subclass of `base` with the same name, which runs the feature loss inside its forward."""
-    plain_forward = base.forward
 
-    @functools.wraps(plain_forward)
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         targets = kwargs.pop(TARGETS, None)
         if targets is None:

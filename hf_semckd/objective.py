@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .errors import NonFiniteLossError, message
-from .modeling import DistillationTargets, logits_of
+from .errors import NonFiniteLossError, SemCKDError, message
+from .modeling import DistillationTargets, logits_of, token_attention
 from .teacher import TeacherOutputs
-from .terms import count_window, cross_entropy, logit_loss_sum
+from .terms import batch_size, count_window, cross_entropy, logit_loss_sum
 
 
 class ObjectiveTrainer(Trainer):
@@ -29,7 +29,12 @@ class ObjectiveTrainer(Trainer):
         """Fetch an optimizer step's micro-batches and count what its terms are averages over, on all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._distils and batches:
-            self._window = count_window(batches, self._task, self._shifts_labels, self._sum_over_processes)
+            self._window = count_window(
+                [self._with_labels(batch) for batch in batches],
+                self._task,
+                self._shifts_labels,
+                self._sum_over_processes,
+            )
             self._window.processes = self.accelerator.num_processes
             self._update_statistics(batches)
         return batches, items
@@ -79,15 +84,15 @@ class ObjectiveTrainer(Trainer):
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
         targets = self._run_teacher(inputs)
         student_inputs = self._student_inputs(inputs)
-        labels = student_inputs.get("labels")
+        labels = self._labels_of(inputs)
         if self._drops_labels:
             student_inputs.pop("labels", None)
         keyword = {}
         if self._distils_features:
-            mask = student_inputs.get("attention_mask")
+            mask = token_attention(student_inputs, labels, self.student)
             keyword = DistillationTargets(targets.features, mask, targets.mask).as_keyword()
         outputs = model(**student_inputs, **keyword)
-        outputs, features = outputs if keyword else (outputs, None)
+        outputs, features = self._split(outputs) if keyword else (outputs, None)
         terms = self._terms(outputs, features, targets, inputs, labels)
         loss = sum(weight * term for weight, term in terms.values())
         if terms.keys() == {"feature_loss"}:
@@ -104,13 +109,42 @@ class ObjectiveTrainer(Trainer):
     def _drops_labels(self) -> bool:
         """Whether the student must not compute the task loss by itself."""
         custom = self.compute_loss_func is not None or self.label_smoother is not None
-        return custom or self.args.task_weight == 0 or "labels" not in self._student_takes
+        return custom or self.args.task_weight == 0 or not self._student_computes_loss
+
+    def _with_labels(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with its labels under the usual name, where a plain model calls them otherwise."""
+        if "labels" in batch or self._student_computes_loss:
+            return batch
+        labels = self._labels_of(batch)
+        return batch if labels is None else {**batch, "labels": labels}
+
+    def _labels_of(self, inputs: Mapping[str, Any]) -> Any:
+        return next((inputs[name] for name in ("labels", *self.label_names) if name in inputs), None)
+
+    @property
+    def _student_computes_loss(self) -> bool:
+        return any(name in self._student_takes for name in (*self.label_names, "labels"))
+
+    @staticmethod
+    def _split(outputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Take the student's own output and the feature loss apart, which its attached forward returns together."""
+        if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
+            return outputs[0], outputs[1]
+        raise SemCKDError(
+            message(
+                "The student's forward did not compute the feature loss",
+                received=f"an output of type {type(outputs).__name__}",
+                expected="the output and the feature loss of the attached forward",
+                todo="do not replace the student's forward or wrap the student while it trains",
+            )
+        )
 
     def _plain_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: Any) -> Any:
-        if not self._distils or "labels" in self._student_takes or "labels" not in inputs or self.compute_loss_func:
+        labels = self._labels_of(inputs)
+        if not self._distils or self._student_computes_loss or labels is None or self.compute_loss_func:
             return super().compute_loss(model, inputs, return_outputs, items)
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        names = {"labels", *self.label_names}
+        outputs = model(**{key: value for key, value in inputs.items() if key not in names})
         logits = logits_of(outputs, "student")
         loss = cross_entropy(logits, labels)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
@@ -127,10 +161,14 @@ class ObjectiveTrainer(Trainer):
         if args.distils_logits:
             assert targets.logits is not None
             student = logits_of(outputs, "student")
-            total = logit_loss_sum(student, targets.logits, batch, args.temperature, self._task, self._shifts_labels)
+            total = logit_loss_sum(
+                student, targets.logits, self._with_labels(batch), args.temperature, self._task, self._shifts_labels
+            )
             terms["logit_loss"] = (args.logit_weight, total * window.logit_scale())
         if features is not None:
-            share = features["per_sample"].sum() * window.sample_scale()
+            # Multiple choice has several rows a sample: the mean over rows is that over samples.
+            rows = features["per_sample"]
+            share = rows.mean() * batch_size(batch) * window.sample_scale()
             terms["feature_loss"] = (args.feature_weight, share)
         return terms
 
@@ -145,7 +183,7 @@ class ObjectiveTrainer(Trainer):
             return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
         if self.label_smoother is not None and labels is not None:
             loss = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
-        elif self._drops_labels:
+        elif not self._student_computes_loss:
             loss = cross_entropy(logits_of(outputs, "student"), labels)
         else:
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +37,16 @@ class Probe:
         student_logits: The student's logits, or None when it returns none.
         student_specs: The student's chosen layers; empty when features are not distilled.
         teacher_specs: The teacher's chosen layers.
+        student_features: What the student's layers gave.
+        teacher_features: What the teacher's layers gave.
         tokens_aligned: Whether position n of both models stands for the same input.
     """
 
     student_logits: Tensor | None
     student_specs: list[FeatureSpec]
     teacher_specs: list[FeatureSpec]
+    student_features: list[Tensor]
+    teacher_features: list[Tensor]
     tokens_aligned: bool
 
 
@@ -173,13 +178,70 @@ def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: S
     Raises:
         InputError: When there are none.
     """
-    if config.task_weight > 0 and not any(name in batch for name in (*label_names, *LABEL_COLUMNS)):
+    if config.task_weight > 0 and not any(name in batch for name in (*label_names, "labels")):
         raise InputError(
             message(
                 "There are no labels, and task_weight is positive",
                 received=f"columns {', '.join(map(repr, batch))}, task_weight={config.task_weight}",
                 expected=f"a column named {', '.join(map(repr, label_names or ('labels',)))}",
                 todo="add labels, or set task_weight=0 to learn from the teacher alone",
+            )
+        )
+
+
+def check_encoder_decoder(models: Sequence[nn.Module], config: SemCKDConfig) -> None:
+    """Refuse the teacher cache for encoder-decoders, whose outputs follow the labels and not the inputs alone.
+
+    Raises:
+        ConfigurationError: When both are asked for.
+    """
+    found = [type(model).__name__ for model in models if _is_encoder_decoder(model)]
+    if found and config.teacher_cache_dir is not None:
+        raise ConfigurationError(
+            message(
+                "The teacher cache does not support encoder-decoder models",
+                received=f"teacher_cache_dir with {', '.join(found)}",
+                expected="an encoder or a decoder, or no cache",
+                todo="leave teacher_cache_dir out",
+            )
+        )
+
+
+def check_loss_fits(loss: FeatureLoss, found: Probe) -> None:
+    """Try a feature loss that was given as an object on the probe's features.
+
+    Raises:
+        InputError: When it cannot take them.
+    """
+    shapes = [[tuple(x.shape[1:]) for x in features] for features in (found.student_features, found.teacher_features)]
+    if loss.required_batch_size is not None and loss.required_batch_size != len(found.student_features[0]):
+        return
+    trial = copy.deepcopy(loss).eval().to(found.student_features[0].device, found.student_features[0].dtype)
+    try:
+        trial(found.student_features, found.teacher_features)
+    except (SemCKDError, RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            message(
+                "The feature loss was made for other layers than those that are chosen",
+                received=f"student features {shapes[0]}, teacher features {shapes[1]}; the loss said: {error}",
+                expected="a loss for these layers, in this order",
+                todo="choose the layers with student_layers and teacher_layers, or make the loss for these shapes",
+            )
+        ) from error
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if _is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
+        raise InputError(
+            message(
+                f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",
+                received=f"columns {', '.join(map(repr, inputs))}",
+                expected="decoder_input_ids beside the labels",
+                todo="use DataCollatorForSeq2Seq(tokenizer, model=student), which makes them from the labels",
             )
         )
 
@@ -261,10 +323,12 @@ def probe(
         LayerNotFoundError: When a chosen layer does not exist.
         TeacherOutputError: When the teacher's outputs are not finite.
     """
+    _check_decoder_inputs(teacher.model, teacher.inputs(batch))
     teacher_outputs, teacher_recorded = _run(
         "teacher", batch, lambda: teacher.forward(teacher.inputs(batch), features=features)
     )
     student_inputs = select_inputs(student, batch)
+    _check_decoder_inputs(student, student_inputs)
     was_training = student.training
     student.eval()
     try:
@@ -289,6 +353,8 @@ def probe(
             describe(x, n, teacher.model, teacher.inputs(batch))
             for x, n in zip(teacher_features, teacher.capture.names(), strict=False)
         ],
+        student_features,
+        teacher_features,
         not teacher.has_own_tokens(batch),
     )
 

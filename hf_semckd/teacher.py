@@ -17,7 +17,7 @@ from .cache import OutputCache, right_padded_lengths, sample_keys, teacher_finge
 from .data import TEACHER_PREFIX
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture
-from .modeling import logits_of, tokens_mask
+from .modeling import logits_of, token_attention, tokens_mask
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -86,19 +86,21 @@ class Teacher:
         """
         inputs = self.inputs(batch)
         if self.cache_folder is None:
-            return self._live(inputs, logits=logits, features=features)
+            own = any(key.startswith(TEACHER_PREFIX) for key in batch)
+            labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
+            return self._live(inputs, labels, logits=logits, features=features)
         if self._cache is None:
             layers = self.capture.layers or () if features else ()
             self._cache = OutputCache(self.cache_folder, teacher_fingerprint(self.model, layers, logits))
         return self._cached(self._cache, inputs, logits=logits, features=features)
 
-    def _live(self, inputs: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
+    def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         return TeacherOutputs(
             logits=logits_of(outputs, "teacher").detach() if logits else None,
             features=taken,
-            mask=tokens_mask(inputs.get("attention_mask"), taken),
+            mask=tokens_mask(token_attention(inputs, labels, self.model), taken),
         )
 
     def _cached(self, cache: OutputCache, inputs: dict[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
@@ -109,7 +111,7 @@ class Teacher:
         missing = [index for index, row in enumerate(rows) if row is None]
         if missing:
             part = {k: v[missing] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-            outputs = self._live(part, logits=logits, features=features)
+            outputs = self._live(part, None, logits=logits, features=features)
             for position, index in enumerate(missing):
                 row = _sample(outputs, position, None if lengths is None else lengths[index])
                 cache.save(keys[index], *row)
@@ -124,6 +126,11 @@ class Teacher:
         """
         own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
         inputs = select_inputs(self.model, own or batch)
+        if getattr(getattr(self.model, "config", None), "use_cache", False) and "use_cache" in forward_parameters(
+            self.model
+        ):
+            # Generation needs keys and values again; a teacher is asked once.
+            inputs["use_cache"] = False
         dtype = next((entry.dtype for entry in self.model.parameters() if entry.is_floating_point()), None)
         if dtype is None:
             return inputs
@@ -259,8 +266,9 @@ def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.M
             )
         )
     try:
-        config = AutoConfig.from_pretrained(source)
-        return _model_class(config, like).from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = _model_class(config, like)
+        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             message(
@@ -270,6 +278,16 @@ def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.M
                 todo=f"check the name and the connection, or load the {role} yourself and pass the object",
             )
         ) from error
+    if role == "teacher" and info["missing_keys"]:
+        raise InputError(
+            message(
+                "The teacher would have random weights: the checkpoint lacks some of its layers",
+                received=f"{source!r} without {', '.join(sorted(map(str, info['missing_keys']))[:5])}",
+                expected=f"a checkpoint that was fine-tuned as {type(model).__name__}",
+                todo="fine-tune the teacher on the task first, or pass the model object if this is what you want",
+            )
+        )
+    return model
 
 
 def _model_class(config: Any, like: nn.Module | None) -> Any:

@@ -87,10 +87,10 @@ def count_window(batches: list[Any], task: Task, shifted: bool, reduce_sum: Call
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of samples in a batch: the length of its first tensor that has one."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
+    """Return the number of samples in a batch: the length that most of its tensors have."""
+    lengths = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    if lengths:
+        return max(lengths, key=lengths.count)
     raise InputError(
         message(
             "The batch holds no tensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -20,16 +21,18 @@ from .features import FeatureCapture, remove_capturing_traces
 from .hub import PublishingTrainer
 from .losses import FeatureLoss, SemCKDLoss
 from .meters import LossMeter
-from .modeling import StudentAttachment
+from .modeling import StudentAttachment, forget_preparation
 from .objective import ObjectiveTrainer
 from .observation import ObservingTrainer
 from .optimization import BorrowedOptimizer, add_calibration_groups
 from .preflight import (
     Probe,
     check_dataset,
+    check_encoder_decoder,
     check_feature_loss,
     check_label_names,
     check_labels,
+    check_loss_fits,
     check_models,
     check_parallelism,
     check_published_batches,
@@ -59,7 +62,8 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         model: The student: a model, or a name or folder to load it from.
         args: A `SemCKDConfig`; plain `TrainingArguments` get the distillation's defaults.
         teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision.
-        feature_loss: `None` (logits only), `"semckd"`, or a `FeatureLoss` made for the layers that are chosen.
+        feature_loss: `None` (logits only), `"semckd"`, or a `FeatureLoss` made for the layers that are chosen, of
+            which a copy is trained: `trainer.feature_loss`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`. An
             optimizer that is passed in holds the projections as one more group for the time of training.
@@ -169,6 +173,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         teacher = load_model(teacher_model, "teacher", like=self.student)  # type: ignore[arg-type]
         check_models(self.student, teacher)
         check_label_names(self.student, teacher)
+        check_encoder_decoder((self.student, teacher), self.args)
         self._teacher = Teacher(teacher, self.args.teacher_layers, self.args.teacher_cache_dir)
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
@@ -216,10 +221,13 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
                 found.student_specs, found.teacher_specs, self.args, tokens_aligned=found.tokens_aligned
             )
         assert isinstance(loss, FeatureLoss)
+        if loss is self._feature_loss_source:
+            # The caller's object stays as it was given, and every run starts from it.
+            loss = copy.deepcopy(loss)
+            check_loss_fits(loss, found)
         if loss.required_batch_size is not None:
             size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
             check_published_batches(self.args, size, self.args.world_size)
-        loss.automatic_synchronization = False
         dtype = next((p.dtype for p in self.student.parameters() if p.dtype is torch.float64), torch.float32)
         return loss.to(device=self.args.device, dtype=dtype)
 
@@ -267,25 +275,52 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             self._attach()
         return model
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take a trial's values, check them, and make the feature loss that they ask for."""
+        super()._hp_search_setup(trial)
+        if trial is None or not self._distils:
+            return
+        self.args.validate_distillation()
+        check_teacher_given(self.teacher, self.args)
+        if self._attachment is not None:
+            self._attachment.detach()
+        self._build()
+        self._attach()
+
     def _attach(self) -> None:
-        if self.feature_loss is not None and self._distils_features:
-            if self._attachment is None or self._attachment.student is not self.student:
-                self._attachment = StudentAttachment(self.student, self.feature_loss, self._student_capture)
-            self._student_parameters = _parameters_outside_embeddings(self.student)
-            self._statistics_ready = False
-            self._attachment.attach()
+        if self._distils:
+            # What an earlier evaluation or training prepared is prepared anew.
+            forget_preparation(self.student)
+            self._forget_wrappers()
+        loss = self.feature_loss
+        if loss is None or not self._distils_features:
+            return
+        current = self._attachment
+        if current is None or current.student is not self.student or current.loss is not loss:
+            current = self._attachment = StudentAttachment(self.student, loss, self._student_capture)
+        self._student_parameters = _parameters_outside_embeddings(self.student)
+        self._statistics_ready = False
+        loss.automatic_synchronization = False
+        current.attach()
 
     def _detach(self) -> None:
         if self._borrowed is not None:
             self._borrowed.give_back()
             self._borrowed = None
+        if self.feature_loss is not None:
+            self.feature_loss.automatic_synchronization = True
         if self._teacher is not None:
             remove_capturing_traces(self.teacher)
         if self._attachment is None or not self._attachment.removable:
             return
         self._attachment.detach()
         remove_capturing_traces(self.student)
-        # A wrapper made for the attached student is no use for the plain one; the next train() wraps again.
+        self._forget_wrappers()
+
+    def _forget_wrappers(self) -> None:
+        """Drop wrappers made for the student in another state; the next training wraps it again."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
         self.model_wrapped = self.model
         self.accelerator._models = [entry for entry in self.accelerator._models if not _wraps(entry, self.model)]
 

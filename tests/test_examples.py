@@ -244,7 +244,7 @@ def test_vit_takes_a_folder_and_a_saved_teacher_of_another_size(picture_folder, 
 
 @pytest.mark.slow
 def test_vit_in_two_processes_prints_and_writes_once(tmp_path):
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = ("--output_dir", "out", "--use_cpu", "True", *TINY, *TINY_MODELS)
     result = succeed(*launch, EXAMPLES / "distill_vit.py", *arguments, cwd=tmp_path)
     assert len(table_rows(result.stdout)) == 4
