@@ -26,23 +26,17 @@ from .objective import ObjectiveTrainer
 from .observation import ObservingTrainer
 from .optimization import BorrowedOptimizer, add_calibration_groups
 from .preflight import (
-    Probe,
     check_dataset,
     check_encoder_decoder,
     check_feature_loss,
     check_label_names,
     check_labels,
-    check_loss_fits,
     check_models,
     check_parallelism,
     check_published_batches,
     check_teacher_given,
-    collate,
-    column_names,
-    first_samples,
-    probe,
-    untouched_random_state,
 )
+from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe, untouched_random_state
 from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, Teacher, forward_parameters, load_model, select_inputs
 from .terms import Task, Window, task_of
 

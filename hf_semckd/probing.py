@@ -1,0 +1,245 @@
+"""Runs one small batch through both models, to see what their layers look like and whether they fit together."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import TEACHER_PREFIX
+from .errors import InputError, SemCKDError, message
+from .features import FeatureCapture, FeatureSpec, describe
+from .losses import FeatureLoss
+from .modeling import logits_of
+from .teacher import Teacher, TeacherOutputs, select_inputs
+from .terms import logit_shape_message
+
+PROBE_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one small batch through both models tells.
+
+    Attributes:
+        student_logits: The student's logits, or None when it returns none.
+        student_specs: The student's chosen layers; empty when features are not distilled.
+        teacher_specs: The teacher's chosen layers.
+        student_features: What the student's layers gave.
+        teacher_features: What the teacher's layers gave.
+        tokens_aligned: Whether position n of both models stands for the same input.
+    """
+
+    student_logits: Tensor | None
+    student_specs: list[FeatureSpec]
+    teacher_specs: list[FeatureSpec]
+    student_features: list[Tensor]
+    teacher_features: list[Tensor]
+    tokens_aligned: bool
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Return the names of a dataset's columns; one that does not tell them is asked for a sample."""
+    names = getattr(dataset, "column_names", None)
+    if names or dataset is None:
+        return list(names or ())
+    sample = next(iter(first_samples(dataset)), None)
+    return list(sample) if isinstance(sample, Mapping) else []
+
+
+def first_samples(dataset: Any) -> list[Any]:
+    """Return the first samples of a map-style or iterable dataset."""
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return [dataset[index] for index in range(min(PROBE_SAMPLES, len(dataset)))]
+    return list(islice(iter(dataset), PROBE_SAMPLES))
+
+
+def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
+    """Return the samples as a batch.
+
+    Raises:
+        InputError: When the collator cannot make one.
+    """
+    try:
+        return collator(samples)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        columns = list(samples[0]) if samples and isinstance(samples[0], Mapping) else []
+        paired = any(str(name).startswith(TEACHER_PREFIX) for name in columns)
+        raise InputError(
+            message(
+                "The data collator cannot make a batch of the training samples",
+                received=f"columns {', '.join(map(repr, columns)) or 'of unknown names'}; the collator said: {error}",
+                expected="samples that it can stack or pad",
+                todo="use hf_semckd.data.TeacherStudentCollator: each tokenizer then pads its own columns"
+                if paired
+                else "pass a data_collator that fits the samples, such as DataCollatorWithPadding(tokenizer)",
+            )
+        ) from error
+
+
+@torch.no_grad()
+def probe(
+    student: nn.Module,
+    student_capture: FeatureCapture,
+    teacher: Teacher,
+    batch: Mapping[str, Any],
+    *,
+    features: bool,
+    logits: bool,
+) -> Probe:
+    """Run a small batch through both models in evaluation mode and check that they fit together.
+
+    Raises:
+        InputError: When a model cannot take the batch, or their logits differ in shape.
+        LayerNotFoundError: When a chosen layer does not exist.
+        TeacherOutputError: When the teacher's outputs are not finite.
+    """
+    _check_decoder_inputs(teacher.model, teacher.inputs(batch))
+    teacher_outputs, teacher_recorded = _run(
+        "teacher", batch, lambda: teacher.forward(teacher.inputs(batch), features=features)
+    )
+    student_inputs = select_inputs(student, batch)
+    _check_decoder_inputs(student, student_inputs)
+    was_training = student.training
+    student.eval()
+    try:
+        student_outputs, student_features = _run(
+            "student", batch, lambda: _capture_student(student, student_capture, student_inputs, features)
+        )
+    finally:
+        student.train(was_training)
+    teacher_features: list[Tensor] = []
+    if features:
+        teacher.capture.resolve(teacher.model, teacher_outputs)
+        teacher_features = teacher.capture.collect(teacher_outputs, teacher_recorded)
+    student_logits = _check_logits(student_outputs, teacher_outputs, logits)
+    _check_teacher_values(teacher, teacher_outputs, teacher_features, batch, logits)
+    return Probe(
+        student_logits,
+        [
+            describe(x, n, student, student_inputs)
+            for x, n in zip(student_features, student_capture.names(), strict=False)
+        ],
+        [
+            describe(x, n, teacher.model, teacher.inputs(batch))
+            for x, n in zip(teacher_features, teacher.capture.names(), strict=False)
+        ],
+        student_features,
+        teacher_features,
+        not teacher.has_own_tokens(batch),
+    )
+
+
+@contextmanager
+def untouched_random_state(seed: int) -> Iterator[None]:
+    """Seed all generators for a moment and restore them: probing and building leave training's randomness alone."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _capture_student(
+    student: nn.Module, capture: FeatureCapture, inputs: Mapping[str, Any], features: bool
+) -> tuple[Any, list[Tensor]]:
+    if not features:
+        return student(**inputs), []
+    with capture.recording(student) as recorded:
+        outputs = student(**inputs, **capture.request(student))
+    capture.resolve(student, outputs)
+    return outputs, capture.collect(outputs, recorded)
+
+
+def _run(role: str, batch: Mapping[str, Any], forward: Any) -> Any:
+    try:
+        return forward()
+    except SemCKDError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
+        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        raise InputError(
+            message(
+                f"The {role} cannot take the training data",
+                received=f"a batch of {shapes}; the {role} said: {error}",
+                expected=f"inputs of the size, type and vocabulary that the {role} was made for",
+                todo="preprocess with the model's own processor; when both need different inputs (image sizes, "
+                "tokenizers), give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ...",
+            )
+        ) from error
+
+
+def _check_logits(student_outputs: Any, teacher_outputs: Any, needed: bool) -> Tensor | None:
+    if not needed:
+        try:
+            return logits_of(student_outputs, "student")
+        except InputError:
+            return None
+    student, teacher = logits_of(student_outputs, "student"), logits_of(teacher_outputs, "teacher")
+    if student.shape != teacher.shape:
+        raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
+    return student
+
+
+def _check_teacher_values(
+    teacher: Teacher, outputs: Any, features: list[Tensor], batch: Mapping[str, Any], needs_logits: bool
+) -> None:
+    logits = logits_of(outputs, "teacher") if needs_logits else None
+    mask = teacher.inputs(batch).get("attention_mask")
+    teacher.check_finite(
+        TeacherOutputs(logits, features, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    )
+
+
+def check_loss_fits(loss: FeatureLoss, found: Probe) -> None:
+    """Try a feature loss that was given as an object on the probe's features.
+
+    Raises:
+        InputError: When it cannot take them.
+    """
+    shapes = [[tuple(x.shape[1:]) for x in features] for features in (found.student_features, found.teacher_features)]
+    if loss.required_batch_size is not None and loss.required_batch_size != len(found.student_features[0]):
+        return
+    trial = copy.deepcopy(loss).eval().to(found.student_features[0].device, found.student_features[0].dtype)
+    try:
+        trial(found.student_features, found.teacher_features)
+    except (SemCKDError, RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            message(
+                "The feature loss was made for other layers than those that are chosen",
+                received=f"student features {shapes[0]}, teacher features {shapes[1]}; the loss said: {error}",
+                expected="a loss for these layers, in this order",
+                todo="choose the layers with student_layers and teacher_layers, or make the loss for these shapes",
+            )
+        ) from error
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder, so that its outputs follow the labels too."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
+        raise InputError(
+            message(
+                f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",
+                received=f"columns {', '.join(map(repr, inputs))}",
+                expected="decoder_input_ids beside the labels",
+                todo="use DataCollatorForSeq2Seq(tokenizer, model=student), which makes them from the labels",
+            )
+        )
