@@ -7,7 +7,7 @@ MINIMUM_VENV ?= .venv-minimum
 
 # Test processes, threads of a demo, and anything to add to the command that a target runs.
 JOBS ?= 2
-THREADS ?= 2
+THREADS ?= 1
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -39,6 +39,8 @@ help: ## Print this list
 demo: $(VENV)/.demo ## Distil a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
 	$(BIN)/$(LAUNCH) examples/distill_vit.py $(ARGS)
 
+# A pretrained teacher is large enough for two threads; the digits' models are not, and only get in their own way.
+demo-text: THREADS = 2
 demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
 	$(BIN)/python scripts/fetch_text_parts.py
 	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)
