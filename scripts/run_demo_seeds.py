@@ -1,7 +1,7 @@
 """Run an example with several seeds, keep every row, and print the table that the README shows.
 
-    python scripts/run_demo_seeds.py vit                 # seeds 0 to 4, about two minutes each on two cores
-    python scripts/run_demo_seeds.py text --seeds 0 1 2  # needs scripts/fetch_text_parts.py first
+    python scripts/run_demo_seeds.py vit                 # seeds 0 to 4, one and a half minutes each on one thread
+    python scripts/run_demo_seeds.py text --seeds 0 1 2  # seven minutes each; needs scripts/fetch_text_parts.py first
     python scripts/run_demo_seeds.py vit --table-only    # the table of the rows that are there
 
 Writes scripts/results/demo/<example>.jsonl, one row a model and seed, and the first seed's association picture.
