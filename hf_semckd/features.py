@@ -225,8 +225,9 @@ def remove_capturing_traces(model: nn.Module) -> None:
                 del module._forward_hooks[key]
         module.__dict__.pop(CAPTURING_MARK, None)
         bound = module.__dict__.get("forward")
-        code = getattr(bound, "__code__", None)
-        if code is not None and (code.co_name, module is model) == (CAPTURING_FORWARD, False):
+        own = getattr(bound, "__func__", None) is type(module).forward
+        # Left by a failed forward, or put back as an attribute that says what the class says.
+        if own or getattr(getattr(bound, "__code__", None), "co_name", None) == CAPTURING_FORWARD:
             del module.__dict__["forward"]
 
 

@@ -76,8 +76,11 @@ modules = (trainer.student, trainer.feature_loss)
 mine = torch.cat([p.detach().flatten().double() for m in modules for p in m.parameters()])
 both = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
 dist.all_gather(both, mine)
+result = [dist.get_world_size(), float((both[0] - both[1]).abs().max()), float(mine.norm())]
 if dist.get_rank() == 0:
-    print("RESULT", json.dumps([dist.get_world_size(), float((both[0] - both[1]).abs().max()), float(mine.norm())]))
+    print("RESULT", json.dumps(result), flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
