@@ -252,6 +252,11 @@ def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, 
     return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, spec.length - grid[0] * grid[1])
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder, so that its outputs follow the labels too."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def accepts(function: Any, name: str) -> bool:
     """Whether a function can be called with keyword `name`, by its signature or by taking any keyword."""
     parameters = inspect.signature(function).parameters

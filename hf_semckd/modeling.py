@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, message
-from .features import FeatureCapture, without_hidden_states
+from .features import FeatureCapture, is_encoder_decoder, without_hidden_states
 from .losses import FeatureLoss
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
@@ -173,7 +173,7 @@ def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) ->
         labels: The batch's labels; where a decoder has no mask of its own, positions with -100 are padding.
         model: Its configuration tells whether it has a decoder.
     """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return inputs.get("attention_mask")
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"]

@@ -10,8 +10,9 @@ from torch import nn
 
 from .config import SemCKDConfig
 from .errors import ConfigurationError, InputError, message
+from .features import is_encoder_decoder
 from .losses import FeatureLoss
-from .probing import column_names, is_encoder_decoder
+from .probing import column_names
 from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, forward_parameters
 
 logger = logging.getLogger(__name__)

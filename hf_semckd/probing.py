@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .data import TEACHER_PREFIX
 from .errors import InputError, SemCKDError, message
-from .features import FeatureCapture, FeatureSpec, describe
+from .features import FeatureCapture, FeatureSpec, describe, is_encoder_decoder
 from .losses import FeatureLoss
 from .modeling import logits_of
 from .teacher import Teacher, TeacherOutputs, select_inputs
@@ -226,11 +226,6 @@ def check_loss_fits(loss: FeatureLoss, found: Probe) -> None:
                 todo="choose the layers with student_layers and teacher_layers, or make the loss for these shapes",
             )
         ) from error
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model has an encoder and a decoder, so that its outputs follow the labels too."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

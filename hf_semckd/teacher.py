@@ -59,6 +59,8 @@ class Teacher:
         self._cache: OutputCache | None = None
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher")
+        config: Any = getattr(model, "config", None)
+        self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in forward_parameters(model)
 
     def to(self, device: torch.device) -> None:
         """Move the teacher, unless it was dispatched or quantised and looks after its own placement."""
@@ -126,9 +128,7 @@ class Teacher:
         """
         own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
         inputs = select_inputs(self.model, own or batch)
-        if getattr(getattr(self.model, "config", None), "use_cache", False) and "use_cache" in forward_parameters(
-            self.model
-        ):
+        if self._caches_keys:
             # Generation needs keys and values again; a teacher is asked once.
             inputs["use_cache"] = False
         dtype = next((entry.dtype for entry in self.model.parameters() if entry.is_floating_point()), None)
