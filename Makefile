@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text test test-slow test-text test-minimum quality style clean
+.PHONY: help demo demo-text benchmark-step test test-slow test-text test-minimum quality style clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ demo-text: THREADS = 2
 demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
 	$(BIN)/python scripts/fetch_text_parts.py
 	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)
+
+benchmark-step: $(VENV)/.demo ## Measure what a distillation step costs, against plain training and logit distillation
+	$(BIN)/python scripts/benchmark_step.py --threads $(THREADS) $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

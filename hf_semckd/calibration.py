@@ -19,9 +19,9 @@ from .functional import (
     full_precision,
     map_to_tokens,
     pool_map,
+    pool_tokens,
     row_cosine,
     similarity_matrix,
-    tokens_to_map,
 )
 
 # Wide enough for every association that was measured, and small beside any student.
@@ -94,7 +94,7 @@ def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
                 todo="use one image size for all batches",
             )
         )
-    return pool_map(tokens_to_map(feature, grid_of(feature, spec)), size)
+    return pool_tokens(feature[:, spec.prefix :], grid_of(feature, spec), size)
 
 
 def as_tokens(feature: Tensor) -> Tensor:
@@ -126,9 +126,13 @@ def summary(feature: Tensor, spec: FeatureSpec, mask: Tensor | None) -> Tensor:
     """
     if spec.grid is None:
         return at_least_float32(as_mean(feature, mask))
+    return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))
+
+
+def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+    """Return the height and width of the small map that a summary is."""
     height, width = grid_of(feature, spec)
-    size = (min(height, SUMMARY_GRID), min(width, SUMMARY_GRID))
-    return at_least_float32(as_map(feature, spec, size).flatten(1))
+    return min(height, SUMMARY_GRID), min(width, SUMMARY_GRID)
 
 
 class ConvolutionalProjection(nn.Sequential):

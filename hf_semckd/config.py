@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 from .errors import ConfigurationError, message, nearest
@@ -16,6 +17,8 @@ from .errors import ConfigurationError, message, nearest
 Association = Literal["similarity", "learned", "uniform", "last", "one_to_one"]
 TargetNorm = Literal["channel", "none"]
 Projector = Literal["shared", "pairwise"]
+CacheDtype = Literal["auto", "float16", "bfloat16"]
+TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Similarities are cosines, for which 0.2 was measured. Learned weights tend to softmax(-error / temperature), and
 # standardised errors lie between 0 and about 2: at 0.2 nearly all would go to one layer, at 1 little is chosen.
@@ -90,12 +93,40 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={"help": "Teacher layers to learn from, given like student_layers. None: all blocks."},
     )
+    teacher_dtype: TeacherDtype = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the teacher. auto: as it was given, or saved. float32, bfloat16, float16: it is "
+            "loaded in it, or copied when it is a model object of another precision."
+        },
+    )
+    teacher_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the teacher under torch.compile, and without it where that fails. Pays off in long "
+            "trainings on a GPU."
+        },
+    )
     association_temperature: float | None = field(
         default=None,
         metadata={
             "help": "Temperature of the association, > 0; smaller is sharper. similarity: of a softmax over cosines. "
             "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity),"
             " 0.5 (learned), or 1 in the published form."
+        },
+    )
+    token_fraction: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share of each sample's tokens that are compared, in (0, 1], at even distances and the same ones "
+            "whenever the sample comes. With the shared projector only."
+        },
+    )
+    grid_limit: int = field(
+        default=4,
+        metadata={
+            "help": "Feature maps are pooled to at most this many rows and columns before they are compared. 0: no "
+            "limit. With the shared projector only."
         },
     )
     calibration_learning_rate: float | None = field(
@@ -110,6 +141,20 @@ class SemCKDConfig(TrainingArguments):
         metadata={
             "help": "Folder in which teacher outputs are kept, keyed by the sample's content and the teacher, so that "
             "later epochs and runs skip the teacher. None: no cache."
+        },
+    )
+    teacher_cache_dtype: CacheDtype = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the cached teacher outputs. auto: the teacher's own, so that a cached run equals a "
+            "live one. float16, bfloat16: half the space of float32."
+        },
+    )
+    teacher_cache_limit_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most gigabytes (2^30 bytes) that the cache of one teacher may take, > 0. A dataset that will not "
+            "fit is refused before training. None: whatever the disk can spare."
         },
     )
 
@@ -188,6 +233,10 @@ class SemCKDConfig(TrainingArguments):
             return self.calibration_learning_rate
         return max(self.learning_rate, MINIMUM_CALIBRATION_LEARNING_RATE)
 
+    def resolved_teacher_dtype(self) -> torch.dtype | None:
+        """Return the precision that the teacher is wanted in; None leaves it as it is."""
+        return None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
+
     def distillation_settings(self) -> dict[str, Any]:
         """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card."""
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
@@ -208,12 +257,15 @@ class SemCKDConfig(TrainingArguments):
         for name in ("task_weight", "logit_weight", "feature_weight"):
             _require_number(name, getattr(self, name), minimum=0.0, strict=False)
         _require_number("temperature", self.temperature, minimum=0.0, strict=True)
-        for name in ("association_temperature", "calibration_learning_rate"):
+        for name in ("association_temperature", "calibration_learning_rate", "teacher_cache_limit_gb"):
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name), minimum=0.0, strict=True)
+        self._validate_sampling()
         _require_choice("association", self.association, get_args(Association))
         _require_choice("target_norm", self.target_norm, get_args(TargetNorm))
         _require_choice("projector", self.projector, get_args(Projector))
+        _require_choice("teacher_cache_dtype", self.teacher_cache_dtype, get_args(CacheDtype))
+        _require_choice("teacher_dtype", self.teacher_dtype, get_args(TeacherDtype))
         self.student_layers = _layer_list("student_layers", self.student_layers)
         self.teacher_layers = _layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
@@ -223,6 +275,28 @@ class SemCKDConfig(TrainingArguments):
                     received=repr(self.teacher_cache_dir),
                     expected="a folder, or None for no cache",
                     todo="name a folder that can be written",
+                )
+            )
+
+    def _validate_sampling(self) -> None:
+        _require_number("token_fraction", self.token_fraction, minimum=0.0, strict=True)
+        if self.token_fraction > 1:
+            raise ConfigurationError(
+                message(
+                    "`token_fraction` is more than everything",
+                    received=repr(self.token_fraction),
+                    expected="a share in (0, 1]",
+                    todo="set token_fraction to 1 to compare all tokens, or to less",
+                )
+            )
+        limit = self.grid_limit
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            raise ConfigurationError(
+                message(
+                    "`grid_limit` is not a number of rows and columns",
+                    received=repr(limit),
+                    expected="a whole number >= 1, or 0 for no limit",
+                    todo="set grid_limit to 4, or to 0 to compare whole maps",
                 )
             )
 

@@ -291,14 +291,15 @@ def _patch_grid(config: Any, image: tuple[int, int], length: int) -> tuple[int, 
 
 def _recorder(recorded: dict[str, Tensor], name: str) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensor = _first_tensor(output)
+        tensor = first_tensor(output)
         if tensor is not None:
             recorded[name] = tensor
 
     return hook
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """Return a module's output, or the first tensor in it, which is its hidden state; None when there is none."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()

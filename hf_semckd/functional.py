@@ -5,8 +5,6 @@ Symbols: B samples, S student layers, T teacher layers, N positions (tokens, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,6 +124,19 @@ def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     return patches.transpose(1, 2).unflatten(2, grid)
 
 
+def pool_tokens(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Average-pool tokens (B, H * W, C) that lie on a grid (H, W) to a map (B, C, height, width) that is not larger.
+
+    One product with a matrix: moving the channels in front of the positions first would cost far more.
+    """
+    if tuple(grid) == tuple(size):
+        return tokens_to_map(features, grid)
+    cells = torch.eye(grid[0] * grid[1], dtype=at_least_float32(features[:0]).dtype, device=features.device)
+    shares = F.adaptive_avg_pool2d(cells.unflatten(1, grid).unsqueeze(1), size).flatten(1).T
+    with full_precision(features):
+        return (shares.to(features.dtype) @ features).transpose(1, 2).unflatten(2, size)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average (B, N) values over the positions of each sample whose mask is 1; zero where there is none."""
     if mask is None:
@@ -148,56 +159,6 @@ def squared_error(projected: Tensor, target: Tensor, mask: Tensor | None = None)
     if mask is not None:
         difference.masked_fill_(mask.unsqueeze(-1) == 0, 0.0)
     return masked_mean(difference.square().mean(-1), mask)
-
-
-def pair_errors(projected: Tensor, targets: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of one projected student layer against several teacher layers.
-
-    Args:
-        projected: (B, N, C).
-        targets: T tensors (B, N, C).
-        mask: (B, N); positions with 0 do not count.
-
-    Returns:
-        (B, T).
-    """
-    return torch.stack([squared_error(projected, target, mask) for target in targets], dim=1)
-
-
-def weighted_feature_error(
-    projected: Tensor, targets: Sequence[Tensor], weights: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return sum over t of weights_t * MSE(projected, target_t) for each sample, keeping one difference for backward.
-
-    The gradient of that sum to the projection is 2 * (A * projected - sum_t w_t * target_t) / (N * C) with
-    A = sum_t w_t, which is that of A * MSE(projected, sum_t w_t * target_t / A). So only the distance to the
-    weighted mean target is differentiated. The value is made of the pair errors themselves, streamed over t: the
-    expanded square would cancel catastrophically on transformer outlier channels. The gradient to a weight is its
-    pair error.
-
-    Args:
-        projected: (B, N, C), carries the gradient.
-        targets: T tensors (B, N, C) without gradient.
-        weights: (B, T), non-negative; may carry a gradient.
-        mask: (B, N); positions with 0 do not count.
-
-    Returns:
-        The weighted error (B,), and the pair errors (B, T) without gradient.
-    """
-    with torch.no_grad():
-        errors = pair_errors(projected, targets, mask)
-        fixed = weights.detach()
-        total = fixed.sum(1)
-        shares = fixed / total.clamp(min=torch.finfo(fixed.dtype).tiny).unsqueeze(1)
-        mean_target = torch.zeros_like(at_least_float32(projected))
-        for index, target in enumerate(targets):
-            mean_target += shares[:, index, None, None].to(mean_target.dtype) * target
-        value = (fixed * errors).sum(1)
-    differentiable = total * squared_error(projected, mean_target, mask)
-    if weights.requires_grad:
-        differentiable = differentiable + (weights * errors).sum(1)
-    # The differentiable part has the right gradient and another value: shift it to the value without gradient.
-    return differentiable + (value - differentiable).detach(), errors
 
 
 def entropy(weights: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class LossMeter:
         """Add the association weights (B, S, T) of a micro-batch."""
         weights = _widened(weights.detach())
         sums = torch.stack([weights.sum(0), weights.square().sum(0)]).flatten()
-        extra = torch.stack([weights.new_tensor(float(len(weights))), entropy(weights).mean(1).sum()])
+        extra = torch.stack([weights.new_full((), float(len(weights))), entropy(weights).mean(1).sum()])
         packed = torch.cat([sums, extra])
         self._shape = tuple(weights.shape[1:])
         self._association = packed if self._association is None else self._association + packed

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,19 +28,20 @@ class DistillationTargets:
     """What the student's forward needs from the teacher.
 
     Attributes:
-        features: T teacher features.
+        features: T teacher features, or what the feature loss selected of them.
         student_mask: (B, N) mask of the student's tokens, or None.
         teacher_mask: (B, N) mask of the teacher's tokens, or None.
+        wait: Called before they are used: the teacher may still be at work beside the student.
     """
 
-    features: list[Tensor]
+    features: Sequence[Tensor] | Mapping[str, Tensor]
     student_mask: Tensor | None = None
     teacher_mask: Tensor | None = None
+    wait: Callable[[], None] | None = None
 
     def as_keyword(self) -> dict[str, Any]:
         """Return the forward keyword; plain containers, which every wrapper knows how to move."""
-        payload = {"features": self.features, "student_mask": self.student_mask, "teacher_mask": self.teacher_mask}
-        return {TARGETS: payload}
+        return {TARGETS: {entry.name: getattr(self, entry.name) for entry in fields(self)}}
 
 
 class StudentAttachment:
@@ -213,6 +214,8 @@ def _training_class(
         with capture.recording(self) as recorded:
             outputs = plain_forward(self, *args, **{**kwargs, **capture.request(self)})
         features = capture.collect(outputs, recorded)
+        if targets["wait"] is not None:
+            targets["wait"]()
         result = getattr(self, CALIBRATION)(
             features, targets["features"], tokens_mask(targets["student_mask"], features), targets["teacher_mask"]
         )

@@ -84,9 +84,12 @@ class ChannelStatistics(nn.Module):
         Args:
             features: (B, C, H, W) or (B, N, C).
         """
-        scale = torch.rsqrt(self.shrunk_variance())
         shape = (-1, 1, 1) if features.dim() == 4 else (-1,)
-        return (at_least_float32(features) - self.mean.view(shape)) * scale.view(shape)
+        return (at_least_float32(features) - self.mean.view(shape)) * self.scale().view(shape)
+
+    def scale(self) -> Tensor:
+        """Return what each channel (channels) is multiplied by, once its mean is taken off."""
+        return torch.rsqrt(self.shrunk_variance())
 
     def shrunk_variance(self) -> Tensor:
         """Return each channel's variance (channels), drawn to the layer's mean variance while little was seen.
@@ -101,17 +104,24 @@ class ChannelStatistics(nn.Module):
     def moments(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Return count, sum and sum of squares about the running mean, packed into (1 + 2 * channels)."""
         values = features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
-        values = at_least_float32(values).to(self.mean.dtype)
-        weights = torch.ones_like(values[..., :1]) if mask is None else mask.unsqueeze(-1).to(values.dtype)
+        rows = at_least_float32(values).to(self.mean.dtype).flatten(0, 1)
+        if mask is None:
+            count = torch.full((), float(len(rows)), **self._wide())
+            centre = torch.where(self.count > 0, self.mean, rows.mean(0))
+        else:
+            kept = (mask != 0).flatten().unsqueeze(1)
+            count = kept.sum().to(**self._wide())
+            # A masked position may hold anything, NaN included: select, do not multiply.
+            mean = torch.where(kept, rows, 0.0).sum(0) / count.clamp(min=1).to(rows.dtype)
+            centre = torch.where(self.count > 0, self.mean, mean)
+        # About the running mean, or at first about the batch's own: sums of squares about 0 would cancel on channels
+        # with an offset.
+        rows = rows - centre
         if mask is not None:
-            values = torch.where(weights > 0, values, torch.zeros_like(values))
-        count = weights.sum().to(**self._wide())
-        # Two passes: the squares about the batch mean do not cancel, whatever the offset of a channel.
-        mean = (values * weights).sum((0, 1)) / weights.sum().clamp(min=1)
-        squares = ((values - mean).square() * weights).sum((0, 1))
-        wide_mean, wide_squares = mean.to(**self._wide()), squares.to(**self._wide())
-        shift = wide_mean - self.mean.to(**self._wide())
-        return torch.cat([count[None], count * shift, wide_squares + count * shift.square()])
+            rows.masked_fill_(~kept, 0.0)
+        sums, squares = rows.sum(0).to(**self._wide()), rows.square().sum(0).to(**self._wide())
+        shift = centre.to(**self._wide()) - self.mean.to(**self._wide())
+        return torch.cat([count[None], sums + count * shift, squares + 2 * shift * sums + count * shift.square()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelStatistics:
         # Engines cast whole modules to bfloat16, in which a count stops growing at a few hundred.

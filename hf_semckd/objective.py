@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,32 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .errors import NonFiniteLossError, SemCKDError, message
 from .modeling import DistillationTargets, logits_of, token_attention
 from .teacher import TeacherOutputs
-from .terms import batch_size, count_window, cross_entropy, logit_loss_sum
+from .terms import batch_size, count_window, cross_entropy, logit_loss_sum, safe_labels, scaled
+
+
+@dataclass
+class UnseenLoss:
+    """A loss on its way from the device, not looked at yet.
+
+    Attributes:
+        step: The optimizer step that it belongs to, from 1.
+        values: The loss and each term.
+        names: Of the terms.
+        batch: What the teacher was given, to find out afterwards whether it is to blame.
+        arrived: Tells when `values` can be read; None when reading waits by itself.
+    """
+
+    step: int
+    values: Tensor
+    names: tuple[str, ...]
+    batch: Mapping[str, Any]
+    arrived: torch.cuda.Event | None = None
+
+    def read(self) -> list[float]:
+        """Return the values, waiting for them where they have not arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
 
 
 class ObjectiveTrainer(Trainer):
@@ -21,9 +48,37 @@ class ObjectiveTrainer(Trainer):
 
     Trainer averages gradients over processes and adds them over micro-batches. Every term is therefore a sum over
     items, divided by the number of items in the whole step on all processes, times the number of processes.
+
+    Outside logging steps nothing here makes the host wait for the device.
+
+    Attributes:
+        looks_later: Whether a loss is looked at one step late (and before anything is logged or saved) instead of at
+            once, which would make the host wait for the device; None: everywhere but on the CPU.
     """
 
+    looks_later: bool | None = None
     _statistics_ready: bool
+    _unseen: UnseenLoss | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and look at the last loss before anyone believes in the result; see `Trainer.train`."""
+        self._unseen = None
+        try:
+            result = super().train(*args, **kwargs)
+            self._look_at_unseen()
+        finally:
+            self._unseen = None
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, but nothing that comes of a broken loss."""
+        if "loss" in logs and self.is_in_train:
+            self._look_at_unseen()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._look_at_unseen()
+        super()._save_checkpoint(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches and count what its terms are averages over, on all processes."""
@@ -60,12 +115,25 @@ class ObjectiveTrainer(Trainer):
         if needed:
             for batch in batches:
                 outputs = self._run_teacher(self._prepare_input(batch))
+                self._teacher.wait()
                 loss.observe(outputs.features, outputs.mask)
             loss.collecting = False
         loss.synchronize(self._sum_over_processes)
 
     def _run_teacher(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        return self._teacher.run(batch, logits=self.args.distils_logits, features=self._distils_features)
+        """Return the teacher's outputs; `self._teacher.wait()` before using them."""
+        logits, features = self.args.distils_logits, self._distils_features
+        return self._teacher.aside(
+            lambda: self._selected(self._teacher.run(batch, logits=logits, features=features), batch)
+        )
+
+    def _selected(self, outputs: TeacherOutputs, batch: Mapping[str, Any]) -> TeacherOutputs:
+        """Let go of what the feature loss does not need, before the student runs."""
+        if self.feature_loss is None or not self._distils_features:
+            return outputs
+        phase = self._teacher.phases(batch) if self.feature_loss.samples_tokens else None
+        outputs.features = self.feature_loss.select(outputs.features, outputs.mask, phase)
+        return outputs
 
     def compute_loss(
         self,
@@ -85,20 +153,24 @@ class ObjectiveTrainer(Trainer):
         targets = self._run_teacher(inputs)
         student_inputs = self._student_inputs(inputs)
         labels = self._labels_of(inputs)
+        items = self._window.task_items.popleft()
         if self._drops_labels:
             student_inputs.pop("labels", None)
+        elif "labels" in student_inputs:
+            student_inputs["labels"] = safe_labels(student_inputs["labels"], items)
         keyword = {}
         if self._distils_features:
             mask = token_attention(student_inputs, labels, self.student)
-            keyword = DistillationTargets(targets.features, mask, targets.mask).as_keyword()
+            keyword = DistillationTargets(targets.features, mask, targets.mask, self._teacher.wait).as_keyword()
         outputs = model(**student_inputs, **keyword)
+        self._teacher.wait()
         outputs, features = self._split(outputs) if keyword else (outputs, None)
-        terms = self._terms(outputs, features, targets, inputs, labels)
+        terms = self._terms(outputs, features, targets, inputs, items)
         loss = sum(weight * term for weight, term in terms.values())
         if terms.keys() == {"feature_loss"}:
             # The head learns nothing then, but a wrapper may wait for its gradient.
             loss = loss + _zero(outputs)
-        self._check_finite(loss, terms, targets)
+        self._check_finite(loss, terms, inputs, targets)
         self._record(terms, features)
         if not hasattr(Trainer, "loss_is_scaled_for_ga") and self.compute_loss_func is None:
             # Before transformers 5.2x Trainer divides by the accumulation steps once more.
@@ -150,57 +222,107 @@ class ObjectiveTrainer(Trainer):
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def _terms(
-        self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], labels: Any
+        self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], items: Tensor
     ) -> dict[str, tuple[float, Tensor]]:
         """Return weight and value of each term; values are shares of the window's mean, times the processes."""
         window, args = self._window, self.args
         terms: dict[str, tuple[float, Tensor]] = {}
-        items = window.task_items.popleft()
         if args.task_weight > 0:
-            terms["task_loss"] = (args.task_weight, self._task_loss(outputs, labels, items))
+            terms["task_loss"] = (args.task_weight, self._task_loss(outputs, self._labels_of(batch), items))
         if args.distils_logits:
             assert targets.logits is not None
             student = logits_of(outputs, "student")
             total = logit_loss_sum(
                 student, targets.logits, self._with_labels(batch), args.temperature, self._task, self._shifts_labels
             )
-            terms["logit_loss"] = (args.logit_weight, total * window.logit_scale())
+            terms["logit_loss"] = (args.logit_weight, scaled(total, window.logit_scale()))
         if features is not None:
             # Multiple choice has several rows a sample: the mean over rows is that over samples.
             rows = features["per_sample"]
-            share = rows.mean() * batch_size(batch) * window.sample_scale()
+            share = scaled(rows.mean() * batch_size(batch), window.sample_scale())
             terms["feature_loss"] = (args.feature_weight, share)
         return terms
 
-    def _task_loss(self, outputs: Any, labels: Any, items: float) -> Tensor:
+    def _task_loss(self, outputs: Any, labels: Any, items: Tensor) -> Tensor:
+        """Return the micro-batch's share of the task loss; without a single label, 0 that reaches every parameter."""
         window = self._window
-        if items == 0:
-            # Not a single label, of which the mean would be NaN. The term is there all the same: every process has to
-            # reach every parameter, and to log the same terms.
-            return _zero(outputs)
+        labels = safe_labels(labels, items)
         if self.compute_loss_func is not None:
-            total = torch.tensor(window.totals[0], device=self.args.device)
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=total) * window.processes
+            total = window.totals[0].clamp(min=1).to(self.args.device, torch.float32, non_blocking=True)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=total)
+            return scaled(loss, (items > 0) * window.processes)
         if self.label_smoother is not None and labels is not None:
             loss = self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
         elif not self._student_computes_loss:
             loss = cross_entropy(logits_of(outputs, "student"), labels)
         else:
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-        return loss * window.task_scale(items)
+        return scaled(loss, window.task_scale(items))
 
-    def _check_finite(self, loss: Any, terms: Mapping[str, tuple[float, Tensor]], targets: TeacherOutputs) -> None:
-        if torch.isfinite(loss):
+    # ---- Nothing broken is learned, logged or saved ----------------------------------------------------------------
+
+    @property
+    def _looks_later(self) -> bool:
+        return self.args.device.type != "cpu" if self.looks_later is None else self.looks_later
+
+    def _check_finite(
+        self,
+        loss: Any,
+        terms: Mapping[str, tuple[float, Tensor]],
+        batch: Mapping[str, Any],
+        targets: TeacherOutputs,
+    ) -> None:
+        values = torch.stack([loss.detach(), *(value.detach().to(loss.dtype) for _, value in terms.values())])
+        seen = UnseenLoss(self.state.global_step + 1, values, tuple(terms), batch)
+        if not self._looks_later:
+            self._refuse_broken(seen, targets)
+            return
+        if values.is_cuda:
+            # From CUDA, such a copy goes to pinned memory, and the host goes on.
+            seen.values, seen.arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            seen.arrived.record()
+        # The one before has arrived while this one was computed.
+        before, self._unseen = self._unseen, seen
+        if before is not None:
+            self._refuse_broken(before)
+
+    def _look_at_unseen(self) -> None:
+        """Look at the last loss, on all processes at once: gradients are shared, and so is what breaks them."""
+        if not (self._distils and self._looks_later):
+            return
+        unseen, self._unseen = self._unseen, None
+        finite = torch.tensor(float(unseen is None or math.isfinite(unseen.read()[0])))
+        everywhere = float(self._sum_over_processes(finite)) == self.accelerator.num_processes
+        if unseen is not None:
+            self._refuse_broken(unseen)
+        if not everywhere:
+            raise NonFiniteLossError(
+                message(
+                    f"The loss of another process is not finite in step {self.state.global_step}",
+                    received="NaN or infinity there, and with it in the gradient here",
+                    expected="finite loss terms",
+                    todo="see the error of that process",
+                )
+            )
+
+    def _refuse_broken(self, seen: UnseenLoss, targets: TeacherOutputs | None = None) -> None:
+        loss, *values = seen.read()
+        if math.isfinite(loss):
             return
         assert self._teacher is not None
+        if targets is None:
+            # Not kept: that would hold the features for a whole step. A frozen teacher gives them again.
+            targets = self._run_teacher(seen.batch)
+            self._teacher.wait()
         self._teacher.check_finite(targets)
-        broken = [
-            f"{name} = {float(value.detach()):g}" for name, (_, value) in terms.items() if not torch.isfinite(value)
-        ]
+        named = zip(seen.names, values, strict=True)
+        broken = [f"{name} = {value:g}" for name, value in named if not math.isfinite(value)]
+        weights = (
+            "the weights in memory broken and the checkpoints intact" if self._looks_later else "the weights untouched"
+        )
         raise NonFiniteLossError(
             message(
-                f"The loss is not finite in step {self.state.global_step + 1}; training stops with the "
-                "weights untouched",
+                f"The loss is not finite in step {seen.step}; training stops with {weights}",
                 received=", ".join(broken) or "a sum of finite terms that overflows",
                 expected="finite loss terms",
                 todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "

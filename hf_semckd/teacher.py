@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,12 @@ from transformers import AutoConfig
 from .cache import OutputCache, right_padded_lengths, sample_keys, teacher_fingerprint
 from .data import TEACHER_PREFIX
 from .errors import InputError, TeacherOutputError, message
-from .features import FeatureCapture
+from .features import FeatureCapture, remove_capturing_traces
 from .modeling import logits_of, token_attention, tokens_mask
+from .sampling import content_phase
+from .truncation import TruncatedForward, find_truncation, runs_by_itself
+
+logger = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
@@ -28,12 +34,12 @@ class TeacherOutputs:
 
     Attributes:
         logits: (B, ...), or None when they were not asked for.
-        features: T features; empty when they were not asked for.
+        features: T features, or what the feature loss selected of them; empty when they were not asked for.
         mask: (B, N) mask of the teacher's tokens, or None.
     """
 
     logits: Tensor | None = None
-    features: list[Tensor] = field(default_factory=list)
+    features: Sequence[Tensor] | Mapping[str, Tensor] = field(default_factory=list)
     mask: Tensor | None = None
 
 
@@ -47,6 +53,7 @@ class Teacher:
         model: The teacher.
         layers: Hidden-state indices or module names; None finds all blocks.
         cache_folder: Where outputs are kept between epochs and runs; None computes them every time.
+        compiled: Whether to run it under `torch.compile`, where that works; the model itself is not changed.
     """
 
     def __init__(
@@ -54,29 +61,106 @@ class Teacher:
         model: nn.Module,
         layers: Sequence[int] | Sequence[str] | None = None,
         cache_folder: str | os.PathLike[str] | None = None,
+        compiled: bool = False,
     ):
         self.cache_folder = cache_folder
         self._cache: OutputCache | None = None
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher")
+        self._select = InputSelector(model)
         config: Any = getattr(model, "config", None)
-        self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in forward_parameters(model)
+        self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self._select.parameters
+        self._request = self.capture.request(model)
+        self._truncated: TruncatedForward | None = None
+        self._compiled = self._compile() if compiled else None
+        # Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place.
+        self._warm = False
+        self._stream: torch.cuda.Stream | None = None
 
     def to(self, device: torch.device) -> None:
         """Move the teacher, unless it was dispatched or quantised and looks after its own placement."""
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
+        alone = device.type == "cuda" and runs_by_itself(self.model)
+        self._stream = torch.cuda.Stream(device) if alone else None
+
+    def prepare(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> None:
+        """Find out once, with a small batch, how little of the model has to run; layers must be resolved."""
+        self._truncated = None
+        if features and not logits and self._compiled is None:
+            self.model.eval()
+            self._truncated = find_truncation(self.model, self.capture, self.inputs(batch))
+
+    def remove_traces(self) -> None:
+        """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
+        remove_capturing_traces(self.model)
+        self._warm = False
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
         """Run the model on its own inputs; return its raw output and what the hooks recorded."""
-        request = self.capture.request(self.model) if features else {}
+        request = self._request if features else {}
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
         if not features:
-            return self.model(**inputs), {}
+            return self._call(inputs), {}
         with self.capture.recording(self.model) as recorded:
-            return self.model(**inputs, **request), recorded
+            return self._call({**inputs, **request}), recorded
+
+    def _call(self, keywords: Mapping[str, Any]) -> Any:
+        compiled = self._compiled if self._warm else None
+        self._warm = True
+        if compiled is None:
+            return self.model(**keywords)
+        try:
+            return compiled(**keywords)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler says; an error of the model itself comes again below
+            self._compiled = None
+            logger.warning("The teacher runs without torch.compile, which failed: %s", str(error).partition("\n")[0])
+            return self.model(**keywords)
+
+    def _compile(self) -> Any:
+        if self.capture.by_name:
+            logger.warning(
+                "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
+            )
+            return None
+        model = self.model
+
+        def call(**keywords: Any) -> Any:
+            return model(**keywords)
+
+        # A function: compiling the module itself would leave a mark on it.
+        return torch.compile(call)
+
+    def aside(self, compute: Callable[[], TeacherOutputs]) -> TeacherOutputs:
+        """Compute on a stream of the teacher's own on CUDA, beside what the student does; elsewhere at once.
+
+        Whoever uses the outputs calls `wait` first.
+
+        Args:
+            compute: Runs the teacher, and whatever else is to be done with its outputs there.
+        """
+        if self._stream is None:
+            return compute()
+        current = torch.cuda.current_stream(self._stream.device)
+        # The batch is ready when what was queued before is done.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = compute()
+        features: Any = outputs.features.values() if isinstance(outputs.features, Mapping) else outputs.features
+        for tensor in (outputs.logits, outputs.mask, *features):
+            if tensor is not None:
+                # Its memory must not be given away before the student's stream is done with it.
+                tensor.record_stream(current)
+        return outputs
+
+    def wait(self) -> None:
+        """Make what is queued from now on wait for the teacher; the host does not. Nothing to do without `aside`."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def run(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch, as asked; from the cache where it can.
@@ -97,6 +181,11 @@ class Teacher:
         return self._cached(self._cache, inputs, logits=logits, features=features)
 
     def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
+        if features and not logits and self._truncated is not None:
+            self.model.eval()
+            found = self._truncated(self.model, inputs)
+            if found is not None:
+                return TeacherOutputs(None, found, tokens_mask(token_attention(inputs, labels, self.model), found))
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         return TeacherOutputs(
@@ -127,7 +216,7 @@ class Teacher:
         Floating-point inputs are cast to the teacher's precision.
         """
         own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-        inputs = select_inputs(self.model, own or batch)
+        inputs = self._select(own or batch)
         if self._caches_keys:
             # Generation needs keys and values again; a teacher is asked once.
             inputs["use_cache"] = False
@@ -135,6 +224,21 @@ class Teacher:
         if dtype is None:
             return inputs
         return {key: _cast(value, dtype) for key, value in inputs.items()}
+
+    def phases(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return a number in [0, 1) for each sample that follows from its content; see `content_phase`."""
+        # As the collator made them: the teacher's precision must not matter. What a sample is lies in its token ids
+        # or pixels.
+        own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
+        inputs = self._select(own or batch)
+        content = inputs.get(getattr(self.model, "main_input_name", ""))
+        if not isinstance(content, Tensor):
+            content = max((value for value in inputs.values() if isinstance(value, Tensor)), key=Tensor.numel)
+        mask = inputs.get("attention_mask")
+        if content.dim() == 3 and not content.is_floating_point():
+            # Multiple choice: a row of features for each of a sample's choices.
+            content, mask = content.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
+        return content_phase(content, mask)
 
     def has_own_tokens(self, batch: Mapping[str, Any]) -> bool:
         """Whether the batch holds another tokenisation for the teacher, so that positions do not correspond."""
@@ -146,10 +250,7 @@ class Teacher:
         Raises:
             TeacherOutputError: When there are any outside the padding.
         """
-        # The first broken layer is the cause, logits are what follows from it.
-        named = [(f"layer {name}", x) for name, x in zip(self.capture.names(), outputs.features, strict=False)]
-        named += [("logits", outputs.logits)] if outputs.logits is not None else []
-        for name, values in named:
+        for name, values in self._named(outputs):
             bad = ~torch.isfinite(values)
             if outputs.mask is not None and values.dim() == 3 and values.shape[1] == outputs.mask.shape[1]:
                 bad &= outputs.mask.bool().unsqueeze(-1)
@@ -167,10 +268,25 @@ class Teacher:
                     )
                 )
 
+    def _named(self, outputs: TeacherOutputs) -> list[tuple[str, Tensor]]:
+        """Return the outputs with what messages call them: the first broken layer is the cause, logits follow."""
+        layers, features = self.capture.names(), outputs.features
+        if isinstance(features, Mapping):
+            entries = [(name.partition("."), value) for name, value in features.items()]
+            kept = [(parts, value) for parts, value in entries if value.is_floating_point() and parts[2]]
+            named = [(f"layer {layers[int(parts[2])]}", value) for parts, value in sorted(kept, key=_by_layer)]
+        else:
+            named = [(f"layer {name}", value) for name, value in zip(layers, features, strict=False)]
+        return named + ([("logits", outputs.logits)] if outputs.logits is not None else [])
+
+
+def _by_layer(entry: tuple[tuple[str, str, str], Tensor]) -> int:
+    return int(entry[0][2])
+
 
 def _sample(outputs: TeacherOutputs, index: int, length: int | None) -> tuple[dict[str, Tensor], set[str]]:
     """Take one sample out of a batch of outputs, cut to its own length where its padding was."""
-    named = {f"feature_{position}": feature for position, feature in enumerate(outputs.features)}
+    named: dict[str, Tensor] = {f"feature_{n}": feature for n, feature in enumerate(_listed(outputs.features))}
     if outputs.logits is not None:
         named["logits"] = outputs.logits
     width = outputs.mask.shape[1] if outputs.mask is not None else None
@@ -197,52 +313,84 @@ def _batch(rows: Sequence[tuple[dict[str, Tensor], set[str]]], width: int | None
     return TeacherOutputs(stacked.get("logits"), features, tokens_mask(mask, features))
 
 
+def _listed(features: Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    return list(features.values()) if isinstance(features, Mapping) else list(features)
+
+
 def _runs_along(value: Tensor, width: int | None) -> bool:
     return value.dim() == 3 and value.shape[1] == width
 
 
-def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a batch that a model's forward names, without labels.
+class InputSelector:
+    """Picks out of batches what a model's forward names; the signature is read once.
 
     A plain module whose only argument has another name (`forward(self, x)`) gets the batch's one tensor under it.
 
-    Raises:
-        InputError: When the model takes nothing of the batch.
+    Args:
+        model: The model.
+
+    Attributes:
+        parameters: The names that its forward takes, without catch-alls.
     """
-    inputs = {
-        key: value for key, value in batch.items() if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)
-    }
-    parameters = inspect.signature(_plain_forward(model)).parameters
-    chosen = {key: value for key, value in inputs.items() if key in parameters}
-    if chosen:
-        return chosen
-    required = [
-        name
-        for name, entry in parameters.items()
-        if entry.default is entry.empty and entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)
-    ]
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    if len(required) == 1 and len(tensors) == 1:
-        return {required[0]: tensors[0]}
-    expected = [name for name in forward_parameters(model) if name not in LABEL_COLUMNS]
-    raise InputError(
-        message(
-            f"{type(model).__name__} takes nothing of the batch",
-            received=f"columns {', '.join(map(repr, batch)) or 'none'}",
-            expected=f"some of {', '.join(map(repr, expected))}",
-            todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
-            "or give the teacher columns of its own named teacher_...",
+
+    def __init__(self, model: nn.Module):
+        self._model = type(model).__name__
+        entries = inspect.signature(_plain_forward(model)).parameters.values()
+        self._names = {entry.name for entry in entries}
+        self.parameters = [
+            entry.name for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
+        ]
+        self._required = [
+            entry.name
+            for entry in entries
+            if entry.default is entry.empty and entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)
+        ]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of a batch that the forward names, without labels.
+
+        Raises:
+            InputError: When the model takes nothing of the batch.
+        """
+        inputs = {
+            key: value
+            for key, value in batch.items()
+            if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)
+        }
+        chosen = {key: value for key, value in inputs.items() if key in self._names}
+        if chosen:
+            return chosen
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        if len(self._required) == 1 and len(tensors) == 1:
+            return {self._required[0]: tensors[0]}
+        expected = [name for name in self.parameters if name not in LABEL_COLUMNS]
+        raise InputError(
+            message(
+                f"{self._model} takes nothing of the batch",
+                received=f"columns {', '.join(map(repr, batch)) or 'none'}",
+                expected=f"some of {', '.join(map(repr, expected))}",
+                todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
+                "or give the teacher columns of its own named teacher_...",
+            )
         )
-    )
+
+
+def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of one batch that a model's forward names, without labels; see `InputSelector`."""
+    return InputSelector(model)(batch)
 
 
 def forward_parameters(model: nn.Module) -> list[str]:
     """Return the names that a model's forward takes, without catch-alls."""
-    parameters = inspect.signature(_plain_forward(model)).parameters
-    return [name for name, entry in parameters.items() if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)]
+    return InputSelector(model).parameters
 
 
-def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.Module | None = None) -> nn.Module:
+def load_model(
+    source: nn.Module | str | os.PathLike[str],
+    role: str,
+    like: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Return a model as it is, or load it by name or folder, without running remote code.
 
     Args:
@@ -250,12 +398,14 @@ def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.M
         role: `student` or `teacher`, for messages.
         like: A model whose task head is wanted (the student, for a teacher); without it the head that the
             configuration names.
+        dtype: The precision that is wanted; a module of another one is copied, so that it stays as it is. None: as
+            it was given, or saved.
 
     Raises:
-        InputError: When it can be neither used nor loaded.
+        InputError: When it can be neither used nor loaded, or not be had in this precision.
     """
     if isinstance(source, nn.Module):
-        return source
+        return source if dtype is None else _in_precision(source, role, dtype)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
             message(
@@ -268,7 +418,8 @@ def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.M
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = _model_class(config, like)
-        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True)
+        how = {} if dtype is None else {"dtype": dtype}
+        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             message(
@@ -288,6 +439,23 @@ def load_model(source: nn.Module | str | os.PathLike[str], role: str, like: nn.M
             )
         )
     return model
+
+
+def _in_precision(model: nn.Module, role: str, dtype: torch.dtype) -> nn.Module:
+    """Return the model in a precision: itself when it has it, else a copy."""
+    if all(entry.dtype is dtype for entry in model.parameters() if entry.is_floating_point()):
+        return model
+    try:
+        return copy.deepcopy(model).to(dtype)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(
+            message(
+                f"The {role} cannot be had in {dtype}",
+                received=f"{type(model).__name__}, which said: {error}",
+                expected="a model on one device that is neither quantised nor sharded",
+                todo=f"set {role}_dtype='auto' and load the {role} in the precision that you want",
+            )
+        ) from error
 
 
 def _model_class(config: Any, like: nn.Module | None) -> Any:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError, message
 from .functional import at_least_float32, binary_kd_loss, kd_loss
 
 IGNORED = -100
+# Logits up to this number of elements are compared at once; more of them piece by piece.
+PIECE = 2**24
 
 Task = Literal["single_label", "multi_label", "regression", "tokens"]
 
@@ -23,31 +26,39 @@ Task = Literal["single_label", "multi_label", "regression", "tokens"]
 class Window:
     """The counts of one optimizer step: of each micro-batch here, and in total over all processes.
 
+    Counts stay tensors on the batches' device: reading one would make the host wait for the device in every step.
+
     Attributes:
-        task_items: Items of the task loss in each micro-batch to come.
-        totals: Task items, logit items and samples over the whole window and all processes.
+        task_items: Items of the task loss in each micro-batch to come, scalars.
+        totals: (3) task items, logit items and samples over the whole window and all processes.
         processes: Number of processes; Trainer averages gradients over them, which multiplies back.
     """
 
-    task_items: deque[float] = field(default_factory=deque)
-    totals: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    task_items: deque[Tensor] = field(default_factory=deque)
+    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     processes: int = 1
 
-    def task_scale(self, items: float) -> float:
+    def task_scale(self, items: Tensor) -> Tensor:
         """Return the factor that turns a micro-batch mean over `items` into its share of the window's mean."""
-        return items / max(self.totals[0], 1.0) * self.processes
+        return items / self.totals[0].clamp(min=1) * self.processes
 
-    def logit_scale(self) -> float:
+    def logit_scale(self) -> Tensor:
         """Return the factor that turns a sum over logit items into its share of the window's mean."""
-        return self.processes / max(self.totals[1], 1.0)
+        return self.processes / self.totals[1].clamp(min=1)
 
-    def sample_scale(self) -> float:
+    def sample_scale(self) -> Tensor:
         """Return the factor that turns a sum over samples into its share of the window's mean."""
-        return self.processes / max(self.totals[2], 1.0)
+        return self.processes / self.totals[2].clamp(min=1)
 
 
-def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Tensor, Tensor, int]:
-    """Count what the terms of a micro-batch are averages over.
+def scaled(loss: Tensor, scale: Tensor) -> Tensor:
+    """Return loss * scale in the loss's precision; half precision is rounded once, after the product."""
+    wide = at_least_float32(loss)
+    return (wide * scale.to(wide.dtype)).to(loss.dtype)
+
+
+def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count what the terms of a micro-batch are averages over, without waiting for the device.
 
     Args:
         batch: The micro-batch.
@@ -55,18 +66,20 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
         shifted: Whether position n predicts label n + 1 (causal language models).
 
     Returns:
-        Task items, logit items, samples. Items are samples, or for token tasks the labels that are not -100; logit
-        items without labels are the tokens that are not padding.
+        Task items, logit items, samples: scalars on the batch's device, in its widest precision. Items are samples,
+        or for token tasks the labels that are not -100; logit items without labels are the tokens that are not
+        padding.
     """
-    samples = batch_size(batch)
+    kind = _widest(batch)
+    samples = torch.full((), float(batch_size(batch)), **kind)
     labels = batch.get("labels")
     if task == "tokens":
         mask = token_targets(labels, batch.get("attention_mask"), shifted)
-        count = torch.tensor(samples) if mask is None else mask.sum()
-        return (count, count, samples) if _countable(labels) else (torch.tensor(samples), count, samples)
+        count = samples if mask is None else mask.sum().to(**kind)
+        return (count, count, samples) if _countable(labels) else (samples, count, samples)
     if _countable(labels):
-        return (labels != IGNORED).sum(), torch.tensor(samples), samples  # type: ignore[union-attr]
-    return torch.tensor(samples), torch.tensor(samples), samples
+        return (labels != IGNORED).sum().to(**kind), samples, samples  # type: ignore[union-attr]
+    return samples, samples, samples
 
 
 def count_window(batches: list[Any], task: Task, shifted: bool, reduce_sum: Callable[[Tensor], Tensor]) -> Window:
@@ -78,12 +91,23 @@ def count_window(batches: list[Any], task: Task, shifted: bool, reduce_sum: Call
         shifted: Whether position n predicts label n + 1.
         reduce_sum: Adds a tensor over processes; called once.
     """
-    counts = [count_items(batch, task, shifted) for batch in batches]
-    task_items = torch.stack([entry[0].cpu() for entry in counts]).double()
-    logit_items = torch.stack([entry[1].cpu() for entry in counts]).double()
-    samples = torch.tensor(float(sum(entry[2] for entry in counts)), dtype=torch.float64)
-    totals = reduce_sum(torch.stack([task_items.sum(), logit_items.sum(), samples])).tolist()
-    return Window(deque(task_items.tolist()), (totals[0], totals[1], totals[2]))
+    counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
+    return Window(deque(counts[:, 0].unbind()), reduce_sum(counts.sum(0)))
+
+
+def safe_labels(labels: Any, items: Tensor) -> Any:
+    """Return labels whose mean loss is finite: where a micro-batch counts no item, class 0 in place of every -100.
+
+    The mean over nothing would be NaN, and so would its gradient. The term is multiplied by the number of items, so
+    what stands in adds nothing, and no process has to know of it: each reaches every parameter and logs every term.
+
+    Args:
+        labels: The batch's labels, or anything else, which is returned as it is.
+        items: What `count_items` counted, a scalar.
+    """
+    if not _countable(labels):
+        return labels
+    return torch.where((items > 0).to(labels.device, non_blocking=True), labels, torch.zeros_like(labels))
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -170,7 +194,7 @@ def logit_loss_sum(
     if mask.shape != student.shape[:2]:
         # Prompt tuning puts tokens in front, for which there is neither label nor teacher.
         student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
-    return kd_loss(student[mask], teacher[mask], temperature).sum()
+    return _masked_divergence(student, teacher, mask, temperature)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -192,6 +216,37 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
         todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to "
         "distil features alone",
     )
+
+
+def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Return the sum of the divergences at the positions of a mask (B, N).
+
+    Selecting rows by a mask would make the host wait for their number. All positions are computed instead: small
+    logits at once; large ones (a vocabulary) a few positions at a time and again in backward, so that no more is kept
+    than the logits themselves, however many positions count.
+    """
+    if student.numel() <= PIECE:
+        return _masked_sum(student, teacher, mask, temperature)
+    length = max(PIECE * student.shape[1] // student.numel(), 1)
+    pieces = zip(*(tensor.split(length, dim=1) for tensor in (student, teacher, mask)), strict=True)
+    sums = [
+        checkpoint(_masked_sum, *piece, temperature, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+    ]
+    return torch.stack(sums).sum()
+
+
+def _masked_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    # What is masked may be NaN or infinite. Masking the loss alone would leave a gradient of 0 * NaN.
+    left_out = ~mask.unsqueeze(-1)
+    return kd_loss(student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0), temperature).sum()
+
+
+def _widest(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the device of a batch and the widest precision there, in which sums of counts are exact."""
+    device = next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))
+    labels = batch.get("labels")
+    device = labels.device if isinstance(labels, Tensor) else device
+    return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 
 
 def _countable(labels: Any) -> bool:

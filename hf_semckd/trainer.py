@@ -37,7 +37,7 @@ from .preflight import (
     check_teacher_given,
 )
 from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe, untouched_random_state
-from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, Teacher, forward_parameters, load_model, select_inputs
+from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, InputSelector, Teacher, forward_parameters, load_model
 from .terms import Task, Window, task_of
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
     Args:
         model: The student: a model, or a name or folder to load it from.
         args: A `SemCKDConfig`; plain `TrainingArguments` get the distillation's defaults.
-        teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision.
+        teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision,
+            unless `args.teacher_dtype` names another: a copy teaches then.
         feature_loss: `None` (logits only), `"semckd"`, or a `FeatureLoss` made for the layers that are chosen, of
             which a copy is trained: `trainer.feature_loss`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
@@ -164,14 +165,18 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         # The terms are scaled here for accumulation and processes; Trainer must not do it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        teacher = load_model(teacher_model, "teacher", like=self.student)  # type: ignore[arg-type]
+        dtype = self.args.resolved_teacher_dtype()
+        teacher = load_model(teacher_model, "teacher", like=self.student, dtype=dtype)  # type: ignore[arg-type]
         check_models(self.student, teacher)
         check_label_names(self.student, teacher)
         check_encoder_decoder((self.student, teacher), self.args)
-        self._teacher = Teacher(teacher, self.args.teacher_layers, self.args.teacher_cache_dir)
+        self._teacher = Teacher(
+            teacher, self.args.teacher_layers, self.args.teacher_cache_dir, compiled=self.args.teacher_compile
+        )
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
-        self._student_takes = set(forward_parameters(self.student))
+        self._select_for_student = InputSelector(self.student)
+        self._student_takes = set(self._select_for_student.parameters)
         self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
         self.callback_handler.callbacks.insert(0, AssociationCallback(self))
         if self.train_dataset is not None:
@@ -181,15 +186,18 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
 
     def _build(self) -> None:
         """Probe both models with a small batch and make the feature loss for the layers that were found."""
+        assert self._teacher is not None
         try:
             with untouched_random_state(self.args.seed):
-                self._probe = self._probe_models(self._prepare_input(self._probe_batch()))
+                batch = self._prepare_input(self._probe_batch())
+                self._probe = self._probe_models(batch)
+                self._teacher.prepare(batch, logits=self.args.distils_logits, features=self._distils_features)
                 if self._distils_features:
                     self.feature_loss = self._make_feature_loss(self._probe)
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(self.student)
-            remove_capturing_traces(self.teacher)
+            self._teacher.remove_traces()
 
     def _probe_models(self, batch: Mapping[str, Any]) -> Probe:
         assert self._teacher is not None
@@ -212,7 +220,11 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         loss = self._feature_loss_source
         if isinstance(loss, str):
             loss = SemCKDLoss.from_config(
-                found.student_specs, found.teacher_specs, self.args, tokens_aligned=found.tokens_aligned
+                found.student_specs,
+                found.teacher_specs,
+                self.args,
+                tokens_aligned=found.tokens_aligned,
+                student_parameters=sum(entry.numel() for entry in self.student.parameters()),
             )
         assert isinstance(loss, FeatureLoss)
         if loss is self._feature_loss_source:
@@ -304,7 +316,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         if self.feature_loss is not None:
             self.feature_loss.automatic_synchronization = True
         if self._teacher is not None:
-            remove_capturing_traces(self.teacher)
+            self._teacher.remove_traces()
         if self._attachment is None or not self._attachment.removable:
             return
         self._attachment.detach()
@@ -367,7 +379,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             return own
         # A plain module's one input may have any name, also one that the teacher alone knows.
         labels = {key: value for key, value in inputs.items() if key in LABEL_COLUMNS}
-        return {**select_inputs(self.student, inputs), **labels}
+        return {**self._select_for_student(inputs), **labels}
 
 
 class SemCKDTrainer(DistillationTrainer):

@@ -6,6 +6,7 @@ import pickle
 from dataclasses import fields
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_semckd.config import SemCKDConfig, distillation_fields
@@ -21,9 +22,15 @@ OWN = (
     "projector",
     "student_layers",
     "teacher_layers",
+    "teacher_dtype",
+    "teacher_compile",
     "association_temperature",
+    "token_fraction",
+    "grid_limit",
     "calibration_learning_rate",
     "teacher_cache_dir",
+    "teacher_cache_dtype",
+    "teacher_cache_limit_gb",
 )
 
 
@@ -87,6 +94,7 @@ def test_an_unknown_choice_lists_the_known_ones(tmp_path, name, value):
         ("association", "one-to-one", "one_to_one"),
         ("target_norm", "chanel", "channel"),
         ("projector", "pairwize", "pairwise"),
+        ("teacher_dtype", "bfloat", "bfloat16"),
     ],
 )
 def test_a_misspelt_choice_is_told_what_was_meant(tmp_path, name, value, meant):
@@ -203,6 +211,14 @@ def test_a_configuration_survives_pickle_and_its_dictionary(tmp_path):
     assert config(tmp_path, **kept).distillation_settings() == built.distillation_settings()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("auto", None), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+)
+def test_the_teachers_precision_is_left_alone_or_named(tmp_path, name, dtype):
+    assert config(tmp_path, teacher_dtype=name).resolved_teacher_dtype() is dtype
+
+
 # The published form
 
 
@@ -277,9 +293,15 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "projector": "pairwise",
         "student_layers": [1, -1],
         "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
+        "teacher_dtype": "bfloat16",
+        "teacher_compile": True,
         "association_temperature": 0.3,
         "calibration_learning_rate": 0.01,
+        "token_fraction": 0.5,
+        "grid_limit": 2,
         "teacher_cache_dir": "cache",
+        "teacher_cache_dtype": "float16",
+        "teacher_cache_limit_gb": 2.5,
     }
     words = []
     for name, value in given.items():

@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from makers import assert_same_weights, bert, distiller, images, losses, resnet, texts, vit, weights
+from makers import (
+    assert_same_weights,
+    bert,
+    bert_tokens,
+    distiller,
+    gpt2,
+    images,
+    losses,
+    resnet,
+    texts,
+    vit,
+    weights,
+)
+from tiny import summed_cross_entropy
 from torch import nn
 from transformers import (
     BertConfig,
@@ -25,7 +38,7 @@ from transformers import (
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
-from hf_semckd.errors import ConfigurationError, InputError
+from hf_semckd.errors import ConfigurationError, InputError, NonFiniteLossError, TeacherOutputError
 from hf_semckd.losses import SemCKDLoss
 
 
@@ -350,3 +363,132 @@ def test_a_plain_model_may_call_its_labels_otherwise(tmp_path: Path) -> None:
     trainer.train()
     assert losses(trainer, "task_loss")[0] > 0
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+# ---- A loss that is looked at one step later -----------------------------------------------------------------------
+
+
+def broken_at(number: int, value: float = float("nan")) -> Any:
+    """Return a hook that spoils an output from one call on."""
+    calls = []
+
+    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output * value if len(calls) >= number else output
+
+    return hook
+
+
+def later(folder: Path, **changes: Any) -> SemCKDTrainer:
+    """Return a trainer of four steps that looks later than on the CPU, and logs nothing."""
+    quiet = {"max_steps": 4, "logging_strategy": "no", "save_strategy": "no"}
+    trainer = distiller(folder, {**quiet, **changes})
+    trainer.looks_later = True
+    return trainer
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_broken_loss_is_reported_with_its_own_step(tmp_path: Path, number: int) -> None:
+    """The last one at the end of training, which nothing follows."""
+    trainer = later(tmp_path)
+    trainer.student.classifier.register_forward_hook(broken_at(number))
+    with pytest.raises(NonFiniteLossError, match=rf"(?s)in step {number};.*checkpoints intact.*task_loss = nan"):
+        trainer.train()
+    assert trainer.state.global_step == min(number, 4), "one step was taken on it, and no more"
+    assert trainer._unseen is None
+
+
+def test_a_broken_student_is_never_saved(tmp_path: Path) -> None:
+    trainer = later(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.student.classifier.register_forward_hook(broken_at(3))
+    with pytest.raises(NonFiniteLossError, match="in step 3;"):
+        trainer.train()
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == ["checkpoint-1", "checkpoint-2"]
+    assert all(
+        torch.isfinite(value).all() for value in trainer.student.from_pretrained(tmp_path / saved[-1]).parameters()
+    )
+
+
+def test_a_broken_loss_is_never_logged(tmp_path: Path) -> None:
+    trainer = later(tmp_path, logging_strategy="steps", logging_steps=1)
+    trainer.student.classifier.register_forward_hook(broken_at(2))
+    with pytest.raises(NonFiniteLossError, match="in step 2;"):
+        trainer.train()
+    assert len(losses(trainer, "task_loss")) == 1
+
+
+def test_a_broken_teacher_is_found_afterwards(tmp_path: Path) -> None:
+    trainer = later(tmp_path)
+    trainer.teacher.classifier.register_forward_hook(broken_at(3))
+    with pytest.raises(TeacherOutputError, match="(?s)logits are not finite.*batch index 0, 1, 2, 3"):
+        trainer.train()
+
+
+def test_what_breaks_another_process_stops_this_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = later(tmp_path, save_strategy="steps", save_steps=2)
+
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor - 1 if tensor.dim() == 0 else tensor
+
+    monkeypatch.setattr(trainer, "_sum_over_processes", reduce)
+    with pytest.raises(NonFiniteLossError, match="(?s)another process is not finite in step 2"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_on_the_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path)
+    assert not trainer._looks_later
+    before = weights(trainer.student)
+    trainer.student.classifier.register_forward_hook(broken_at(1))
+    with pytest.raises(NonFiniteLossError, match="in step 1; training stops with the weights untouched"):
+        trainer.train()
+    assert_same_weights(weights(trainer.student), before)
+
+
+# ---- Micro-batches and whole trainings without a label -------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """A plain model that computes no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(40, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(input_ids))
+
+
+def without_labels(kind: str) -> list[dict[str, torch.Tensor]]:
+    rows = texts(8, length=6, labels="token", types=False).rows
+    for row in rows:
+        row["labels"] = torch.full_like(row["labels"], -100)
+        # A causal model never predicts the first token.
+        row["labels"][0] = 5 if kind == "gpt2" else -100
+        if kind == "plain":
+            del row["attention_mask"]
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["tokens", "smoothed", "own loss", "gpt2", "plain"])
+def test_labels_that_count_nothing_teach_nothing_and_reach_everything(tmp_path: Path, kind: str) -> None:
+    make = {"gpt2": gpt2, "plain": lambda **_: Tagger()}.get(kind, bert_tokens)
+    args: dict[str, Any] = {"logit_weight": 1e-300, "feature_weight": 0.0, "optim": "sgd", "max_steps": 2}
+    parts: dict[str, Any] = {"compute_loss_func": summed_cross_entropy} if kind == "own loss" else {}
+    args["label_smoothing_factor"] = 0.1 if kind == "smoothed" else 0.0
+    args["remove_unused_columns"] = kind != "plain"
+    student = make(seed=0)
+    before = weights(student)
+    trainer = distiller(
+        tmp_path, args, model=student, teacher_model=make(seed=1), train_dataset=without_labels(kind), **parts
+    )
+    reached = set()
+    names = {name for name, _ in student.named_parameters()}
+    for name, parameter in student.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: reached.add(name) if bool((gradient == 0).all()) else None)
+    trainer.train()
+    assert losses(trainer, "task_loss") == [0.0, 0.0]
+    assert reached == names
+    assert_same_weights(weights(student), before)

@@ -1,10 +1,24 @@
 """The teacher: loaded, frozen, given its own inputs, and refused when it gives nonsense."""
 
+import functools
 import json
 
 import pytest
 import torch
-from makers import IMAGE, bert, distilbert, resnet, texts, vit
+from makers import (
+    IMAGE,
+    assert_same_weights,
+    bert,
+    distilbert,
+    distiller,
+    gpt2,
+    losses,
+    resnet,
+    texts,
+    traces,
+    vit,
+    weights,
+)
 from torch import nn
 from transformers import BertForSequenceClassification, BertModel, ViTForImageClassification
 
@@ -29,8 +43,8 @@ class TwoInputs(nn.Module):
         return left + right * scale
 
 
-def batch_of_texts():
-    rows = [texts()[index] for index in range(3)]
+def batch_of_texts(types=True):
+    rows = [texts(types=types)[index] for index in range(3)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -145,6 +159,140 @@ def test_plain_modules_give_no_hidden_states():
         Teacher(Plain(), [1]).run({"x": torch.ones(2, 4)}, logits=True, features=True)
 
 
+def test_signatures_are_read_once(monkeypatch):
+    teacher, batch = Teacher(vit(), [1]), pictures()
+    monkeypatch.setattr("inspect.signature", None)
+    assert len(teacher.run(batch, logits=True, features=True).features) == 1
+
+
+# ---- Compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Take a compiler that counts the graphs it is given, and changes nothing."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("make", [vit, bert, gpt2, resnet])
+def test_compiled_it_gives_the_same(make, compiler):
+    model = make()
+    batch = pictures() if make in (vit, resnet) else batch_of_texts(types=make is bert)
+    before = traces(model.eval().requires_grad_(False))
+    expected = Teacher(model, [0, 1]).run(batch, logits=True, features=True)
+    teacher = Teacher(model, [0, 1], compiled=True)
+    for graphs in (0, 1, 1):
+        outputs = teacher.run(batch, logits=True, features=True)
+        assert (len(compiler) > 0) == (graphs > 0)
+        torch.testing.assert_close(outputs.logits, expected.logits)
+        for one, other in zip(outputs.features, expected.features, strict=True):
+            torch.testing.assert_close(one, other)
+    graphs = len(compiler)
+    teacher.run(batch, logits=True, features=True)
+    assert len(compiler) == graphs, "nothing is compiled again"
+    teacher.remove_traces()
+    assert traces(model) == before
+
+
+def test_compiled_it_gives_hidden_states_in_every_training(tmp_path, compiler):
+    seen = []
+    for compiled in (True, False):
+        trainer = distiller(tmp_path, {"teacher_compile": compiled})
+        trainer.train()
+        trainer.train()
+        assert not compiled or (compiler and trainer._teacher._compiled is not None)
+        seen.append(losses(trainer, "feature_loss") + losses(trainer, "logit_loss"))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+def test_without_a_compiler_it_runs_as_it_is_and_says_so_once(monkeypatch, caplog):
+    def backend(_graph, _inputs):
+        raise RuntimeError("no C++ compiler")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    teacher, batch = Teacher(vit(), [1], compiled=True), pictures()
+    outputs = [teacher.run(batch, logits=True, features=True) for _ in range(4)]
+    assert all(torch.equal(one.logits, outputs[0].logits) for one in outputs)
+    assert [record.levelname for record in caplog.records if "torch.compile" in record.message] == ["WARNING"]
+    torch.compiler.reset()
+
+
+def test_what_the_model_cannot_take_is_its_own_error(compiler):
+    teacher = Teacher(vit(), compiled=True)
+    teacher.run(pictures(), logits=True, features=False)
+    with pytest.raises(ValueError, match="image size"):
+        teacher.run({"pixel_values": torch.zeros(1, 3, 7, 7)}, logits=True, features=False)
+
+
+def test_named_layers_are_not_compiled(caplog, compiler):
+    teacher = Teacher(Plain(), ["body"], compiled=True)
+    for _ in range(3):
+        assert len(teacher.run({"x": torch.ones(2, 4)}, logits=True, features=True).features) == 1
+    assert not compiler
+    assert sum("named layers" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.slow
+def test_the_real_compiler_gives_the_same():
+    torch.compiler.reset()
+    model, batch = vit(), pictures()
+    teacher = Teacher(model, [1], compiled=True)
+    first, second = (teacher.run(batch, logits=True, features=True) for _ in range(2))
+    assert teacher._compiled is not None
+    torch.testing.assert_close(first.features[0], second.features[0])
+
+
+# ---- Beside the student ------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Writes down what a CUDA stream is asked for."""
+
+    def __init__(self, name, told):
+        self.name, self.told, self.device = name, told, torch.device("cuda")
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self):
+        self.told.append(f"on {self.name}")
+
+    def __exit__(self, *_):
+        self.told.append(f"off {self.name}")
+
+
+def test_on_cuda_it_runs_beside_the_student_until_it_is_waited_for(monkeypatch):
+    told = []
+    current = Stream("student", told)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _device: current)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, stream: told.append(f"kept for {stream.name}"))
+    teacher = Teacher(vit(), [1, 2])
+    teacher._stream = Stream("teacher", told)
+    teacher.aside(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
+    assert told[:4] == ["teacher waits for student", "on teacher", "run", "off teacher"]
+    assert told[4:] == ["kept for student"] * 3, "logits and two features"
+    teacher.wait()
+    assert told[-1] == "student waits for teacher"
+
+
+def test_on_the_cpu_there_is_nothing_to_wait_for():
+    teacher = Teacher(vit(), [1])
+    teacher.to(torch.device("cpu"))
+    assert len(teacher.aside(lambda: teacher.run(pictures(), logits=False, features=True)).features) == 1
+    teacher.wait()
+
+
 # ---- Values ------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +326,50 @@ def test_padding_may_hold_anything():
 def test_a_module_is_returned_as_it_is():
     model = Plain()
     assert load_model(model, "student") is model
+
+
+def test_in_another_precision_a_module_is_copied_and_stays_as_it_is():
+    model = vit()
+    before = weights(model)
+    half = load_model(model, "teacher", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert_same_weights(weights(model), before)
+    assert load_model(model, "teacher", dtype=torch.float32) is model
+
+
+def test_a_folder_is_loaded_in_the_precision_that_is_asked_for(tmp_path):
+    vit().save_pretrained(tmp_path)
+    for dtype in (None, torch.float32, torch.float16, torch.bfloat16):
+        loaded = load_model(str(tmp_path), "teacher", dtype=dtype)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype or torch.float32}
+
+
+def test_a_model_that_cannot_be_cast_is_refused(monkeypatch):
+    model = Plain()
+
+    def to(*_args, **_kwargs):
+        raise ValueError("a quantised model")
+
+    monkeypatch.setattr(Plain, "to", to)
+    with pytest.raises(
+        InputError, match="(?s)cannot be had in torch.float16.*a quantised model.*teacher_dtype='auto'"
+    ):
+        load_model(model, "teacher", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_teacher_in_half_precision_teaches(tmp_path, cache):
+    teacher = vit(3, 24, seed=9)
+    folder = str(tmp_path / "cache") if cache else None
+    args = {"teacher_dtype": "bfloat16", "teacher_cache_dir": folder, "association": "uniform"}
+    trainer = distiller(tmp_path, args, teacher_model=teacher)
+    trainer.train()
+    assert trainer.teacher is not teacher and trainer.teacher.dtype is torch.bfloat16
+    assert teacher.dtype is torch.float32
+    exact = distiller(tmp_path, {"association": "uniform"}, teacher_model=teacher)
+    exact.train()
+    for name in ("feature_loss", "logit_loss"):
+        assert losses(trainer, name) == pytest.approx(losses(exact, name), rel=0.05, abs=1e-2)
 
 
 @pytest.mark.parametrize("as_path", [False, True])

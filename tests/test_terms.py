@@ -15,6 +15,8 @@ from hf_semckd.terms import (
     count_window,
     cross_entropy,
     logit_loss_sum,
+    safe_labels,
+    scaled,
     task_of,
     token_targets,
 )
@@ -110,6 +112,38 @@ def test_tokens_without_labels_and_mask_average_each_sample():
     assert float(result) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("piece", [2**24, 1])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_positions_that_do_not_count_may_hold_anything(shifted, piece, value, monkeypatch):
+    monkeypatch.setattr("hf_semckd.terms.PIECE", piece)
+    student, teacher, batch = random(3, 5, 6), random(3, 5, 6, seed=1), token_batch()
+    expected = logit_loss_sum(student, teacher, batch, TEMPERATURE, "tokens", shifted)
+    left_out = torch.ones(3, 5, dtype=torch.bool)
+    counted = token_targets(batch["labels"], None, shifted)
+    left_out[:, : counted.shape[1]] = ~counted
+    spoiled = student.masked_fill(left_out.unsqueeze(-1), value).requires_grad_()
+    result = logit_loss_sum(
+        spoiled, teacher.masked_fill(left_out.unsqueeze(-1), value), batch, TEMPERATURE, "tokens", shifted
+    )
+    result.backward()
+    assert float(result.detach()) == pytest.approx(float(expected), rel=1e-12)
+    assert bool((spoiled.grad[left_out] == 0).all()) and bool(torch.isfinite(spoiled.grad).all())
+
+
+@pytest.mark.parametrize("piece", [1, 40, 60])
+def test_large_logits_are_compared_piece_by_piece(piece, monkeypatch):
+    results = []
+    for size in (2**24, piece):
+        monkeypatch.setattr("hf_semckd.terms.PIECE", size)
+        student = random(3, 5, 6).requires_grad_()
+        result = logit_loss_sum(student, random(3, 5, 6, seed=1), token_batch(), TEMPERATURE, "tokens", False)
+        result.backward()
+        results.append((float(result.detach()), student.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-12)
+
+
 def test_tokens_in_front_that_have_no_label_are_left_out():
     """Prompt tuning: two more logits in front than labels."""
     student, teacher, batch = random(3, 7, 6), random(3, 7, 6, seed=1), token_batch()
@@ -192,21 +226,46 @@ def test_window_adds_micro_batches_and_processes_in_one_reduction():
 
     window = count_window([token_batch(), token_batch(), token_batch()], "tokens", False, two_processes)
     assert len(calls) == 1
-    assert list(window.task_items) == [4, 4, 4]
-    assert window.totals == (24, 24, 18)
+    assert [int(items) for items in window.task_items] == [4, 4, 4]
+    assert window.totals.tolist() == [24, 24, 18]
 
 
 def test_scales_turn_sums_and_means_into_shares_of_the_windows_mean():
-    window = Window(totals=(10.0, 5.0, 4.0), processes=2)
-    assert window.task_scale(3) == pytest.approx(3 / 10 * 2)
-    assert window.logit_scale() == pytest.approx(2 / 5)
-    assert window.sample_scale() == pytest.approx(2 / 4)
+    window = Window(totals=torch.tensor([10.0, 5.0, 4.0], dtype=torch.float64), processes=2)
+    assert float(window.task_scale(torch.tensor(3.0))) == pytest.approx(3 / 10 * 2)
+    assert float(window.logit_scale()) == pytest.approx(2 / 5)
+    assert float(window.sample_scale()) == pytest.approx(2 / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_scaled_loss_keeps_its_precision_and_rounds_once(dtype):
+    loss, scale = torch.tensor(1.2345, dtype=dtype), torch.tensor(0.7654, dtype=torch.float64)
+    assert scaled(loss, scale).dtype is dtype
+    assert float(scaled(loss, scale)) == float(loss * 0.7654), "as with a number in place of the tensor"
 
 
 def test_a_window_without_labels_divides_by_nothing():
-    window = Window(totals=(0.0, 0.0, 0.0))
-    assert window.task_scale(0) == 0
+    window = Window(totals=torch.zeros(3))
+    assert float(window.task_scale(torch.tensor(0.0))) == 0
     assert math.isfinite(window.logit_scale()) and math.isfinite(window.sample_scale())
+
+
+@pytest.mark.parametrize("labels", [[[-100, -100], [-100, -100]], [[5, -100], [7, -100]]])
+def test_labels_that_count_nothing_become_a_class_of_which_the_mean_is_finite(labels):
+    """The second ones count nothing for a causal model, which never predicts the first token."""
+    batch = {"input_ids": torch.zeros(2, 2, dtype=torch.long), "labels": torch.tensor(labels)}
+    items, *_ = count_items(batch, "tokens", True)
+    safe = safe_labels(batch["labels"], items)
+    assert torch.equal(safe, torch.zeros(2, 2, dtype=torch.long))
+    assert torch.isfinite(cross_entropy(random(2, 1, 4), safe[:, 1:]))
+
+
+def test_labels_that_count_stay_as_they_are():
+    batch = token_batch()
+    items, *_ = count_items(batch, "tokens", False)
+    assert torch.equal(safe_labels(batch["labels"], items), batch["labels"])
+    values = torch.zeros(4)
+    assert safe_labels(values, torch.tensor(0)) is values and safe_labels(None, torch.tensor(0)) is None
 
 
 def test_batch_size_is_that_of_the_first_tensor_with_a_dimension():

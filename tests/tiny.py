@@ -296,6 +296,7 @@ class _ByHand:
         self.seen: list[list[Tensor]] = []
         self.statistics: list[tuple[Tensor, Tensor]] = []
         self.terms: list[dict[str, float]] = []
+        self.owners = [int(name.split(".")[1]) for name in start if name.startswith("projection.")]
 
     def step(self, batches: list[dict[str, Tensor]]) -> None:
         """Take one optimizer step."""
@@ -308,7 +309,7 @@ class _ByHand:
             sums["task"], sums["logit"], items = sums["task"] + task, sums["logit"] + kd, items + count
             samples += len(logits)
             if self.args.feature_weight:
-                per_sample, weights = self._features(states, features, batch.get("attention_mask"))
+                per_sample, weights = self._features(states, features, batch)
                 sums["feature"] = sums["feature"] + per_sample.sum()
                 sums["entropy"] = sums["entropy"] - torch.xlogy(weights, weights).sum(2).mean(1).sum().detach()
         self._descend(sums, items, samples)
@@ -352,14 +353,34 @@ class _ByHand:
     # Statistics: those of all steps before this one; the first step has to do with its own.
 
     def _standardise(self, features: list[list[Tensor]], batches: list[dict[str, Tensor]]) -> None:
-        masks = [batch.get("attention_mask") for batch in batches]
-        self.seen.append(
-            [
-                torch.cat([_positions(*pair) for pair in zip(layer, masks, strict=True)])
-                for layer in zip(*features, strict=True)
-            ]
-        )
+        pairs = zip(features, batches, strict=True)
+        compared = [[self._compared(layer, batch) for layer in layers] for layers, batch in pairs]
+        self.seen.append([torch.cat([torch.cat(part) for part in layer]) for layer in zip(*compared, strict=True)])
         self.statistics = self._merged()
+
+    def _compared(self, layer: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Return the positions (n, C) of each sample that are compared, and so make the statistics."""
+        if self.problem.grid:
+            limit = self.args.grid_limit
+            maps = _map(layer)
+            size = [min(side, limit) for side in maps.shape[2:]] if limit else maps.shape[2:]
+            return list(F.adaptive_avg_pool2d(maps, size).flatten(2).transpose(1, 2))
+        return [rows[chosen] for rows, chosen in zip(layer, self._chosen(layer, batch), strict=True)]
+
+    def _chosen(self, layer: Tensor, batch: dict[str, Tensor]) -> list[list[int]]:
+        """Return the tokens of each sample that are compared: at even steps, from where its content says."""
+        content = batch["pixel_values"].view(torch.int64) if "pixel_values" in batch else batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones(layer.shape[:2]))
+        chosen = []
+        for values, kept in zip(content, mask, strict=True):
+            if "pixel_values" not in batch:
+                values = values[kept.bool()]
+            total = sum(values.flatten().tolist()) * 2654435761 % 2**32
+            tokens = kept.nonzero().flatten().tolist()
+            count = math.ceil(len(tokens) * self.args.token_fraction)
+            phase = total // 256 / 2**24
+            chosen.append([tokens[math.floor((k + phase) * len(tokens) / count)] for k in range(count)])
+        return chosen
 
     def _merged(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         merged = []
@@ -371,14 +392,18 @@ class _ByHand:
 
     # Features: every sample, every pair of layers.
 
-    def _features(self, states: list[Tensor], targets: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, states: list[Tensor], targets: list[Tensor], batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        mask = batch.get("attention_mask")
+        self.layers = len(states)
         standard = targets
         if self.args.target_norm == "channel":
             standard = [self._standard(target, *self.statistics[t]) for t, target in enumerate(targets)]
         weights = self._weights(states, targets, standard, mask)
         losses = []
         for i in range(len(states[0])):
-            own = None if mask is None else mask[i].bool()
+            own = None if self.problem.grid else self._chosen(states[0], batch)[i]
             pairs = [
                 weights[i, s, t] * self._pair(s, state[i], target[i], own)
                 for s, state in enumerate(states)
@@ -398,16 +423,17 @@ class _ByHand:
             return (target - mean[:, None, None]) * scale[:, None, None]
         return (target - mean) * scale
 
-    def _pair(self, s: int, state: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def _pair(self, s: int, state: Tensor, target: Tensor, chosen: list[int] | None) -> Tensor:
         """Return the mean squared error of one sample and one pair of layers."""
         if self.problem.grid:
             state, target = _map(state[None]), _map(target[None])
-            size = [min(a, b) for a, b in zip(state.shape[2:], target.shape[2:], strict=True)]
+            size = [min(a, b, self.args.grid_limit) for a, b in zip(state.shape[2:], target.shape[2:], strict=True)]
             state = F.adaptive_avg_pool2d(state, size)[0].flatten(1).T
             target = F.adaptive_avg_pool2d(target, size)[0].flatten(1).T
-        name = f"projection.{s}.{target.shape[-1]}"
+        shared = -(-self.layers // (1 + max(self.owners)))
+        name = f"projection.{s // shared}.{target.shape[-1]}"
         difference = state @ self.calibration[f"{name}.weight"].T + self.calibration[f"{name}.bias"] - target
-        return difference.square().mean() if mask is None else difference[mask].square().mean()
+        return difference.square().mean() if chosen is None else difference[chosen].square().mean()
 
     def _weights(self, states: list[Tensor], raw: list[Tensor], standard: list[Tensor], mask: Tensor | None) -> Tensor:
         kind, shape = self.args.association, (len(states[0]), len(states), len(raw))
@@ -456,12 +482,6 @@ def _head_losses(problem: Problem, logits: Tensor, targets: Tensor, batch: dict[
     smoothing = problem.args.get("label_smoothing_factor", 0.0)
     task = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     return task, TEMPERATURE**2 * divergence, len(labels)
-
-
-def _positions(features: Tensor, mask: Tensor | None) -> Tensor:
-    if features.dim() == 4:
-        return features.movedim(1, -1).flatten(0, 2)
-    return features.flatten(0, 1) if mask is None else features[mask.bool()]
 
 
 def _mean(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class FeatureLoss(nn.Module, ABC):
     def forward(
         self,
         student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
         student_mask: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> FeatureLossOutput:
@@ -55,7 +55,7 @@ class FeatureLoss(nn.Module, ABC):
 
         Args:
             student_features: S tensors, maps (B, C, H, W) or tokens (B, N, C).
-            teacher_features: T tensors likewise.
+            teacher_features: T tensors likewise, or what `select` kept of them.
             student_mask: (B, N) of ones and zeros; padding tokens are 0. None: all count.
             teacher_mask: The same for the teacher's tokens.
         """
@@ -65,7 +65,36 @@ class FeatureLoss(nn.Module, ABC):
         """Whether teacher statistics are needed before the first batch can be compared."""
         return False
 
-    def observe(self, teacher_features: Sequence[Tensor], teacher_mask: Tensor | None = None) -> None:
+    @property
+    def samples_tokens(self) -> bool:
+        """Whether `select` chooses among tokens, by the phase that it is given."""
+        return False
+
+    def select(
+        self,
+        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
+        teacher_mask: Tensor | None = None,
+        phase: Tensor | None = None,
+    ) -> Sequence[Tensor] | Mapping[str, Tensor]:
+        """Keep what the loss needs of the teacher's features; `forward` and `observe` take what this returns.
+
+        A trainer calls it right after the teacher's forward, so that the rest is freed before the student runs, and
+        stores what it returns in the teacher cache. It must not depend on anything that training changes.
+
+        Args:
+            teacher_features: T tensors, or what an earlier call returned, which comes back as it is.
+            teacher_mask: (B, N) mask of the teacher's tokens.
+            phase: (B) numbers in [0, 1) that depend on each sample's content, to choose among its tokens.
+
+        Returns:
+            Everything, here; a loss that needs less returns a flat mapping of tensors whose first dimension is the
+            batch.
+        """
+        return teacher_features
+
+    def observe(
+        self, teacher_features: Sequence[Tensor] | Mapping[str, Tensor], teacher_mask: Tensor | None = None
+    ) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,17 @@ from ..calibration import (
 from ..config import Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
-from ..functional import at_least_float32, map_to_tokens, similarity_matrix, squared_error, weighted_feature_error
+from ..functional import at_least_float32, map_to_tokens, similarity_matrix, squared_error
 from ..normalization import ChannelStatistics
+from ..weighted_error import weighted_feature_error
 from .base import FeatureLoss, FeatureLossOutput
+from .meeting import Meeting, StudentViews, find_meetings
+from .selection import AssociationInput, TeacherSelection, fitting_mask
 
 Shape = FeatureSpec | Sequence[int]
+
+# Neighbouring student layers share projections where these would weigh more than this share of the student.
+MAXIMUM_PROJECTION_SHARE = 0.2
 
 
 class SemCKDLoss(FeatureLoss):
@@ -55,10 +61,15 @@ class SemCKDLoss(FeatureLoss):
         association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
+        token_fraction: Share of each sample's tokens that are compared, in (0, 1]; the pairwise projector takes all.
+        grid_limit: Maps are pooled to at most this many rows and columns before they are compared; None for no limit,
+            which the pairwise projector never has.
+        layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
 
     Attributes:
         query, key: Networks of the learned association, one a student layer and one a teacher layer; else empty.
-        projection: `projection[s][t]` (pairwise), or `projection[s][width]` (shared).
+        projection: `projection[s][t]` (pairwise), or `projection[projection_of[s]][width]` (shared).
+        projection_of: Which entry of `projection` each student layer uses.
         statistics: `ChannelStatistics`, one a teacher layer; empty without standardisation.
 
     Raises:
@@ -77,6 +88,9 @@ class SemCKDLoss(FeatureLoss):
         association_temperature: float | None = None,
         batch_size: int | None = None,
         tokens_aligned: bool = True,
+        token_fraction: float = 1.0,
+        grid_limit: int | None = None,
+        layers_per_projection: int = 1,
     ):
         super().__init__()
         self.student_specs = _specs(student_shapes, "student")
@@ -92,12 +106,20 @@ class SemCKDLoss(FeatureLoss):
         ]
         channels = [spec.channels for spec in self.teacher_specs] if target_norm == "channel" else []
         self.statistics = nn.ModuleList(ChannelStatistics(width) for width in channels)
+        self.projection_of = _shared_among_neighbours(self.student_specs, projector, layers_per_projection)
         self.projection = self._build_projections()
         self.query, self.key = nn.ModuleList(), nn.ModuleList()
         if association == "learned":
             self._build_learned_association(target_norm, batch_size)
         elif association == "similarity":
             self.upper_bound = bound_of_cosine_weights(association_temperature, len(self.teacher_specs))
+        self.selection = TeacherSelection(
+            self.teacher_specs,
+            self.alignments if projector == "shared" else [],
+            self._association_input(),
+            token_fraction,
+            grid_limit,
+        )
 
     @classmethod
     def published(
@@ -128,8 +150,17 @@ class SemCKDLoss(FeatureLoss):
         config: SemCKDConfig,
         *,
         tokens_aligned: bool = True,
+        student_parameters: int | None = None,
     ) -> SemCKDLoss:
-        """Return the loss that a configuration describes, for the layers that were found."""
+        """Return the loss that a configuration describes, for the layers that were found.
+
+        Args:
+            student_specs: The student's layers.
+            teacher_specs: The teacher's layers.
+            config: The configuration.
+            tokens_aligned: Whether position n of both models stands for the same input.
+            student_parameters: Number of the student's parameters, beside which the projections are to stay small.
+        """
         return cls(
             student_specs,
             teacher_specs,
@@ -139,12 +170,15 @@ class SemCKDLoss(FeatureLoss):
             association_temperature=config.resolved_association_temperature(),
             batch_size=config.per_device_train_batch_size if config.depends_on_batch_size else None,
             tokens_aligned=tokens_aligned,
+            token_fraction=config.token_fraction,
+            grid_limit=config.grid_limit or None,
+            layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
         )
 
     def forward(
         self,
         student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
         student_mask: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> FeatureLossOutput:
@@ -155,13 +189,17 @@ class SemCKDLoss(FeatureLoss):
             RaggedBatchError: In the published form, for a batch of another size.
         """
         self._check(student_features, teacher_features)
-        teacher_features = [feature.detach() for feature in teacher_features]
-        targets = self._targets(teacher_features, teacher_mask)
-        weights = self._weights(student_features, teacher_features, targets, student_mask, teacher_mask)
+        targets = self.select(teacher_features, teacher_mask)
+        if len(self.statistics) and self.training and self.collecting:
+            self.observe(targets)
+            if self.automatic_synchronization:
+                self.synchronize()
+        views = StudentViews(student_features, self.student_specs, student_mask, self.selection, targets)
+        weights = self._weights(views, targets)
         if self.projector == "shared":
-            weighted, errors = self._shared_errors(student_features, targets, weights, student_mask, teacher_mask)
+            weighted, errors = self._shared_errors(views, targets, weights)
         else:
-            weighted, errors = self._pairwise_errors(student_features, targets, weights, student_mask, teacher_mask)
+            weighted, errors = self._pairwise_errors(student_features, targets, weights, student_mask)
         # The `last` control trains one student layer: an average over idle layers would only shrink it.
         active = 1 if self.association == "last" else len(self.student_specs)
         per_sample = weighted.sum(1) / active
@@ -174,10 +212,31 @@ class SemCKDLoss(FeatureLoss):
         """Whether teacher statistics are needed and nothing was observed yet."""
         return any(not bool(entry.count > 0) for entry in self._statistics())
 
-    def observe(self, teacher_features: Sequence[Tensor], teacher_mask: Tensor | None = None) -> None:
+    @property
+    def samples_tokens(self) -> bool:
+        """Whether only a share of the tokens is compared."""
+        return self.selection.samples_tokens
+
+    def select(
+        self,
+        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
+        teacher_mask: Tensor | None = None,
+        phase: Tensor | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Keep what is compared of the teacher's features, and what it is weighed by; see `TeacherSelection`."""
+        if isinstance(teacher_features, Mapping):
+            return teacher_features
+        return self.selection(teacher_features, teacher_mask, phase)
+
+    def observe(
+        self, teacher_features: Sequence[Tensor] | Mapping[str, Tensor], teacher_mask: Tensor | None = None
+    ) -> None:
         """Collect teacher statistics without computing a loss."""
-        for entry, feature in zip(self._statistics(), teacher_features, strict=False):
-            entry.observe(as_tokens(feature) if feature.dim() == 2 else feature, _fitting(teacher_mask, feature))
+        if not len(self.statistics):
+            return
+        targets = self.select(teacher_features, teacher_mask)
+        for t, entry in enumerate(self._statistics()):
+            entry.observe(*self.selection.values_of(targets, t))
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
         """Merge what was observed since the last call, summed over processes in one reduction."""
@@ -192,21 +251,28 @@ class SemCKDLoss(FeatureLoss):
     def _statistics(self) -> list[ChannelStatistics]:
         return [entry for entry in self.statistics if isinstance(entry, ChannelStatistics)]
 
+    def _association_input(self) -> AssociationInput:
+        if self.projector == "pairwise" or self.required_batch_size is not None:
+            return "whole"
+        if self.association == "similarity":
+            return "summary"
+        return "mean" if self.association == "learned" else None
+
     def _build_projections(self) -> nn.ModuleList:
-        projections: list[nn.Module] = []
-        for student, alignments in zip(self.student_specs, self.alignments, strict=True):
-            if self.projector == "shared":
-                widths = sorted({teacher.channels for teacher in self.teacher_specs})
-                projections.append(nn.ModuleDict({str(width): nn.Linear(student.channels, width) for width in widths}))
-                continue
-            pairs = zip(self.teacher_specs, alignments, strict=True)
-            projections.append(
-                nn.ModuleList(
-                    ConvolutionalProjection(student.channels, teacher.channels, 3 if pair.kind == "grid" else 1)
-                    for teacher, pair in pairs
-                )
+        if self.projector == "shared":
+            widths = sorted({teacher.channels for teacher in self.teacher_specs})
+            first = [self.projection_of.index(entry) for entry in range(max(self.projection_of) + 1)]
+            return nn.ModuleList(
+                nn.ModuleDict({str(width): nn.Linear(self.student_specs[s].channels, width) for width in widths})
+                for s in first
             )
-        return nn.ModuleList(projections)
+        return nn.ModuleList(
+            nn.ModuleList(
+                ConvolutionalProjection(student.channels, teacher.channels, 3 if pair.kind == "grid" else 1)
+                for teacher, pair in zip(self.teacher_specs, alignments, strict=True)
+            )
+            for student, alignments in zip(self.student_specs, self.alignments, strict=True)
+        )
 
     def _build_learned_association(self, target_norm: TargetNorm, batch_size: int | None) -> None:
         if target_norm == "channel":
@@ -229,9 +295,12 @@ class SemCKDLoss(FeatureLoss):
         self.key.extend(SimilarityEmbedding(batch_size) for _ in self.teacher_specs)
         self.upper_bound = bound_of_cosine_weights(self.temperature, len(self.teacher_specs))
 
-    def _check(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> None:
-        received = (len(student_features), len(teacher_features))
+    def _check(
+        self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor] | Mapping[str, Tensor]
+    ) -> None:
         expected = (len(self.student_specs), len(self.teacher_specs))
+        selected = isinstance(teacher_features, Mapping)
+        received = (len(student_features), expected[1] if selected else len(teacher_features))
         if received != expected:
             raise InputError(
                 message(
@@ -245,123 +314,147 @@ class SemCKDLoss(FeatureLoss):
         if self.required_batch_size is not None and size != self.required_batch_size:
             raise RaggedBatchError(ragged_batch_message(size, self.required_batch_size))
 
-    def _targets(self, teacher_features: list[Tensor], mask: Tensor | None) -> list[Tensor]:
-        if not len(self.statistics):
-            return teacher_features
-        if self.training and self.collecting:
-            self.observe(teacher_features, mask)
-            if self.automatic_synchronization:
-                self.synchronize()
-        return [entry(feature) for entry, feature in zip(self._statistics(), teacher_features, strict=True)]
-
-    def _weights(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        student_mask: Tensor | None,
-        teacher_mask: Tensor | None,
-    ) -> Tensor:
-        if self.association == "similarity":
-            return similarity_weights(
-                [summary(x, spec, student_mask) for x, spec in zip(student, self.student_specs, strict=True)],
-                [summary(x, spec, teacher_mask) for x, spec in zip(teacher, self.teacher_specs, strict=True)],
-                self.temperature,
-            )
-        if self.association != "learned":
-            weights = fixed_weights(self.association, len(student), len(teacher))
-            like = at_least_float32(student[0])
+    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        if self.association in ("uniform", "last", "one_to_one"):
+            weights = fixed_weights(self.association, len(self.student_specs), len(self.teacher_specs))
+            like = at_least_float32(views.features[0])
             return weights.to(like.device, like.dtype).expand(len(like), -1, -1)
+        if self.association == "similarity":
+            shown = [
+                self.projector == "shared" and any(pair.kind == "grid" for pair in row) for row in self.alignments
+            ]
+            student = [views.summary(s, shown[s]) for s in range(len(self.student_specs))]
+            teacher = [self._teacher_summary(targets, t) for t in range(len(self.teacher_specs))]
+            return similarity_weights(student, teacher, self.temperature)
         if self.required_batch_size is not None:
-            queries = [net(_raw_similarity(x, student_mask)) for net, x in zip(self.query, student, strict=True)]
-            keys = [net(_raw_similarity(x, teacher_mask)) for net, x in zip(self.key, teacher, strict=True)]
+            raw = zip(self.query, views.features, strict=True)
+            queries = [net(_raw_similarity(feature, views.mask)) for net, feature in raw]
+            mask = targets.get("mask")
+            keys = [net(_raw_similarity(targets[f"whole.{t}"], mask)) for t, net in enumerate(self.key)]
             return attention_weights(queries, keys, 1.0 / self.temperature)
-        queries = [net(as_mean(x, student_mask)) for net, x in zip(self.query, student, strict=True)]
-        keys = [net(as_mean(x, teacher_mask)) for net, x in zip(self.key, targets, strict=True)]
+        queries = [net(views.mean(s)) for s, net in enumerate(self.query)]
+        keys = [net(self._teacher_mean(targets, t)) for t, net in enumerate(self.key)]
         return attention_weights(queries, keys, self.log_scale.clamp(max=math.log(MAXIMUM_SCALE)).exp())
 
+    def _teacher_summary(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
+        if f"whole.{t}" in targets:
+            return summary(targets[f"whole.{t}"], self.teacher_specs[t], targets.get("mask"))
+        return at_least_float32(self.selection.summary_of(targets, t))
+
+    def _teacher_mean(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
+        whole = targets.get(f"whole.{t}")
+        mean = targets[f"mean.{t}"] if whole is None else as_mean(whole, targets.get("mask"))
+        return self._standardised(t, mean.unsqueeze(1)).squeeze(1)
+
+    def _standardised(self, t: int, values: Tensor) -> Tensor:
+        """Return values of teacher layer t in their statistics' units, or as they are; at least in float32."""
+        return self.statistics[t](values) if len(self.statistics) else at_least_float32(values)
+
     def _shared_errors(
-        self,
-        student: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        weights: Tensor,
-        student_mask: Tensor | None,
-        teacher_mask: Tensor | None,
+        self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        weighted, errors = [], []
-        for s, feature in enumerate(student):
-            row: list[Tensor | None] = [None] * len(targets)
-            total = weights.new_zeros(len(feature))
-            for (width, _, _), members in self._groups(s, feature, targets).items():
-                aligned = [self._align(s, t, feature, targets[t], student_mask, teacher_mask) for t in members]
-                positions, _, mask = aligned[0]
-                linear = self.projection[s][str(width)]  # type: ignore[index]
-                projected = linear(positions.to(linear.weight.dtype)).to(aligned[0][1].dtype)
-                value, pair = weighted_feature_error(
-                    projected, [entry[1] for entry in aligned], weights[:, s, members], mask
-                )
-                total = total + value
-                for index, t in enumerate(members):
-                    row[t] = pair[:, index]
-            weighted.append(total)
-            errors.append(torch.stack([entry for entry in row if entry is not None], 1))
-        return torch.stack(weighted, 1), torch.stack(errors, 1)
+        weighted: list[list[Tensor]] = [[] for _ in self.student_specs]
+        errors = torch.zeros_like(weights, requires_grad=False)
+        for meeting, students in find_meetings(views, self.alignments, self.teacher_specs).items():
+            teachers = list(meeting.teachers)
+            statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
+            values, pairs = weighted_feature_error(
+                [self._projected(views.at(s, meeting), s, meeting) for s in students],
+                [self.selection.at(targets, t, meeting.size, meeting.kind) for t in teachers],
+                weights[:, students][:, :, teachers],
+                views.mask_at(meeting),
+                centre=torch.stack([entry.mean for entry in statistics]) if statistics else None,
+                scale=torch.stack([entry.scale() for entry in statistics]) if statistics else None,
+            )
+            for index, s in enumerate(students):
+                weighted[s].append(values[:, index])
+                errors[:, s, teachers] = pairs[:, index].to(errors.dtype)
+        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), errors
 
-    def _groups(self, s: int, feature: Tensor, targets: Sequence[Tensor]) -> dict[tuple[int, str, object], list[int]]:
-        """Gather teacher layers that student layer s meets with one projection at the same positions."""
-        groups: dict[tuple[int, str, object], list[int]] = {}
-        for t, (target, spec) in enumerate(zip(targets, self.teacher_specs, strict=True)):
-            kind = self.alignments[s][t].kind
-            size = common_grid(feature, self.student_specs[s], target, spec) if kind == "grid" else None
-            groups.setdefault((spec.channels, kind, size), []).append(t)
-        return groups
-
-    def _align(
-        self,
-        s: int,
-        t: int,
-        feature: Tensor,
-        target: Tensor,
-        student_mask: Tensor | None,
-        teacher_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return a pair as tokens (B, N, C_s) and (B, N, C_t), with the mask (B, N) of the positions that count."""
-        kind = self.alignments[s][t].kind
-        if kind == "mean":
-            return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
-        if kind == "tokens":
-            fitting = _fitting(student_mask, feature), _fitting(teacher_mask, target)
-            masks = [mask for mask in fitting if mask is not None]
-            mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] * masks[1]
-            return as_tokens(feature), as_tokens(target), mask
-        size = common_grid(feature, self.student_specs[s], target, self.teacher_specs[t])
-        student_map = as_map(feature, self.student_specs[s], size)
-        return map_to_tokens(student_map), map_to_tokens(as_map(target, self.teacher_specs[t], size)), None
+    def _projected(self, values: Tensor, s: int, meeting: Meeting) -> Tensor:
+        linear = self.projection[self.projection_of[s]][str(meeting.width)]  # type: ignore[index]
+        return linear(values.to(linear.weight.dtype))
 
     def _pairwise_errors(
         self,
         student: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        targets: Mapping[str, Tensor],
         weights: Tensor,
         student_mask: Tensor | None,
-        teacher_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        teacher_mask = targets.get("mask")
+        taught = [self._standardised(t, targets[f"whole.{t}"]) for t in range(len(self.teacher_specs))]
         rows = []
         for s, feature in enumerate(student):
             row = []
-            for t, target in enumerate(targets):
+            pooled: dict[tuple[int, int], Tensor] = {}
+            for t, target in enumerate(taught):
                 projection = self.projection[s][t]  # type: ignore[index]
-                positions, aligned, mask = self._align(s, t, feature, target, student_mask, teacher_mask)
-                positions = positions.to(projection[0].weight.dtype)
-                if self.alignments[s][t].kind == "grid":
+                dtype = projection[0].weight.dtype
+                kind = self.alignments[s][t].kind
+                if kind == "grid":
                     size = common_grid(feature, self.student_specs[s], target, self.teacher_specs[t])
-                    projected = map_to_tokens(projection(positions.transpose(1, 2).unflatten(2, size)))
-                else:
-                    projected = projection.project_tokens(positions, mask)
-                row.append(squared_error(projected, aligned, mask))
+                    if size not in pooled:
+                        pooled[size] = as_map(feature, self.student_specs[s], size).to(dtype)
+                    projected = map_to_tokens(projection(pooled[size]))
+                    row.append(squared_error(projected, map_to_tokens(as_map(target, self.teacher_specs[t], size))))
+                    continue
+                positions, aligned, mask = _aligned(kind, feature, target, student_mask, teacher_mask)
+                row.append(squared_error(projection.project_tokens(positions.to(dtype), mask), aligned, mask))
             rows.append(torch.stack(row, 1))
         errors = torch.stack(rows, 1)
         return (weights * errors).sum(2), errors
+
+
+def layers_per_projection(
+    student_specs: Sequence[FeatureSpec], teacher_specs: Sequence[FeatureSpec], student_parameters: int | None
+) -> int:
+    """Return how many neighbouring student layers have to share a projection for all of them to stay small.
+
+    Neighbouring layers of a transformer write into one residual stream, so that one basis serves them.
+
+    Args:
+        student_specs: The student's layers.
+        teacher_specs: The teacher's layers.
+        student_parameters: The size of the student; None when it does not matter.
+
+    Returns:
+        The smallest number that keeps the projections under `MAXIMUM_PROJECTION_SHARE` of the student, or the number
+        of student layers where none does.
+    """
+    if student_parameters is None:
+        return 1
+    widths = {spec.channels for spec in teacher_specs}
+    for shared in range(1, len(student_specs) + 1):
+        owners = _shared_among_neighbours(student_specs, "shared", shared)
+        first = [student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
+        parameters = sum((spec.channels + 1) * width for spec in first for width in widths)
+        if parameters < MAXIMUM_PROJECTION_SHARE * student_parameters:
+            return shared
+    return len(student_specs)
+
+
+def _shared_among_neighbours(specs: Sequence[FeatureSpec], projector: Projector, shared: int) -> list[int]:
+    """Return the index of each student layer's projections: one for `shared` neighbours of equal width."""
+    owners: list[int] = []
+    sharing = 0
+    for s, spec in enumerate(specs):
+        fits = bool(s) and projector == "shared" and spec.channels == specs[s - 1].channels and sharing < shared
+        owners.append(owners[-1] if fits else (owners[-1] + 1 if s else 0))
+        sharing = sharing + 1 if fits else 1
+    return owners
+
+
+def _aligned(
+    kind: str, feature: Tensor, target: Tensor, student_mask: Tensor | None, teacher_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a pair of sequences as tokens (B, N, C), with the mask (B, N) of the positions that count."""
+    if kind == "mean":
+        return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
+    fitting = fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target)
+    masks = [mask for mask in fitting if mask is not None]
+    mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] * masks[1]
+    return as_tokens(feature), as_tokens(target), mask
 
 
 def _specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
@@ -381,9 +474,4 @@ def _specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
 
 
 def _raw_similarity(feature: Tensor, mask: Tensor | None) -> Tensor:
-    return similarity_matrix(feature, _fitting(mask, feature))
-
-
-def _fitting(mask: Tensor | None, feature: Tensor) -> Tensor | None:
-    """Return the mask where it speaks of this feature's positions: tokens, not maps and not vectors."""
-    return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None
+    return similarity_matrix(feature, fitting_mask(mask, feature))

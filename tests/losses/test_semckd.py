@@ -308,9 +308,9 @@ def sample_means(feature, mask):
     return torch.stack([torch.stack(rows).mean(0) for rows in kept_positions(feature, mask)])
 
 
-def standardise(feature, mask):
-    """Standardise every channel by the moments of all kept positions of this batch."""
-    values = torch.stack([row for rows in kept_positions(feature, mask) for row in rows]).numpy()
+def standardise(feature, compared):
+    """Standardise every channel by its moments over all positions of this batch that are compared."""
+    values = torch.stack([row for rows in compared for row in rows]).numpy()
     mean, variance = values.mean(0), values.var(0)
     typical, count = variance.mean(), len(values)
     shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
@@ -326,7 +326,16 @@ class CalibratedOracle:
         self.loss, self.student, self.kind = loss, student, SCENARIOS[scenario][2]
         self.masks, self.raw = masks_of(scenario), teacher
         self.specs = SCENARIOS[scenario][:2]
-        self.targets = [standardise(feature, self.masks[1]) for feature in teacher]
+        compared = zip(teacher, self.specs[1], strict=True)
+        self.targets = [standardise(feature, self.compared(feature, spec)) for feature, spec in compared]
+
+    def compared(self, feature, spec):
+        """Return the position vectors of every sample from which statistics come: all, with a projection a pair."""
+        if self.loss.projector == "shared" and self.kind == "grid":
+            return kept_positions(grid_map(feature, spec), None)
+        if self.loss.projector == "shared" and self.kind == "mean":
+            return [[row] for row in sample_means(feature, self.masks[1])]
+        return kept_positions(feature, self.masks[1])
 
     def run(self):
         weights, errors = self.weights(), self.errors()

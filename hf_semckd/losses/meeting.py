@@ -1,0 +1,125 @@
+"""Where the student's layers and the teacher's meet: the positions that are compared, each tensor made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..calibration import Alignment, as_map, as_mean, as_tokens, summary, summary_size
+from ..features import FeatureSpec
+from ..functional import at_least_float32, map_to_tokens, pool_map
+from ..sampling import take_positions
+from .selection import TeacherSelection
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Teacher layers of one width that some student layers meet at the same positions.
+
+    Attributes:
+        kind: The kind of alignment, see `calibration.Alignment`.
+        size: Height and width of the common grid, or None.
+        width: Channels of the teacher layers.
+        teachers: The teacher layers.
+    """
+
+    kind: str
+    size: tuple[int, int] | None
+    width: int
+    teachers: tuple[int, ...]
+
+
+class StudentViews:
+    """A student's features at the positions of meetings.
+
+    Args:
+        features: S features of the student.
+        specs: What they look like.
+        mask: (B, N) mask of its tokens.
+        selection: Tells how large compared maps are.
+        targets: What was selected of the teacher, with the positions of the chosen tokens.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Tensor],
+        specs: Sequence[FeatureSpec],
+        mask: Tensor | None,
+        selection: TeacherSelection,
+        targets: Mapping[str, Tensor],
+    ):
+        self.features = features
+        self.specs = specs
+        self.mask = mask
+        self.selection = selection
+        self.targets = targets
+        self._maps: dict[int, Tensor] = {}
+        self._means: dict[int, Tensor] = {}
+
+    def at(self, s: int, meeting: Meeting) -> Tensor:
+        """Return student layer s as tokens (B, N, C) at the positions of a meeting."""
+        if meeting.kind == "mean":
+            return self.mean(s).unsqueeze(1)
+        if meeting.size is not None:
+            return map_to_tokens(pool_map(self.map(s), meeting.size))
+        tokens = as_tokens(self.features[s])
+        positions = self.selection.positions_of(self.targets, meeting.teachers[0])
+        return tokens if positions is None else take_positions(tokens, positions)
+
+    def map(self, s: int) -> Tensor:
+        """Return student layer s as a map of the size that maps are compared at."""
+        if s not in self._maps:
+            feature, spec = self.features[s], self.specs[s]
+            self._maps[s] = as_map(feature, spec, self.selection.grid_size(feature, spec))
+        return self._maps[s]
+
+    def mean(self, s: int) -> Tensor:
+        """Return the average of student layer s over its positions (B, C)."""
+        if s not in self._means:
+            self._means[s] = as_mean(self.features[s], self.mask)
+        return self._means[s]
+
+    def summary(self, s: int, shown: bool) -> Tensor:
+        """Return what similarities are taken on (B, D), without gradient.
+
+        Args:
+            s: The student layer.
+            shown: Whether its map takes part in a meeting, and so is made anyway.
+        """
+        feature, spec = self.features[s].detach(), self.specs[s]
+        if spec.grid is not None and shown and self.selection.grid_size(feature, spec) == summary_size(feature, spec):
+            return at_least_float32(self.map(s).detach().flatten(1))
+        return summary(feature, spec, self.mask)
+
+    def mask_at(self, meeting: Meeting) -> Tensor | None:
+        """Return the mask (B, N) of the positions that count for both models, or None."""
+        if meeting.kind != "tokens":
+            return None
+        first = meeting.teachers[0]
+        theirs, own = self.selection.mask_of(self.targets, first), self.mask
+        positions = self.selection.positions_of(self.targets, first)
+        if own is not None and positions is not None:
+            own = own.gather(1, positions.clamp(max=own.shape[1] - 1))
+        if own is None or own.shape[1] != self.targets[f"tokens.{first}"].shape[1]:
+            return theirs
+        return own if theirs is None else (theirs != 0) & (own != 0)
+
+
+def find_meetings(
+    views: StudentViews, alignments: Sequence[Sequence[Alignment]], teacher_specs: Sequence[FeatureSpec]
+) -> dict[Meeting, list[int]]:
+    """Return the student layers of each meeting; every pair of layers is in exactly one."""
+    meetings: dict[Meeting, list[int]] = {}
+    for s, row in enumerate(alignments):
+        groups: dict[tuple[str, tuple[int, int] | None, int], list[int]] = {}
+        for t, (alignment, spec) in enumerate(zip(row, teacher_specs, strict=True)):
+            size = None
+            if alignment.kind == "grid":
+                own, theirs = views.map(s).shape[2:], views.targets[f"grid.{t}"].shape[2:]
+                size = (min(own[0], theirs[0]), min(own[1], theirs[1]))
+            groups.setdefault((alignment.kind, size, spec.channels), []).append(t)
+        for (kind, size, width), teachers in groups.items():
+            meetings.setdefault(Meeting(kind, size, width, tuple(teachers)), []).append(s)
+    return meetings

@@ -1,0 +1,163 @@
+"""What of the teacher's features a loss needs: tokens or pooled maps to compare, and summaries to weigh them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..calibration import Alignment, as_map, as_mean, as_tokens, grid_of, summary, summary_size
+from ..features import FeatureSpec
+from ..functional import map_to_tokens, pool_map
+from ..sampling import spread_positions, take_positions
+
+# What the association is computed from: summaries (similarity), mean features (learned), everything (published).
+AssociationInput = Literal["summary", "mean", "whole"] | None
+
+
+class TeacherSelection:
+    """Takes out of the teacher's features what is compared and weighed, right after the teacher's forward.
+
+    The rest, by far the most, can be freed before the student runs, and need not be stored in a cache. What is kept is
+    a flat mapping of tensors, by kind and teacher layer:
+
+    - `tokens.t` (B, K, C): the chosen tokens of layer t, at `positions.l` (B, K) where l is the first layer of the
+      same layout, and with the mask `mask.l` (B, K). Without sampling there are no positions, and all tokens.
+    - `grid.t` (B, C, h, w): the map of layer t, pooled to at most `grid_limit` rows and columns.
+    - `mean.t` (B, C): the average over its tokens or cells.
+    - `summary.t` (B, D): what similarities are taken on, where it is none of the above.
+    - `whole.t`, `mask`: everything, and the teacher's token mask.
+
+    Args:
+        teacher_specs: The teacher's T layers.
+        alignments: How each student layer meets each teacher layer, S x T; empty for whole features only.
+        association: What the weights are computed from, or None for fixed weights.
+        token_fraction: Share of each sample's tokens that are compared, in (0, 1].
+        grid_limit: Largest height and width of compared maps, or None.
+    """
+
+    def __init__(
+        self,
+        teacher_specs: Sequence[FeatureSpec],
+        alignments: Sequence[Sequence[Alignment]],
+        association: AssociationInput,
+        token_fraction: float = 1.0,
+        grid_limit: int | None = None,
+    ):
+        self.specs = list(teacher_specs)
+        self.kinds = [{row[t].kind for row in alignments} for t in range(len(self.specs))]
+        self.association = association
+        self.token_fraction = token_fraction
+        self.grid_limit = grid_limit
+        layouts = [(spec.length, spec.prefix, spec.grid) for spec in self.specs]
+        self.layout = [layouts.index(entry) for entry in layouts]
+
+    @property
+    def samples_tokens(self) -> bool:
+        """Whether tokens are left out."""
+        return self.token_fraction < 1 and any("tokens" in kinds for kinds in self.kinds)
+
+    @torch.no_grad()
+    def __call__(
+        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return what is needed of a batch.
+
+        Args:
+            features: T features of the teacher.
+            mask: (B, N) mask of its tokens.
+            phase: (B) in [0, 1), where in each sample the choice of tokens begins; None for its first token.
+        """
+        kept: dict[str, Tensor] = {}
+        for t, (feature, spec) in enumerate(zip(features, self.specs, strict=True)):
+            feature = feature.detach()
+            fitting = fitting_mask(mask, feature)
+            if self.association == "whole" or not self.kinds[t]:
+                kept[f"whole.{t}"] = feature
+            if "tokens" in self.kinds[t]:
+                self._keep_tokens(kept, t, feature, fitting, phase)
+            if "grid" in self.kinds[t]:
+                kept[f"grid.{t}"] = as_map(feature, spec, self.grid_size(feature, spec))
+            if "mean" in self.kinds[t] or self.association == "mean":
+                kept[f"mean.{t}"] = as_mean(feature, fitting)
+            if self.association == "summary":
+                self._keep_summary(kept, t, feature, fitting)
+        if mask is not None and any(name.startswith("whole.") for name in kept):
+            kept["mask"] = mask
+        return kept
+
+    def grid_size(self, feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+        """Return the height and width that a layer's map is compared at, before it meets a smaller one."""
+        height, width = grid_of(feature, spec)
+        limit = self.grid_limit
+        return (height, width) if limit is None else (min(height, limit), min(width, limit))
+
+    def summary_of(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
+        """Return the summary (B, D) of teacher layer t, wherever it was kept."""
+        if f"summary.{t}" in targets:
+            return targets[f"summary.{t}"]
+        name = f"mean.{t}" if self.specs[t].grid is None else f"grid.{t}"
+        return targets[name].flatten(1)
+
+    def positions_of(self, targets: Mapping[str, Tensor], t: int) -> Tensor | None:
+        """Return the positions (B, K) of the tokens that were chosen for layer t, or None where all are kept."""
+        return targets.get(f"positions.{self.layout[t]}")
+
+    def mask_of(self, targets: Mapping[str, Tensor], t: int) -> Tensor | None:
+        """Return the mask (B, K) of layer t's kept tokens, or None where all count."""
+        return targets.get(f"mask.{self.layout[t]}")
+
+    def at(self, targets: Mapping[str, Tensor], t: int, size: tuple[int, int] | None, kind: str) -> Tensor:
+        """Return layer t as tokens (B, N, C) at the positions of a meeting, in the teacher's own units."""
+        if kind == "mean":
+            return targets[f"mean.{t}"].unsqueeze(1)
+        if size is not None:
+            return map_to_tokens(pool_map(targets[f"grid.{t}"], size))
+        return targets[f"tokens.{t}"]
+
+    def values_of(self, targets: Mapping[str, Tensor], t: int) -> tuple[Tensor, Tensor | None]:
+        """Return the values (B, N, C) or (B, C, h, w) that layer t's statistics are taken from, and their mask."""
+        if f"tokens.{t}" in targets:
+            return targets[f"tokens.{t}"], self.mask_of(targets, t)
+        if f"grid.{t}" in targets:
+            return targets[f"grid.{t}"], None
+        if f"mean.{t}" in targets:
+            return targets[f"mean.{t}"].unsqueeze(1), None
+        whole = targets[f"whole.{t}"]
+        return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(targets.get("mask"), whole)
+
+    def _keep_tokens(
+        self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None, phase: Tensor | None
+    ) -> None:
+        tokens, first = as_tokens(feature), self.layout[t]
+        if self.token_fraction < 1:
+            if f"positions.{first}" not in kept:
+                positions, chosen = spread_positions(
+                    tokens.shape[1], self.token_fraction, mask=mask, phase=phase, like=tokens
+                )
+                kept[f"positions.{first}"] = positions
+                if chosen is not None:
+                    kept[f"mask.{first}"] = chosen
+            tokens = take_positions(tokens, kept[f"positions.{first}"])
+            if f"mask.{first}" in kept:
+                # Fewer tokens than places: what stands there must not be anybody's.
+                tokens.masked_fill_(~kept[f"mask.{first}"].unsqueeze(-1), 0.0)
+        elif mask is not None:
+            kept[f"mask.{first}"] = mask
+        kept[f"tokens.{t}"] = tokens
+
+    def _keep_summary(self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None) -> None:
+        spec = self.specs[t]
+        if spec.grid is None:
+            kept.setdefault(f"mean.{t}", as_mean(feature, mask))
+            return
+        grid = kept.get(f"grid.{t}")
+        if grid is None or tuple(grid.shape[2:]) != summary_size(feature, spec):
+            kept[f"summary.{t}"] = summary(feature, spec, mask)
+
+
+def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
+    """Return the mask where it speaks of this feature's positions: tokens, not maps and not vectors."""
+    return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None

@@ -1,0 +1,58 @@
+"""Under what conditions something was measured, and a file name for the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_semckd.report import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_INFORMATION = Path("/proc/cpuinfo")
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """Return versions, machine, threads, precision, date and commit, ready for JSON."""
+    return {
+        **environment(),
+        "device": device,
+        "machine": machine(device),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "precision": "bfloat16 autocast" if device == "cuda" else "float32",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+    }
+
+
+def machine(device: str) -> str:
+    """Return the model of the processor that is measured: the GPU's, or the CPU's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if CPU_INFORMATION.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", CPU_INFORMATION.read_text(), flags=re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def file_name(device: str, threads: int) -> str:
+    """Return a file name without ending that says on what was measured."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine(device).lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+    return name if device == "cuda" else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
+
+
+def _commit() -> str | None:
+    """Return the commit of the measured code, with a mark when files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match", "no-tag"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
