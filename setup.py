@@ -60,6 +60,7 @@ setup(
     keywords=["knowledge distillation", "model compression", "SemCKD", "transformers", "pytorch"],
     packages=find_packages(include=["hf_semckd", "hf_semckd.*"]),
     package_data={"hf_semckd": ["py.typed"]},
+    entry_points={"console_scripts": ["hf-semckd = hf_semckd.cli:main"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,
     extras_require=EXTRAS,

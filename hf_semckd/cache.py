@@ -3,83 +3,220 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from .data import TEACHER_PREFIX
+from .errors import InputError, message
+from .store import KEY_BYTES, TensorStore
 
 # Changes when what is stored, or how it is keyed, changes.
-FORMAT = 1
-KEY_BYTES = 20
-LOCATION_SETTINGS = ("_name_or_path", "transformers_version")
+FORMAT = 2
+LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+# The entry of a batch in which a collator leaves what the cache holds of its samples.
+CACHED = "cached_teacher"
+# Behind the name of a stored tensor that was cut: it runs along all tokens of its sample, or along the chosen ones.
+ALL_TOKENS, CHOSEN_TOKENS = "|all", "|chosen"
+CHOSEN_KINDS = ("tokens", "positions", "mask")
+# What runs along the tokens that the mask speaks of; the length of anything else (channels, a decoder's tokens) may
+# equal theirs by accident.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox")
 
 
-class OutputCache:
-    """One safetensors file a sample, below a folder for one teacher and one choice of layers.
+@dataclass
+class Lookup:
+    """What the cache holds of a batch's samples.
+
+    Attributes:
+        keys: The key of each sample.
+        present: Whether each sample is there.
+        values: The tensors of the samples that are, stacked, by stored name.
+    """
+
+    keys: list[bytes]
+    present: list[bool]
+    values: dict[str, Tensor]
+
+
+class TeacherCache:
+    """Teacher outputs in a `TensorStore`, one row a sample, below a folder for one teacher and one choice of layers.
 
     The key is the content of the teacher's inputs after preprocessing and augmentation, without padding. A changed
-    dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit. Files appear by
-    renaming, so concurrent runs may share a folder, and an unreadable file counts as absent and is written again.
+    dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
 
     Args:
         folder: Where all caches live; made when needed.
         fingerprint: What the outputs depend on besides the inputs; see `teacher_fingerprint`.
+        select_inputs: Returns the teacher's inputs of a batch.
+        dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
+        limit_bytes: Most that the folder may take; None for what the disk can spare.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: str):
-        self.folder = Path(folder) / fingerprint
-        self.hits = 0
-        self.misses = 0
-        self._writable = True
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        fingerprint: str,
+        select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]],
+        *,
+        dtype: torch.dtype | None = None,
+        limit_bytes: int | None = None,
+    ):
+        self.store = TensorStore(Path(folder) / fingerprint, limit_bytes=limit_bytes)
+        self.select_inputs = select_inputs
+        self.dtype = dtype
 
-    def load(self, key: str, device: torch.device | str) -> tuple[dict[str, Tensor], set[str]] | None:
-        """Return a sample's tensors and the names of those that run along its tokens, or None when it is absent."""
-        path = self._path(key)
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                sequences = set(json.loads(file.metadata()["sequences"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            # Absent, torn by a crash of the machine, or foreign: the teacher will tell again.
-            self.misses += 1
-            return None
-        self.hits += 1
-        return tensors, sequences
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the teacher's inputs of a batch: `teacher_*` entries, else what its forward names."""
+        own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
+        return self.select_inputs(own or batch)
 
-    def save(self, key: str, tensors: Mapping[str, Tensor], sequences: set[str]) -> None:
-        """Store a sample's tensors; a full or read-only disk ends the storing, not the training."""
-        if not self._writable:
-            return
-        path = self._path(key)
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-            os.close(handle)
-            contents = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(contents, temporary, metadata={"sequences": json.dumps(sorted(sequences))})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            self._writable = False
-            logger.warning("The teacher cache cannot be written any more, and training goes on without: %s", error)
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+    def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
+        """Return the key of each sample of a batch."""
+        inputs = self.inputs(batch)
+        return sample_keys(inputs, right_padded_lengths(inputs))
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def look_up(self, batch: Mapping[str, Any]) -> Lookup:
+        """Return what there is of a batch, on the CPU."""
+        keys = self.keys(batch)
+        rows = self.store.read(keys)
+        found = [row for row in rows if row is not None]
+        return Lookup(keys, [row is not None for row in rows], to_batch(found, token_count(self.inputs(batch))))
+
+    def rows(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """Return what is stored of each sample of the teacher's outputs.
+
+        Raises:
+            InputError: When the outputs have several rows a sample.
+        """
+        samples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        for name, value in outputs.items():
+            if len(value) != samples:
+                raise InputError(
+                    message(
+                        "The teacher cache cannot hold this teacher's outputs",
+                        received=f"{len(value)} rows of `{name}` for {samples} samples (multiple choice?)",
+                        expected="one row for each sample",
+                        todo="leave teacher_cache_dir out",
+                    )
+                )
+        lengths = right_padded_lengths(inputs)
+        rows = to_rows(outputs, lengths, token_count(inputs))
+        if self.dtype is None:
+            return rows
+        return [{name: self._narrow(name, value) for name, value in row.items()} for row in rows]
+
+    def _narrow(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() and not name.startswith("logits") else value
 
 
-def sample_keys(inputs: Mapping[str, Any], lengths: Sequence[int] | None) -> list[str]:
+class CachingCollator:
+    """A collator that also looks its samples up in the teacher cache, so that the step need not wait for the disk.
+
+    In a worker process of the data loader this runs beside the training; without workers a thread does it, while the
+    step before is computed.
+
+    Args:
+        collator: Makes the batch.
+        cache: Is asked for its samples.
+        in_thread: Whether to look up in a thread of this process.
+    """
+
+    def __init__(self, collator: Callable[[Any], Mapping[str, Any]], cache: TeacherCache, *, in_thread: bool):
+        self.collator = collator
+        self.cache = cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache") if in_thread else None
+
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        """Return the batch, with what the cache holds of it under `CACHED`."""
+        batch = dict(self.collator(samples))
+        if self._thread is not None:
+            return {**batch, CACHED: self._thread.submit(self.cache.look_up, batch)}
+        return {**batch, CACHED: vars(self.cache.look_up(batch))}
+
+
+def lookup_of(batch: Mapping[str, Any]) -> Lookup | None:
+    """Return what a `CachingCollator` left in a batch, or None."""
+    left = batch.get(CACHED)
+    if isinstance(left, Future):
+        return left.result()
+    return None if left is None else Lookup(**left)
+
+
+def to_rows(
+    outputs: Mapping[str, Tensor], lengths: Sequence[int] | None, width: int | None
+) -> list[dict[str, Tensor]]:
+    """Return each sample's tensors without padding; the names of those that were cut say so.
+
+    Args:
+        outputs: Tensors whose first dimension is the batch.
+        lengths: Number of tokens of each sample, when padding follows them; None when nothing is known to be padding.
+        width: Number of tokens of the padded samples.
+    """
+    chosen = {value.shape[1]: value.sum(1).tolist() for name, value in outputs.items() if name.startswith("mask.")}
+    sampled = any(name.startswith("positions.") for name in outputs)
+    cuts: dict[str, tuple[str, Sequence[int] | None]] = {}
+    for name, value in outputs.items():
+        kind = name.partition(".")[0]
+        along_all = width is not None and value.dim() > 1 and value.shape[1] == width
+        if sampled and kind in CHOSEN_KINDS and value.shape[1] in chosen:
+            # The chosen ones come first, also where the batch was so narrow that all of its tokens were chosen.
+            cuts[name] = (name + CHOSEN_TOKENS, chosen[value.shape[1]])
+        elif lengths is not None and along_all and (value.dim() == 3 or kind in CHOSEN_KINDS):
+            cuts[name] = (name + ALL_TOKENS, lengths)
+        else:
+            cuts[name] = (name, None)
+    samples = len(next(iter(outputs.values())))
+    return [
+        {
+            cuts[name][0]: value[index] if cuts[name][1] is None else value[index, : cuts[name][1][index]]  # type: ignore[index]
+            for name, value in outputs.items()
+        }
+        for index in range(samples)
+    ]
+
+
+def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> dict[str, Tensor]:
+    """Return the rows' tensors stacked, by stored name, filled with zeros behind what was cut.
+
+    Args:
+        rows: Rows of one cache.
+        width: Number of tokens of the padded samples of the batch.
+    """
+    if not rows:
+        return {}
+    stacked = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if not name.endswith((ALL_TOKENS, CHOSEN_TOKENS)):
+            stacked[name] = torch.stack(values)
+            continue
+        length = width if name.endswith(ALL_TOKENS) and width is not None else max(len(value) for value in values)
+        padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+        for index, value in enumerate(values):
+            padded[index, : len(value)] = value
+        stacked[name] = padded
+    return stacked
+
+
+def plain_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return stored tensors under the names that they had before they were cut."""
+    return {name.partition("|")[0]: value for name, value in stored.items()}
+
+
+def token_count(inputs: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens of a batch's padded samples, or None where there is no mask."""
+    mask = inputs.get("attention_mask")
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def sample_keys(inputs: Mapping[str, Any], lengths: Sequence[int] | None) -> list[bytes]:
     """Return one key a sample: a digest of its inputs, cut to its own length where it is padded.
 
     Args:
@@ -87,18 +224,19 @@ def sample_keys(inputs: Mapping[str, Any], lengths: Sequence[int] | None) -> lis
         lengths: Number of tokens of each sample, when padding follows them; None when nothing is cut.
     """
     tensors = {name: value.detach().cpu() for name, value in sorted(inputs.items()) if isinstance(value, Tensor)}
-    constants = repr(sorted((name, repr(value)) for name, value in inputs.items() if name not in tensors))
+    # What is stored of a sample looks different where padding was cut off.
+    constants = repr((lengths is None, sorted((k, repr(value)) for k, value in inputs.items() if k not in tensors)))
     width = inputs["attention_mask"].shape[1] if lengths is not None else None
     keys = []
     for index in range(len(next(iter(tensors.values())))):
         digest = hashlib.blake2b(constants.encode(), digest_size=KEY_BYTES)
         for name, value in tensors.items():
             row = value[index]
-            if lengths is not None and row.dim() and row.shape[0] == width:
+            if lengths is not None and name in TOKEN_INPUTS and row.dim() and row.shape[0] == width:
                 row = row[: lengths[index]]
             digest.update(f"{name}:{row.dtype}:{tuple(row.shape)};".encode())
             digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        keys.append(digest.hexdigest())
+        keys.append(digest.digest())
     return keys
 
 
@@ -113,20 +251,26 @@ def right_padded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     return [int(length) for length in mask.sum(1).tolist()]
 
 
-def teacher_fingerprint(model: nn.Module, layers: Sequence[object], logits: bool) -> str:
+def teacher_fingerprint(weights: str, layers: Sequence[object], logits: bool, kept: str = "") -> str:
     """Return a digest of all that decides a teacher's outputs besides its inputs: weights, kind, layers.
 
     Args:
-        model: The teacher; every weight is read once.
+        weights: See `weights_digest`.
         layers: The layers that are stored.
         logits: Whether logits are stored.
+        kept: What is kept of these layers, and in which precision.
     """
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    described = repr((FORMAT, weights, list(map(str, layers)), logits, kept))
+    return hashlib.blake2b(described.encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of a model's kind, configuration and weights, all of which are read once."""
+    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=KEY_BYTES)
     config: Any = getattr(model, "config", None)
     settings = dict(config.to_dict()) if hasattr(config, "to_dict") else {"model": repr(model)}
     # Where the weights came from does not matter: they are digested themselves.
     described = repr(sorted((key, value) for key, value in settings.items() if key not in LOCATION_SETTINGS))
-    digest.update(repr((FORMAT, type(model).__qualname__, list(map(str, layers)), logits)).encode())
     digest.update(described.encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())

@@ -115,11 +115,11 @@ class SemCKDConfig(TrainingArguments):
             " 0.5 (learned), or 1 in the published form."
         },
     )
-    token_fraction: float = field(
-        default=0.25,
+    token_limit: int = field(
+        default=16,
         metadata={
-            "help": "Share of each sample's tokens that are compared, in (0, 1], at even distances and the same ones "
-            "whenever the sample comes. With the shared projector only."
+            "help": "At most this many tokens of a sample are compared, at even distances and the same ones whenever "
+            "the sample comes. 0: no limit. With the shared projector only."
         },
     )
     grid_limit: int = field(
@@ -237,6 +237,10 @@ class SemCKDConfig(TrainingArguments):
         """Return the precision that the teacher is wanted in; None leaves it as it is."""
         return None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
 
+    def resolved_cache_dtype(self) -> torch.dtype | None:
+        """Return the precision of cached features, or None for the teacher's own."""
+        return None if self.teacher_cache_dtype == "auto" else getattr(torch, self.teacher_cache_dtype)
+
     def distillation_settings(self) -> dict[str, Any]:
         """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card."""
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
@@ -279,26 +283,17 @@ class SemCKDConfig(TrainingArguments):
             )
 
     def _validate_sampling(self) -> None:
-        _require_number("token_fraction", self.token_fraction, minimum=0.0, strict=True)
-        if self.token_fraction > 1:
-            raise ConfigurationError(
-                message(
-                    "`token_fraction` is more than everything",
-                    received=repr(self.token_fraction),
-                    expected="a share in (0, 1]",
-                    todo="set token_fraction to 1 to compare all tokens, or to less",
+        for name, default in (("token_limit", 16), ("grid_limit", 4)):
+            limit = getattr(self, name)
+            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+                raise ConfigurationError(
+                    message(
+                        f"`{name}` is not a number of {'tokens' if name == 'token_limit' else 'rows and columns'}",
+                        received=repr(limit),
+                        expected="a whole number >= 1, or 0 for no limit",
+                        todo=f"set {name} to {default}, or to 0 to compare everything",
+                    )
                 )
-            )
-        limit = self.grid_limit
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            raise ConfigurationError(
-                message(
-                    "`grid_limit` is not a number of rows and columns",
-                    received=repr(limit),
-                    expected="a whole number >= 1, or 0 for no limit",
-                    todo="set grid_limit to 4, or to 0 to compare whole maps",
-                )
-            )
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distils_logits:

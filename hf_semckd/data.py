@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
 
 # Columns with this prefix are the teacher's own inputs, under the name that follows it.
 TEACHER_PREFIX = "teacher_"
@@ -45,3 +51,54 @@ class TeacherStudentCollator:
         # In evaluation the teacher's columns may have been left out: it does not take part.
         teacher = self.teacher_collator(theirs) if all(theirs) else {}
         return {**batch, **{f"{TEACHER_PREFIX}{key}": value for key, value in teacher.items()}}
+
+
+class RepeatableViews(Dataset[Any]):
+    """A dataset whose random transform has a few outcomes a sample, each the same whenever it comes.
+
+    Random augmentation never shows a teacher the same input twice, so that nothing can be cached. With this, every
+    sample has `views` versions, of which a random one is taken each time: a cache holds them all after some epochs.
+
+    Args:
+        dataset: Map-style dataset.
+        transform: Turns one of its samples into a sample of this dataset; draws from the generators of `random`,
+            `numpy` or `torch`.
+        views: Versions of each sample, >= 1.
+        seed: Of the versions.
+
+    Example:
+        >>> RepeatableViews(images, lambda row: {**row, "pixel_values": crop(row["pixel_values"])})  # doctest: +SKIP
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Any], views: int = 4, seed: int = 0):
+        self.dataset = dataset
+        self.transform = transform
+        self.views = views
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a random one of the sample's versions."""
+        view = int(torch.randint(self.views, ()))
+        # An own seed for each version: neighbours must not share their crops.
+        seed = int(np.random.SeedSequence([self.seed, index, view]).generate_state(1)[0])
+        with untouched_random_state(seed):
+            return self.transform(self.dataset[index])
+
+
+@contextmanager
+def untouched_random_state(seed: int) -> Iterator[None]:
+    """Seed all generators for a moment and restore them: probing and building leave training's randomness alone."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

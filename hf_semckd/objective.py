@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,17 +123,12 @@ class ObjectiveTrainer(Trainer):
     def _run_teacher(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """Return the teacher's outputs; `self._teacher.wait()` before using them."""
         logits, features = self.args.distils_logits, self._distils_features
-        return self._teacher.aside(
-            lambda: self._selected(self._teacher.run(batch, logits=logits, features=features), batch)
-        )
+        select = self._select_features if features and self.feature_loss is not None else None
+        return self._teacher.aside(lambda: self._teacher.run(batch, logits=logits, features=features, select=select))
 
-    def _selected(self, outputs: TeacherOutputs, batch: Mapping[str, Any]) -> TeacherOutputs:
+    def _select_features(self, features: Any, mask: Tensor | None, phases: Callable[[], Tensor]) -> Any:
         """Let go of what the feature loss does not need, before the student runs."""
-        if self.feature_loss is None or not self._distils_features:
-            return outputs
-        phase = self._teacher.phases(batch) if self.feature_loss.samples_tokens else None
-        outputs.features = self.feature_loss.select(outputs.features, outputs.mask, phase)
-        return outputs
+        return self.feature_loss.select(features, mask, phases() if self.feature_loss.samples_tokens else None)
 
     def compute_loss(
         self,

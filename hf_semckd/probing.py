@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +33,7 @@ class Probe:
         student_features: What the student's layers gave.
         teacher_features: What the teacher's layers gave.
         tokens_aligned: Whether position n of both models stands for the same input.
+        teacher_logits: Shape of the teacher's logits, or None when they are not needed.
     """
 
     student_logits: Tensor | None
@@ -44,6 +42,7 @@ class Probe:
     student_features: list[Tensor]
     teacher_features: list[Tensor]
     tokens_aligned: bool
+    teacher_logits: tuple[int, ...] | None = None
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -53,6 +52,16 @@ def column_names(dataset: Any) -> list[str]:
         return list(names or ())
     sample = next(iter(first_samples(dataset)), None)
     return list(sample) if isinstance(sample, Mapping) else []
+
+
+def spread_samples(dataset: Any, count: int) -> list[Any]:
+    """Return a few samples of a map-style dataset, from its beginning to its end."""
+    size = len(dataset)
+    return (
+        [dataset[index * size // count] for index in range(count)]
+        if size > count
+        else list(map(dataset.__getitem__, range(size)))
+    )
 
 
 def first_samples(dataset: Any) -> list[Any]:
@@ -102,10 +111,7 @@ def probe(
         LayerNotFoundError: When a chosen layer does not exist.
         TeacherOutputError: When the teacher's outputs are not finite.
     """
-    _check_decoder_inputs(teacher.model, teacher.inputs(batch))
-    teacher_outputs, teacher_recorded = _run(
-        "teacher", batch, lambda: teacher.forward(teacher.inputs(batch), features=features)
-    )
+    shape, teacher_specs, teacher_features = _look_at_teacher(teacher, batch, features, logits)
     student_inputs = select_inputs(student, batch)
     _check_decoder_inputs(student, student_inputs)
     was_training = student.training
@@ -116,42 +122,38 @@ def probe(
         )
     finally:
         student.train(was_training)
-    teacher_features: list[Tensor] = []
-    if features:
-        teacher.capture.resolve(teacher.model, teacher_outputs)
-        teacher_features = teacher.capture.collect(teacher_outputs, teacher_recorded)
-    student_logits = _check_logits(student_outputs, teacher_outputs, logits)
-    _check_teacher_values(teacher, teacher_outputs, teacher_features, batch, logits)
     return Probe(
-        student_logits,
+        _check_logits(student_outputs, shape, logits),
         [
             describe(x, n, student, student_inputs)
             for x, n in zip(student_features, student_capture.names(), strict=False)
         ],
-        [
-            describe(x, n, teacher.model, teacher.inputs(batch))
-            for x, n in zip(teacher_features, teacher.capture.names(), strict=False)
-        ],
+        teacher_specs,
         student_features,
         teacher_features,
         not teacher.has_own_tokens(batch),
+        shape,
     )
 
 
-@contextmanager
-def untouched_random_state(seed: int) -> Iterator[None]:
-    """Seed all generators for a moment and restore them: probing and building leave training's randomness alone."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+def _look_at_teacher(
+    teacher: Teacher, batch: Mapping[str, Any], features: bool, logits: bool
+) -> tuple[tuple[int, ...] | None, list[FeatureSpec], list[Tensor]]:
+    """Return the shape of the teacher's logits, its layers, and their features unless it stays unloaded."""
+    inputs = teacher.inputs(batch)
+    if teacher.note is not None:
+        teacher.capture.layers = list(teacher.note.layers)
+        known = teacher.note.logits
+        return known if logits else None, teacher.note.specs_for(inputs) if features else [], []
+    _check_decoder_inputs(teacher.model, inputs)
+    outputs, recorded = _run("teacher", batch, lambda: teacher.forward(inputs, features=features))
+    taken: list[Tensor] = []
+    if features:
+        teacher.capture.resolve(teacher.model, outputs)
+        taken = teacher.capture.collect(outputs, recorded)
+    _check_teacher_values(teacher, outputs, taken, batch, logits)
+    specs = [describe(x, n, teacher.model, inputs) for x, n in zip(taken, teacher.capture.names(), strict=False)]
+    return tuple(logits_of(outputs, "teacher").shape) if logits else None, specs, taken
 
 
 def _capture_student(
@@ -183,15 +185,16 @@ def _run(role: str, batch: Mapping[str, Any], forward: Any) -> Any:
         ) from error
 
 
-def _check_logits(student_outputs: Any, teacher_outputs: Any, needed: bool) -> Tensor | None:
-    if not needed:
+def _check_logits(student_outputs: Any, teacher_shape: tuple[int, ...] | None, needed: bool) -> Tensor | None:
+    if not needed or teacher_shape is None:
         try:
             return logits_of(student_outputs, "student")
         except InputError:
             return None
-    student, teacher = logits_of(student_outputs, "student"), logits_of(teacher_outputs, "teacher")
-    if student.shape != teacher.shape:
-        raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
+    student = logits_of(student_outputs, "student")
+    # Of a teacher that is not loaded the classes are known, not the batch.
+    if tuple(student.shape)[-len(teacher_shape) :] != teacher_shape:
+        raise InputError(logit_shape_message(tuple(student.shape), teacher_shape))
     return student
 
 

@@ -1,8 +1,6 @@
-"""Which tokens of a sample are compared: a share of them, spread evenly, the same ones whenever the sample comes."""
+"""Which tokens of a sample are compared: a few, spread evenly, the same ones whenever the sample comes."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -10,8 +8,6 @@ from torch import Tensor
 # An odd factor near 2^32 / golden ratio: neighbouring sums land far apart (Knuth's multiplicative hashing).
 SPREADING_FACTOR = 2654435761
 PHASES = 2**24
-# A share of a whole number may come out a little above the whole number that it is.
-ROUNDING = 1e-4
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,6 +26,8 @@ def content_phase(values: Tensor, mask: Tensor | None = None) -> Tensor:
     if values.is_floating_point():
         values = values.contiguous().view(INTEGERS[values.element_size()])
     values = values.long()
+    # The low half of doubles that were floats once is empty.
+    values = values ^ (values >> 32)
     if mask is not None and mask.shape == values.shape:
         values = values * (mask != 0)
     total = values.flatten(1).sum(1)
@@ -37,37 +35,36 @@ def content_phase(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def spread_positions(
-    length: int, fraction: float, *, mask: Tensor | None = None, phase: Tensor | None = None, like: Tensor
+    length: int, limit: int, *, mask: Tensor | None = None, phase: Tensor | None = None, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Choose a share of each sample's tokens at even distances (systematic sampling).
+    """Choose some of each sample's tokens at even distances (systematic sampling).
 
-    A sample with n tokens gets ceil(n * fraction) of them: those of rank floor((k + phase) * n / chosen). Over all
-    phases every token is as likely as any other, so the mean over the chosen ones is an unbiased estimate.
+    A sample with n tokens gets m = min(n, limit) of them: those of rank floor((k + phase) * n / m). Over all phases
+    every token is as likely as any other, so the mean over the chosen ones is an unbiased estimate.
 
     Args:
         length: N, the number of positions, padding included.
-        fraction: Share of the tokens, in (0, 1].
+        limit: Most tokens that are chosen of a sample, >= 1.
         mask: (B, N); only positions with 1 are tokens. None: all are.
         phase: (B) in [0, 1), see `content_phase`; None for 0.
         like: Any tensor of the batch (B, ...), for its size and device.
 
     Returns:
-        Positions (B, K), K = ceil(N * fraction), and the mask (B, K) of those that were chosen, or None when all
-        were. K depends on the shapes alone.
+        Positions (B, K), K = min(N, limit), and the mask (B, K) of those that were chosen, or None when all were. The
+        chosen ones come first. K depends on the shapes alone.
     """
     batch, device = len(like), like.device
-    width = max(math.ceil(length * fraction - ROUNDING), 1)
-    steps = torch.arange(width, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
-    offset = torch.zeros(batch, device=device) if phase is None else phase
+    width = min(length, limit)
+    steps = torch.arange(width, device=device)
     tokens = torch.full((batch, 1), length, device=device) if mask is None else (mask != 0).sum(1, keepdim=True)
-    chosen = (tokens * fraction - ROUNDING).ceil().long().clamp(min=1, max=width)
-    # A float32 phase and a float64 product: the floor is that of the exact number wherever it matters.
-    ranks = ((steps + offset[:, None].to(steps.dtype)) * tokens / chosen).floor().long()
+    chosen = tokens.clamp(min=1, max=width)
+    # In whole numbers: rounding a rank up would choose another token, or padding.
+    offset = steps.new_zeros(batch, 1) if phase is None else (phase * PHASES).long().unsqueeze(1)
+    ranks = ((steps * PHASES + offset) * tokens // (chosen * PHASES)).clamp(max=length - 1)
     if mask is None:
-        return ranks.clamp(max=length - 1), None
-    kept = (steps < chosen) & (tokens > 0)
+        return ranks, None
     order = torch.argsort((mask != 0).to(torch.uint8), dim=1, descending=True, stable=True)
-    return order.gather(1, ranks.clamp(max=length - 1)), kept
+    return order.gather(1, ranks), (steps < chosen) & (tokens > 0)
 
 
 def take_positions(tokens: Tensor, positions: Tensor) -> Tensor:

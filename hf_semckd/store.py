@@ -51,7 +51,7 @@ REFRESH_SECONDS = 1.0
 SETTLED_NANOSECONDS = 2 * 10**9
 
 TODO = (
-    'lower token_fraction, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
+    'lower token_limit, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
     "teacher_cache_limit_gb, or choose a folder on another disk."
 )
 

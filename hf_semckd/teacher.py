@@ -15,8 +15,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from .cache import OutputCache, right_padded_lengths, sample_keys, teacher_fingerprint
+from .cache import TeacherCache, lookup_of, plain_names, teacher_fingerprint, to_batch, token_count, weights_digest
 from .data import TEACHER_PREFIX
+from .deferred import TeacherNote
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture, remove_capturing_traces
 from .modeling import logits_of, token_attention, tokens_mask
@@ -25,6 +26,12 @@ from .truncation import TruncatedForward, find_truncation, runs_by_itself
 
 logger = logging.getLogger(__name__)
 
+# Takes features, their mask and what gives the phases of their samples.
+FeatureSelector = Callable[[Any, Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | Mapping[str, Tensor]]
+# What a cache keeps of a sample besides its tensors, in bytes, about: key, checksum, padding to whole cache lines.
+ROW_OVERHEAD = 512
+# What features are called in a cache where all of them are kept.
+WHOLE_FEATURE = "feature_"
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
@@ -52,19 +59,27 @@ class Teacher:
     Args:
         model: The teacher.
         layers: Hidden-state indices or module names; None finds all blocks.
-        cache_folder: Where outputs are kept between epochs and runs; None computes them every time.
         compiled: Whether to run it under `torch.compile`, where that works; the model itself is not changed.
+        note: What is known of it, where `model` is empty and its weights are to be loaded when they are needed.
+        load: Loads the model then.
+
+    Attributes:
+        note: None once the weights are there.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[int] | Sequence[str] | None = None,
-        cache_folder: str | os.PathLike[str] | None = None,
         compiled: bool = False,
+        note: TeacherNote | None = None,
+        load: Callable[[], nn.Module] | None = None,
     ):
-        self.cache_folder = cache_folder
-        self._cache: OutputCache | None = None
+        self.cache: TeacherCache | None = None
+        self.note = note
+        self._load = load
+        self._device: torch.device | None = None
+        self._weights: str | None = None
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher")
         self._select = InputSelector(model)
@@ -79,6 +94,9 @@ class Teacher:
 
     def to(self, device: torch.device) -> None:
         """Move the teacher, unless it was dispatched or quantised and looks after its own placement."""
+        self._device = device
+        if self.note is not None:
+            return
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
         alone = device.type == "cuda" and runs_by_itself(self.model)
@@ -91,6 +109,22 @@ class Teacher:
             self.model.eval()
             self._truncated = find_truncation(self.model, self.capture, self.inputs(batch))
 
+    def materialise(self) -> None:
+        """Load the weights, if they are not there."""
+        if self.note is None or self._load is None:
+            return
+        logger.info("The teacher is needed, and loaded now.")
+        self.note = None
+        self.model = self._load().eval().requires_grad_(False)
+        if self._device is not None:
+            self.to(self._device)
+
+    def weights(self) -> str:
+        """Return a digest of the weights; they are frozen, so that reading them once is enough."""
+        if self._weights is None:
+            self._weights = weights_digest(self.model) if self.note is None else self.note.weights
+        return self._weights
+
     def remove_traces(self) -> None:
         """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
         remove_capturing_traces(self.model)
@@ -99,6 +133,7 @@ class Teacher:
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
         """Run the model on its own inputs; return its raw output and what the hooks recorded."""
+        self.materialise()
         request = self._request if features else {}
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
@@ -162,23 +197,69 @@ class Teacher:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def run(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
+    def open_cache(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        logits: bool,
+        features: bool,
+        kept: str,
+        dtype: torch.dtype | None,
+        limit_bytes: int | None,
+    ) -> TeacherCache:
+        """Use a cache from now on; layers must be resolved.
+
+        Args:
+            folder: Where all caches live.
+            logits: Whether logits are stored.
+            features: Whether the chosen layers' features are stored.
+            kept: What of them is kept; a cache is shared by those who keep the same.
+            dtype: Precision of stored features; None for the teacher's own.
+            limit_bytes: Most that it may take; None for what the disk can spare.
+        """
+        layers = self.capture.layers or () if features else ()
+        fingerprint = teacher_fingerprint(self.weights(), layers, logits, f"{kept} {dtype}")
+        self.cache = TeacherCache(folder, fingerprint, self._select, dtype=dtype, limit_bytes=limit_bytes)
+        return self.cache
+
+    def run(
+        self, batch: Mapping[str, Any], *, logits: bool, features: bool, select: FeatureSelector | None = None
+    ) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch, as asked; from the cache where it can.
 
         Args:
             batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
+            select: Takes what is needed out of the features, given their mask and the samples' `phases`; None keeps
+                all.
         """
-        inputs = self.inputs(batch)
-        if self.cache_folder is None:
-            own = any(key.startswith(TEACHER_PREFIX) for key in batch)
-            labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
-            return self._live(inputs, labels, logits=logits, features=features)
-        if self._cache is None:
-            layers = self.capture.layers or () if features else ()
-            self._cache = OutputCache(self.cache_folder, teacher_fingerprint(self.model, layers, logits))
-        return self._cached(self._cache, inputs, logits=logits, features=features)
+        if self.cache is not None:
+            return self._cached(self.cache, batch, logits=logits, features=features, select=select)
+        self.materialise()
+        own = any(key.startswith(TEACHER_PREFIX) for key in batch)
+        labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
+        outputs = self._live(self.inputs(batch), labels, logits=logits, features=features)
+        if select is not None:
+            outputs.features = select(outputs.features, outputs.mask, lambda: self.phases(batch))
+        return outputs
+
+    def stored_bytes(self, batch: Mapping[str, Any], run: Callable[[Mapping[str, Any]], TeacherOutputs]) -> float:
+        """Return how many bytes the cache would take for a sample of a batch, on average.
+
+        Args:
+            batch: A few samples.
+            run: Computes the outputs as training does.
+        """
+        cache, self.cache = self.cache, None
+        assert cache is not None
+        try:
+            outputs = run(batch)
+        finally:
+            self.cache = cache
+        self.wait()
+        rows = cache.rows(_named(outputs), self.inputs(batch))
+        return sum(value.nbytes for row in rows for value in row.values()) / len(rows) + ROW_OVERHEAD
 
     def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
         if features and not logits and self._truncated is not None:
@@ -194,21 +275,40 @@ class Teacher:
             mask=tokens_mask(token_attention(inputs, labels, self.model), taken),
         )
 
-    def _cached(self, cache: OutputCache, inputs: dict[str, Any], *, logits: bool, features: bool) -> TeacherOutputs:
-        lengths = right_padded_lengths(inputs)
-        device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), torch.device("cpu"))
-        keys = sample_keys(inputs, lengths)
-        rows = [cache.load(key, device) for key in keys]
-        missing = [index for index, row in enumerate(rows) if row is None]
+    def _cached(
+        self,
+        cache: TeacherCache,
+        batch: Mapping[str, Any],
+        *,
+        logits: bool,
+        features: bool,
+        select: FeatureSelector | None,
+    ) -> TeacherOutputs:
+        lookup, inputs = lookup_of(batch) or cache.look_up(batch), self.inputs(batch)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        device, width = next(iter(tensors.values())).device, token_count(inputs)
+        missing = [index for index, present in enumerate(lookup.present) if not present]
+        stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         if missing:
-            part = {k: v[missing] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            if self.note is not None:
+                self.materialise()
+                inputs = self.inputs(batch)
+                tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            part = {**inputs, **{name: value[missing] for name, value in tensors.items()}}
             outputs = self._live(part, None, logits=logits, features=features)
-            for position, index in enumerate(missing):
-                row = _sample(outputs, position, None if lengths is None else lengths[index])
-                cache.save(keys[index], *row)
-                rows[index] = row
-        width = inputs["attention_mask"].shape[1] if lengths is not None else None
-        return _batch([row for row in rows if row is not None], width, inputs.get("attention_mask"))
+            if select is not None:
+                outputs.features = select(outputs.features, outputs.mask, lambda: self.phases(batch)[missing])
+            rows = cache.rows(_named(outputs), part)
+            cache.store.write([lookup.keys[index] for index in missing], rows)
+            # As stored, in the stored precision: a sample is the same when it is met again.
+            stored = to_batch(_merged(stored, lookup.present, rows, device), width)
+        named = plain_names(stored)
+        mask = inputs.get("attention_mask")
+        logit_values = named.pop("logits", None)
+        kept: Any = named
+        if named and all(name.startswith(WHOLE_FEATURE) for name in named):
+            kept = [named[f"{WHOLE_FEATURE}{layer}"] for layer in range(len(named))]
+        return TeacherOutputs(logit_values, kept or [], tokens_mask(mask, kept if isinstance(kept, list) else []))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.
@@ -284,41 +384,26 @@ def _by_layer(entry: tuple[tuple[str, str, str], Tensor]) -> int:
     return int(entry[0][2])
 
 
-def _sample(outputs: TeacherOutputs, index: int, length: int | None) -> tuple[dict[str, Tensor], set[str]]:
-    """Take one sample out of a batch of outputs, cut to its own length where its padding was."""
-    named: dict[str, Tensor] = {f"feature_{n}": feature for n, feature in enumerate(_listed(outputs.features))}
-    if outputs.logits is not None:
-        named["logits"] = outputs.logits
-    width = outputs.mask.shape[1] if outputs.mask is not None else None
-    sequences = {name for name, value in named.items() if length is not None and _runs_along(value, width)}
-    return {
-        name: value[index, :length] if name in sequences else value[index] for name, value in named.items()
-    }, sequences
+def _named(outputs: TeacherOutputs) -> dict[str, Tensor]:
+    """Return all tensors of the outputs that a cache keeps, by name."""
+    features = outputs.features
+    if not isinstance(features, Mapping):
+        features = {f"{WHOLE_FEATURE}{layer}": feature for layer, feature in enumerate(features)}
+    return dict(features) if outputs.logits is None else {**features, "logits": outputs.logits}
 
 
-def _batch(rows: Sequence[tuple[dict[str, Tensor], set[str]]], width: int | None, mask: Any) -> TeacherOutputs:
-    """Put samples together again, padded with zeros to the batch's width."""
-    sequences = rows[0][1]
-    stacked = {}
-    for name in rows[0][0]:
-        values = [row[0][name] for row in rows]
-        if name in sequences:
-            padded = values[0].new_zeros(len(values), width or 0, *values[0].shape[1:])
-            for index, value in enumerate(values):
-                padded[index, : len(value)] = value
-            stacked[name] = padded
-        else:
-            stacked[name] = torch.stack(values)
-    features = [stacked[f"feature_{position}"] for position in range(len(stacked) - ("logits" in stacked))]
-    return TeacherOutputs(stacked.get("logits"), features, tokens_mask(mask, features))
-
-
-def _listed(features: Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
-    return list(features.values()) if isinstance(features, Mapping) else list(features)
-
-
-def _runs_along(value: Tensor, width: int | None) -> bool:
-    return value.dim() == 3 and value.shape[1] == width
+def _merged(
+    stored: Mapping[str, Tensor], present: Sequence[bool], computed: Sequence[dict[str, Tensor]], device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Return the rows of a batch in order: those that were stored, and those that were missing."""
+    found = iter(range(sum(present)))
+    missing = iter(computed)
+    return [
+        {name: value[index] for name, value in stored.items()}
+        if there and (index := next(found)) is not None
+        else {name: value.to(device) for name, value in next(missing).items()}
+        for there in present
+    ]
 
 
 class InputSelector:
@@ -439,6 +524,19 @@ def load_model(
             )
         )
     return model
+
+
+def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:
+    """Return a model of a name or folder without memory for its weights, to look at.
+
+    Args:
+        source: What `from_pretrained` takes.
+        like: A model whose task head is wanted.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    kind = _model_class(config, like)
+    with torch.device("meta"):
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
 def _in_precision(model: nn.Module, role: str, dtype: torch.dtype) -> nn.Module:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from .cache import CACHED
+from .caching import CacheCallback, CachingTrainer
 from .callbacks import AssociationCallback
 from .checkpoint import CheckpointingTrainer
 from .config import SemCKDConfig
+from .data import untouched_random_state
 from .features import FeatureCapture, remove_capturing_traces
 from .hub import PublishingTrainer
 from .losses import FeatureLoss, SemCKDLoss
@@ -36,8 +39,8 @@ from .preflight import (
     check_published_batches,
     check_teacher_given,
 )
-from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe, untouched_random_state
-from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, InputSelector, Teacher, forward_parameters, load_model
+from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe
+from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, InputSelector, Teacher, empty_model, forward_parameters, load_model
 from .terms import Task, Window, task_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ logger = logging.getLogger(__name__)
 ModelSource = nn.Module | str | os.PathLike[str]
 
 
-class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrainer, PublishingTrainer):
+class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, CheckpointingTrainer, PublishingTrainer):
     """`transformers.Trainer` that also learns from a frozen teacher.
 
     total loss = task_weight * task + logit_weight * logits + feature_weight * features, each averaged over the
@@ -165,24 +168,33 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         # The terms are scaled here for accumulation and processes; Trainer must not do it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        dtype = self.args.resolved_teacher_dtype()
-        teacher = load_model(teacher_model, "teacher", like=self.student, dtype=dtype)  # type: ignore[arg-type]
-        check_models(self.student, teacher)
+        self._teacher = self._make_teacher(teacher_model)
+        teacher = self._teacher.model
         check_label_names(self.student, teacher)
         check_encoder_decoder((self.student, teacher), self.args)
-        self._teacher = Teacher(
-            teacher, self.args.teacher_layers, self.args.teacher_cache_dir, compiled=self.args.teacher_compile
-        )
         self._teacher.to(self.args.device)
         self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
         self._select_for_student = InputSelector(self.student)
         self._student_takes = set(self._select_for_student.parameters)
         self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
-        self.callback_handler.callbacks.insert(0, AssociationCallback(self))
+        self.callback_handler.callbacks[:0] = [AssociationCallback(self), CacheCallback(self)]
         if self.train_dataset is not None:
             with untouched_random_state(self.args.seed):
                 check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
             self._build()
+
+    def _make_teacher(self, source: Any) -> Teacher:
+        """Load the teacher, unless it was cached before and may stay where it is."""
+        args = self.args
+
+        def load() -> nn.Module:
+            return load_model(source, "teacher", like=self.student, dtype=args.resolved_teacher_dtype())
+
+        note = None if isinstance(self._feature_loss_source, FeatureLoss) else self._known_teacher(source)
+        model = load() if note is None else empty_model(source, like=self.student)
+        # Before it is frozen, and with it whatever it shares.
+        check_models(self.student, model)
+        return Teacher(model, args.teacher_layers, compiled=args.teacher_compile, note=note, load=load)
 
     def _build(self) -> None:
         """Probe both models with a small batch and make the feature loss for the layers that were found."""
@@ -191,9 +203,11 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             with untouched_random_state(self.args.seed):
                 batch = self._prepare_input(self._probe_batch())
                 self._probe = self._probe_models(batch)
-                self._teacher.prepare(batch, logits=self.args.distils_logits, features=self._distils_features)
+                if self._teacher.note is None:
+                    self._teacher.prepare(batch, logits=self.args.distils_logits, features=self._distils_features)
                 if self._distils_features:
                     self.feature_loss = self._make_feature_loss(self._probe)
+            self._open_teacher_cache(self._teacher.inputs(batch))
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(self.student)
@@ -241,12 +255,17 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         """Return a small training batch as the student will see it."""
         if self.train_dataset is None:
             return next(iter(self.get_train_dataloader()))
+        dataset, collator = self._dataset_and_collator()
+        return collate(collator, first_samples(dataset))
+
+    def _dataset_and_collator(self) -> tuple[Any, Any]:
+        """Return the training samples and the collator as a training data loader has them."""
         dataset, collator = self.train_dataset, self.data_collator
         if hasattr(dataset, "remove_columns") and hasattr(dataset, "column_names") and dataset.column_names:
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return collate(collator, first_samples(dataset))
+        return dataset, collator
 
     # ---- Training: attach, count, weigh ------------------------------------------------------------------------
 
@@ -317,6 +336,8 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
             self.feature_loss.automatic_synchronization = True
         if self._teacher is not None:
             self._teacher.remove_traces()
+            if self._teacher.cache is not None:
+                self._teacher.cache.store.flush()
         if self._attachment is None or not self._attachment.removable:
             return
         self._attachment.detach()
@@ -373,7 +394,7 @@ class DistillationTrainer(ObjectiveTrainer, ObservingTrainer, CheckpointingTrain
         own = {
             key: value
             for key, value in inputs.items()
-            if key not in self._teacher_only and not key.startswith(TEACHER_PREFIX)
+            if key not in self._teacher_only and key != CACHED and not key.startswith(TEACHER_PREFIX)
         }
         if isinstance(self.student, PreTrainedModel) or hasattr(self.student, "get_base_model"):
             return own

@@ -6,38 +6,43 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import at_least_float32, full_precision
+from .functional import full_precision
 
 # On a CPU a few samples at a time: their targets then stay in its cache, and need no large allocation.
 BLOCK_BYTES = 4 * 2**20
 
 
 def weighted_feature_error(
-    projected: Sequence[Tensor],
+    features: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Tensor,
     mask: Tensor | None = None,
     *,
+    projections: Sequence[tuple[Tensor, Tensor]] | None = None,
     centre: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return sum over t of weights_t * MSE(projected_s, target_t) for every sample and student layer.
+    """Return sum over t of weights_t * MSE(p_s, target_t) for every sample and student layer, p_s its projection.
 
     With the weighted mean target m_s = sum_t w_t y_t / W, W = sum_t w_t, that sum is W * |p_s - m_s|^2 plus what
     the targets spread about m_s, W / 2 * sum_tu (w_t / W) (w_u / W) |y_t - y_u|^2. Its gradient is 2 W (p_s - m_s) to
-    the projection and the pair's own error to a weight. So backward keeps one difference (B, N, C) for each student
-    layer, the distances between teacher layers are shared by all student layers, and nothing of the size
-    (B, S, T, N, C) exists. The teacher layers' common part is taken off first, and distances are weighted
-    instead of subtracting weighted squares: the textbook expansion loses all digits to outlier channels.
+    the projected features and the pair's own error to a weight. So backward keeps one difference (B, N, C) for each
+    student layer, the distances between teacher layers are shared by all student layers, and nothing of the size
+    (B, S, T, N, C) exists, not even the projected features. The teacher layers' common part is taken off first, and
+    distances are weighted instead of subtracting weighted squares: the textbook expansion loses all digits to outlier
+    channels.
 
     Args:
-        projected: S tensors (B, N, C) that carry the gradient; half precision is widened.
+        features: S tensors (B, N, D_s) that carry the gradient; of width C without projections.
         targets: T tensors (B, N, C) without gradient.
         weights: (B, S, T), non-negative; may carry a gradient.
         mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
+        projections: For each student layer a weight (C, D_s) and a bias (C), applied first, in autocast's precision
+            where that is on; layers may share them.
         centre: (T, C) taken off the targets on the way; None for 0.
         scale: (T, C) that they are multiplied by then; None for 1.
 
@@ -45,7 +50,8 @@ def weighted_feature_error(
         The weighted errors (B, S), and the errors of the pairs (B, S, T) without gradient; at least in float32.
     """
     kept = None if mask is None else mask != 0
-    return _WeightedFeatureError.apply(weights, kept, centre, scale, len(projected), *projected, *targets)
+    linear = [] if projections is None else [entry for pair in zip(*projections, strict=True) for entry in pair]
+    return _WeightedFeatureError.apply(weights, kept, centre, scale, len(features), *features, *linear, *targets)
 
 
 class _Sums(NamedTuple):
@@ -69,88 +75,134 @@ class _WeightedFeatureError(torch.autograd.Function):
         count: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        projected, targets = tensors[:count], tensors[count:]
-        dtype = _common_dtype(projected, targets, centre)
+        layers = weights.shape[2]
+        features, linear, targets = tensors[:count], tensors[count:-layers], tensors[-layers:]
+        narrow = _narrow_dtype(features[0], linear)
+        dtype = _wide_dtype([*features, *linear, *targets, *([] if centre is None else [centre])])
         wide = weights.to(dtype)
         total = wide.sum(2)
         # Without any weight every mean has the gradient 0; that of all layers keeps the pair errors right.
         tiny = torch.finfo(dtype).tiny
-        shares = torch.where(total.unsqueeze(2) > tiny, wide / total.clamp(min=tiny).unsqueeze(2), 1.0 / wide.shape[2])
-        batch, positions, channels = projected[0].shape
+        shares = torch.where(total.unsqueeze(2) > tiny, wide / total.clamp(min=tiny).unsqueeze(2), 1.0 / layers)
+        batch, positions, channels = targets[0].shape
         difference = torch.empty(batch, count, positions, channels, dtype=dtype, device=weights.device)
+        cast = [entry.to(narrow) for entry in linear]
         with full_precision(weights):
-            parts = [
-                _block(projected, targets, shares, mask, centre, scale, rows, difference)
-                for rows in _blocks(len(targets), difference)
-            ]
-            size = (
-                difference.new_full((batch, 1), float(positions))
-                if mask is None
-                else mask.sum(1, keepdim=True).clamp(min=1).to(dtype)
-            ) * channels
-            sums = _Sums(*(torch.cat(entry) for entry in zip(*parts, strict=True)))
-            fit, inner, distance = sums.fit / size, sums.inner / size[:, :, None], sums.distance / size[:, :, None]
-            mixed = torch.bmm(shares, distance)
-            spread = 0.5 * (mixed * shares).sum(2)
-            # |p_s - y_t|^2 = |p_s - m_s|^2 + 2 <p_s - m_s, m_s - y_t> + |m_s - y_t|^2
-            across = (shares * inner).sum(2, keepdim=True) - inner
-            errors = (fit.unsqueeze(2) + 2.0 * across + mixed - spread.unsqueeze(2)).clamp(min=0.0)
-            value = total * (fit + spread)
-        ctx.save_for_backward(difference, 2.0 * total / size, errors)
-        ctx.dtypes = [weights.dtype, *(entry.dtype for entry in projected)]
+            parts = []
+            for rows in _blocks(layers, difference):
+                taught, common = _taught(targets, rows, dtype, centre, scale, mask)
+                own = _subtract_means(difference[rows], shares[rows], taught, common)
+                for s, feature in enumerate(features):
+                    values = feature[rows].to(narrow)
+                    own[:, s].add_(F.linear(values, cast[s], cast[count + s]) if cast else values)
+                if mask is not None:
+                    own.masked_fill_(~mask[rows, None, :, None], 0.0)
+                parts.append(_sums(own, taught))
+            size = _counted(mask, batch, positions, difference) * channels
+            value, errors = _errors(_Sums(*(torch.cat(entry) for entry in zip(*parts, strict=True))), shares, size)
+        # With a projection its inputs are needed again; without one the difference is the gradient itself.
+        ctx.save_for_backward(difference, 2.0 * total / size, errors, *(tensors[:-layers] if linear else ()))
+        ctx.count, ctx.layers, ctx.narrow = count, layers, narrow
+        ctx.dtypes = [weights.dtype, *(entry.dtype for entry in features)]
         ctx.mark_non_differentiable(errors)
-        return value, errors
+        return total * value, errors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _errors: Tensor) -> tuple[Tensor | None, ...]:
-        difference, factor, errors = ctx.saved_tensors
-        step = gradient * factor
-        count = difference.shape[1]
+        difference, factor, errors, *saved = ctx.saved_tensors
+        count, needed = ctx.count, ctx.needs_input_grad[5:]
         to_weights = (gradient.unsqueeze(2) * errors).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        to_projected = [
-            (difference[:, s] * step[:, s, None, None]).to(ctx.dtypes[1 + s]) if ctx.needs_input_grad[5 + s] else None
-            for s in range(count)
-        ]
-        nothing = [None] * (len(ctx.needs_input_grad) - 5 - count)
-        return to_weights, None, None, None, None, *to_projected, *nothing
+        step = gradient * factor
+        results: list[Tensor | None] = [None] * (3 * count if saved else count)
+        with full_precision(gradient):
+            for s in range(count):
+                towards = difference[:, s] * step[:, s, None, None]
+                if not saved:
+                    results[s] = towards.to(ctx.dtypes[1 + s]) if needed[s] else None
+                    continue
+                feature, weight, bias = saved[s], saved[count + s], saved[2 * count + s]
+                narrow = towards.to(ctx.narrow)
+                if needed[s]:
+                    results[s] = (narrow @ weight.to(ctx.narrow)).to(feature.dtype)
+                if needed[count + s]:
+                    flat = narrow.flatten(0, 1).T @ feature.flatten(0, 1).to(ctx.narrow)
+                    results[count + s] = flat.to(weight.dtype)
+                if needed[2 * count + s]:
+                    results[2 * count + s] = towards.sum((0, 1)).to(bias.dtype)
+        return to_weights, None, None, None, None, *results, *[None] * ctx.layers
 
 
-def _block(
-    projected: Sequence[Tensor],
+def _taught(
     targets: Sequence[Tensor],
-    shares: Tensor,
-    mask: Tensor | None,
+    rows: slice,
+    dtype: torch.dtype,
     centre: Tensor | None,
     scale: Tensor | None,
-    rows: slice,
-    difference: Tensor,
-) -> _Sums:
-    """Compare a few samples: write p_s - m_s into `difference`, and return what the errors are made of."""
-    own = difference[rows]
-    taught = torch.stack([target[rows] for target in targets], 1).to(own.dtype)
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return a few samples' targets (b, T, N, C) without what all layers have in common, and that (b, 1, N, C)."""
+    taught = torch.stack([target[rows] for target in targets], 1).to(dtype)
     if centre is not None:
         taught.sub_(centre[:, None, :])
     if scale is not None:
         taught.mul_(scale[:, None, :])
     common = taught.mean(1, keepdim=True)
     taught.sub_(common)
-    hidden = None if mask is None else ~mask[rows, None, :, None]
-    if hidden is not None:
-        taught.masked_fill_(hidden, 0.0)
-    flat = taught.flatten(2)
+    if mask is not None:
+        taught.masked_fill_(~mask[rows, None, :, None], 0.0)
+    return taught, common
+
+
+def _subtract_means(own: Tensor, shares: Tensor, taught: Tensor, common: Tensor) -> Tensor:
+    """Write minus the weighted mean targets into `own` (b, S, N, C): the one large tensor there is."""
     own.copy_(common.expand_as(own))
-    own.flatten(2).baddbmm_(shares[rows], flat)
-    for s, entry in enumerate(projected):
-        # In place, p - m: there is one large tensor for each student layer, and no other.
-        own[:, s].neg_().add_(entry[rows])
-    if hidden is not None:
-        own.masked_fill_(hidden, 0.0)
-    gram = torch.bmm(flat, flat.transpose(1, 2))
+    own.flatten(2).baddbmm_(shares, taught.flatten(2))
+    return own.neg_()
+
+
+def _sums(own: Tensor, taught: Tensor) -> _Sums:
+    """Return what the errors are made of, from the differences p_s - m_s and the centred targets."""
+    differences, rows = own.flatten(2), taught.flatten(2)
+    gram = torch.bmm(rows, rows.transpose(1, 2))
     squares = gram.diagonal(dim1=1, dim2=2)
     distance = (squares[:, :, None] + squares[:, None, :] - 2.0 * gram).clamp(min=0.0)
-    fit = torch.linalg.vector_norm(own.flatten(2), dim=2).square()
-    return _Sums(fit, torch.bmm(own.flatten(2), flat.transpose(1, 2)), distance)
+    fit = torch.linalg.vector_norm(differences, dim=2).square()
+    return _Sums(fit, torch.bmm(differences, rows.transpose(1, 2)), distance)
+
+
+def _errors(sums: _Sums, shares: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean of the pair errors (B, S) and these (B, S, T)."""
+    fit, inner, distance = sums.fit / size, sums.inner / size[:, :, None], sums.distance / size[:, :, None]
+    mixed = torch.bmm(shares, distance)
+    spread = 0.5 * (mixed * shares).sum(2)
+    # |p_s - y_t|^2 = |p_s - m_s|^2 + 2 <p_s - m_s, m_s - y_t> + |m_s - y_t|^2
+    across = (shares * inner).sum(2, keepdim=True) - inner
+    errors = (fit.unsqueeze(2) + 2.0 * across + mixed - spread.unsqueeze(2)).clamp(min=0.0)
+    return fit + spread, errors
+
+
+def _counted(mask: Tensor | None, batch: int, positions: int, like: Tensor) -> Tensor:
+    """Return how many positions of each sample count (B, 1)."""
+    if mask is None:
+        return like.new_full((batch, 1), float(positions))
+    return mask.sum(1, keepdim=True).clamp(min=1).to(like.dtype)
+
+
+def _narrow_dtype(feature: Tensor, linear: Sequence[Tensor]) -> torch.dtype:
+    """Return the precision of the projections: autocast's, or that of their weights."""
+    if not linear:
+        return feature.dtype
+    device = feature.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear[0].dtype
+
+
+def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the widest of the precisions, and at least float32: squares overflow half precision."""
+    dtype = torch.float32
+    for entry in tensors:
+        dtype = torch.promote_types(dtype, entry.dtype)
+    return dtype
 
 
 def _blocks(layers: int, difference: Tensor) -> list[slice]:
@@ -160,11 +212,3 @@ def _blocks(layers: int, difference: Tensor) -> list[slice]:
     if difference.device.type == "cpu":
         size = max(BLOCK_BYTES // max(layers * positions * channels * difference.element_size(), 1), 1)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, max(size, 1))]
-
-
-def _common_dtype(projected: Sequence[Tensor], targets: Sequence[Tensor], centre: Tensor | None) -> torch.dtype:
-    """Return the widest of the precisions, and at least float32: squares overflow half precision."""
-    dtype = at_least_float32(projected[0][:0]).dtype
-    for other in (targets[0], *([] if centre is None else [centre])):
-        dtype = torch.promote_types(dtype, at_least_float32(other[:0]).dtype)
-    return dtype

@@ -25,7 +25,7 @@ OWN = (
     "teacher_dtype",
     "teacher_compile",
     "association_temperature",
-    "token_fraction",
+    "token_limit",
     "grid_limit",
     "calibration_learning_rate",
     "teacher_cache_dir",
@@ -133,6 +133,80 @@ def test_names_that_only_look_like_numbers_stay_names(tmp_path, name):
 @pytest.mark.parametrize("folder", ["", "   "])
 def test_an_empty_cache_folder_is_refused(tmp_path, folder):
     assert "`teacher_cache_dir` is empty" in refusal(tmp_path, teacher_cache_dir=folder)
+
+
+# How much is compared and kept
+
+
+LIMITS = {"token_limit": (16, "a number of tokens"), "grid_limit": (4, "a number of rows and columns")}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("value", [-1, 0.0, 0.25, 4.0, 2.5, "4", None, True, False, [4], math.nan, math.inf])
+def test_the_limits_of_tokens_and_grids_must_be_whole_numbers_from_zero(tmp_path, value, name):
+    default, meaning = LIMITS[name]
+    text = refusal(tmp_path, **{name: value})
+    assert f"`{name}` is not {meaning}" in text and f"received: {value!r}" in text
+    assert "a whole number >= 1, or 0 for no limit" in text and f"set {name} to {default}, or to 0" in text
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("value", [0, 1, 4, 1000])
+def test_any_other_limit_of_tokens_and_grids_will_do(tmp_path, value, name):
+    assert getattr(config(tmp_path, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_tokens_and_grids_are_limited_unless_told_otherwise(tmp_path, name):
+    assert getattr(config(tmp_path), name) == LIMITS[name][0]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -3, *(value for value in NOT_NUMBERS if value is not None)])
+def test_the_limit_of_the_cache_must_be_positive_where_given(tmp_path, value):
+    text = refusal(tmp_path, teacher_cache_limit_gb=value)
+    assert "`teacher_cache_limit_gb`" in text and f"received: {value!r}" in text
+
+
+@pytest.mark.parametrize("value", [None, 0.001, 7, 2.5])
+def test_any_other_limit_of_the_cache_will_do(tmp_path, value):
+    assert config(tmp_path, teacher_cache_limit_gb=value).teacher_cache_limit_gb == value
+
+
+@pytest.mark.parametrize("value", ["float32", "half", "", None, 16, torch.float16])
+def test_an_unknown_precision_of_the_cache_lists_the_known_ones(tmp_path, value):
+    text = refusal(tmp_path, teacher_cache_dtype=value)
+    assert "`teacher_cache_dtype`" in text and f"received: {value!r}" in text
+    assert "'auto', 'float16', 'bfloat16'" in text
+
+
+def test_values_set_by_hand_are_refused_when_they_are_checked_again(tmp_path):
+    bad = {"token_limit": 0.25, "grid_limit": -2, "teacher_cache_dtype": "float8", "teacher_cache_limit_gb": -1}
+    for name, value in bad.items():
+        built = config(tmp_path)
+        setattr(built, name, value)
+        with pytest.raises(ConfigurationError, match=f"`{name}`"):
+            built.validate_distillation()
+
+
+COMPARED_AND_KEPT = {
+    "token_limit": (9, "-1", "0.25"),
+    "grid_limit": (7, "-1", "2.5"),
+    "teacher_cache_dtype": ("bfloat16", None, "float32"),
+    "teacher_cache_limit_gb": (1.5, "-2", "much"),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED_AND_KEPT)
+def test_how_much_is_compared_and_kept_can_be_told_on_the_command_line(tmp_path, name, capsys):
+    value, refused, unreadable = COMPARED_AND_KEPT[name]
+    parsed = getattr(parse(tmp_path, "--use_cpu", f"--{name}", str(value)), name)
+    assert parsed == value and type(parsed) is type(value)
+    if refused is not None:
+        with pytest.raises(ConfigurationError, match=f"`{name}`"):
+            parse(tmp_path, "--use_cpu", f"--{name}", refused)
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--use_cpu", f"--{name}", unreadable)
+    assert f"--{name}" in capsys.readouterr().err
 
 
 # Combinations
@@ -297,7 +371,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "teacher_compile": True,
         "association_temperature": 0.3,
         "calibration_learning_rate": 0.01,
-        "token_fraction": 0.5,
+        "token_limit": 5,
         "grid_limit": 2,
         "teacher_cache_dir": "cache",
         "teacher_cache_dtype": "float16",

@@ -224,6 +224,54 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
         functional.tokens_to_map(normal(2, 19, 3), (4, 5))
 
 
+POOLED = [((6, 6), (3, 3)), ((14, 14), (4, 4)), ((5, 7), (3, 4)), ((7, 5), (2, 5)), ((4, 4), (1, 1)), ((1, 6), (1, 4))]
+
+
+@pytest.mark.parametrize(("grid", "size"), POOLED)
+def test_pool_tokens_averages_the_cells_that_overlap(grid, size):
+    maps = normal(2, 3, *grid, seed=40)
+    tokens = maps.permute(0, 2, 3, 1).reshape(2, -1, 3)
+    expected = np.zeros((2, 3, *size))
+    for h, w in np.ndindex(*size):
+        top, bottom = h * grid[0] // size[0], -(-(h + 1) * grid[0] // size[0])
+        left, right = w * grid[1] // size[1], -(-(w + 1) * grid[1] // size[1])
+        expected[:, :, h, w] = maps[:, :, top:bottom, left:right].numpy().mean((2, 3))
+    actual = functional.pool_tokens(tokens, grid, size)
+    assert actual.shape == (2, 3, *size)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(actual, torch.nn.functional.adaptive_avg_pool2d(maps, size), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("grid", "size"), POOLED)
+def test_pool_tokens_has_the_gradient_of_pooling_the_map(grid, size):
+    tokens = normal(2, grid[0] * grid[1], 3, seed=41).requires_grad_()
+    upstream = normal(2, 3, *size, seed=42)
+    (actual,) = torch.autograd.grad(functional.pool_tokens(tokens, grid, size), tokens, upstream)
+    maps = tokens.transpose(1, 2).reshape(2, 3, *grid)
+    (expected,) = torch.autograd.grad(torch.nn.functional.adaptive_avg_pool2d(maps, size), tokens, upstream)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_pool_tokens_to_the_same_size_rearranges_them():
+    maps = normal(2, 3, 4, 5, seed=43)
+    assert torch.equal(functional.pool_tokens(functional.map_to_tokens(maps), (4, 5), (4, 5)), maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pool_tokens_keeps_the_precision_and_is_not_lowered_by_autocast(dtype):
+    tokens = normal(2, 196, 8, seed=44).to(dtype) + 3
+    expected = functional.pool_tokens(tokens.double(), (14, 14), (4, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = functional.pool_tokens(tokens, (14, 14), (4, 4))
+    assert actual.dtype == dtype
+    assert relative(actual, expected) < 2 * torch.finfo(dtype).eps
+
+
+def test_pool_tokens_of_large_half_precision_values_does_not_overflow():
+    tokens = torch.full((1, 196, 2), 60000.0, dtype=torch.float16)
+    np.testing.assert_allclose(functional.pool_tokens(tokens, (14, 14), (2, 2)).float(), 60000, rtol=2e-3)
+
+
 # Masked means
 
 

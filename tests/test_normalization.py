@@ -142,6 +142,23 @@ def test_large_offsets_keep_their_variance_in_float32(parts):
     np.testing.assert_allclose(statistics.variance, rows(features).var(0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("filling", [0.0, -1e6, float("nan")])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_large_offsets_keep_their_variance_beside_padding_and_before_the_first_merge(at_once, filling):
+    tokens, mask = normal(64, 9, 3, dtype=torch.float32) + 1e4, torch.arange(9) < torch.arange(64)[:, None] % 9 + 1
+    tokens[~mask] = filling
+    statistics = ChannelStatistics(3)
+    for part, kept in zip(tokens.split(16), mask.split(16), strict=True):
+        statistics.observe(part, kept)
+        if not at_once:
+            statistics.merge(statistics.pending())
+    statistics.merge(statistics.pending())
+    values = tokens[mask].double().numpy()
+    assert float(statistics.count) == len(values)
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.variance, values.var(0), rtol=1e-3)
+
+
 def scaled_variance(values):
     """Return the variance that channels are divided by: drawn to the layer's mean by a prior, and never zero."""
     own, typical, count = values.var(0), values.var(0).mean(), len(values)

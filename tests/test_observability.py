@@ -24,7 +24,7 @@ STILL = {
     "learning_rate": 0.0,
     "calibration_learning_rate": 1e-30,
     "target_norm": "none",
-    "token_fraction": 1.0,
+    "token_limit": 0,
     "max_steps": -1,
     "num_train_epochs": 1,
 }

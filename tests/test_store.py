@@ -448,7 +448,7 @@ def test_a_full_disk_ends_the_storing_with_one_warning(
     assert len(shards(tmp_path)) == (3 if stored else 0)
     assert len(warnings_in(caplog)) == (0 if stored else 1)
     if not stored:
-        assert WARNING in caplog.text and "received" in caplog.text and "token_fraction" in caplog.text
+        assert WARNING in caplog.text and "received" in caplog.text and "token_limit" in caplog.text
 
 
 def test_the_limit_counts_the_whole_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -649,7 +649,7 @@ def test_check_space_compares_with_the_limit_and_with_the_disk(
             check_space(folder, 4096, 4096 + 2047)
         check_space(folder, 4096, 4096 + 2048)
     for remedy in (
-        "token_fraction",
+        "token_limit",
         "teacher_layers",
         'teacher_cache_dtype="float16"',
         "teacher_cache_limit_gb",

@@ -218,3 +218,64 @@ def test_it_compiles_without_a_break():
     compiled = torch.compile(weighted_feature_error, fullgraph=True)
     for one, other in zip(run(weighted_feature_error), run(compiled), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# With the projection inside
+
+
+def projected_problem(dtype=torch.float64):
+    _, targets, weights = problem(dtype=dtype)
+    features = [normal(3, 6, 4, seed=30, dtype=dtype), normal(3, 6, 7, seed=31, dtype=dtype)]
+    linears = [(normal(5, width, seed=32 + width, dtype=dtype), normal(5, seed=33, dtype=dtype)) for width in (4, 7)]
+    return features, linears, targets, weights
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_projections_inside_equal_projections_outside(mask, blocks):
+    results = []
+    for inside in (True, False):
+        features, linears, targets, weights = projected_problem()
+        leaves = [entry.requires_grad_() for entry in (weights, *features, *(x for pair in linears for x in pair))]
+        if inside:
+            value, errors = weighted_feature_error(features, targets, weights, mask, projections=linears)
+        else:
+            outside = [x @ weight.T + bias for x, (weight, bias) in zip(features, linears, strict=True)]
+            value, errors = naive(outside, targets, weights, mask), naive_errors(outside, targets, mask)
+        results.append((value, errors, *torch.autograd.grad((value * normal(3, 2, seed=9)).sum(), leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_projections_inside_pass_gradcheck():
+    features, linears, targets, weights = projected_problem()
+    inputs = [entry.requires_grad_() for entry in (weights, *features, *(x for pair in linears for x in pair))]
+
+    def form(weights, first, second, *linear):
+        pairs = [linear[:2], linear[2:]]
+        return weighted_feature_error([first, second], targets[:2], weights[:, :, :2], MASK, projections=pairs)[0]
+
+    assert torch.autograd.gradcheck(form, inputs, fast_mode=False)
+
+
+def test_a_shared_projection_adds_up_its_gradients():
+    features, linears, targets, weights = projected_problem()
+    weight, bias = (entry.requires_grad_() for entry in linears[0])
+    both = [features[0], features[0] * 2]
+    value, _ = weighted_feature_error(both, targets, weights, projections=[(weight, bias)] * 2)
+    expected = naive([x @ weight.T + bias for x in both], targets, weights)
+    wanted = torch.autograd.grad(expected.sum(), (weight, bias))
+    for one, other in zip(torch.autograd.grad(value.sum(), (weight, bias)), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_projections_inside_follow_autocast():
+    features, linears, targets, weights = projected_problem(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, _ = weighted_feature_error(features, targets, weights, MASK, projections=linears)
+    rounded = [
+        torch.nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).double()
+        for x, (weight, bias) in zip(features, linears, strict=True)
+    ]
+    expected = naive(rounded, [target.double() for target in targets], weights.double(), MASK)
+    assert value.dtype == torch.float32
+    assert relative(value, expected) < 1e-6

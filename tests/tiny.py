@@ -210,7 +210,8 @@ def make(
     return OrderedTrainer(
         teacher_model=problem.teacher().to(dtype),
         data_collator=problem.collator,
-        args=arguments(folder, terms, **{**problem.args, **args}),
+        # Few enough tokens for most samples to be cut.
+        args=arguments(folder, terms, **{"token_limit": 3, **problem.args, **args}),
         **problem.parts,
         **{**defaults, **parts},
     )
@@ -375,9 +376,9 @@ class _ByHand:
         for values, kept in zip(content, mask, strict=True):
             if "pixel_values" not in batch:
                 values = values[kept.bool()]
-            total = sum(values.flatten().tolist()) * 2654435761 % 2**32
+            total = sum(value ^ (value >> 32) for value in values.flatten().tolist()) * 2654435761 % 2**32
             tokens = kept.nonzero().flatten().tolist()
-            count = math.ceil(len(tokens) * self.args.token_fraction)
+            count = min(len(tokens), self.args.token_limit or len(tokens))
             phase = total // 256 / 2**24
             chosen.append([tokens[math.floor((k + phase) * len(tokens) / count)] for k in range(count)])
         return chosen

@@ -70,6 +70,11 @@ class FeatureLoss(nn.Module, ABC):
         """Whether `select` chooses among tokens, by the phase that it is given."""
         return False
 
+    @property
+    def kept(self) -> str:
+        """What `select` keeps, in words: losses that say the same can share a teacher cache."""
+        return "whole features"
+
     def select(
         self,
         teacher_features: Sequence[Tensor] | Mapping[str, Tensor],

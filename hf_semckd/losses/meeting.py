@@ -11,7 +11,7 @@ from ..calibration import Alignment, as_map, as_mean, as_tokens, summary, summar
 from ..features import FeatureSpec
 from ..functional import at_least_float32, map_to_tokens, pool_map
 from ..sampling import take_positions
-from .selection import TeacherSelection
+from .selection import TeacherSelection, fitting_mask
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,23 @@ class StudentViews:
             return at_least_float32(self.map(s).detach().flatten(1))
         return summary(feature, spec, self.mask)
 
-    def mask_at(self, meeting: Meeting) -> Tensor | None:
-        """Return the mask (B, N) of the positions that count for both models, or None."""
+    def mask_at(self, s: int, meeting: Meeting) -> Tensor | None:
+        """Return the mask (B, N) of the positions that count for both models, or None.
+
+        Args:
+            s: One of the meeting's student layers.
+            meeting: The meeting.
+        """
         if meeting.kind != "tokens":
             return None
         first = meeting.teachers[0]
-        theirs, own = self.selection.mask_of(self.targets, first), self.mask
+        theirs, own = self.selection.mask_of(self.targets, first), fitting_mask(self.mask, self.features[s])
         positions = self.selection.positions_of(self.targets, first)
         if own is not None and positions is not None:
-            own = own.gather(1, positions.clamp(max=own.shape[1] - 1))
-        if own is None or own.shape[1] != self.targets[f"tokens.{first}"].shape[1]:
-            return theirs
-        return own if theirs is None else (theirs != 0) & (own != 0)
+            own = own.gather(1, positions)
+        if own is None or theirs is None:
+            return own if theirs is None else theirs
+        return (theirs != 0) & (own != 0)
 
 
 def find_meetings(

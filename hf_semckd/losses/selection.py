@@ -34,7 +34,7 @@ class TeacherSelection:
         teacher_specs: The teacher's T layers.
         alignments: How each student layer meets each teacher layer, S x T; empty for whole features only.
         association: What the weights are computed from, or None for fixed weights.
-        token_fraction: Share of each sample's tokens that are compared, in (0, 1].
+        token_limit: Most tokens of a sample that are compared, or None for all.
         grid_limit: Largest height and width of compared maps, or None.
     """
 
@@ -43,21 +43,29 @@ class TeacherSelection:
         teacher_specs: Sequence[FeatureSpec],
         alignments: Sequence[Sequence[Alignment]],
         association: AssociationInput,
-        token_fraction: float = 1.0,
+        token_limit: int | None = None,
         grid_limit: int | None = None,
     ):
         self.specs = list(teacher_specs)
         self.kinds = [{row[t].kind for row in alignments} for t in range(len(self.specs))]
         self.association = association
-        self.token_fraction = token_fraction
+        self.token_limit = token_limit
         self.grid_limit = grid_limit
         layouts = [(spec.length, spec.prefix, spec.grid) for spec in self.specs]
         self.layout = [layouts.index(entry) for entry in layouts]
 
     @property
     def samples_tokens(self) -> bool:
-        """Whether tokens are left out."""
-        return self.token_fraction < 1 and any("tokens" in kinds for kinds in self.kinds)
+        """Whether tokens may be left out."""
+        return self.token_limit is not None and any("tokens" in kinds for kinds in self.kinds)
+
+    def describe(self) -> str:
+        """Say what is kept; equal words mean equal tensors for equal features."""
+        kinds = [",".join(sorted(kinds)) for kinds in self.kinds]
+        tokens = self.token_limit if self.samples_tokens else None
+        grids = self.grid_limit if any("grid" in entry for entry in self.kinds) else None
+        layouts = [(spec.kind, spec.grid, spec.prefix) for spec in self.specs]
+        return repr((kinds, layouts, self.layout, self.association, tokens, grids))
 
     @torch.no_grad()
     def __call__(
@@ -132,10 +140,10 @@ class TeacherSelection:
         self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None, phase: Tensor | None
     ) -> None:
         tokens, first = as_tokens(feature), self.layout[t]
-        if self.token_fraction < 1:
+        if self.token_limit is not None:
             if f"positions.{first}" not in kept:
                 positions, chosen = spread_positions(
-                    tokens.shape[1], self.token_fraction, mask=mask, phase=phase, like=tokens
+                    tokens.shape[1], self.token_limit, mask=mask, phase=phase, like=tokens
                 )
                 kept[f"positions.{first}"] = positions
                 if chosen is not None:
@@ -151,7 +159,8 @@ class TeacherSelection:
     def _keep_summary(self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None) -> None:
         spec = self.specs[t]
         if spec.grid is None:
-            kept.setdefault(f"mean.{t}", as_mean(feature, mask))
+            if f"mean.{t}" not in kept:
+                kept[f"mean.{t}"] = as_mean(feature, mask)
             return
         grid = kept.get(f"grid.{t}")
         if grid is None or tuple(grid.shape[2:]) != summary_size(feature, spec):

@@ -14,12 +14,9 @@ from ..calibration import (
     ConvolutionalProjection,
     FeatureEmbedding,
     SimilarityEmbedding,
-    as_map,
     as_mean,
-    as_tokens,
     attention_weights,
     bound_of_cosine_weights,
-    common_grid,
     fixed_weights,
     free_energy,
     ragged_batch_message,
@@ -29,17 +26,16 @@ from ..calibration import (
 from ..config import Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
-from ..functional import at_least_float32, map_to_tokens, similarity_matrix, squared_error
+from ..functional import at_least_float32, similarity_matrix
 from ..normalization import ChannelStatistics
 from ..weighted_error import weighted_feature_error
 from .base import FeatureLoss, FeatureLossOutput
-from .meeting import Meeting, StudentViews, find_meetings
+from .meeting import StudentViews, find_meetings
+from .pairwise import pairwise_errors
 from .selection import AssociationInput, TeacherSelection, fitting_mask
+from .sharing import layers_per_projection, shared_among_neighbours
 
 Shape = FeatureSpec | Sequence[int]
-
-# Neighbouring student layers share projections where these would weigh more than this share of the student.
-MAXIMUM_PROJECTION_SHARE = 0.2
 
 
 class SemCKDLoss(FeatureLoss):
@@ -61,7 +57,8 @@ class SemCKDLoss(FeatureLoss):
         association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
-        token_fraction: Share of each sample's tokens that are compared, in (0, 1]; the pairwise projector takes all.
+        token_limit: Most tokens of a sample that are compared, evenly spaced; None for all, as the pairwise projector
+            always takes.
         grid_limit: Maps are pooled to at most this many rows and columns before they are compared; None for no limit,
             which the pairwise projector never has.
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
@@ -88,7 +85,7 @@ class SemCKDLoss(FeatureLoss):
         association_temperature: float | None = None,
         batch_size: int | None = None,
         tokens_aligned: bool = True,
-        token_fraction: float = 1.0,
+        token_limit: int | None = None,
         grid_limit: int | None = None,
         layers_per_projection: int = 1,
     ):
@@ -106,7 +103,7 @@ class SemCKDLoss(FeatureLoss):
         ]
         channels = [spec.channels for spec in self.teacher_specs] if target_norm == "channel" else []
         self.statistics = nn.ModuleList(ChannelStatistics(width) for width in channels)
-        self.projection_of = _shared_among_neighbours(self.student_specs, projector, layers_per_projection)
+        self.projection_of = shared_among_neighbours(self.student_specs, projector, layers_per_projection)
         self.projection = self._build_projections()
         self.query, self.key = nn.ModuleList(), nn.ModuleList()
         if association == "learned":
@@ -117,7 +114,7 @@ class SemCKDLoss(FeatureLoss):
             self.teacher_specs,
             self.alignments if projector == "shared" else [],
             self._association_input(),
-            token_fraction,
+            token_limit,
             grid_limit,
         )
 
@@ -170,7 +167,7 @@ class SemCKDLoss(FeatureLoss):
             association_temperature=config.resolved_association_temperature(),
             batch_size=config.per_device_train_batch_size if config.depends_on_batch_size else None,
             tokens_aligned=tokens_aligned,
-            token_fraction=config.token_fraction,
+            token_limit=config.token_limit or None,
             grid_limit=config.grid_limit or None,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
         )
@@ -199,7 +196,7 @@ class SemCKDLoss(FeatureLoss):
         if self.projector == "shared":
             weighted, errors = self._shared_errors(views, targets, weights)
         else:
-            weighted, errors = self._pairwise_errors(student_features, targets, weights, student_mask)
+            weighted, errors = self._pairwise_errors(views, targets, weights)
         # The `last` control trains one student layer: an average over idle layers would only shrink it.
         active = 1 if self.association == "last" else len(self.student_specs)
         per_sample = weighted.sum(1) / active
@@ -214,8 +211,13 @@ class SemCKDLoss(FeatureLoss):
 
     @property
     def samples_tokens(self) -> bool:
-        """Whether only a share of the tokens is compared."""
+        """Whether only some of the tokens are compared."""
         return self.selection.samples_tokens
+
+    @property
+    def kept(self) -> str:
+        """What `select` keeps, in words."""
+        return self.selection.describe()
 
     def select(
         self,
@@ -358,11 +360,19 @@ class SemCKDLoss(FeatureLoss):
         for meeting, students in find_meetings(views, self.alignments, self.teacher_specs).items():
             teachers = list(meeting.teachers)
             statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
+            features = [views.at(s, meeting) for s in students]
+            linears = [self._linear(s, meeting.width) for s in students]
+            projections = [(linear.weight, linear.bias) for linear in linears]
+            if any(hasattr(linear.weight, "ds_id") for linear in linears):
+                # ZeRO-3 gathers a weight when its module is called, and not before.
+                features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
+                projections = []
             values, pairs = weighted_feature_error(
-                [self._projected(views.at(s, meeting), s, meeting) for s in students],
+                features,
                 [self.selection.at(targets, t, meeting.size, meeting.kind) for t in teachers],
                 weights[:, students][:, :, teachers],
-                views.mask_at(meeting),
+                views.mask_at(students[0], meeting),
+                projections=projections or None,
                 centre=torch.stack([entry.mean for entry in statistics]) if statistics else None,
                 scale=torch.stack([entry.scale() for entry in statistics]) if statistics else None,
             )
@@ -371,90 +381,17 @@ class SemCKDLoss(FeatureLoss):
                 errors[:, s, teachers] = pairs[:, index].to(errors.dtype)
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), errors
 
-    def _projected(self, values: Tensor, s: int, meeting: Meeting) -> Tensor:
-        linear = self.projection[self.projection_of[s]][str(meeting.width)]  # type: ignore[index]
-        return linear(values.to(linear.weight.dtype))
+    def _linear(self, s: int, width: int) -> nn.Linear:
+        return self.projection[self.projection_of[s]][str(width)]  # type: ignore[index]
 
     def _pairwise_errors(
-        self,
-        student: Sequence[Tensor],
-        targets: Mapping[str, Tensor],
-        weights: Tensor,
-        student_mask: Tensor | None,
+        self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        teacher_mask = targets.get("mask")
         taught = [self._standardised(t, targets[f"whole.{t}"]) for t in range(len(self.teacher_specs))]
-        rows = []
-        for s, feature in enumerate(student):
-            row = []
-            pooled: dict[tuple[int, int], Tensor] = {}
-            for t, target in enumerate(taught):
-                projection = self.projection[s][t]  # type: ignore[index]
-                dtype = projection[0].weight.dtype
-                kind = self.alignments[s][t].kind
-                if kind == "grid":
-                    size = common_grid(feature, self.student_specs[s], target, self.teacher_specs[t])
-                    if size not in pooled:
-                        pooled[size] = as_map(feature, self.student_specs[s], size).to(dtype)
-                    projected = map_to_tokens(projection(pooled[size]))
-                    row.append(squared_error(projected, map_to_tokens(as_map(target, self.teacher_specs[t], size))))
-                    continue
-                positions, aligned, mask = _aligned(kind, feature, target, student_mask, teacher_mask)
-                row.append(squared_error(projection.project_tokens(positions.to(dtype), mask), aligned, mask))
-            rows.append(torch.stack(row, 1))
-        errors = torch.stack(rows, 1)
+        errors = pairwise_errors(
+            self.projection, views, taught, self.teacher_specs, self.alignments, targets.get("mask")
+        )
         return (weights * errors).sum(2), errors
-
-
-def layers_per_projection(
-    student_specs: Sequence[FeatureSpec], teacher_specs: Sequence[FeatureSpec], student_parameters: int | None
-) -> int:
-    """Return how many neighbouring student layers have to share a projection for all of them to stay small.
-
-    Neighbouring layers of a transformer write into one residual stream, so that one basis serves them.
-
-    Args:
-        student_specs: The student's layers.
-        teacher_specs: The teacher's layers.
-        student_parameters: The size of the student; None when it does not matter.
-
-    Returns:
-        The smallest number that keeps the projections under `MAXIMUM_PROJECTION_SHARE` of the student, or the number
-        of student layers where none does.
-    """
-    if student_parameters is None:
-        return 1
-    widths = {spec.channels for spec in teacher_specs}
-    for shared in range(1, len(student_specs) + 1):
-        owners = _shared_among_neighbours(student_specs, "shared", shared)
-        first = [student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
-        parameters = sum((spec.channels + 1) * width for spec in first for width in widths)
-        if parameters < MAXIMUM_PROJECTION_SHARE * student_parameters:
-            return shared
-    return len(student_specs)
-
-
-def _shared_among_neighbours(specs: Sequence[FeatureSpec], projector: Projector, shared: int) -> list[int]:
-    """Return the index of each student layer's projections: one for `shared` neighbours of equal width."""
-    owners: list[int] = []
-    sharing = 0
-    for s, spec in enumerate(specs):
-        fits = bool(s) and projector == "shared" and spec.channels == specs[s - 1].channels and sharing < shared
-        owners.append(owners[-1] if fits else (owners[-1] + 1 if s else 0))
-        sharing = sharing + 1 if fits else 1
-    return owners
-
-
-def _aligned(
-    kind: str, feature: Tensor, target: Tensor, student_mask: Tensor | None, teacher_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a pair of sequences as tokens (B, N, C), with the mask (B, N) of the positions that count."""
-    if kind == "mean":
-        return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
-    fitting = fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target)
-    masks = [mask for mask in fitting if mask is not None]
-    mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] * masks[1]
-    return as_tokens(feature), as_tokens(target), mask
 
 
 def _specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hf_semckd.config import SemCKDConfig
 from hf_semckd.errors import ConfigurationError, InputError, RaggedBatchError
 from hf_semckd.features import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
+from hf_semckd.losses.semckd import layers_per_projection
 from hf_semckd.normalization import PRIOR_POSITIONS, VARIANCE_FLOOR
 
 ASSOCIATIONS = ["similarity", "learned", "uniform", "last", "one_to_one"]
@@ -772,7 +774,7 @@ def train_on_planted_problem(build, seed, steps=150):
     torch.manual_seed(seed)
     mixing = torch.randn(12, 24) / 12**0.5
     loss, student = build(), TwoLayerStudent()
-    optimizer = torch.optim.Adam([*student.parameters(), *loss.parameters()], lr=0.01)
+    optimizer = torch.optim.Adam([*student.parameters(), *loss.parameters()], lr=0.01, fused=True)
     window = []
     for step in range(steps):
         x = torch.randn(32, 12)
@@ -870,3 +872,384 @@ def test_similarity_is_defined_on_the_micro_batch_and_the_same_for_the_same_micr
         first, second = halves[0][n], halves[1][n]
         expected = torch.cat([first, second]) / 2 if n < layers else (first + second) / 2
         torch.testing.assert_close(entry, expected, rtol=1e-9, atol=1e-13)
+
+
+# (f) A few of the tokens, and maps of a limited size
+
+PHASE = torch.tensor([0.0, 0.3, 0.99, 0.5, 0.75, 0.125, 0.9, 0.62])
+TOKENS = 3
+
+
+def chosen_ranks(count, limit, phase):
+    chosen = min(count, limit)
+    return [math.floor((k + Fraction(phase)) * count / chosen) for k in range(chosen)]
+
+
+class SampledOracle(CalibratedOracle):
+    """The calibrated form at chosen tokens and on small maps, one sample and one token at a time."""
+
+    def __init__(self, loss, scenario, student, teacher, tokens, limit):
+        self.tokens, self.limit = tokens, limit
+        super().__init__(loss, scenario, student, teacher)
+
+    def chosen(self, rows):
+        """Return the chosen ones of each sample's tokens: their ranks are floor((k + phase) * n / chosen)."""
+        return [
+            [tokens[rank] for rank in chosen_ranks(len(tokens), self.tokens, phase)]
+            for phase, tokens in zip(PHASE.tolist(), rows, strict=True)
+        ]
+
+    def limited(self, feature, spec):
+        maps = grid_map(feature, spec)
+        return pool(maps, tuple(min(self.limit, side) for side in maps.shape[2:]))
+
+    def compared(self, feature, spec):
+        if self.kind == "grid":
+            return kept_positions(self.limited(feature, spec), None)
+        return super().compared(feature, spec) if self.kind == "mean" else self.chosen(self.rows(feature))
+
+    def rows(self, feature):
+        return kept_positions(feature, self.masks[1])
+
+    def aligned(self, s, t):
+        if self.kind == "mean":
+            return super().aligned(s, t)
+        if self.kind == "grid":
+            left = self.limited(self.student[s], self.specs[0][s])
+            right = self.limited(self.targets[t], self.specs[1][t])
+            size = tuple(min(a, b) for a, b in zip(left.shape[2:], right.shape[2:], strict=True))
+            return self.project_grid(s, t, pool(left, size)), kept_positions(pool(right, size), None)
+        mine, theirs = self.chosen(self.rows(self.student[s])), self.chosen(self.rows(self.targets[t]))
+        return self.project_rows(s, t, mine), theirs
+
+
+# Scenario, tokens, side of maps: limits that cut nothing, something and nearly everything. At 4 the maps that are
+# compared are also those that similarities are taken on.
+LIMITED = [
+    ("maps", TOKENS, 1),
+    ("maps", TOKENS, 3),
+    ("maps", TOKENS, 4),
+    ("cnn to vit", TOKENS, 2),
+    ("vit to cnn", TOKENS, 2),
+    ("text", 1, 4),
+    ("text", TOKENS, 4),
+    ("text", 6, 4),
+    ("other tokenisation", TOKENS, 4),
+    ("vit to vit", TOKENS, 4),
+]
+
+
+@pytest.mark.parametrize("association", ASSOCIATIONS)
+@pytest.mark.parametrize(("scenario", "tokens", "limit"), LIMITED)
+def test_a_few_tokens_and_small_maps_are_the_naive_sum_over_what_is_left(scenario, association, tokens, limit):
+    loss, student, teacher = problem(scenario, association, token_limit=tokens, grid_limit=limit)
+    masks = masks_of(scenario)
+    out = loss(student, loss.select(teacher, masks[1], PHASE), *masks)
+    total, weights, errors = SampledOracle(loss, scenario, student, teacher, tokens, limit).run()
+    assert relative(out.attention, weights.copy()) < 1e-7
+    assert relative(out.errors, errors) < 1e-9
+    assert relative(out.total, total) < 1e-7
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_few_tokens_and_small_maps_change_the_loss(scenario):
+    whole, student, teacher = problem(scenario, "uniform")
+    less = problem(scenario, "uniform", token_limit=TOKENS, grid_limit=2)[0]
+    masks = masks_of(scenario)
+    pair = [entry(student, entry.select(teacher, masks[1], PHASE), *masks).total for entry in (whole, less)]
+    changed = relative(pair[1], pair[0]) > 1e-4
+    assert changed == (scenario != "other tokenisation"), "means are over all tokens, whatever the limit"
+
+
+def test_gradients_of_a_few_tokens_are_those_of_the_plain_squares():
+    loss, student, teacher = problem("text", token_limit=TOKENS)
+    targets = loss.select(teacher, MASK, PHASE)
+    loss(student, targets, MASK, MASK)
+    loss.eval()
+    student = [feature.requires_grad_() for feature in student]
+    wanted = [*student, *loss.projection.parameters()]
+    out = loss(student, targets, MASK, MASK)
+    actual = torch.autograd.grad(out.total, wanted)
+    total = 0
+    for i, s, t in itertools.product(range(8), range(2), range(3)):
+        tokens = [n for n in range(6) if MASK[i, n]]
+        places = [tokens[rank] for rank in chosen_ranks(len(tokens), TOKENS, float(PHASE[i]))]
+        linear = loss.projection[s][str(teacher[t].shape[2])]
+        target = loss.statistics[t](teacher[t])[i, places]
+        squares = (student[s][i, places] @ linear.weight.T + linear.bias - target) ** 2
+        total = total + out.attention[i, s, t] * squares.mean() / 16
+    expected = torch.autograd.grad(total, wanted)
+    assert all(relative(left, right) < 1e-10 for left, right in zip(actual, expected, strict=True))
+    untouched = (actual[0].abs().sum(2) == 0) & (MASK == 1)
+    assert untouched.any(), "with all tokens compared, nothing would be tested"
+
+
+def sampled_gradients(loss, student, teacher, masks, phase):
+    """Return the output and the gradients of features and parameters, at the tokens that a phase chooses."""
+    return every_gradient(loss, student, loss.select(teacher, masks[1], phase), masks)
+
+
+@pytest.mark.parametrize("filling", [7.0, float("nan")])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("association", ASSOCIATIONS)
+@pytest.mark.parametrize("scenario", ["text", "other tokenisation"])
+def test_longer_padding_of_sampled_tokens_changes_neither_loss_nor_gradients(scenario, association, side, filling):
+    loss, student, teacher = problem(scenario, association, token_limit=TOKENS)
+    wide, masks = copy.deepcopy(loss), masks_of(scenario)
+
+    def pad(feature, value):
+        parts = [feature, torch.full_like(feature[:, :5], value)]
+        return torch.cat(parts if side == "right" else parts[::-1], 1)
+
+    for feature in teacher:
+        feature[masks[1] == 0] = filling
+    out, features, parameters = sampled_gradients(loss, student, teacher, masks, PHASE)
+    padded = [pad(feature, 5.0) for feature in student], [pad(feature, filling) for feature in teacher]
+    other, other_features, other_parameters = sampled_gradients(wide, *padded, [pad(mask, 0) for mask in masks], PHASE)
+    assert out.total.isfinite()
+    torch.testing.assert_close(other.per_sample, out.per_sample, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(other.errors, out.errors, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(other.attention, out.attention, rtol=1e-9, atol=1e-12)
+    own, added = (slice(0, 6), slice(6, None)) if side == "right" else (slice(5, None), slice(0, 5))
+    for left, right in zip(other_features, features, strict=True):
+        if right.dim():  # the `last` association leaves all student layers but one without gradient
+            torch.testing.assert_close(left[:, own], right, rtol=1e-8, atol=1e-12)
+            assert left[:, added].abs().max() == 0
+    for left, right in zip(other_parameters, parameters, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("association", ASSOCIATIONS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_sampled_loss_and_its_gradients_follow_a_permutation_of_the_batch(scenario, association):
+    loss, student, teacher = problem(scenario, association, token_limit=TOKENS, grid_limit=2)
+    other, masks = copy.deepcopy(loss), masks_of(scenario)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    out, features, parameters = sampled_gradients(loss, student, teacher, masks, PHASE)
+    permuted = part(student, order), part(teacher, order), part(masks, order), PHASE[order]
+    moved, moved_features, moved_parameters = sampled_gradients(other, *permuted)
+    torch.testing.assert_close(moved.per_sample, out.per_sample[order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(moved.errors, out.errors[order], rtol=1e-9, atol=1e-12)
+    for left, right in zip(moved_features, features, strict=True):
+        torch.testing.assert_close(left, right[order] if right.dim() else right, rtol=1e-8, atol=1e-12)
+    for left, right in zip(moved_parameters, parameters, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("association", ["learned", "uniform", "last", "one_to_one"])
+@pytest.mark.parametrize("scenario", ["text", "vit to vit"])
+def test_micro_batches_of_sampled_tokens_add_up_to_the_whole_batch(scenario, association):
+    loss, student, teacher = problem(scenario, association, token_limit=TOKENS)
+    loss.automatic_synchronization, masks = False, masks_of(scenario)
+    other = copy.deepcopy(loss)
+    out = loss(student, loss.select(teacher, masks[1], PHASE), *masks)
+    cut = []
+    for piece in (slice(0, 3), slice(3, 8)):
+        theirs = other.select(part(teacher, piece), *part([masks[1], PHASE], piece))
+        cut.append(other(part(student, piece), theirs, *part(masks, piece)).per_sample)
+    torch.testing.assert_close(torch.cat(cut), out.per_sample, rtol=1e-10, atol=1e-12)
+    loss.synchronize(), other.synchronize()
+    for left, right in zip(loss.statistics, other.statistics, strict=True):
+        torch.testing.assert_close(left.variance, right.variance, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("association", "projector", "target_norm"),
+    [
+        *[(association, "shared", "channel") for association in ASSOCIATIONS],
+        ("learned", "shared", "none"),
+        ("uniform", "shared", "none"),
+        ("similarity", "pairwise", "channel"),
+        ("learned", "pairwise", "channel"),
+        ("learned", "pairwise", "none"),
+    ],
+)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_selected_features_give_what_the_features_give(scenario, association, projector, target_norm):
+    options = {"target_norm": target_norm, "batch_size": 8, "token_limit": TOKENS, "grid_limit": 2}
+    loss, student, teacher = problem(scenario, association, projector, **options)
+    other, masks = copy.deepcopy(loss), masks_of(scenario)
+    selected = other.select(teacher, masks[1])
+    assert other.select(selected) is selected and other.select(selected, masks[1], PHASE) is selected
+    out, features, parameters = every_gradient(loss, student, teacher, masks)
+    # The mask of the teacher's tokens went into the selection.
+    again, other_features, other_parameters = every_gradient(other, student, selected, [masks[0], None])
+    for name in ("total", "per_sample", "attention", "errors"):
+        assert torch.equal(getattr(again, name), getattr(out, name))
+    for left, right in zip([*other_features, *other_parameters], [*features, *parameters], strict=True):
+        assert torch.equal(left, right)
+    states = loss.state_dict(), other.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_pairwise_projector_takes_all_tokens_and_whole_maps():
+    for scenario in ("text", "maps"):
+        loss, student, teacher = problem(scenario, "uniform", "pairwise", token_limit=TOKENS, grid_limit=1)
+        whole = problem(scenario, "uniform", "pairwise")[0]
+        masks = masks_of(scenario)
+        assert not loss.samples_tokens
+        targets = loss.select(teacher, masks[1], PHASE)
+        assert torch.equal(loss(student, targets, *masks).total, whole(student, teacher, *masks).total)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_statistics_are_those_of_what_is_compared(scenario):
+    loss, student, teacher = problem(scenario, "uniform", token_limit=TOKENS, grid_limit=2)
+    masks = masks_of(scenario)
+    loss.observe(loss.select(teacher, masks[1], PHASE))
+    loss.synchronize()
+    oracle = SampledOracle(loss, scenario, student, teacher, TOKENS, 2)
+    for entry, feature, spec in zip(loss.statistics, teacher, SCENARIOS[scenario][1], strict=True):
+        values = torch.stack([row for rows in oracle.compared(feature, spec) for row in rows]).numpy()
+        assert float(entry.count) == len(values)
+        np.testing.assert_allclose(entry.mean, values.mean(0), rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(entry.variance, values.var(0), rtol=1e-10)
+
+
+def test_the_mean_loss_over_phases_is_that_of_all_tokens():
+    whole, student, teacher = problem("text", "uniform")
+    whole(student, teacher, MASK, MASK)
+    less = problem("text", "uniform", token_limit=TOKENS)[0]
+    less.load_state_dict(whole.state_dict())
+    whole.eval(), less.eval()
+    expected, phases = whole(student, teacher, MASK, MASK).errors, 60
+    total = torch.zeros_like(expected)
+    for phase in range(phases):
+        targets = less.select(teacher, MASK, torch.full((8,), (phase + 0.5) / phases))
+        total += less(student, targets, MASK, MASK).errors / phases
+    torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sample_without_any_token_gives_no_error_and_disturbs_nobody():
+    loss, student, teacher = problem("text", "uniform", target_norm="none", token_limit=TOKENS)
+    mask = MASK.clone()
+    mask[4] = 0
+    teacher[1][4] = float("nan")
+    out, features, parameters = sampled_gradients(loss, student, teacher, [mask, mask], PHASE)
+    assert out.errors[4].abs().max() == 0 and features[0][4].abs().max() == 0
+    assert all(entry.isfinite().all() for entry in [out.total, *features, *parameters])
+    others = [i for i in range(8) if i != 4]
+    bare = loss(student, loss.select(teacher, MASK, PHASE), MASK, MASK)
+    torch.testing.assert_close(out.errors[others], bare.errors[others], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_vector_layer_beside_sampled_tokens_is_not_masked(side):
+    torch.manual_seed(0)
+    vector, mask = FeatureSpec("pooler", "tokens", 4, 1), MASK if side == "right" else MASK.flip(1)
+    specs = [(6, 4), vector], [(6, 5), vector]
+    loss = SemCKDLoss(*specs, association="uniform", target_norm="none", token_limit=TOKENS).double()
+    student = [normal(8, 6, 4, seed=1), normal(8, 4, seed=2)]
+    teacher = [normal(8, 6, 5, seed=3), normal(8, 4, seed=4)]
+    out, bare = loss(student, teacher, mask, mask), loss(student, teacher)
+    torch.testing.assert_close(out.errors[:, 1, 1], bare.errors[:, 1, 1], rtol=1e-10, atol=0)
+
+
+# (g) Neighbouring layers that share their projections
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_shared_projections_give_what_equal_projections_of_their_own_give(scenario):
+    def build(shared):
+        students, teachers, _, _, aligned = SCENARIOS[scenario]
+        torch.manual_seed(0)
+        students = [students[0]] * 3 + [students[1]]
+        loss = SemCKDLoss(students, teachers, tokens_aligned=aligned, layers_per_projection=shared)
+        return loss.double(), features_of(students, 0), features_of(teachers, 60)
+
+    (shared, student, teacher), (own, _, _) = build(2), build(1)
+    masks = masks_of(scenario)
+    widths = [feature.shape[1 if feature.dim() == 4 else 2] for feature in student]
+    assert shared.projection_of == ([0, 0, 1, 1] if widths[2] == widths[3] else [0, 0, 1, 2])
+    assert own.projection_of == [0, 1, 2, 3] and len(shared.projection) == shared.projection_of[-1] + 1
+    for s, owner in enumerate(shared.projection_of):
+        own.projection[s].load_state_dict(shared.projection[owner].state_dict())
+    out, expected = shared(student, teacher, *masks), own(student, teacher, *masks)
+    out.total.backward(), expected.total.backward()
+    assert relative(out.total, expected.total) < 1e-12 and relative(out.errors, expected.errors) < 1e-12
+    for owner, entry in enumerate(shared.projection):
+        members = [own.projection[s] for s in range(4) if shared.projection_of[s] == owner]
+        for name, parameter in entry.named_parameters():
+            gradients = [member.get_parameter(name).grad for member in members]
+            torch.testing.assert_close(parameter.grad, sum(gradients), rtol=1e-9, atol=1e-13)
+
+
+def test_only_neighbours_of_one_width_share_a_projection():
+    widths = [4, 4, 4, 6, 6, 4, 4, 4, 4]
+    for shared, expected in [
+        (1, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (2, [0, 0, 1, 2, 2, 3, 3, 4, 4]),
+        (3, [0, 0, 0, 1, 1, 2, 2, 2, 3]),
+        (100, [0, 0, 0, 1, 1, 2, 2, 2, 2]),
+    ]:
+        loss = SemCKDLoss([(6, width) for width in widths], [(6, 5)], layers_per_projection=shared)
+        assert loss.projection_of == expected
+        assert [loss.projection[n]["5"].in_features for n in loss.projection_of] == widths
+    pairwise = SemCKDLoss([(6, 4)] * 3, [(6, 5)], projector="pairwise", layers_per_projection=3)
+    assert pairwise.projection_of == [0, 1, 2] and len(pairwise.projection) == 3
+
+
+def size_of_projections(students, teachers, shared):
+    loss = SemCKDLoss(students, teachers, association="uniform", layers_per_projection=shared)
+    return sum(entry.numel() for entry in loss.projection.parameters())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_as_few_layers_share_a_projection_as_keep_them_under_a_fifth_of_the_student(seed):
+    draw = np.random.default_rng(seed)
+    students = [FeatureSpec.from_shape((6, 8 * int(draw.integers(1, 3))), str(s)) for s in range(draw.integers(1, 8))]
+    teachers = [FeatureSpec.from_shape((6, 8 * int(draw.integers(1, 5))), str(t)) for t in range(draw.integers(1, 5))]
+    sizes = [size_of_projections(students, teachers, shared) for shared in range(1, len(students) + 1)]
+    for size in {*sizes, min(sizes) - 1}:
+        for parameters in (5 * size, 5 * size + 1):
+            small = [shared for shared, entry in enumerate(sizes, 1) if 5 * entry < parameters]
+            expected = small[0] if small else len(students)
+            assert layers_per_projection(students, teachers, parameters) == expected
+    assert layers_per_projection(students, teachers, None) == 1
+
+
+def maps_of(*shapes):
+    return [FeatureSpec.from_shape(shape, str(shape)) for shape in shapes]
+
+
+def patches(width, layers):
+    return [FeatureSpec("block", "tokens", width, 197, (14, 14), 1)] * layers
+
+
+RESNET = maps_of((64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7))
+NARROW = maps_of((32, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8))
+BERT = [FeatureSpec.from_shape((128, 768), "layer")] * 12
+
+# Student layers, teacher layers, parameters of the student, how many layers share.
+PAIRS = {
+    "BERT-base to 6x384": ([FeatureSpec.from_shape((128, 384), "layer")] * 6, BERT, 23e6, 1),
+    "BERT-base to 4x312": ([FeatureSpec.from_shape((128, 312), "layer")] * 4, BERT, 14e6, 1),
+    "ViT-B to 12x192": (patches(192, 12), patches(768, 12), 5.5e6, 2),
+    "ResNet-34 to 18": (RESNET, RESNET, 11.7e6, 1),
+    "resnet32x4 to 8x4": (NARROW, NARROW, 1.2e6, 1),
+    "resnet32x4 to 8x4, stages": (NARROW[1:], NARROW[1:], 1.2e6, 1),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_projections_stay_under_a_fifth_of_ordinary_students(pair, tmp_path):
+    students, teachers, parameters, shared = PAIRS[pair]
+    config = SemCKDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    loss = SemCKDLoss.from_config(students, teachers, config, student_parameters=int(parameters))
+    assert sum(entry.numel() for entry in loss.projection.parameters()) < 0.2 * parameters
+    sharing = max(loss.projection_of.count(entry) for entry in loss.projection_of)
+    assert sharing == layers_per_projection(students, teachers, int(parameters)) == shared
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "side"),
+    [({"token_limit": 5, "grid_limit": 3}, 5, 3), ({"token_limit": 0, "grid_limit": 0}, 20, 8), ({}, 16, 4)],
+)
+def test_a_configuration_says_how_much_is_compared(tmp_path, options, tokens, side):
+    config = SemCKDConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
+    text = FeatureSpec.from_shape((20, 4), "text")
+    image = FeatureSpec.from_shape((4, 8, 8), "map")
+    loss = SemCKDLoss.from_config([text, image], [text, image], config)
+    kept = loss.select([normal(2, 20, 4), normal(2, 4, 8, 8)])
+    assert kept["tokens.0"].shape == (2, tokens, 4) and kept["grid.1"].shape == (2, 4, side, side)
+    assert loss.samples_tokens == (tokens < 20)

@@ -1,0 +1,70 @@
+"""The published comparison: a projection of its own for every pair of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid
+from ..features import FeatureSpec
+from ..functional import map_to_tokens, squared_error
+from .meeting import StudentViews
+from .selection import fitting_mask
+
+
+def pairwise_errors(
+    projection: nn.ModuleList,
+    views: StudentViews,
+    taught: Sequence[Tensor],
+    teacher_specs: Sequence[FeatureSpec],
+    alignments: Sequence[Sequence[Alignment]],
+    teacher_mask: Tensor | None,
+) -> Tensor:
+    """Return the mean squared error of every pair (B, S, T).
+
+    Maps are pooled once for all pairs that meet at their size, and kept in the memory layout in which convolutions are
+    fastest.
+
+    Args:
+        projection: `projection[s][t]`, each a `ConvolutionalProjection`.
+        views: The student's features, their specs and mask.
+        taught: The teacher's features.
+        teacher_specs: The teacher's layers.
+        alignments: How each student layer meets each teacher layer.
+        teacher_mask: (B, N) mask of the teacher's tokens, or None.
+    """
+    pooled: dict[tuple[int, tuple[int, int]], Tensor] = {}
+    rows = []
+    for s, (feature, spec) in enumerate(zip(views.features, views.specs, strict=True)):
+        maps: dict[tuple[int, int], Tensor] = {}
+        row = []
+        for t, target in enumerate(taught):
+            net = projection[s][t]  # type: ignore[index]
+            dtype = net[0].weight.dtype
+            if alignments[s][t].kind != "grid":
+                positions, aligned, mask = _aligned(alignments[s][t], feature, target, views.mask, teacher_mask)
+                row.append(squared_error(net.project_tokens(positions.to(dtype), mask), aligned, mask))
+                continue
+            size = common_grid(feature, spec, target, teacher_specs[t])
+            if size not in maps:
+                own = as_map(feature, spec, size).to(dtype)
+                maps[size] = own.contiguous(memory_format=torch.channels_last)
+            if (t, size) not in pooled:
+                pooled[t, size] = map_to_tokens(as_map(target, teacher_specs[t], size))
+            row.append(squared_error(map_to_tokens(net(maps[size])), pooled[t, size]))
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1)
+
+
+def _aligned(
+    alignment: Alignment, feature: Tensor, target: Tensor, student_mask: Tensor | None, teacher_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a pair of sequences as tokens (B, N, C), with the mask (B, N) of the positions that count."""
+    if alignment.kind == "mean":
+        return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
+    fitting = fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target)
+    masks = [mask for mask in fitting if mask is not None]
+    mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] * masks[1]
+    return as_tokens(feature), as_tokens(target), mask
