@@ -57,6 +57,8 @@ class TeacherCache:
         select_inputs: Returns the teacher's inputs of a batch.
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
         limit_bytes: Most that the folder may take; None for what the disk can spare.
+        cut: Whether outputs that are as long as the mask run along it, so that padding can be cut off; False for
+            models that pool tokens or put others in front of them.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class TeacherCache:
         *,
         dtype: torch.dtype | None = None,
         limit_bytes: int | None = None,
+        cut: bool = True,
     ):
+        self.cut = cut
         self.store = TensorStore(Path(folder) / fingerprint, limit_bytes=limit_bytes)
         self.select_inputs = select_inputs
         self.dtype = dtype
@@ -80,7 +84,11 @@ class TeacherCache:
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
         inputs = self.inputs(batch)
-        return sample_keys(inputs, right_padded_lengths(inputs))
+        return sample_keys(inputs, self.lengths(inputs))
+
+    def lengths(self, inputs: Mapping[str, Any]) -> list[int] | None:
+        """Return the length of each sample where its padding is cut off, or None."""
+        return right_padded_lengths(inputs) if self.cut else None
 
     def look_up(self, batch: Mapping[str, Any]) -> Lookup:
         """Return what there is of a batch, on the CPU."""
@@ -106,14 +114,25 @@ class TeacherCache:
                         todo="leave teacher_cache_dir out",
                     )
                 )
-        lengths = right_padded_lengths(inputs)
-        rows = to_rows(outputs, lengths, token_count(inputs))
+        rows = to_rows(outputs, self.lengths(inputs), token_count(inputs))
         if self.dtype is None:
             return rows
         return [{name: self._narrow(name, value) for name, value in row.items()} for row in rows]
 
     def _narrow(self, name: str, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() and not name.startswith("logits") else value
+        if self.dtype is None or not value.is_floating_point() or name.startswith("logits"):
+            return value
+        narrow = value.to(self.dtype)
+        if not bool(torch.isfinite(narrow).all()) and bool(torch.isfinite(value).all()):
+            raise InputError(
+                message(
+                    "A teacher output does not fit the precision of the cache",
+                    received=f"values up to {float(value.abs().max()):.3g} with teacher_cache_dtype='{self.dtype}'",
+                    expected=f"at most {torch.finfo(self.dtype).max:.3g}",
+                    todo="set teacher_cache_dtype to 'bfloat16', or to 'auto' for the teacher's own precision",
+                )
+            )
+        return narrow
 
 
 class CachingCollator:
@@ -159,19 +178,20 @@ def to_rows(
         lengths: Number of tokens of each sample, when padding follows them; None when nothing is known to be padding.
         width: Number of tokens of the padded samples.
     """
-    chosen = {value.shape[1]: value.sum(1).tolist() for name, value in outputs.items() if name.startswith("mask.")}
-    sampled = any(name.startswith("positions.") for name in outputs)
+    masks = {value.shape[1]: value.sum(1).tolist() for name, value in outputs.items() if name.startswith("mask.")}
+    sampled = {name.partition(".")[2] for name in outputs if name.startswith("positions.")}
+    masked = {name.partition(".")[2] for name in outputs if name.startswith("mask.")}
     cuts: dict[str, tuple[str, Sequence[int] | None]] = {}
     for name, value in outputs.items():
         kind = name.partition(".")[0]
-        along_all = width is not None and value.dim() > 1 and value.shape[1] == width
-        if sampled and kind in CHOSEN_KINDS and value.shape[1] in chosen:
-            # The chosen ones come first, also where the batch was so narrow that all of its tokens were chosen.
-            cuts[name] = (name + CHOSEN_TOKENS, chosen[value.shape[1]])
-        elif lengths is not None and along_all and (value.dim() == 3 or kind in CHOSEN_KINDS):
+        along_all = lengths is not None and value.dim() > 1 and value.shape[1] == width
+        cuts[name] = (name, None)
+        if sampled and "." in name and kind in CHOSEN_KINDS:
+            # The chosen ones come first. Beside layers without a mask widths would not tell which are cut.
+            if sampled <= masked and value.shape[1] in masks:
+                cuts[name] = (name + CHOSEN_TOKENS, masks[value.shape[1]])
+        elif along_all and (value.dim() == 3 or kind == "mask"):
             cuts[name] = (name + ALL_TOKENS, lengths)
-        else:
-            cuts[name] = (name, None)
     samples = len(next(iter(outputs.values())))
     return [
         {
@@ -268,11 +288,37 @@ def weights_digest(model: nn.Module) -> str:
     """Return a digest of a model's kind, configuration and weights, all of which are read once."""
     digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=KEY_BYTES)
     config: Any = getattr(model, "config", None)
-    settings = dict(config.to_dict()) if hasattr(config, "to_dict") else {"model": repr(model)}
+    settings = dict(config.to_dict()) if hasattr(config, "to_dict") else _attributes(model)
     # Where the weights came from does not matter: they are digested themselves.
     described = repr(sorted((key, value) for key, value in settings.items() if key not in LOCATION_SETTINGS))
     digest.update(described.encode())
-    for name, value in sorted(model.state_dict().items()):
+    digest.update(_adapters(model).encode())
+    buffers = {f"buffer {name}": value for name, value in model.named_buffers()}
+    for name, value in sorted({**buffers, **model.state_dict()}.items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _adapters(model: nn.Module) -> str:
+    """Say which adapters (PEFT) are on, and how: scaled, merged, disabled. Neither weights nor configuration tell."""
+    settings = getattr(model, "peft_config", None)
+    if not isinstance(settings, Mapping):
+        return ""
+    said = [repr(sorted((name, repr(entry)) for name, entry in settings.items()))]
+    for name, module in model.named_modules():
+        state = [getattr(module, key, None) for key in ("active_adapters", "scaling", "merged", "disable_adapters")]
+        if any(entry is not None for entry in state):
+            said.append(f"{name}: {state}")
+    return "\n".join(said)
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Return what a model without a configuration says of itself: its parts, and the plain values that they hold."""
+    held = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple)) and key != "training" and not key.startswith("_")
+    }
+    return {"model": repr(model), **held}

@@ -279,17 +279,27 @@ def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], tem
     return torch.softmax(row_cosine(left, right) / temperature, dim=-1)
 
 
-def fixed_weights(kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int) -> Tensor:
-    """Return the (S, T) weights of a control: equal; last layer to last layer only; or a uniform skip map."""
+def fixed_weights(
+    kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int, like: Tensor
+) -> Tensor:
+    """Return the weights (B, S, T) of a control: equal; last layer to last layer only; or a uniform skip map.
+
+    Args:
+        kind: Which one.
+        students: S.
+        teachers: T.
+        like: A tensor of the batch, for size, type and device.
+    """
+    shape = (len(like), students, teachers)
     if kind == "uniform":
-        return torch.full((students, teachers), 1.0 / teachers, dtype=torch.float64)
-    weights = torch.zeros(students, teachers, dtype=torch.float64)
+        return like.new_full(shape, 1.0 / teachers)
+    weights = like.new_zeros(shape)
     if kind == "last":
-        weights[-1, -1] = 1.0
+        weights[:, -1, -1] = 1.0
         return weights
     for student in range(students):
         # Layer s of S goes where its depth is: the last to the last, the others at even distances.
-        weights[student, max(math.ceil((student + 1) * teachers / students) - 1, 0)] = 1.0
+        weights[:, student, max(math.ceil((student + 1) * teachers / students) - 1, 0)] = 1.0
     return weights
 
 

@@ -134,7 +134,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             # Trainer pickles its arguments, which only this library could read back: JSON says the same to anyone.
             (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            save_settings(self.args, folder, self.teacher)
+            save_settings(self.args, folder, self._teacher_model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._attached and self.feature_loss is not None and self._reloads_here:

@@ -146,8 +146,8 @@ class SemCKDConfig(TrainingArguments):
     teacher_cache_dtype: CacheDtype = field(
         default="auto",
         metadata={
-            "help": "Precision of the cached teacher outputs. auto: the teacher's own, so that a cached run equals a "
-            "live one. float16, bfloat16: half the space of float32."
+            "help": "Precision of the cached teacher features (logits keep theirs). auto: the teacher's own, so that "
+            "a cached run equals a live one. float16, bfloat16: half the space of float32."
         },
     )
     teacher_cache_limit_gb: float | None = field(

@@ -81,18 +81,38 @@ class RepeatableViews(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         """Return a random one of the sample's versions."""
-        view = int(torch.randint(self.views, ()))
+        return self.version(index, int(torch.randint(self.views, ())))
+
+    def version(self, index: int, view: int) -> Any:
+        """Return a certain version of a sample, the same whenever it is asked for."""
         # An own seed for each version: neighbours must not share their crops.
         seed = int(np.random.SeedSequence([self.seed, index, view]).generate_state(1)[0])
         with untouched_random_state(seed):
             return self.transform(self.dataset[index])
 
 
+class _AllVersions(Dataset[Any]):
+    def __init__(self, views: RepeatableViews):
+        self.of = views
+
+    def __len__(self) -> int:
+        return len(self.of) * self.of.views
+
+    def __getitem__(self, index: int) -> Any:
+        return self.of.version(*divmod(index, self.of.views))
+
+
+def all_versions(dataset: Any) -> Any:
+    """Return a dataset with every version of every sample of `RepeatableViews`; any other dataset as it is."""
+    return _AllVersions(dataset) if isinstance(dataset, RepeatableViews) else dataset
+
+
 @contextmanager
 def untouched_random_state(seed: int) -> Iterator[None]:
     """Seed all generators for a moment and restore them: probing and building leave training's randomness alone."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    # Not in a worker process, where touching a GPU is an error, and not where none was used yet.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         random.seed(seed)

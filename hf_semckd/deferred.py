@@ -33,6 +33,7 @@ class TeacherNote:
         specs: What they look like.
         extra_tokens: By how many tokens each layer is longer than the batch's mask, or None for images.
         logits: Shape of the logits without the batch and, where they are per token, without the tokens.
+        cut: See `TeacherCache`.
     """
 
     weights: str
@@ -40,6 +41,7 @@ class TeacherNote:
     specs: list[FeatureSpec]
     extra_tokens: list[int | None]
     logits: tuple[int, ...] | None
+    cut: bool = True
 
     def specs_for(self, inputs: Mapping[str, Any]) -> list[FeatureSpec]:
         """Return the layers as they are for a batch: sequences are as long as its mask says."""
@@ -89,6 +91,15 @@ def describe_extra_tokens(specs: Sequence[FeatureSpec], inputs: Mapping[str, Any
     return extra
 
 
+def describe_inputs(inputs: Mapping[str, Any]) -> str:
+    """Say what of a batch decides how the teacher's layers look: its shapes, but for the length of padded text."""
+    tokens, said = token_count(inputs), {}
+    for name, value in inputs.items():
+        shape = tuple(getattr(value, "shape", ()))[1:]
+        said[name] = "tokens" if tokens is not None and shape[:1] == (tokens,) else shape
+    return repr(sorted(said.items()))
+
+
 def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: TeacherNote) -> None:
     """Keep a note; a folder that cannot be written costs only the loading of the teacher next time.
 
@@ -105,6 +116,11 @@ def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: Te
         logger.debug("no note of the teacher was kept: %s", error)
 
 
+def has_notes(folder: str | os.PathLike[str], digest: str, asked: str) -> bool:
+    """Whether anything is known of a teacher for what is asked, whatever the inputs."""
+    return any(entry.startswith(asked) for entry in read_manifest(Path(folder) / SOURCES / digest) or {})
+
+
 def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> TeacherNote | None:
     """Return what is known of a teacher, or None."""
     entry: Any = (read_manifest(Path(folder) / SOURCES / digest) or {}).get(asked)
@@ -114,6 +130,6 @@ def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> Teache
             for fields in entry["specs"]
         ]
         logits = None if entry["logits"] is None else tuple(entry["logits"])
-        return TeacherNote(entry["weights"], entry["layers"], specs, entry["extra_tokens"], logits)
+        return TeacherNote(entry["weights"], entry["layers"], specs, entry["extra_tokens"], logits, entry["cut"])
     except (KeyError, TypeError):
         return None

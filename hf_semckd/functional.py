@@ -85,6 +85,8 @@ def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor
     Returns:
         (B, S, T) in [-1, 1]; zeros where a row is constant (always for B = 1), hence uniform weights.
     """
+    dtype = torch.promote_types(student_similarity.dtype, teacher_similarity.dtype)
+    student_similarity, teacher_similarity = student_similarity.to(dtype), teacher_similarity.to(dtype)
     student = student_similarity - student_similarity.mean(-1, keepdim=True)
     teacher = teacher_similarity - teacher_similarity.mean(-1, keepdim=True)
     with full_precision(student):

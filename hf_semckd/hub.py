@@ -175,7 +175,7 @@ class PublishingTrainer(Trainer):
         text = student_card(
             repo_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
             student=self.student,
-            teacher=self.teacher,
+            teacher=self._teacher_model,
             config=self.args,
             metrics=_last_evaluation(self.state.log_history),
             processing_class=self.processing_class,

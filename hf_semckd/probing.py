@@ -142,7 +142,8 @@ def _look_at_teacher(
     """Return the shape of the teacher's logits, its layers, and their features unless it stays unloaded."""
     inputs = teacher.inputs(batch)
     if teacher.note is not None:
-        teacher.capture.layers = list(teacher.note.layers)
+        if features:
+            teacher.capture.layers = list(teacher.note.layers)
         known = teacher.note.logits
         return known if logits else None, teacher.note.specs_for(inputs) if features else [], []
     _check_decoder_inputs(teacher.model, inputs)

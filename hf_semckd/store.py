@@ -102,6 +102,11 @@ class TensorStore:
         _remove_leftovers(self.folder)
         self.refresh()
 
+    @property
+    def writable(self) -> bool:
+        """Whether rows are still taken: a full, limited or read-only disk ends that."""
+        return self._writable
+
     def read(self, keys: Sequence[bytes]) -> list[Row | None]:
         """Return each key's tensors on the CPU, or None where they are absent or damaged.
 

@@ -22,14 +22,15 @@ from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture, remove_capturing_traces
 from .modeling import logits_of, token_attention, tokens_mask
 from .sampling import content_phase
+from .store import ALIGNMENT
 from .truncation import TruncatedForward, find_truncation, runs_by_itself
 
 logger = logging.getLogger(__name__)
 
 # Takes features, their mask and what gives the phases of their samples.
 FeatureSelector = Callable[[Any, Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | Mapping[str, Tensor]]
-# What a cache keeps of a sample besides its tensors, in bytes, about: key, checksum, padding to whole cache lines.
-ROW_OVERHEAD = 512
+# What a cache keeps of a sample besides its tensors, in bytes: key, place, checksum, kind.
+ROW_OVERHEAD = 52
 # What features are called in a cache where all of them are kept.
 WHOLE_FEATURE = "feature_"
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -60,11 +61,10 @@ class Teacher:
         model: The teacher.
         layers: Hidden-state indices or module names; None finds all blocks.
         compiled: Whether to run it under `torch.compile`, where that works; the model itself is not changed.
-        note: What is known of it, where `model` is empty and its weights are to be loaded when they are needed.
-        load: Loads the model then.
+        load: Loads the model when it is needed, where `model` is an empty one; None when it is there.
 
     Attributes:
-        note: None once the weights are there.
+        note: What is known of a model that is not loaded.
     """
 
     def __init__(
@@ -72,11 +72,10 @@ class Teacher:
         model: nn.Module,
         layers: Sequence[int] | Sequence[str] | None = None,
         compiled: bool = False,
-        note: TeacherNote | None = None,
         load: Callable[[], nn.Module] | None = None,
     ):
         self.cache: TeacherCache | None = None
-        self.note = note
+        self.note: TeacherNote | None = None
         self._load = load
         self._device: torch.device | None = None
         self._weights: str | None = None
@@ -95,7 +94,7 @@ class Teacher:
     def to(self, device: torch.device) -> None:
         """Move the teacher, unless it was dispatched or quantised and looks after its own placement."""
         self._device = device
-        if self.note is not None:
+        if self.unloaded:
             return
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
@@ -109,15 +108,34 @@ class Teacher:
             self.model.eval()
             self._truncated = find_truncation(self.model, self.capture, self.inputs(batch))
 
+    @property
+    def unloaded(self) -> bool:
+        """Whether the weights are not there yet."""
+        return self._load is not None
+
     def materialise(self) -> None:
-        """Load the weights, if they are not there."""
-        if self.note is None or self._load is None:
+        """Load the weights, if they are not there.
+
+        Raises:
+            InputError: When they are others than those that the cache was opened for.
+        """
+        if self._load is None:
             return
         logger.info("The teacher is needed, and loaded now.")
-        self.note = None
-        self.model = self._load().eval().requires_grad_(False)
+        load, self._load = self._load, None
+        self.model = load().eval().requires_grad_(False)
+        known, self.note, self._weights = self.note, None, None
         if self._device is not None:
             self.to(self._device)
+        if known is not None and self.cache is not None and known.weights != self.weights():
+            raise InputError(
+                message(
+                    "The teacher's files are not those that the cache knows",
+                    received="other weights than when this teacher was noted beside the cache",
+                    expected="the same weights under the same name",
+                    todo="start again: the new weights get a cache of their own",
+                )
+            )
 
     def weights(self) -> str:
         """Return a digest of the weights; they are frozen, so that reading them once is enough."""
@@ -206,6 +224,7 @@ class Teacher:
         kept: str,
         dtype: torch.dtype | None,
         limit_bytes: int | None,
+        cut: bool = True,
     ) -> TeacherCache:
         """Use a cache from now on; layers must be resolved.
 
@@ -216,10 +235,11 @@ class Teacher:
             kept: What of them is kept; a cache is shared by those who keep the same.
             dtype: Precision of stored features; None for the teacher's own.
             limit_bytes: Most that it may take; None for what the disk can spare.
+            cut: Whether padding is cut off; see `TeacherCache`.
         """
         layers = self.capture.layers or () if features else ()
         fingerprint = teacher_fingerprint(self.weights(), layers, logits, f"{kept} {dtype}")
-        self.cache = TeacherCache(folder, fingerprint, self._select, dtype=dtype, limit_bytes=limit_bytes)
+        self.cache = TeacherCache(folder, fingerprint, self._select, dtype=dtype, limit_bytes=limit_bytes, cut=cut)
         return self.cache
 
     def run(
@@ -259,7 +279,10 @@ class Teacher:
             self.cache = cache
         self.wait()
         rows = cache.rows(_named(outputs), self.inputs(batch))
-        return sum(value.nbytes for row in rows for value in row.values()) / len(rows) + ROW_OVERHEAD
+        return (
+            sum(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for row in rows for value in row.values()) / len(rows)
+            + ROW_OVERHEAD
+        )
 
     def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
         if features and not logits and self._truncated is not None:
@@ -284,13 +307,16 @@ class Teacher:
         features: bool,
         select: FeatureSelector | None,
     ) -> TeacherOutputs:
-        lookup, inputs = lookup_of(batch) or cache.look_up(batch), self.inputs(batch)
+        lookup, inputs = lookup_of(batch), self.inputs(batch)
+        if lookup is None or not all(lookup.present):
+            # What was missing when the batch was made may be there by now.
+            lookup = cache.look_up(batch)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         device, width = next(iter(tensors.values())).device, token_count(inputs)
         missing = [index for index, present in enumerate(lookup.present) if not present]
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         if missing:
-            if self.note is not None:
+            if self.unloaded:
                 self.materialise()
                 inputs = self.inputs(batch)
                 tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -135,7 +135,15 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
 
     @property
     def teacher(self) -> Any:
-        """The frozen teacher in evaluation mode, or None without distillation."""
+        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
+        if self._teacher is None:
+            return None
+        self._teacher.materialise()
+        return self._teacher.model
+
+    @property
+    def _teacher_model(self) -> nn.Module | None:
+        """The teacher as it is, loaded or not: its configuration is there in any case."""
         return None if self._teacher is None else self._teacher.model
 
     @property
@@ -190,11 +198,12 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         def load() -> nn.Module:
             return load_model(source, "teacher", like=self.student, dtype=args.resolved_teacher_dtype())
 
-        note = None if isinstance(self._feature_loss_source, FeatureLoss) else self._known_teacher(source)
-        model = load() if note is None else empty_model(source, like=self.student)
+        # A loss that is given as an object is tried on the teacher's features.
+        unloaded = not isinstance(self._feature_loss_source, FeatureLoss) and self._may_stay_unloaded(source)
+        model = empty_model(source, like=self.student) if unloaded else load()
         # Before it is frozen, and with it whatever it shares.
         check_models(self.student, model)
-        return Teacher(model, args.teacher_layers, compiled=args.teacher_compile, note=note, load=load)
+        return Teacher(model, args.teacher_layers, compiled=args.teacher_compile, load=load if unloaded else None)
 
     def _build(self) -> None:
         """Probe both models with a small batch and make the feature loss for the layers that were found."""
@@ -202,8 +211,9 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         try:
             with untouched_random_state(self.args.seed):
                 batch = self._prepare_input(self._probe_batch())
+                self._settle_teacher(batch)
                 self._probe = self._probe_models(batch)
-                if self._teacher.note is None:
+                if not self._teacher.unloaded:
                     self._teacher.prepare(batch, logits=self.args.distils_logits, features=self._distils_features)
                 if self._distils_features:
                     self.feature_loss = self._make_feature_loss(self._probe)
@@ -306,7 +316,7 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         if trial is None or not self._distils:
             return
         self.args.validate_distillation()
-        check_teacher_given(self.teacher, self.args)
+        check_teacher_given(self._teacher, self.args)
         if self._attachment is not None:
             self._attachment.detach()
         self._build()
@@ -376,7 +386,7 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first and self._teacher is not None and self._signature_columns is not None:
-            extra = [name for name in forward_parameters(self.teacher) if name not in self._signature_columns]
+            extra = [name for name in forward_parameters(self._teacher.model) if name not in self._signature_columns]
             columns = column_names(self.train_dataset)
             extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
             if not isinstance(self.student, PreTrainedModel) and not set(self._signature_columns) & set(columns):

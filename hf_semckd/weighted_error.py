@@ -101,7 +101,7 @@ class _WeightedFeatureError(torch.autograd.Function):
             size = _counted(mask, batch, positions, difference) * channels
             value, errors = _errors(_Sums(*(torch.cat(entry) for entry in zip(*parts, strict=True))), shares, size)
         # With a projection its inputs are needed again; without one the difference is the gradient itself.
-        ctx.save_for_backward(difference, 2.0 * total / size, errors, *(tensors[:-layers] if linear else ()))
+        ctx.save_for_backward(difference, 2.0 * total / size, errors, mask, *(tensors[:-layers] if linear else ()))
         ctx.count, ctx.layers, ctx.narrow = count, layers, narrow
         ctx.dtypes = [weights.dtype, *(entry.dtype for entry in features)]
         ctx.mark_non_differentiable(errors)
@@ -110,7 +110,7 @@ class _WeightedFeatureError(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _errors: Tensor) -> tuple[Tensor | None, ...]:
-        difference, factor, errors, *saved = ctx.saved_tensors
+        difference, factor, errors, mask, *saved = ctx.saved_tensors
         count, needed = ctx.count, ctx.needs_input_grad[5:]
         to_weights = (gradient.unsqueeze(2) * errors).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         step = gradient * factor
@@ -126,6 +126,9 @@ class _WeightedFeatureError(torch.autograd.Function):
                 if needed[s]:
                     results[s] = (narrow @ weight.to(ctx.narrow)).to(feature.dtype)
                 if needed[count + s]:
+                    if mask is not None:
+                        # Zero times what is masked must be zero, whatever that is.
+                        feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
                     flat = narrow.flatten(0, 1).T @ feature.flatten(0, 1).to(ctx.narrow)
                     results[count + s] = flat.to(weight.dtype)
                 if needed[2 * count + s]:

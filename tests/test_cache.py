@@ -1,58 +1,28 @@
-"""Cached teacher outputs: the live run's losses, keys that follow content, and damage that costs nothing."""
+"""Keys, rows and lookups of the teacher cache; whole trainings with it are in `test_caching.py`."""
 
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
+from makers import distiller, vit
+
+from hf_semckd.cache import (
+    CACHED,
+    CachingCollator,
+    TeacherCache,
+    lookup_of,
+    plain_names,
+    right_padded_lengths,
+    sample_keys,
+    teacher_fingerprint,
+    to_batch,
+    to_rows,
+    token_count,
+    weights_digest,
 )
-
-from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.cache import right_padded_lengths, sample_keys, teacher_fingerprint
-
-
-def vit(width: int, layers: int) -> ViTForImageClassification:
-    torch.manual_seed(width)
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        num_labels=3,
-    )
-    return ViTForImageClassification(config).double()
-
-
-def bert(width: int, layers: int) -> BertForSequenceClassification:
-    torch.manual_seed(width)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    return BertForSequenceClassification(config).double()
-
-
-def images(count: int = 10) -> Dataset:
-    generator = np.random.default_rng(0)
-    pixels = generator.normal(size=(count, 1, 8, 8))
-    dataset = Dataset.from_dict({"pixel_values": pixels, "labels": generator.integers(0, 3, count)})
-    return dataset.with_format("torch", dtype=torch.float64, columns=["pixel_values"], output_all_columns=True)
+from hf_semckd.errors import InputError
+from hf_semckd.store import KEY_BYTES
 
 
 def sentences(count: int = 10) -> list[dict[str, torch.Tensor]]:
@@ -70,62 +40,31 @@ def pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.stack([row["labels"] for row in rows])}
 
 
-def run(tmp_path: Path, kind: str, cache: Path | None, teacher: PreTrainedModel | None = None) -> SemCKDTrainer:
-    make, data, collator = (vit, images(), None) if kind == "image" else (bert, sentences(), pad)
-    args = SemCKDConfig(
-        str(tmp_path / "out"),
-        per_device_train_batch_size=4,
-        num_train_epochs=2,
-        learning_rate=0.1,
-        optim="sgd",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        use_cpu=True,
-        teacher_cache_dir=None if cache is None else str(cache),
-    )
-    teacher = teacher or make(16, 3)
-    trainer = SemCKDTrainer(make(8, 2), args, collator, data, teacher_model=teacher)
-    trainer.train()
-    return trainer
-
-
-def losses(trainer: SemCKDTrainer) -> list[list[float]]:
-    names = ("loss", "task_loss", "logit_loss", "feature_loss")
-    return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
-
-
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_cached_outputs_give_the_live_losses(tmp_path: Path, kind: str) -> None:
-    live = run(tmp_path, kind, None)
-    filling = run(tmp_path, kind, tmp_path / "cache")
-    cached = run(tmp_path, kind, tmp_path / "cache")
-    np.testing.assert_allclose(losses(filling), losses(live), rtol=1e-9)
-    np.testing.assert_allclose(losses(cached), losses(live), rtol=1e-9)
-    for name, value in live.student.state_dict().items():
-        torch.testing.assert_close(cached.student.state_dict()[name], value, rtol=1e-8, atol=1e-10)
-
-
-def test_a_full_cache_never_runs_the_teacher(tmp_path: Path) -> None:
-    run(tmp_path, "image", tmp_path / "cache")
-    teacher = vit(16, 3)
-    calls = []
-    handle = teacher.register_forward_hook(lambda *_: calls.append(1))
-    run(tmp_path, "image", tmp_path / "cache", teacher)
-    handle.remove()
-    assert len(calls) == 1, "one probing pass finds the layers; training itself must not call the teacher"
-
-
-def test_another_teacher_is_another_cache(tmp_path: Path) -> None:
-    teacher = vit(16, 3)
-    before = teacher_fingerprint(teacher, [1, 2], True)
-    assert teacher_fingerprint(vit(16, 3), [1, 2], True) == before
-    assert teacher_fingerprint(teacher, [1], True) != before
-    assert teacher_fingerprint(teacher, [1, 2], False) != before
+def test_another_teacher_is_another_cache() -> None:
+    teacher = vit()
+    before = weights_digest(teacher)
+    assert weights_digest(vit()) == before
     with torch.no_grad():
-        teacher.classifier.bias[0] += 1e-12
-    assert teacher_fingerprint(teacher, [1, 2], True) != before
+        teacher.classifier.bias[0] += 1e-6
+    assert weights_digest(teacher) != before
+    # The same weights compute something else.
+    teacher = vit()
+    teacher.config.layer_norm_eps *= 2
+    assert weights_digest(teacher) != before
+
+
+def test_another_choice_of_outputs_is_another_cache() -> None:
+    before = teacher_fingerprint("weights", [1, 2], True, "tokens")
+    assert teacher_fingerprint("weights", [1, 2], True, "tokens") == before
+    others = [
+        ("other", [1, 2], True, "tokens"),
+        ("weights", [1], True, "tokens"),
+        ("weights", [2, 1], True, "tokens"),
+        ("weights", [12], True, "tokens"),
+        ("weights", [1, 2], False, "tokens"),
+        ("weights", [1, 2], True, "grids"),
+    ]
+    assert len({before, *(teacher_fingerprint(*other) for other in others)}) == len(others) + 1
 
 
 def test_keys_follow_the_content_and_not_the_padding() -> None:
@@ -153,6 +92,268 @@ def test_left_padding_is_part_of_the_key() -> None:
 def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     with caplog.at_level(logging.WARNING, logger="hf_semckd.store"):
-        trainer = run(tmp_path, "image", tmp_path / "cache")
-    assert trainer.state.global_step == 6
+        trainer = distiller(tmp_path / "out", {"teacher_cache_dir": str(tmp_path / "cache")})
+        trainer.train()
+    assert trainer.state.global_step == 3
     assert sum("not stored any more" in record.message for record in caplog.records) == 1
+
+
+# ---- Keys ----------------------------------------------------------------------------------------------------------
+
+
+def test_keys_have_the_length_that_the_store_takes_and_tell_samples_apart() -> None:
+    pixels = torch.arange(4 * 3 * 2 * 2).view(4, 3, 2, 2).float()
+    keys = sample_keys({"pixel_values": pixels}, None)
+    assert {len(key) for key in keys} == {KEY_BYTES}
+    assert len(set(keys)) == 4
+    assert sample_keys({"pixel_values": pixels[[2, 0]]}, None) == [keys[2], keys[0]]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pixel_values": torch.zeros(1, 2).double()},
+        {"pixel_values": torch.zeros(1, 2).half()},
+        {"pixel_values": torch.zeros(1, 2, 1)},
+        {"pixel_values": torch.zeros(1, 1, 2)},
+        {"pixel_values": -torch.zeros(1, 2)},
+        {"other": torch.zeros(1, 2)},
+        {"pixel_values": torch.zeros(1, 2), "interpolate": True},
+        {"pixel_values": torch.zeros(1, 2), "more": torch.zeros(1)},
+    ],
+    ids=["double", "half", "shape", "shape", "sign of zero", "name", "constant", "tensor"],
+)
+def test_keys_follow_type_shape_name_and_company(changed) -> None:
+    base = sample_keys({"pixel_values": torch.zeros(1, 2)}, None)
+    assert sample_keys(changed, None) != base
+    assert sample_keys({"pixel_values": torch.zeros(1, 2)}, None) == base
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "decoder_input_ids", "input_values"])
+def test_what_is_as_long_as_the_text_by_accident_counts_as_a_whole(name) -> None:
+    """Three channels, three decoder tokens: the mask of the text says nothing about them."""
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    inputs = {"input_ids": mask * 5, "attention_mask": mask, name: torch.zeros(2, 3, 4)}
+    before = sample_keys(inputs, right_padded_lengths(inputs))
+    inputs[name][0, 2] = 1
+    after = sample_keys(inputs, right_padded_lengths(inputs))
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+
+
+def test_what_stands_in_the_padding_is_not_part_of_the_key() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    inputs = {"input_ids": torch.full((2, 3), 5), "token_type_ids": torch.ones(2, 3).long(), "attention_mask": mask}
+    before = sample_keys(inputs, right_padded_lengths(inputs))
+    inputs["input_ids"][0, 2], inputs["token_type_ids"][0, 2] = 9, 0
+    assert sample_keys(inputs, right_padded_lengths(inputs)) == before
+    inputs["token_type_ids"][1, 2] = 0
+    assert sample_keys(inputs, right_padded_lengths(inputs))[1] != before[1]
+
+
+def test_a_sample_is_another_one_where_nothing_is_cut() -> None:
+    """Among left-padded ones its rows are stored uncut: one batch cannot hold both kinds."""
+    ids = torch.tensor([[5, 6, 7], [0, 5, 6]])
+    together = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    alone = {name: value[:1] for name, value in together.items()}
+    assert right_padded_lengths(alone) == [3]
+    assert sample_keys(together, right_padded_lengths(together))[0] != sample_keys(alone, [3])[0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths"),
+    [
+        ([[1, 1, 0], [1, 0, 0]], [2, 1]),
+        ([[1, 1, 1]], [3]),
+        ([[0, 0, 0], [1, 0, 0]], [0, 1]),
+        ([[0, 1, 1]], None),
+        ([[1, 0, 1]], None),
+        ([[1, 1, 0], [0, 1, 1]], None),
+    ],
+)
+def test_lengths_are_known_where_padding_follows(mask, lengths) -> None:
+    assert right_padded_lengths({"attention_mask": torch.tensor(mask)}) == lengths
+
+
+def test_there_are_no_lengths_and_no_width_without_a_mask_of_tokens() -> None:
+    for inputs in ({}, {"attention_mask": torch.ones(2, 4, 3)}, {"attention_mask": None}):
+        assert right_padded_lengths(inputs) is None
+        assert token_count(inputs) is None
+
+
+# ---- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def sampled(width: int, limit: int, counts: list[int]) -> dict[str, torch.Tensor]:
+    """Return what a selection keeps of samples: the first chosen tokens, then zeros."""
+    kept = min(width, limit)
+    mask = torch.arange(kept) < torch.tensor(counts).clamp(max=limit).unsqueeze(1)
+    tokens = torch.randn(len(counts), kept, 4) * mask.unsqueeze(-1)
+    return {"positions.0": torch.arange(kept).expand(len(counts), kept) * mask, "mask.0": mask, "tokens.0": tokens}
+
+
+def test_rows_hold_nothing_of_the_padding() -> None:
+    logits, whole = torch.randn(2, 5, 7), torch.randn(2, 5, 4)
+    rows = to_rows({"logits": logits, "feature_0": whole}, [5, 2], 5)
+    assert [value.shape[0] for value in rows[1].values()] == [2, 2]
+    stacked = plain_names(to_batch(rows, 8))
+    for name, value in (("logits", logits), ("feature_0", whole)):
+        assert stacked[name].shape[:2] == (2, 8)
+        assert torch.equal(stacked[name][0, :5], value[0])
+        assert torch.equal(stacked[name][1, :2], value[1, :2])
+        assert not stacked[name][1, 2:].any()
+
+
+@pytest.mark.parametrize(("width", "limit"), [(9, 4), (4, 4), (4, 9), (9, 9)])
+def test_chosen_tokens_come_back_as_they_were(width, limit) -> None:
+    torch.manual_seed(0)
+    outputs = sampled(width, limit, [width, 2, 3])
+    rows = to_rows(outputs, [width, 2, 3], width)
+    assert [len(row) for row in rows] == [3, 3, 3]
+    assert [next(iter(row.values())).shape[0] for row in rows] == [min(width, limit), 2, 3]
+    back = plain_names(to_batch(rows, width))
+    assert back.keys() == outputs.keys()
+    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+
+
+def test_chosen_tokens_of_narrow_and_wide_batches_make_one() -> None:
+    torch.manual_seed(0)
+    narrow, wide = sampled(3, 4, [3, 2]), sampled(9, 4, [9, 1])
+    rows = to_rows(narrow, [3, 2], 3) + to_rows(wide, [9, 1], 9)
+    back = plain_names(to_batch(rows, 9))
+    assert back["mask.0"].sum(1).tolist() == [3, 2, 4, 1]
+    assert torch.equal(back["tokens.0"][:2, :3], narrow["tokens.0"])
+    assert torch.equal(back["tokens.0"][2:], wide["tokens.0"])
+
+
+def test_chosen_tokens_of_left_padded_samples_come_back_as_they_were() -> None:
+    torch.manual_seed(0)
+    outputs = sampled(9, 4, [9, 2])
+    back = plain_names(to_batch(to_rows(outputs, None, 9), 9))
+    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+
+
+def test_unsampled_tokens_are_filled_up_to_the_width_of_the_batch() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    tokens = torch.randn(2, 3, 4) * mask.unsqueeze(-1)
+    rows = to_rows({"tokens.0": tokens, "mask.0": mask}, [2, 1], 3)
+    back = plain_names(to_batch(rows, 8))
+    assert back["tokens.0"].shape == (2, 8, 4)
+    assert back["mask.0"].tolist() == [[1, 1] + [0] * 6, [1] + [0] * 7]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"logits": torch.randn(2, 3)},
+        {"mean.0": torch.randn(2, 3)},
+        {"summary.0": torch.randn(2, 3)},
+        {"grid.0": torch.randn(2, 3, 2, 2)},
+        {"feature_0": torch.randn(2, 3, 5, 5)},
+        {"logits": torch.randn(2)},
+    ],
+    ids=lambda outputs: f"{next(iter(outputs))} {next(iter(outputs.values())).dim()}",
+)
+def test_what_has_as_many_channels_as_there_are_tokens_is_not_cut(outputs) -> None:
+    back = plain_names(to_batch(to_rows(outputs, [1, 2], 3), 6))
+    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+
+
+def test_no_rows_make_no_batch() -> None:
+    assert to_batch([], 4) == {}
+
+
+# ---- Cache and collator --------------------------------------------------------------------------------------------
+
+
+def test_a_lookup_tells_who_is_there(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "teacher", lambda batch: {"pixel_values": batch["pixel_values"]})
+    batch = {"pixel_values": torch.randn(3, 2), "labels": torch.zeros(3)}
+    logits = torch.randn(3, 5)
+    cache.store.write(cache.keys(batch)[1:], cache.rows({"logits": logits[1:]}, {"pixel_values": logits[1:]}))
+    found = cache.look_up(batch)
+    assert found.present == [False, True, True]
+    assert torch.equal(found.values["logits"], logits[1:])
+
+
+def test_the_teachers_own_columns_are_what_counts(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "teacher", dict)
+    batch = {"input_ids": torch.tensor([[1]]), "teacher_input_ids": torch.tensor([[2]])}
+    assert cache.keys(batch) == cache.keys({**batch, "input_ids": torch.tensor([[3]])})
+    assert cache.keys(batch) != cache.keys({**batch, "teacher_input_ids": torch.tensor([[3]])})
+
+
+def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_are_not(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "teacher", dict, dtype=torch.float16)
+    outputs = {"logits": torch.randn(2, 3), "mean.0": torch.randn(2, 4), "positions.0": torch.arange(4).view(2, 2)}
+    row = cache.rows(outputs, {"x": torch.zeros(2)})[0]
+    assert {name: value.dtype for name, value in row.items()} == {
+        "logits": torch.float32,
+        "mean.0": torch.float16,
+        "positions.0": torch.int64,
+    }
+
+
+def test_outputs_with_several_rows_a_sample_are_refused(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "teacher", dict)
+    with pytest.raises(InputError, match=r"8 rows of `mean\.0` for 2 samples"):
+        cache.rows({"logits": torch.zeros(2, 4), "mean.0": torch.zeros(8, 3)}, {"x": torch.zeros(2, 4, 5)})
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_the_collator_adds_the_lookup_and_nothing_else(in_thread: bool, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "teacher", lambda batch: {"x": batch["x"]})
+    samples = {"x": torch.randn(2, 3), "labels": torch.zeros(2)}
+    cache.store.write(cache.keys(samples)[:1], [{"logits": torch.ones(4)}])
+    batch = CachingCollator(lambda rows: rows, cache, in_thread=in_thread)(samples)
+    assert {name: value for name, value in batch.items() if name != CACHED} == samples
+    found = lookup_of(batch)
+    assert found is not None
+    assert found.present == [True, False]
+    assert found.values["logits"].tolist() == [[1.0] * 4]
+    assert lookup_of(samples) is None
+
+
+def test_where_a_teacher_was_loaded_from_is_not_part_of_its_name() -> None:
+    teacher = vit()
+    before = weights_digest(teacher)
+    teacher.config._name_or_path = "/elsewhere"
+    assert weights_digest(teacher) == before
+    assert weights_digest(teacher.double()) != before
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.register_buffer("shift", torch.full((1,), gain), persistent=False)
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(3, 3)
+
+
+def test_what_a_plain_model_holds_besides_weights_is_part_of_its_digest() -> None:
+    from hf_semckd.cache import weights_digest
+
+    assert weights_digest(Scaled(1.0)) == weights_digest(Scaled(1.0)) != weights_digest(Scaled(50.0))
+    changed = Scaled(1.0)
+    changed.shift.fill_(7)
+    assert weights_digest(changed) != weights_digest(Scaled(1.0))
+    assert weights_digest(Scaled(1.0).train()) == weights_digest(Scaled(1.0).eval())
+
+
+def test_an_adapters_scale_and_whether_it_is_on_are_part_of_the_digest() -> None:
+    peft = pytest.importorskip("peft")
+    from makers import vit
+
+    from hf_semckd.cache import weights_digest
+
+    def adapted(alpha: int) -> torch.nn.Module:
+        settings = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["query", "q_proj"], init_lora_weights=False)
+        model = vit()
+        torch.manual_seed(4)
+        return peft.get_peft_model(model, settings)
+
+    assert weights_digest(adapted(2)) == weights_digest(adapted(2)) != weights_digest(adapted(64))
+    off = adapted(2)
+    off.base_model.disable_adapter_layers()
+    assert weights_digest(off) != weights_digest(adapted(2))

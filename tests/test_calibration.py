@@ -13,6 +13,9 @@ from hf_semckd.calibration import Alignment, ConvolutionalProjection, FeatureEmb
 from hf_semckd.errors import RaggedBatchError
 from hf_semckd.features import FeatureSpec
 
+# A batch of one.
+ONE = torch.zeros(1, dtype=torch.float64)
+
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -315,15 +318,15 @@ def test_similarity_weights_carry_no_gradient():
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 2), (3, 3)])
 @pytest.mark.parametrize("kind", ["uniform", "last", "one_to_one"])
 def test_fixed_weights_are_distributions_over_teacher_layers(kind, shape):
-    weights = calibration.fixed_weights(kind, *shape)
+    weights = calibration.fixed_weights(kind, *shape, ONE)[0]
     sums = weights.sum(1).tolist()
     assert weights.shape == shape and (weights >= 0).all()
     assert sums == ([0.0] * (shape[0] - 1) + [1.0] if kind == "last" else pytest.approx([1.0] * shape[0]))
 
 
 def test_uniform_weights_are_equal_and_last_has_one_entry():
-    assert calibration.fixed_weights("uniform", 2, 4).tolist() == [[0.25] * 4] * 2
-    assert calibration.fixed_weights("last", 2, 3).tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert calibration.fixed_weights("uniform", 2, 4, ONE)[0].tolist() == [[0.25] * 4] * 2
+    assert calibration.fixed_weights("last", 2, 3, ONE)[0].tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -341,14 +344,14 @@ def test_uniform_weights_are_equal_and_last_has_one_entry():
     ],
 )
 def test_one_to_one_maps_each_student_layer_to_the_teacher_layer_of_its_depth(students, teachers, expected):
-    weights = calibration.fixed_weights("one_to_one", students, teachers)
+    weights = calibration.fixed_weights("one_to_one", students, teachers, ONE)[0]
     assert weights.argmax(1).tolist() == expected
     assert weights.sum(1).tolist() == [1.0] * students
 
 
 def test_one_to_one_is_the_identity_for_equal_depths_and_never_goes_back():
     for students, teachers in itertools.product(range(1, 14), repeat=2):
-        chosen = calibration.fixed_weights("one_to_one", students, teachers).argmax(1).tolist()
+        chosen = calibration.fixed_weights("one_to_one", students, teachers, ONE)[0].argmax(1).tolist()
         assert chosen == sorted(chosen) and chosen[-1] == teachers - 1
         assert students != teachers or chosen == list(range(teachers))
         assert len(set(chosen)) == min(students, teachers)

@@ -1,5 +1,8 @@
 """Two tokenizers, one dataset: each model gets its own, padded by its own tokenizer."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +17,7 @@ from transformers import (
 )
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.data import TeacherStudentCollator
+from hf_semckd.data import RepeatableViews, TeacherStudentCollator, untouched_random_state
 from hf_semckd.errors import InputError
 
 SENTENCES = ["a b c", "b", "c a b a c", "a a", "b c", "c"]
@@ -90,3 +93,81 @@ def test_two_tokenizations_train_and_evaluate(tmp_path):
 def test_a_collator_that_cannot_pad_the_teachers_columns_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(InputError, match="TeacherStudentCollator"):
         trainer(tmp_path, DataCollatorWithPadding(STUDENT))
+
+
+# ---- Repeatable views ----------------------------------------------------------------------------------------------
+
+
+def drawn(value: float) -> tuple[float, float, float, float]:
+    """A transform that draws from all three generators."""
+    return value, random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def states() -> tuple[object, list[int], list[int]]:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def versions(views: RepeatableViews, index: int, times: int = 40) -> set[tuple[float, ...]]:
+    return {views[index] for _ in range(times)}
+
+
+def test_a_sample_has_as_many_versions_as_views_and_they_repeat():
+    views = RepeatableViews([10.0, 20.0], drawn, views=3)
+    assert len(views) == 2
+    assert {len(versions(views, index)) for index in range(2)} == {3}
+    assert {row[0] for row in versions(views, 1)} == {20.0}
+    torch.manual_seed(99)
+    assert versions(views, 0) == versions(RepeatableViews([10.0, 20.0], drawn, views=3), 0)
+
+
+def test_versions_differ_between_samples_and_seeds_in_all_generators():
+    views = RepeatableViews([0.0] * 10, drawn, views=4)
+    seen = [row for index in range(10) for row in versions(views, index)]
+    assert len(seen) == 40
+    for generator in (1, 2, 3):
+        assert len({row[generator] for row in seen}) == 40
+    assert not versions(views, 0) & versions(RepeatableViews([0.0] * 10, drawn, views=4, seed=1), 0)
+
+
+def test_all_versions_are_about_equally_frequent():
+    views = RepeatableViews([0.0], drawn, views=4)
+    torch.manual_seed(0)
+    counts: dict[object, int] = {}
+    for _ in range(200):
+        counts[views[0]] = counts.get(views[0], 0) + 1
+    assert all(25 < count < 75 for count in counts.values())
+
+
+def test_reading_takes_one_draw_of_torch_and_leaves_the_other_generators_alone():
+    views = RepeatableViews([0.0], drawn, views=5)
+    torch.manual_seed(3)
+    before = states()
+    views[0]
+    after = states()
+    assert after[:2] == before[:2]
+    torch.manual_seed(3)
+    torch.randint(5, ())
+    assert after[2] == torch.get_rng_state().tolist()
+
+
+def test_a_transform_that_fails_leaves_the_generators_alone():
+    def broken(_: float) -> None:
+        drawn(0.0)
+        raise OSError("no file")
+
+    before = states()
+    with pytest.raises(OSError, match="no file"):
+        RepeatableViews([0.0], broken, views=2)[0]
+    assert states()[:2] == before[:2]
+
+
+def test_random_states_are_seeded_for_a_moment_and_restored():
+    torch.manual_seed(1)
+    before = states()
+    with untouched_random_state(7):
+        first = drawn(0.0)
+    assert states() == before
+    with untouched_random_state(7):
+        assert drawn(0.0) == first
+    with untouched_random_state(8):
+        assert drawn(0.0) != first

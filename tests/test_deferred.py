@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from makers import bert, config, images, texts, vit
+from makers import LABELS, bert, config, gpt2, images, texts, vit
 from tiny import fit
 
 from hf_semckd import SemCKDTrainer
@@ -49,7 +49,8 @@ def test_a_cached_teacher_is_not_loaded_and_gives_the_same_losses(tmp_path, sour
     cached, second, trainer = run(tmp_path, source, text=text)
     assert (first, second) == (1, 0)
     assert filled == pytest.approx(live, rel=1e-5) and cached == pytest.approx(live, rel=1e-5)
-    assert all(entry.is_meta for entry in trainer.teacher.parameters())
+    assert all(entry.is_meta for entry in trainer._teacher_model.parameters())
+    assert not any(entry.is_meta for entry in trainer.teacher.parameters())
 
 
 def test_a_missing_sample_loads_the_teacher(tmp_path, source, text):
@@ -98,3 +99,42 @@ def test_a_digest_follows_the_files_and_only_they(tmp_path):
     assert one == two != three
     assert source_digest(vit()) is None and source_digest("nobody/nothing") is None
     assert source_digest(tmp_path) is None
+
+
+def test_a_known_teacher_is_there_when_it_is_asked_for(tmp_path, source, text):
+    run(tmp_path, source, text=text)
+    _, loads, trainer = run(tmp_path, source, text=text)
+    assert loads == 0
+    with torch.no_grad():
+        logits = trainer.teacher(**{k: v[None] for k, v in (texts if text else images)(1)[0].items() if k != "labels"})
+    assert logits.logits.shape == (1, LABELS) and logits.logits.isfinite().all()
+
+
+def blocks(length):
+    """Return texts without padding and without a mask, all of one length."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 30, (length,), generator=generator) for _ in range(8)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_another_length_without_a_mask_is_looked_at_anew(tmp_path):
+    gpt2(3, 24, seed=9).save_pretrained(tmp_path / "teacher")
+    losses = {}
+    for cached in (False, True):
+        for length in (9, 12, 9):
+            settings = {"teacher_cache_dir": str(tmp_path / "cache") if cached else None, "max_steps": 2}
+            args = config(tmp_path / "out", logging_steps=1, **settings)
+            teacher = str(tmp_path / "teacher")
+            trainer = SemCKDTrainer(gpt2(), args, teacher_model=teacher, train_dataset=blocks(length))
+            fit(trainer)
+            losses[cached, length] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    for length in (9, 12):
+        assert losses[True, length] == pytest.approx(losses[False, length], rel=1e-5)
+
+
+def test_switching_features_on_asks_anew(tmp_path, source, text):
+    run(tmp_path, source, text=text, feature_weight=0.0)
+    trainer = distil(tmp_path, source, text=text, feature_weight=0.0)
+    trainer.args.feature_weight = 1.0
+    trainer._build()
+    assert trainer.feature_loss is not None and len(trainer.teacher_layer_names) == 3

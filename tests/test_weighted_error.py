@@ -279,3 +279,18 @@ def test_projections_inside_follow_autocast():
     expected = naive(rounded, [target.double() for target in targets], weights.double(), MASK)
     assert value.dtype == torch.float32
     assert relative(value, expected) < 1e-6
+
+
+def test_nan_in_masked_features_reaches_no_gradient():
+    features, linears, targets, weights = projected_problem()
+    leaves = [entry.requires_grad_() for pair in linears for entry in pair]
+    clean = torch.autograd.grad(
+        weighted_feature_error(features, targets, weights, MASK, projections=linears)[0].sum(), leaves
+    )
+    for feature in features:
+        feature[MASK == 0] = float("nan")
+    dirty = torch.autograd.grad(
+        weighted_feature_error(features, targets, weights, MASK, projections=linears)[0].sum(), leaves
+    )
+    for one, other in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

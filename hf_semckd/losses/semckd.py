@@ -318,9 +318,8 @@ class SemCKDLoss(FeatureLoss):
 
     def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
         if self.association in ("uniform", "last", "one_to_one"):
-            weights = fixed_weights(self.association, len(self.student_specs), len(self.teacher_specs))
             like = at_least_float32(views.features[0])
-            return weights.to(like.device, like.dtype).expand(len(like), -1, -1)
+            return fixed_weights(self.association, len(self.student_specs), len(self.teacher_specs), like)
         if self.association == "similarity":
             shown = [
                 self.projector == "shared" and any(pair.kind == "grid" for pair in row) for row in self.alignments
@@ -356,7 +355,7 @@ class SemCKDLoss(FeatureLoss):
         self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         weighted: list[list[Tensor]] = [[] for _ in self.student_specs]
-        errors = torch.zeros_like(weights, requires_grad=False)
+        errors: dict[tuple[int, int], Tensor] = {}
         for meeting, students in find_meetings(views, self.alignments, self.teacher_specs).items():
             teachers = list(meeting.teachers)
             statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
@@ -370,7 +369,7 @@ class SemCKDLoss(FeatureLoss):
             values, pairs = weighted_feature_error(
                 features,
                 [self.selection.at(targets, t, meeting.size, meeting.kind) for t in teachers],
-                weights[:, students][:, :, teachers],
+                _part(weights, students, teachers),
                 views.mask_at(students[0], meeting),
                 projections=projections or None,
                 centre=torch.stack([entry.mean for entry in statistics]) if statistics else None,
@@ -378,8 +377,9 @@ class SemCKDLoss(FeatureLoss):
             )
             for index, s in enumerate(students):
                 weighted[s].append(values[:, index])
-                errors[:, s, teachers] = pairs[:, index].to(errors.dtype)
-        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), errors
+                errors |= {(s, t): pairs[:, index, position] for position, t in enumerate(teachers)}
+        rows = [torch.stack([errors[s, t] for t in range(len(self.teacher_specs))], 1) for s in range(len(weighted))]
+        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
 
     def _linear(self, s: int, width: int) -> nn.Linear:
         return self.projection[self.projection_of[s]][str(width)]  # type: ignore[index]
@@ -392,6 +392,13 @@ class SemCKDLoss(FeatureLoss):
             self.projection, views, taught, self.teacher_specs, self.alignments, targets.get("mask")
         )
         return (weights * errors).sum(2), errors
+
+
+def _part(weights: Tensor, students: Sequence[int], teachers: Sequence[int]) -> Tensor:
+    """Return the weights (B, S', T') of some layers; a list as an index would make the host wait for the device."""
+    if (len(students), len(teachers)) == tuple(weights.shape[1:]):
+        return weights
+    return torch.stack([torch.stack([weights[:, s, t] for t in teachers], 1) for s in students], 1)
 
 
 def _specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
