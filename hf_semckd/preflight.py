@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from .config import SemCKDConfig
+from .data import TEACHER_PREFIX
 from .errors import ConfigurationError, InputError, message
 from .features import is_encoder_decoder
+from .inputs import LABEL_COLUMNS, forward_parameters
 from .losses import FeatureLoss
 from .probing import column_names
-from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, forward_parameters
 
 logger = logging.getLogger(__name__)
 

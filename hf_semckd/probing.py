@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .data import TEACHER_PREFIX
 from .errors import InputError, SemCKDError, message
 from .features import FeatureCapture, FeatureSpec, describe, is_encoder_decoder
+from .inputs import select_inputs
 from .losses import FeatureLoss
 from .modeling import logits_of
-from .teacher import Teacher, TeacherOutputs, select_inputs
+from .teacher import Teacher, TeacherOutputs
 from .terms import logit_shape_message
 
 PROBE_SAMPLES = 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from .cache import TeacherCache, lookup_of, plain_names, teacher_fingerprint, to_batch, token_count, weights_digest
 from .data import TEACHER_PREFIX
 from .deferred import TeacherNote
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture, remove_capturing_traces
+from .inputs import InputSelector
 from .modeling import logits_of, token_attention, tokens_mask
 from .sampling import content_phase
 from .store import ALIGNMENT
@@ -33,7 +30,6 @@ FeatureSelector = Callable[[Any, Tensor | None, Callable[[], Tensor]], Sequence[
 ROW_OVERHEAD = 52
 # What features are called in a cache where all of them are kept.
 WHOLE_FEATURE = "feature_"
-LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 @dataclass
@@ -271,6 +267,7 @@ class Teacher:
             batch: A few samples.
             run: Computes the outputs as training does.
         """
+        self.materialise()
         cache, self.cache = self.cache, None
         assert cache is not None
         try:
@@ -430,173 +427,6 @@ def _merged(
         else {name: value.to(device) for name, value in next(missing).items()}
         for there in present
     ]
-
-
-class InputSelector:
-    """Picks out of batches what a model's forward names; the signature is read once.
-
-    A plain module whose only argument has another name (`forward(self, x)`) gets the batch's one tensor under it.
-
-    Args:
-        model: The model.
-
-    Attributes:
-        parameters: The names that its forward takes, without catch-alls.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._model = type(model).__name__
-        entries = inspect.signature(_plain_forward(model)).parameters.values()
-        self._names = {entry.name for entry in entries}
-        self.parameters = [
-            entry.name for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
-        ]
-        self._required = [
-            entry.name
-            for entry in entries
-            if entry.default is entry.empty and entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)
-        ]
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the entries of a batch that the forward names, without labels.
-
-        Raises:
-            InputError: When the model takes nothing of the batch.
-        """
-        inputs = {
-            key: value
-            for key, value in batch.items()
-            if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)
-        }
-        chosen = {key: value for key, value in inputs.items() if key in self._names}
-        if chosen:
-            return chosen
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        if len(self._required) == 1 and len(tensors) == 1:
-            return {self._required[0]: tensors[0]}
-        expected = [name for name in self.parameters if name not in LABEL_COLUMNS]
-        raise InputError(
-            message(
-                f"{self._model} takes nothing of the batch",
-                received=f"columns {', '.join(map(repr, batch)) or 'none'}",
-                expected=f"some of {', '.join(map(repr, expected))}",
-                todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
-                "or give the teacher columns of its own named teacher_...",
-            )
-        )
-
-
-def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of one batch that a model's forward names, without labels; see `InputSelector`."""
-    return InputSelector(model)(batch)
-
-
-def forward_parameters(model: nn.Module) -> list[str]:
-    """Return the names that a model's forward takes, without catch-alls."""
-    return InputSelector(model).parameters
-
-
-def load_model(
-    source: nn.Module | str | os.PathLike[str],
-    role: str,
-    like: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Return a model as it is, or load it by name or folder, without running remote code.
-
-    Args:
-        source: A module, or what `from_pretrained` takes.
-        role: `student` or `teacher`, for messages.
-        like: A model whose task head is wanted (the student, for a teacher); without it the head that the
-            configuration names.
-        dtype: The precision that is wanted; a module of another one is copied, so that it stays as it is. None: as
-            it was given, or saved.
-
-    Raises:
-        InputError: When it can be neither used nor loaded, or not be had in this precision.
-    """
-    if isinstance(source, nn.Module):
-        return source if dtype is None else _in_precision(source, role, dtype)
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(
-            message(
-                f"The {role} is not a model",
-                received=type(source).__name__,
-                expected="a PreTrainedModel, a PEFT model, any nn.Module, or a name or folder for from_pretrained",
-                todo=f"pass the {role} itself, or where to load it from",
-            )
-        )
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = _model_class(config, like)
-        how = {} if dtype is None else {"dtype": dtype}
-        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            message(
-                f"The {role} could not be loaded",
-                received=f"{source!r} ({error})",
-                expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
-                todo=f"check the name and the connection, or load the {role} yourself and pass the object",
-            )
-        ) from error
-    if role == "teacher" and info["missing_keys"]:
-        raise InputError(
-            message(
-                "The teacher would have random weights: the checkpoint lacks some of its layers",
-                received=f"{source!r} without {', '.join(sorted(map(str, info['missing_keys']))[:5])}",
-                expected=f"a checkpoint that was fine-tuned as {type(model).__name__}",
-                todo="fine-tune the teacher on the task first, or pass the model object if this is what you want",
-            )
-        )
-    return model
-
-
-def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:
-    """Return a model of a name or folder without memory for its weights, to look at.
-
-    Args:
-        source: What `from_pretrained` takes.
-        like: A model whose task head is wanted.
-    """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    kind = _model_class(config, like)
-    with torch.device("meta"):
-        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-
-
-def _in_precision(model: nn.Module, role: str, dtype: torch.dtype) -> nn.Module:
-    """Return the model in a precision: itself when it has it, else a copy."""
-    if all(entry.dtype is dtype for entry in model.parameters() if entry.is_floating_point()):
-        return model
-    try:
-        return copy.deepcopy(model).to(dtype)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise InputError(
-            message(
-                f"The {role} cannot be had in {dtype}",
-                received=f"{type(model).__name__}, which said: {error}",
-                expected="a model on one device that is neither quantised nor sharded",
-                todo=f"set {role}_dtype='auto' and load the {role} in the precision that you want",
-            )
-        ) from error
-
-
-def _model_class(config: Any, like: nn.Module | None) -> Any:
-    wanted = type(like).__name__.rpartition("For")[2] if like is not None else ""
-    names = list(getattr(config, "architectures", None) or [])
-    auto = getattr(transformers, f"AutoModelFor{wanted}", None) if wanted else None
-    if auto is not None:
-        return auto
-    if not names or not hasattr(transformers, names[0]):
-        raise ValueError(f"the configuration names no known architecture: {names}")
-    return getattr(transformers, names[0])
-
-
-def _plain_forward(model: nn.Module) -> Any:
-    """Return the forward whose signature tells the inputs: that of the base model under PEFT."""
-    owner: Any = model
-    return owner.get_base_model().forward if hasattr(owner, "get_base_model") else owner.forward
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

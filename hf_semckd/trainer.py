@@ -19,9 +19,11 @@ from .caching import CacheCallback, CachingTrainer
 from .callbacks import AssociationCallback
 from .checkpoint import CheckpointingTrainer
 from .config import SemCKDConfig
-from .data import untouched_random_state
+from .data import TEACHER_PREFIX, untouched_random_state
 from .features import FeatureCapture, remove_capturing_traces
 from .hub import PublishingTrainer
+from .inputs import LABEL_COLUMNS, InputSelector, forward_parameters
+from .loading import empty_model, load_model
 from .losses import FeatureLoss, SemCKDLoss
 from .meters import LossMeter
 from .modeling import StudentAttachment, forget_preparation
@@ -40,7 +42,7 @@ from .preflight import (
     check_teacher_given,
 )
 from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe
-from .teacher import LABEL_COLUMNS, TEACHER_PREFIX, InputSelector, Teacher, empty_model, forward_parameters, load_model
+from .teacher import Teacher
 from .terms import Task, Window, task_of
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,9 @@ from torch import nn
 from transformers import BertForSequenceClassification, BertModel, ViTForImageClassification
 
 from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
-from hf_semckd.teacher import Teacher, TeacherOutputs, forward_parameters, load_model, select_inputs
+from hf_semckd.inputs import forward_parameters, select_inputs
+from hf_semckd.loading import load_model
+from hf_semckd.teacher import Teacher, TeacherOutputs
 
 
 class Plain(nn.Module):

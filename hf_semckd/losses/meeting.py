@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibration import Alignment, as_map, as_mean, as_tokens, summary, summary_size
@@ -66,13 +68,16 @@ class StudentViews:
             return map_to_tokens(pool_map(self.map(s), meeting.size))
         tokens = as_tokens(self.features[s])
         positions = self.selection.positions_of(self.targets, meeting.teachers[0])
-        return tokens if positions is None else take_positions(tokens, positions)
+        return (
+            tokens if positions is None else _with_late_backward(take_positions(tokens, positions), self.features[s])
+        )
 
     def map(self, s: int) -> Tensor:
         """Return student layer s as a map of the size that maps are compared at."""
         if s not in self._maps:
             feature, spec = self.features[s], self.specs[s]
-            self._maps[s] = as_map(feature, spec, self.selection.grid_size(feature, spec))
+            pooled = as_map(feature, spec, self.selection.grid_size(feature, spec))
+            self._maps[s] = _with_late_backward(pooled, feature)
         return self._maps[s]
 
     def mean(self, s: int) -> Tensor:
@@ -128,3 +133,20 @@ def find_meetings(
         for (kind, size, width), teachers in groups.items():
             meetings.setdefault(Meeting(kind, size, width, tuple(teachers)), []).append(s)
     return meetings
+
+
+def _with_late_backward(derived: Tensor, source: Tensor) -> Tensor:
+    """Return `derived`, whose backward waits until that of `source` is due, and not a moment before.
+
+    The gradient of a few tokens or cells fills a tensor as large as the layer. Autograd runs what was made last first,
+    so that without this those of all layers would be there at once, while all of the student's activations still are.
+    Only the order of work changes: where the order cannot be set, nothing does.
+    """
+    node: Any = derived.grad_fn
+    last: Any = source.grad_fn
+    if torch.compiler.is_compiling() or last is None or not hasattr(last, "_set_sequence_nr"):
+        return derived
+    while node is not None and node is not last:
+        node._set_sequence_nr(last._sequence_nr() + 1)
+        node = next((entry for entry, _ in node.next_functions if entry is not None), None)
+    return derived

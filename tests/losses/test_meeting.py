@@ -12,6 +12,7 @@ from hf_semckd.features import FeatureSpec
 from hf_semckd.losses import SemCKDLoss, meeting
 from hf_semckd.losses.meeting import Meeting, StudentViews, find_meetings
 from hf_semckd.losses.selection import TeacherSelection
+from hf_semckd.sampling import take_positions
 
 B = 4
 MASK = (torch.arange(8) < torch.tensor([[3], [8], [1], [5]])).long()
@@ -262,3 +263,28 @@ def test_no_value_is_waited_for(association):
         assert out.per_sample.shape == (B,) and out.errors.shape == (B, len(students), len(teachers))
         with pytest.raises(Exception, match="_local_scalar_dense"):
             float(out.total.detach())
+
+
+def test_the_backward_of_a_layers_view_waits_for_that_of_the_layer_above():
+    """Else the gradients of all layers, each as large as the layer, are there before the first is used."""
+    order = []
+
+    def told(tensor, name):
+        tensor.grad_fn.register_hook(lambda *_: order.append(name))
+        return tensor
+
+    features = [torch.ones(2, 9, 4, requires_grad=True)]
+    for layer in range(3):
+        features.append(told(features[-1] * 2, f"layer {layer}"))
+    states = features[1:]
+    views = [
+        told(
+            meeting._with_late_backward(take_positions(state, torch.zeros(2, 1, dtype=torch.long)), state), f"view {n}"
+        )
+        for n, state in enumerate(states)
+    ]
+    (states[-1].sum() + sum(view.sum() for view in views)).backward()
+    assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]
+    assert features[0].grad[:, 0].unique().tolist() == [8 + 8 + 4 + 2] and features[0].grad[
+        :, 1:
+    ].unique().tolist() == [8]
