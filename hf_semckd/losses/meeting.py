@@ -147,6 +147,6 @@ def _with_late_backward(derived: Tensor, source: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or last is None or not hasattr(last, "_set_sequence_nr"):
         return derived
     while node is not None and node is not last:
-        node._set_sequence_nr(last._sequence_nr() + 1)
+        node._set_sequence_nr(last._sequence_nr())
         node = next((entry for entry, _ in node.next_functions if entry is not None), None)
     return derived

@@ -276,15 +276,10 @@ def test_the_backward_of_a_layers_view_waits_for_that_of_the_layer_above():
     features = [torch.ones(2, 9, 4, requires_grad=True)]
     for layer in range(3):
         features.append(told(features[-1] * 2, f"layer {layer}"))
-    states = features[1:]
-    views = [
-        told(
-            meeting._with_late_backward(take_positions(state, torch.zeros(2, 1, dtype=torch.long)), state), f"view {n}"
-        )
-        for n, state in enumerate(states)
-    ]
+    states, first = features[1:], torch.zeros(2, 1, dtype=torch.long)
+    views = [meeting._with_late_backward(take_positions(state, first), state) for state in states]
+    views = [told(view, f"view {index}") for index, view in enumerate(views)]
     (states[-1].sum() + sum(view.sum() for view in views)).backward()
     assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]
-    assert features[0].grad[:, 0].unique().tolist() == [8 + 8 + 4 + 2] and features[0].grad[
-        :, 1:
-    ].unique().tolist() == [8]
+    gradient = features[0].grad
+    assert gradient[:, 0].unique().tolist() == [8 + 8 + 4 + 2] and gradient[:, 1:].unique().tolist() == [8]
