@@ -1,8 +1,12 @@
 """What the README says: its script runs, its numbers are those of the kept rows, its links lead somewhere."""
 
+import importlib
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import load_dataset
@@ -55,6 +59,25 @@ def test_the_tables_are_those_of_the_kept_rows(example: str) -> None:
     spec.loader.exec_module(runs)
     table = runs.table(example)
     assert len(table.splitlines()) == 6, "four models, the heading and its rule"
+    assert table.strip() in README
+
+
+def script(name: str) -> Any:
+    """Import one of the scripts."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    return importlib.import_module(name)
+
+
+def test_the_prices_are_those_of_the_stored_measurement() -> None:
+    summary = script("step_cost.summary")
+    stored = [json.loads(path.read_text()) for path in (ROOT / "scripts" / "results" / "step").glob("*.json")]
+    assert stored
+    assert any(summary.table(entry).strip() in README for entry in stored)
+
+
+def test_the_accuracies_are_those_of_the_kept_runs() -> None:
+    table = script("compare_sampling").table()
+    assert len(table.splitlines()) > 4
     assert table.strip() in README
 
 
