@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import TEACHER_PREFIX
+from .data import teacher_entries
 from .errors import InputError, message
 from .store import KEY_BYTES, TensorStore
 
@@ -77,9 +77,8 @@ class TeacherCache:
         self.dtype = dtype
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the teacher's inputs of a batch: `teacher_*` entries, else what its forward names."""
-        own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-        return self.select_inputs(own or batch)
+        """Return the teacher's inputs of a batch, as they were collated."""
+        return self.select_inputs(teacher_entries(batch))
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
@@ -92,10 +91,18 @@ class TeacherCache:
 
     def look_up(self, batch: Mapping[str, Any]) -> Lookup:
         """Return what there is of a batch, on the CPU."""
-        keys = self.keys(batch)
+        return self.read(self.keys(batch), token_count(self.inputs(batch)))
+
+    def read(self, keys: list[bytes], width: int | None) -> Lookup:
+        """Return what there is under some keys, on the CPU.
+
+        Args:
+            keys: The keys of a batch's samples.
+            width: Number of tokens of the padded samples.
+        """
         rows = self.store.read(keys)
         found = [row for row in rows if row is not None]
-        return Lookup(keys, [row is not None for row in rows], to_batch(found, token_count(self.inputs(batch))))
+        return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 
     def rows(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Return what is stored of each sample of the teacher's outputs.
@@ -193,13 +200,12 @@ def to_rows(
         elif along_all and (value.dim() == 3 or kind == "mask"):
             cuts[name] = (name + ALL_TOKENS, lengths)
     samples = len(next(iter(outputs.values())))
-    return [
-        {
-            cuts[name][0]: value[index] if cuts[name][1] is None else value[index, : cuts[name][1][index]]  # type: ignore[index]
-            for name, value in outputs.items()
-        }
-        for index in range(samples)
-    ]
+    rows: list[dict[str, Tensor]] = [{} for _ in range(samples)]
+    for name, (stored_name, ends) in cuts.items():
+        for index, row in enumerate(rows):
+            sample = outputs[name][index]
+            row[stored_name] = sample if ends is None else sample[: ends[index]]
+    return rows
 
 
 def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> dict[str, Tensor]:

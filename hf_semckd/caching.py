@@ -68,13 +68,7 @@ class CachingTrainer(Trainer):
         if self._probe is None:
             self._build()
         cache = self._teacher.cache
-        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            with self._looking_up(cache):
-                # In order, each sample once, shared out among the processes; an evaluation's loader may be kept.
-                loader = self.get_test_dataloader(all_versions(self.train_dataset))
-        finally:
-            self.args.dataloader_drop_last = drops
+        loader = self._filling_loader(cache)
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with untouched_random_state(self.args.seed):
             for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
@@ -95,6 +89,16 @@ class CachingTrainer(Trainer):
                 )
             )
         return len(cache.store)
+
+    def _filling_loader(self, cache: TeacherCache) -> DataLoader:
+        """Return every version of every training sample once, in order, shared out among the processes."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with self._looking_up(cache):
+                # Not an evaluation's loader, which Trainer may keep.
+                return self.get_test_dataloader(all_versions(self.train_dataset))
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s, whose batches bring along what the cache holds of them."""
@@ -123,7 +127,7 @@ class CachingTrainer(Trainer):
         return self._teacher_digest is not None and has_notes(folder, self._teacher_digest, self._asked_of_teacher())
 
     def _settle_teacher(self, batch: Mapping[str, Any]) -> None:
-        """Load a teacher that was left unloaded, unless this very kind of batch was noted and these samples cached."""
+        """Load a teacher that was left unloaded, unless this very kind of batch was noted."""
         teacher, folder, digest = self._teacher, self.args.teacher_cache_dir, self._teacher_digest
         if not teacher.unloaded:
             return

@@ -77,6 +77,12 @@ def grid_of(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
     return spec.grid
 
 
+def limited_grid(feature: Tensor, spec: FeatureSpec, limit: int | None) -> tuple[int, int]:
+    """Return `grid_of` a layer, but at most `limit` rows and columns; None for no limit."""
+    height, width = grid_of(feature, spec)
+    return (height, width) if limit is None else (min(height, limit), min(width, limit))
+
+
 def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
     """Return a layer's output as a map (B, C, *size).
 
@@ -131,8 +137,7 @@ def summary(feature: Tensor, spec: FeatureSpec, mask: Tensor | None) -> Tensor:
 
 def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
     """Return the height and width of the small map that a summary is."""
-    height, width = grid_of(feature, spec)
-    return min(height, SUMMARY_GRID), min(width, SUMMARY_GRID)
+    return limited_grid(feature, spec, SUMMARY_GRID)
 
 
 class ConvolutionalProjection(nn.Sequential):

@@ -15,6 +15,12 @@ from torch.utils.data import Dataset
 TEACHER_PREFIX = "teacher_"
 
 
+def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
+    own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
+    return own or batch
+
+
 class TeacherStudentCollator:
     """Collates a sample's `teacher_*` columns with the teacher's collator and the others with the student's.
 

@@ -109,21 +109,21 @@ def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: Te
         asked: What was asked of the teacher: precision and layers.
         note: What is known.
     """
-    place = Path(folder) / SOURCES / digest
+    notes = {**_notes(folder, digest), asked: dataclasses.asdict(note)}
     try:
-        write_manifest(place, {**(read_manifest(place) or {}), asked: dataclasses.asdict(note)})
+        write_manifest(Path(folder) / SOURCES / digest, notes)
     except OSError as error:
         logger.debug("no note of the teacher was kept: %s", error)
 
 
 def has_notes(folder: str | os.PathLike[str], digest: str, asked: str) -> bool:
     """Whether anything is known of a teacher for what is asked, whatever the inputs."""
-    return any(entry.startswith(asked) for entry in read_manifest(Path(folder) / SOURCES / digest) or {})
+    return any(entry.startswith(asked) for entry in _notes(folder, digest))
 
 
 def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> TeacherNote | None:
     """Return what is known of a teacher, or None."""
-    entry: Any = (read_manifest(Path(folder) / SOURCES / digest) or {}).get(asked)
+    entry: Any = _notes(folder, digest).get(asked)
     try:
         specs = [
             FeatureSpec(**{**fields, "grid": None if fields["grid"] is None else tuple(fields["grid"])})
@@ -133,3 +133,8 @@ def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> Teache
         return TeacherNote(entry["weights"], entry["layers"], specs, entry["extra_tokens"], logits, entry["cut"])
     except (KeyError, TypeError):
         return None
+
+
+def _notes(folder: str | os.PathLike[str], digest: str) -> dict[str, Any]:
+    """Return all notes of the teacher whose files have a digest, by what was asked."""
+    return read_manifest(Path(folder) / SOURCES / digest) or {}

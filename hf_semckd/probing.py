@@ -57,12 +57,8 @@ def column_names(dataset: Any) -> list[str]:
 
 def spread_samples(dataset: Any, count: int) -> list[Any]:
     """Return a few samples of a map-style dataset, from its beginning to its end."""
-    size = len(dataset)
-    return (
-        [dataset[index * size // count] for index in range(count)]
-        if size > count
-        else list(map(dataset.__getitem__, range(size)))
-    )
+    taken = min(count, len(dataset))
+    return [dataset[index * len(dataset) // taken] for index in range(taken)]
 
 
 def first_samples(dataset: Any) -> list[Any]:

@@ -50,7 +50,7 @@ REFRESH_SECONDS = 1.0
 # A folder's time of change is trusted when it is older than the coarsest clock of a file system.
 SETTLED_NANOSECONDS = 2 * 10**9
 
-TODO = (
+ADVICE = (
     'lower token_limit, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
     "teacher_cache_limit_gb, or choose a folder on another disk."
 )
@@ -317,7 +317,7 @@ class TensorStore:
         parts = buffer.file_parts()
         shortage = _shortage(self.folder, sum(len(part) for part in parts), self.limit_bytes)
         if shortage is not None:
-            self._stop(*shortage, TODO)
+            self._stop(*shortage, ADVICE)
             return None
         name = f"rows-v1-{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
         _write_atomically(self.folder / name, parts)
@@ -325,7 +325,7 @@ class TensorStore:
 
     def _stop_after(self, error: Exception) -> None:
         received = f"{type(error).__name__}: {error}"
-        self._stop(received, f"a folder that can be written to: {self.folder}", f"free the disk or {TODO}")
+        self._stop(received, f"a folder that can be written to: {self.folder}", f"free the disk or {ADVICE}")
 
     def _stop(self, received: str, expected: str, todo: str) -> None:
         """Stop writing, and say so once."""
@@ -351,7 +351,7 @@ def check_space(folder: str | os.PathLike[str], needed_bytes: int, limit_bytes: 
     shortage = _shortage(Path(folder), needed_bytes, limit_bytes)
     if shortage is not None:
         what = "The teacher's outputs do not fit where they are to be stored"
-        raise InputError(message(what, received=shortage[0], expected=shortage[1], todo=TODO))
+        raise InputError(message(what, received=shortage[0], expected=shortage[1], todo=ADVICE))
 
 
 def write_manifest(folder: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:

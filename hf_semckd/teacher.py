@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cache import TeacherCache, lookup_of, plain_names, teacher_fingerprint, to_batch, token_count, weights_digest
-from .data import TEACHER_PREFIX
+from .data import TEACHER_PREFIX, teacher_entries
 from .deferred import TeacherNote
 from .errors import InputError, TeacherOutputError, message
 from .features import FeatureCapture, remove_capturing_traces
@@ -275,7 +276,7 @@ class Teacher:
         finally:
             self.cache = cache
         self.wait()
-        rows = cache.rows(_named(outputs), self.inputs(batch))
+        rows = cache.rows(_stored_names(outputs), self.inputs(batch))
         return (
             sum(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for row in rows for value in row.values()) / len(rows)
             + ROW_OVERHEAD
@@ -305,23 +306,24 @@ class Teacher:
         select: FeatureSelector | None,
     ) -> TeacherOutputs:
         lookup, inputs = lookup_of(batch), self.inputs(batch)
-        if lookup is None or not all(lookup.present):
-            # What was missing when the batch was made may be there by now.
+        width = token_count(inputs)
+        if lookup is None:
             lookup = cache.look_up(batch)
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        device, width = next(iter(tensors.values())).device, token_count(inputs)
+        elif not all(lookup.present):
+            # What was missing when the batch was made may be there by now.
+            lookup = cache.read(lookup.keys, width)
+        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
         missing = [index for index, present in enumerate(lookup.present) if not present]
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         if missing:
             if self.unloaded:
                 self.materialise()
                 inputs = self.inputs(batch)
-                tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-            part = {**inputs, **{name: value[missing] for name, value in tensors.items()}}
+            part = {name: value[missing] if isinstance(value, Tensor) else value for name, value in inputs.items()}
             outputs = self._live(part, None, logits=logits, features=features)
             if select is not None:
                 outputs.features = select(outputs.features, outputs.mask, lambda: self.phases(batch)[missing])
-            rows = cache.rows(_named(outputs), part)
+            rows = cache.rows(_stored_names(outputs), part)
             cache.store.write([lookup.keys[index] for index in missing], rows)
             # As stored, in the stored precision: a sample is the same when it is met again.
             stored = to_batch(_merged(stored, lookup.present, rows, device), width)
@@ -338,8 +340,7 @@ class Teacher:
 
         Floating-point inputs are cast to the teacher's precision.
         """
-        own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-        inputs = self._select(own or batch)
+        inputs = self._select(teacher_entries(batch))
         if self._caches_keys:
             # Generation needs keys and values again; a teacher is asked once.
             inputs["use_cache"] = False
@@ -352,8 +353,7 @@ class Teacher:
         """Return a number in [0, 1) for each sample that follows from its content; see `content_phase`."""
         # As the collator made them: the teacher's precision must not matter. What a sample is lies in its token ids
         # or pixels.
-        own = {key[len(TEACHER_PREFIX) :]: value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-        inputs = self._select(own or batch)
+        inputs = self._select(teacher_entries(batch))
         content = inputs.get(getattr(self.model, "main_input_name", ""))
         if not isinstance(content, Tensor):
             content = max((value for value in inputs.values() if isinstance(value, Tensor)), key=Tensor.numel)
@@ -395,19 +395,15 @@ class Teacher:
         """Return the outputs with what messages call them: the first broken layer is the cause, logits follow."""
         layers, features = self.capture.names(), outputs.features
         if isinstance(features, Mapping):
-            entries = [(name.partition("."), value) for name, value in features.items()]
-            kept = [(parts, value) for parts, value in entries if value.is_floating_point() and parts[2]]
-            named = [(f"layer {layers[int(parts[2])]}", value) for parts, value in sorted(kept, key=_by_layer)]
+            numbered = [(name.partition(".")[2], value) for name, value in features.items()]
+            kept = [(int(layer), value) for layer, value in numbered if layer and value.is_floating_point()]
+            named = [(f"layer {layers[layer]}", value) for layer, value in sorted(kept, key=itemgetter(0))]
         else:
             named = [(f"layer {name}", value) for name, value in zip(layers, features, strict=False)]
         return named + ([("logits", outputs.logits)] if outputs.logits is not None else [])
 
 
-def _by_layer(entry: tuple[tuple[str, str, str], Tensor]) -> int:
-    return int(entry[0][2])
-
-
-def _named(outputs: TeacherOutputs) -> dict[str, Tensor]:
+def _stored_names(outputs: TeacherOutputs) -> dict[str, Tensor]:
     """Return all tensors of the outputs that a cache keeps, by name."""
     features = outputs.features
     if not isinstance(features, Mapping):
@@ -419,14 +415,9 @@ def _merged(
     stored: Mapping[str, Tensor], present: Sequence[bool], computed: Sequence[dict[str, Tensor]], device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Return the rows of a batch in order: those that were stored, and those that were missing."""
-    found = iter(range(sum(present)))
-    missing = iter(computed)
-    return [
-        {name: value[index] for name, value in stored.items()}
-        if there and (index := next(found)) is not None
-        else {name: value.to(device) for name, value in next(missing).items()}
-        for there in present
-    ]
+    found = iter([{name: value[index] for name, value in stored.items()} for index in range(sum(present))])
+    missing = iter([{name: value.to(device) for name, value in row.items()} for row in computed])
+    return [next(found if there else missing) for there in present]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

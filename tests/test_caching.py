@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from caching_worker import JOBS, count_rows
 from caching_worker import SAMPLES as SHARED_SAMPLES
 from distributed_worker import ACCUMULATED, WORLD, read
 from filelock import FileLock
+from launching import torchrun
 from makers import LABELS, VOCABULARY, Samples, bert, distilbert, images, vit
 from test_data import collator as paired_collator
 from test_data import dataset as paired_dataset
@@ -710,18 +708,7 @@ def shared(tmp_path_factory: Any, request: Any) -> Path:
 
 def launch(folder: Path) -> str:
     """Run `caching_worker` in two processes and return what they printed."""
-    tests = Path(__file__).parent
-    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    done = subprocess.run(
-        [*command, str(tests / "caching_worker.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = torchrun("caching_worker.py", folder, processes=WORLD, seconds=240)
     return done.stdout + f"\nexit status {done.returncode}\n"
 
 

@@ -5,34 +5,21 @@ One launch runs all jobs of `distributed_worker`; every test compares one of the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed_worker import ACCUMULATED, JOBS, PUBLISHED, WHOLE, WORLD, read
 from filelock import FileLock
+from launching import torchrun
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, train
 
-TESTS = Path(__file__).parent
 SECONDS = 300
 
 
 def launch(folder: Path) -> str:
     """Run all jobs in two processes and return what they printed."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed_worker.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = torchrun("distributed_worker.py", folder, processes=WORLD, seconds=SECONDS)
     return done.stdout + f"\nexit status {done.returncode}\n"
 
 

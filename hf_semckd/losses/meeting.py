@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, summary, summary_size
+from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid, summary, summary_size
 from ..features import FeatureSpec
 from ..functional import at_least_float32, map_to_tokens, pool_map
 from ..sampling import take_positions
-from .selection import TeacherSelection, fitting_mask
+from .selection import TeacherSelection, both_masks, fitting_mask
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class StudentViews:
         positions = self.selection.positions_of(self.targets, first)
         if own is not None and positions is not None:
             own = own.gather(1, positions)
-        if own is None or theirs is None:
-            return own if theirs is None else theirs
-        return (theirs != 0) & (own != 0)
+        return both_masks(theirs, own)
 
 
 def find_meetings(
@@ -127,8 +125,7 @@ def find_meetings(
         for t, (alignment, spec) in enumerate(zip(row, teacher_specs, strict=True)):
             size = None
             if alignment.kind == "grid":
-                own, theirs = views.map(s).shape[2:], views.targets[f"grid.{t}"].shape[2:]
-                size = (min(own[0], theirs[0]), min(own[1], theirs[1]))
+                size = common_grid(views.map(s), views.specs[s], views.targets[f"grid.{t}"], spec)
             groups.setdefault((alignment.kind, size, spec.channels), []).append(t)
         for (kind, size, width), teachers in groups.items():
             meetings.setdefault(Meeting(kind, size, width, tuple(teachers)), []).append(s)

@@ -11,7 +11,7 @@ from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid
 from ..features import FeatureSpec
 from ..functional import map_to_tokens, squared_error
 from .meeting import StudentViews
-from .selection import fitting_mask
+from .selection import both_masks, fitting_mask
 
 
 def pairwise_errors(
@@ -64,7 +64,5 @@ def _aligned(
     """Return a pair of sequences as tokens (B, N, C), with the mask (B, N) of the positions that count."""
     if alignment.kind == "mean":
         return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
-    fitting = fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target)
-    masks = [mask for mask in fitting if mask is not None]
-    mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] * masks[1]
+    mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
     return as_tokens(feature), as_tokens(target), mask

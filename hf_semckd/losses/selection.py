@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, grid_of, summary, summary_size
+from ..calibration import Alignment, as_map, as_mean, as_tokens, limited_grid, summary, summary_size
 from ..features import FeatureSpec
 from ..functional import map_to_tokens, pool_map
 from ..sampling import spread_positions, take_positions
@@ -98,9 +98,7 @@ class TeacherSelection:
 
     def grid_size(self, feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
         """Return the height and width that a layer's map is compared at, before it meets a smaller one."""
-        height, width = grid_of(feature, spec)
-        limit = self.grid_limit
-        return (height, width) if limit is None else (min(height, limit), min(width, limit))
+        return limited_grid(feature, spec, self.grid_limit)
 
     def summary_of(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
         """Return the summary (B, D) of teacher layer t, wherever it was kept."""
@@ -165,6 +163,13 @@ class TeacherSelection:
         grid = kept.get(f"grid.{t}")
         if grid is None or tuple(grid.shape[2:]) != summary_size(feature, spec):
             kept[f"summary.{t}"] = summary(feature, spec, mask)
+
+
+def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return the mask of the positions that count in both masks; None where there is none."""
+    if first is None or second is None:
+        return second if first is None else first
+    return (first != 0) & (second != 0)
 
 
 def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:

@@ -357,7 +357,7 @@ class SemCKDLoss(FeatureLoss):
         weighted: list[list[Tensor]] = [[] for _ in self.student_specs]
         errors: dict[tuple[int, int], Tensor] = {}
         for meeting, students in find_meetings(views, self.alignments, self.teacher_specs).items():
-            teachers = list(meeting.teachers)
+            teachers = meeting.teachers
             statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
             features = [views.at(s, meeting) for s in students]
             linears = [self._linear(s, meeting.width) for s in students]
