@@ -5,8 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from ..config import SemCKDConfig
+from ..errors import InputError, message
+from ..features import FeatureSpec
 
 
 @dataclass
@@ -30,6 +35,7 @@ class FeatureLoss(nn.Module, ABC):
     """A loss between the features of a student and those of a frozen teacher; its parameters train with the student.
 
     Attributes:
+        default_weight: What `feature_weight` is where none is given; for a baseline, the published one.
         upper_bound: The largest weight that its association can give a layer; None when weights are fixed or absent.
         required_batch_size: The only batch size that it takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
@@ -38,10 +44,48 @@ class FeatureLoss(nn.Module, ABC):
         collecting: Whether training forwards observe teacher statistics; off for batches that were observed before.
     """
 
+    default_weight: ClassVar[float] = 1.0
     upper_bound: float | None = None
     required_batch_size: int | None = None
     automatic_synchronization: bool = True
     collecting: bool = True
+
+    @classmethod
+    def from_config(
+        cls,
+        student_specs: Sequence[FeatureSpec],
+        teacher_specs: Sequence[FeatureSpec],
+        config: SemCKDConfig,
+        *,
+        tokens_aligned: bool = True,
+        student_parameters: int | None = None,
+    ) -> FeatureLoss:
+        """Return the loss for the layers that a trainer found; a baseline reads nothing of the configuration.
+
+        Args:
+            student_specs: The student's layers.
+            teacher_specs: The teacher's layers.
+            config: The configuration.
+            tokens_aligned: Whether position n of both models stands for the same input.
+            student_parameters: Number of the student's parameters, for losses that keep themselves small beside it.
+
+        Raises:
+            ConfigurationError: When the method cannot be used for these layers.
+        """
+        return cls(student_specs, teacher_specs, tokens_aligned=tokens_aligned)
+
+    @classmethod
+    def find_layers(cls, model: nn.Module, role: str) -> list[str] | None:
+        """Return the names of the modules that the method compares, where the user chose none; None for all blocks.
+
+        Args:
+            model: The student or the teacher.
+            role: `student` or `teacher`, for messages.
+
+        Raises:
+            ConfigurationError: When the model has none of the kind.
+        """
+        return None
 
     @abstractmethod
     def forward(
@@ -110,3 +154,34 @@ class FeatureLoss(nn.Module, ABC):
             reduce_sum: Adds a tensor over processes; None for a single process.
         """
         return
+
+
+def layer_specs(shapes: Sequence[FeatureSpec | Sequence[int]], role: str) -> list[FeatureSpec]:
+    """Return layers as they are described, or describe them from shapes (C, H, W) or (tokens, C).
+
+    Raises:
+        InputError: When there is no layer, or a shape is neither a map nor tokens.
+    """
+    if not len(shapes):
+        raise InputError(
+            message(
+                f"There is no {role} layer",
+                received="an empty list of shapes",
+                expected="at least one",
+                todo=f"give one shape for every {role} layer",
+            )
+        )
+    return [
+        shape if isinstance(shape, FeatureSpec) else FeatureSpec.from_shape(shape, f"{role} {index}")
+        for index, shape in enumerate(shapes)
+    ]
+
+
+def layer_count_message(received: tuple[int, int], expected: tuple[int, int]) -> str:
+    """Say that a loss was given another number of features than it was built for."""
+    return message(
+        "The number of features is not the number of layers that the loss was built for",
+        received=f"{received[0]} student and {received[1]} teacher features",
+        expected=f"{expected[0]} and {expected[1]}",
+        todo="pass one feature for each shape given at construction, in the same order",
+    )

@@ -29,7 +29,7 @@ from ..features import FeatureSpec
 from ..functional import at_least_float32, similarity_matrix
 from ..normalization import ChannelStatistics
 from ..weighted_error import weighted_feature_error
-from .base import FeatureLoss, FeatureLossOutput
+from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
 from .meeting import StudentViews, find_meetings
 from .pairwise import pairwise_errors
 from .selection import AssociationInput, TeacherSelection, fitting_mask
@@ -90,8 +90,8 @@ class SemCKDLoss(FeatureLoss):
         layers_per_projection: int = 1,
     ):
         super().__init__()
-        self.student_specs = _specs(student_shapes, "student")
-        self.teacher_specs = _specs(teacher_shapes, "teacher")
+        self.student_specs = layer_specs(student_shapes, "student")
+        self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.association: Association = association
         self.projector: Projector = projector
         if association_temperature is None:
@@ -304,14 +304,7 @@ class SemCKDLoss(FeatureLoss):
         selected = isinstance(teacher_features, Mapping)
         received = (len(student_features), expected[1] if selected else len(teacher_features))
         if received != expected:
-            raise InputError(
-                message(
-                    "The number of features is not the number of layers that the loss was built for",
-                    received=f"{received[0]} student and {received[1]} teacher features",
-                    expected=f"{expected[0]} and {expected[1]}",
-                    todo="pass one feature for each shape given at construction, in the same order",
-                )
-            )
+            raise InputError(layer_count_message(received, expected))
         size = len(student_features[0])
         if self.required_batch_size is not None and size != self.required_batch_size:
             raise RaggedBatchError(ragged_batch_message(size, self.required_batch_size))
@@ -399,22 +392,6 @@ def _part(weights: Tensor, students: Sequence[int], teachers: Sequence[int]) -> 
     if (len(students), len(teachers)) == tuple(weights.shape[1:]):
         return weights
     return torch.stack([torch.stack([weights[:, s, t] for t in teachers], 1) for s in students], 1)
-
-
-def _specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
-    if not len(shapes):
-        raise InputError(
-            message(
-                f"There is no {role} layer",
-                received="an empty list of shapes",
-                expected="at least one",
-                todo=f"give one shape for every {role} layer",
-            )
-        )
-    return [
-        shape if isinstance(shape, FeatureSpec) else FeatureSpec.from_shape(shape, f"{role} {index}")
-        for index, shape in enumerate(shapes)
-    ]
 
 
 def _raw_similarity(feature: Tensor, mask: Tensor | None) -> Tensor:
