@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, load_dataset, load_from_disk
 from PIL import Image as PillowImage
+from safetensors.numpy import load_file
 
 DIGITS_SPLITS = {"train": 900, "validation": 297, "test": 600}
 DIGITS_SPLIT_SEED = 0
@@ -84,6 +86,32 @@ def _fashion_rows(folder: str, prefix: str) -> Iterator[dict[str, Any]]:
     labels = read_idx(Path(folder) / f"{prefix}-labels-idx1-ubyte.gz")
     for image, label in zip(images, labels, strict=True):
         yield {"image": PillowImage.fromarray(image), "label": int(label)}
+
+
+def load_emoji(folder: str | Path) -> DatasetDict:
+    """Load the emoji (64 x 64 pixels, 9 classes) that `scripts/fetch_image_parts.py` wrote.
+
+    Splits: 70% train, 15% validation, 15% test; variants of one emoji lie in one split.
+    """
+    files = [Path(folder) / name for name in ("images.safetensors", "emoji.json")]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"Received {str(folder)!r}, which lacks {', '.join(missing)}; expected the folder emoji that "
+            "`python scripts/fetch_image_parts.py` writes (by default data/image/emoji). Run that script first."
+        )
+    images = load_file(files[0])["images"]
+    table = json.loads(files[1].read_text("utf-8"))
+    features = Features({"image": Image(), "label": ClassLabel(names=table["classes"])})
+    splits = {}
+    for name in ("train", "validation", "test"):
+        chosen = [index for index, row in enumerate(table["emoji"]) if row["split"] == name]
+        rows = {
+            "image": [PillowImage.fromarray(images[index]) for index in chosen],
+            "label": [table["emoji"][index]["label"] for index in chosen],
+        }
+        splits[name] = Dataset.from_dict(rows, features=features, split=NamedSplit(name))
+    return DatasetDict(splits)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 
-SNIPPET_FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+SNIPPET_NAMES = ["negative", "positive"]
 
 
 def load_movie_snippets(folder: str | Path) -> DatasetDict:
     """Load the movie snippets that `scripts/fetch_text_parts.py` wrote: splits train, validation and test."""
+    return _load_part(folder, "movie_snippets")
+
+
+def load_newsgroups(folder: str | Path) -> DatasetDict:
+    """Load the newsgroup postings (20 classes) that `scripts/fetch_text_parts.py` wrote, in the same splits."""
+    return _load_part(folder, "newsgroups", names_file="labels.json")
+
+
+def _load_part(folder: str | Path, part: str, names_file: str | None = None) -> DatasetDict:
     files = {split: Path(folder) / f"{split}.csv" for split in ("train", "validation", "test")}
-    missing = [str(path) for path in files.values() if not path.is_file()]
+    needed = [*files.values(), *([Path(folder) / names_file] if names_file else [])]
+    missing = [str(path) for path in needed if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"Received {str(folder)!r}, which lacks {', '.join(missing)}; expected the folder movie_snippets that "
-            "`python scripts/fetch_text_parts.py` writes (by default data/text/movie_snippets). Run that script first."
+            f"Received {str(folder)!r}, which lacks {', '.join(missing)}; expected the folder {part} that "
+            f"`python scripts/fetch_text_parts.py` writes (by default data/text/{part}). Run that script first."
         )
-    paths = {split: str(path) for split, path in files.items()}
-    return load_dataset("csv", data_files=paths, features=SNIPPET_FEATURES)
+    names = json.loads((Path(folder) / names_file).read_text("utf-8")) if names_file else SNIPPET_NAMES
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return load_dataset("csv", data_files={split: str(path) for split, path in files.items()}, features=features)
 
 
 def load_text_dataset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,17 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
-def save_settings(config: SemCKDConfig, folder: str | os.PathLike[str], teacher: nn.Module | None) -> None:
+def save_settings(
+    config: SemCKDConfig, folder: str | os.PathLike[str], teacher: nn.Module | None, settings: Mapping[str, Any]
+) -> None:
     """Write what was asked of the training, without paths and tokens, for the record: loading does not need it."""
-    settings: dict[str, Any] = {
-        "distillation": config.distillation_settings(),
+    written: dict[str, Any] = {
+        "distillation": dict(settings),
         "training": {name: _plain(getattr(config, name, None)) for name in RECORDED_ARGUMENTS},
         "teacher": type(teacher).__name__ if teacher is not None else None,
         "versions": environment(),
     }
-    write_json(Path(folder) / SETTINGS_FILE, settings)
+    write_json(Path(folder) / SETTINGS_FILE, written)
 
 
 class CheckpointingTrainer(Trainer):
@@ -134,7 +137,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             # Trainer pickles its arguments, which only this library could read back: JSON says the same to anyone.
             (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            save_settings(self.args, folder, self._teacher_model)
+            save_settings(self.args, folder, self._teacher_model, self.distillation_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._attached and self.feature_loss is not None and self._reloads_here:

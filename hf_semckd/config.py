@@ -25,6 +25,8 @@ TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SIMILARITY_TEMPERATURE = 0.2
 DEFAULT_LEARNED_TEMPERATURE = 0.5
 PUBLISHED_TEMPERATURE = 1.0
+# Standardised targets make the term about 1 for every architecture.
+DEFAULT_FEATURE_WEIGHT = 3.0
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_CALIBRATION_LEARNING_RATE = 1e-3
 
@@ -52,11 +54,12 @@ class SemCKDConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the logit distillation (Hinton et al., 2015), >= 0. With 0 it is not computed."},
     )
-    feature_weight: float = field(
-        default=3.0,
+    feature_weight: float | None = field(
+        default=None,
         metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. Standardised targets "
-            "make the term about 1 for every architecture; the published form needs 50 to 400."
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the feature "
+            "loss, 3 for SemCKD, whose standardised targets make the term about 1 for every architecture, and the "
+            "published weight for a baseline. SemCKD's published form needs 50 to 400."
         },
     )
     association: Association = field(
@@ -209,7 +212,7 @@ class SemCKDConfig(TrainingArguments):
     @property
     def distils_features(self) -> bool:
         """Whether the feature term is on."""
-        return self.feature_weight > 0
+        return self.feature_weight is None or self.feature_weight > 0
 
     @property
     def distils(self) -> bool:
@@ -226,6 +229,10 @@ class SemCKDConfig(TrainingArguments):
         if self.association_temperature is not None:
             return self.association_temperature
         return default_association_temperature(self.association, self.target_norm)
+
+    def resolved_feature_weight(self, default: float = DEFAULT_FEATURE_WEIGHT) -> float:
+        """Return the weight of the feature term; `default` is the feature loss's own, for where none was given."""
+        return default if self.feature_weight is None else self.feature_weight
 
     def resolved_calibration_learning_rate(self) -> float:
         """Return the peak learning rate of projections and association networks."""
@@ -244,6 +251,7 @@ class SemCKDConfig(TrainingArguments):
     def distillation_settings(self) -> dict[str, Any]:
         """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card."""
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
+        settings["feature_weight"] = self.resolved_feature_weight()
         settings["association_temperature"] = self.resolved_association_temperature()
         settings["calibration_learning_rate"] = self.resolved_calibration_learning_rate()
         return settings
@@ -259,7 +267,8 @@ class SemCKDConfig(TrainingArguments):
 
     def _validate_values(self) -> None:
         for name in ("task_weight", "logit_weight", "feature_weight"):
-            _require_number(name, getattr(self, name), minimum=0.0, strict=False)
+            if name != "feature_weight" or self.feature_weight is not None:
+                _require_number(name, getattr(self, name), minimum=0.0, strict=False)
         _require_number("temperature", self.temperature, minimum=0.0, strict=True)
         for name in ("association_temperature", "calibration_learning_rate", "teacher_cache_limit_gb"):
             if getattr(self, name) is not None:

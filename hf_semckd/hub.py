@@ -25,7 +25,6 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from .checkpoint import CALIBRATION_FILE
-from .config import SemCKDConfig
 from .errors import HubPushError, SemCKDError, message
 from .model_card import create_model_card
 from .report import write_atomic
@@ -176,11 +175,11 @@ class PublishingTrainer(Trainer):
             repo_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
             student=self.student,
             teacher=self._teacher_model,
-            config=self.args,
+            settings=self.distillation_settings(),
             metrics=_last_evaluation(self.state.log_history),
             processing_class=self.processing_class,
             dataset=data[0] if isinstance(data, list) else data,
-            method="KD" if self.feature_loss is None else type(self.feature_loss).__name__.removesuffix("Loss"),
+            method="KD" if self.feature_loss is None else self.feature_loss.title,
             license=license,
             language=language,
             tags=tuple([tags] if isinstance(tags, str) else tags or ()),
@@ -280,7 +279,7 @@ def student_card(
     repo_name: str,
     student: nn.Module,
     teacher: nn.Module | None,
-    config: SemCKDConfig,
+    settings: Mapping[str, Any],
     metrics: Mapping[str, float],
     processing_class: Any,
     dataset: str | None,
@@ -296,7 +295,7 @@ def student_card(
         repo_name: Name of the repository, its title.
         student: The plain student.
         teacher: The teacher, for its name and size.
-        config: What was asked of the distillation.
+        settings: What was asked of the distillation.
         metrics: Evaluation metrics by name.
         processing_class: The processor saved beside the student, or None.
         dataset: Hub id of the dataset, or None.
@@ -316,7 +315,7 @@ def student_card(
         teacher=_source(teacher) or (type(teacher).__name__ if teacher is not None else None),
         dataset=dataset,
         metrics=metrics,
-        configuration=config.distillation_settings(),
+        configuration=settings,
         parameters=count_parameters(student),
         teacher_parameters=count_parameters(teacher) if teacher is not None else None,
         license=license,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .config import DEFAULT_FEATURE_WEIGHT
 from .errors import NonFiniteLossError, SemCKDError, message
 from .modeling import DistillationTargets, logits_of, token_attention
 from .teacher import TeacherOutputs
@@ -93,6 +94,16 @@ class ObjectiveTrainer(Trainer):
             self._window.processes = self.accelerator.num_processes
             self._update_statistics(batches)
         return batches, items
+
+    @property
+    def feature_weight(self) -> float:
+        """The weight of the feature term: what was asked for, or what suits the feature loss."""
+        own = DEFAULT_FEATURE_WEIGHT if self.feature_loss is None else self.feature_loss.default_weight
+        return self.args.resolved_feature_weight(own)
+
+    def distillation_settings(self) -> dict[str, Any]:
+        """Return what is asked of the distillation, with the feature weight that is used, ready for JSON."""
+        return {**self.args.distillation_settings(), "feature_weight": self.feature_weight}
 
     @property
     def _shifts_labels(self) -> bool:
@@ -235,7 +246,7 @@ class ObjectiveTrainer(Trainer):
             # Multiple choice has several rows a sample: the mean over rows is that over samples.
             rows = features["per_sample"]
             share = scaled(rows.mean() * batch_size(batch), window.sample_scale())
-            terms["feature_loss"] = (args.feature_weight, share)
+            terms["feature_loss"] = (self.feature_weight, share)
         return terms
 
     def _task_loss(self, outputs: Any, labels: Any, items: Tensor) -> Tensor:

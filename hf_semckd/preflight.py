@@ -14,11 +14,10 @@ from .errors import ConfigurationError, InputError, message
 from .features import is_encoder_decoder
 from .inputs import LABEL_COLUMNS, forward_parameters
 from .losses import FeatureLoss
+from .losses.registry import FEATURE_LOSSES, is_known
 from .probing import column_names
 
 logger = logging.getLogger(__name__)
-
-FEATURE_LOSSES = ("semckd",)
 
 
 def check_models(student: nn.Module, teacher: nn.Module) -> None:
@@ -78,18 +77,21 @@ def check_parallelism(config: SemCKDConfig) -> None:
 
 
 def check_feature_loss(source: FeatureLoss | str | None) -> FeatureLoss | str | None:
-    """Return what was given as feature loss if it can be one.
+    """Return what was given as feature loss if it can be one; None for logits alone.
 
     Raises:
         ConfigurationError: For an unknown name or another type.
     """
-    if source is None or isinstance(source, FeatureLoss) or source in FEATURE_LOSSES:
+    if source == "kd":
+        return None
+    if source is None or isinstance(source, FeatureLoss) or (isinstance(source, str) and is_known(source)):
         return source
     raise ConfigurationError(
         message(
             "`feature_loss` is not a feature loss",
             received=repr(source),
-            expected=f"None, a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}",
+            expected=f"None or 'kd' (logits only), a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}, or "
+            "several joined by '+'",
             todo="pass one of these; hf_semckd.losses.FeatureLoss is the base class for your own",
         )
     )

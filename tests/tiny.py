@@ -309,7 +309,7 @@ class _ByHand:
             task, kd, count = _head_losses(self.problem, logits, targets, batch)
             sums["task"], sums["logit"], items = sums["task"] + task, sums["logit"] + kd, items + count
             samples += len(logits)
-            if self.args.feature_weight:
+            if self.args.resolved_feature_weight():
                 per_sample, weights = self._features(states, features, batch)
                 sums["feature"] = sums["feature"] + per_sample.sum()
                 sums["entropy"] = sums["entropy"] - torch.xlogy(weights, weights).sum(2).mean(1).sum().detach()
@@ -338,7 +338,7 @@ class _ByHand:
             "logit_loss": sums["logit"] / (samples if self.problem.head in heads else max(items, 1)),
             "feature_loss": sums["feature"] / samples,
         }
-        weights = dict(zip(means, (args.task_weight, args.logit_weight, args.feature_weight), strict=True))
+        weights = dict(zip(means, (args.task_weight, args.logit_weight, args.resolved_feature_weight()), strict=True))
         loss = sum(weights[name] * value for name, value in means.items() if weights[name])
         mine, theirs = list(self.student.parameters()), list(self.calibration.values())
         gradients = torch.autograd.grad(loss, mine + theirs, allow_unused=True)
@@ -347,7 +347,7 @@ class _ByHand:
                 if gradient is not None:
                     value -= (args.learning_rate if index < len(mine) else args.calibration_learning_rate) * gradient
         logged = {name: float(value.detach()) for name, value in means.items() if weights[name]}
-        if args.feature_weight:
+        if args.resolved_feature_weight():
             logged["association/entropy"] = float(sums["entropy"]) / samples
         self.terms.append({"loss": float(loss.detach()), **logged})
 

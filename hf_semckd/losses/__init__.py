@@ -1,6 +1,8 @@
 """Feature losses, usable in a trainer or in a plain PyTorch loop."""
 
 from .base import FeatureLoss, FeatureLossOutput
+from .combined import CombinedLoss
+from .registry import FEATURE_LOSSES
 from .semckd import SemCKDLoss
 
-__all__ = ["FeatureLoss", "FeatureLossOutput", "SemCKDLoss"]
+__all__ = ["FEATURE_LOSSES", "CombinedLoss", "FeatureLoss", "FeatureLossOutput", "SemCKDLoss"]

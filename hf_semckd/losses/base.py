@@ -36,6 +36,7 @@ class FeatureLoss(nn.Module, ABC):
 
     Attributes:
         default_weight: What `feature_weight` is where none is given; for a baseline, the published one.
+        reuses_teacher_head: Whether the trained student is to end with the teacher's classifier; `finish` puts it there.
         upper_bound: The largest weight that its association can give a layer; None when weights are fixed or absent.
         required_batch_size: The only batch size that it takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
@@ -45,10 +46,16 @@ class FeatureLoss(nn.Module, ABC):
     """
 
     default_weight: ClassVar[float] = 1.0
+    reuses_teacher_head: ClassVar[bool] = False
     upper_bound: float | None = None
     required_batch_size: int | None = None
     automatic_synchronization: bool = True
     collecting: bool = True
+
+    @property
+    def title(self) -> str:
+        """What the method is called on a model card."""
+        return type(self).__name__.removesuffix("Loss")
 
     @classmethod
     def from_config(
@@ -86,6 +93,13 @@ class FeatureLoss(nn.Module, ABC):
             ConfigurationError: When the model has none of the kind.
         """
         return None
+
+    def finish(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Put into the plain student what it needs of this loss to be used; nothing for most losses.
+
+        Called whenever the student is about to be evaluated, saved or handed back.
+        """
+        return
 
     @abstractmethod
     def forward(

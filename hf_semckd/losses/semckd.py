@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ..calibration import (
     similarity_weights,
     summary,
 )
-from ..config import Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
+from ..config import DEFAULT_FEATURE_WEIGHT, Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
 from ..functional import at_least_float32, similarity_matrix
@@ -73,6 +74,8 @@ class SemCKDLoss(FeatureLoss):
         InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When the published association is asked for without a batch size.
     """
+
+    default_weight: ClassVar[float] = DEFAULT_FEATURE_WEIGHT
 
     def __init__(
         self,

@@ -1,0 +1,168 @@
+"""Self-attention relation distillation, MiniLMv2 (Wang et al., Findings of ACL 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Alignment
+from ..errors import ConfigurationError, message
+from ..features import FeatureSpec
+from ..functional import at_least_float32, full_precision, masked_mean
+from .baseline import BaselineLoss, Shape
+
+# What query, key and value are called in one attention block.
+NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
+# Attention from one sequence to another, whose queries and keys are not of the same tokens.
+CROSS_ATTENTION = ("cross", "encoder_attn", "encdec")
+# The published number of relation heads for base models.
+MAXIMUM_HEADS = 48
+
+
+class AttentionRelationLoss(BaselineLoss):
+    """Queries, keys and values of the student's last attention relate to one another as those of the teacher's do.
+
+    For each of the three: X (B, N, C) is cut into relation heads of width d, and R = softmax(X X^T / sqrt(d)).
+    total = mean over samples, the three relations, relation heads and positions of KL(R_t || R_s). Padding takes part
+    neither as a position nor in a softmax.
+
+    Relation heads need not be the models' attention heads, so that both may have any number of these; there are no
+    parameters. The paper takes a layer below the last of 24-layer teachers: name its modules in `teacher_layers`.
+
+    Args:
+        student_shapes: Three (tokens, C) or `FeatureSpec`: of the queries, the keys and the values; see `find_layers`.
+        teacher_shapes: The same of the teacher.
+        tokens_aligned: Whether position n of both models stands for the same input; it must.
+        relation_heads: How many heads are compared, a divisor of all widths; None for the largest up to 48.
+
+    Raises:
+        InputError: When there is no layer, or a shape is neither a map nor tokens.
+        ConfigurationError: When there are not three layers each, they are not tokens at the same positions, or
+            `relation_heads` does not divide their widths.
+
+    Source: MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers (Wang et
+    al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
+    Q-Q, K-K and V-V, each with weight 1/3.
+    """
+
+    default_weight: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape],
+        teacher_shapes: Sequence[Shape],
+        *,
+        tokens_aligned: bool = True,
+        relation_heads: int | None = None,
+    ):
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        self._check_layers()
+        common = math.gcd(*(spec.channels for spec in (*self.student_specs, *self.teacher_specs)))
+        if relation_heads is None:
+            relation_heads = max(heads for heads in range(1, MAXIMUM_HEADS + 1) if common % heads == 0)
+        if relation_heads < 1 or common % relation_heads:
+            raise ConfigurationError(
+                message(
+                    "The layers cannot be cut into this many relation heads",
+                    received=f"relation_heads={relation_heads}",
+                    expected=f"a divisor of {common}, the greatest that all widths have in common",
+                    todo="leave relation_heads out, or choose a divisor",
+                )
+            )
+        self.relation_heads = relation_heads
+
+    @classmethod
+    def find_layers(cls, model: nn.Module, role: str) -> list[str]:
+        """Return the names of the linear layers that make query, key and value in the last self-attention.
+
+        Args:
+            model: The student or the teacher.
+            role: `student` or `teacher`, for messages.
+
+        Returns:
+            Three names, in the order query, key, value.
+
+        Raises:
+            ConfigurationError: When there is no self-attention with three such layers of known names.
+        """
+        found: list[str] = []
+        for path, parent in model.named_modules():
+            if any(mark in path.lower() for mark in CROSS_ATTENTION):
+                continue
+            for names in NAMES:
+                if all(isinstance(getattr(parent, name, None), nn.Linear) for name in names):
+                    found = [f"{path}.{name}" if path else name for name in names]
+        if found:
+            return found
+        known = "; ".join(", ".join(names) for names in NAMES)
+        raise ConfigurationError(
+            message(
+                f"The {role} has no attention block whose queries, keys and values can be read",
+                received=f"{type(model).__name__}",
+                expected=f"linear layers side by side that are called {known}",
+                todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
+            )
+        )
+
+    def per_sample(
+        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+    ) -> Tensor:
+        """Return the mean divergence of each sample (B) over the three relations; see `BaselineLoss.per_sample`."""
+        losses = []
+        for layer in range(len(self.student_specs)):
+            own, theirs, mask = self.positions(student_features, targets, layer, layer, student_mask)
+            student, teacher = self._log_relations(own, mask), self._log_relations(theirs, mask)
+            divergences = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+            losses.append(masked_mean(divergences, mask))
+        return torch.stack(losses).mean(0)
+
+    def _log_relations(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Return log R (B, heads, N, N) of vectors (B, N, C).
+
+        Padding comes out as a finite number, the same in both models: its share is zero and its logarithms cancel.
+        """
+        vectors = at_least_float32(vectors)
+        if mask is not None:
+            vectors = vectors.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        heads = vectors.unflatten(2, (self.relation_heads, -1)).transpose(1, 2)
+        with full_precision(heads):
+            logits = heads @ heads.mT / math.sqrt(heads.shape[-1])
+        if mask is None:
+            return logits.log_softmax(-1)
+        padding = (mask == 0)[:, None, None, :]
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min).log_softmax(-1)
+
+    def _check_layers(self) -> None:
+        counts = len(self.student_specs), len(self.teacher_specs)
+        if counts != (3, 3):
+            raise ConfigurationError(
+                message(
+                    "Attention relations are those of queries, keys and values",
+                    received=f"{counts[0]} student and {counts[1]} teacher layers",
+                    expected="three each, in this order",
+                    todo="leave student_layers and teacher_layers out, or name the three modules of one attention",
+                )
+            )
+        for own, theirs in zip(self.student_specs, self.teacher_specs, strict=True):
+            if Alignment.of(own, theirs, self.tokens_aligned).kind == "tokens":
+                continue
+            same = "the same" if self.tokens_aligned else "another"
+            raise ConfigurationError(
+                message(
+                    "Attention relations can be compared only between the same tokens",
+                    received=f"{_described(own)} for the student, {_described(theirs)} for the teacher, with {same} "
+                    "tokenisation",
+                    expected="as many tokens of the same inputs in both models",
+                    todo="use models with one tokenizer or one patch size, or choose another method",
+                )
+            )
+
+
+def _described(spec: FeatureSpec) -> str:
+    if spec.kind == "map":
+        return f"a map at `{spec.name}`"
+    return f"{spec.length} tokens ({spec.prefix} in front of a grid of {spec.grid}) at `{spec.name}`"

@@ -1,0 +1,120 @@
+"""Patient knowledge distillation (Sun et al., EMNLP 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, message
+from ..features import FeatureSpec
+from ..functional import at_least_float32
+from .baseline import BaselineLoss, Shape
+from .positions import skip_map
+from .selection import fitting_mask
+
+
+class PatientKnowledgeLoss(BaselineLoss):
+    """The first tokens (CLS) of the student's layers follow those of teacher layers at even distances.
+
+    total = mean over samples, pairs of layers and channels of (s / |s| - t / |t|)^2, where s is the first token of a
+    student layer and t that of its teacher layer. Every student layer takes part but the last, whose output the
+    logits already follow. This is the average that the published code takes and that the published weights belong to;
+    the paper writes the sum over layers and channels.
+
+    The paper has equal widths. Where they differ, a linear layer projects the student's token to the teacher's width.
+
+    Args:
+        student_shapes: One (tokens, C) or `FeatureSpec` for each student layer, at least two.
+        teacher_shapes: The same for each teacher layer.
+        tokens_aligned: Whether position n of both models stands for the same input; it makes no difference here: the
+            first token stands for the whole of both.
+
+    Attributes:
+        pairs: The (student layer, teacher layer) that are compared.
+        projection: One module for each pair: a linear layer, or the identity where widths are equal.
+
+    Raises:
+        InputError: When there is no layer, or a shape is neither a map nor tokens.
+        ConfigurationError: When there is only one student layer, or a layer that is compared has no first token that
+            stands for the whole: a map, or image patches alone.
+
+    Source: Patient Knowledge Distillation for BERT Model Compression (Sun et al., 2019), section 3.2: the patient loss
+    L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
+    """
+
+    default_weight: ClassVar[float] = 100.0
+
+    def __init__(
+        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
+    ):
+        mapped = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))[:-1]
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=mapped)
+        self.pairs = list(enumerate(mapped))
+        if not self.pairs:
+            raise ConfigurationError(
+                message(
+                    "Patient knowledge distillation has no layer to compare",
+                    received="one student layer",
+                    expected="at least two: the last does not take part",
+                    todo="name more layers in student_layers, or leave it out for all",
+                )
+            )
+        for s, t in self.pairs:
+            _check_first_token(self.student_specs[s], "student")
+            _check_first_token(self.teacher_specs[t], "teacher")
+        widths = [(self.student_specs[s].channels, self.teacher_specs[t].channels) for s, t in self.pairs]
+        self.projection = nn.ModuleList(
+            nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in widths
+        )
+
+    def per_sample(
+        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+    ) -> Tensor:
+        """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token.
+
+        See `BaselineLoss.per_sample`.
+        """
+        errors = []
+        for (s, t), projection in zip(self.pairs, self.projection, strict=True):
+            token, counts = first_token(student_features[s], student_mask)
+            target, target_counts = first_token(targets[f"whole.{t}"], targets.get("mask"))
+            if isinstance(projection, nn.Linear):
+                token = projection(token.to(projection.weight.dtype))
+            own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)
+            errors.append(torch.where(counts & target_counts, (own - theirs).square().mean(1), 0.0))
+        return torch.stack(errors).mean(0)
+
+
+def first_token(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the first token of each sample that counts, (B, C), and whether there is one, (B).
+
+    Args:
+        feature: (B, N, C), or (B, C), which is the token itself.
+        mask: (B, N) of ones and zeros; None: all count. With padding on the left the first token is not at position 0.
+    """
+    mask = fitting_mask(mask, feature)
+    if feature.dim() == 2 or mask is None:
+        counts = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
+        return (feature if feature.dim() == 2 else feature[:, 0]), counts
+    places = (mask != 0).long().argmax(1)
+    tokens = feature.take_along_dim(places[:, None, None], 1).squeeze(1)
+    counts = (mask != 0).any(1)
+    return tokens.masked_fill(~counts.unsqueeze(1), 0.0), counts
+
+
+def _check_first_token(spec: FeatureSpec, role: str) -> None:
+    if spec.kind == "tokens" and (spec.grid is None or spec.prefix > 0):
+        return
+    received = "a map" if spec.kind == "map" else "image patches without a token in front"
+    raise ConfigurationError(
+        message(
+            "Patient knowledge distillation compares first tokens (CLS), and a layer has none",
+            received=f"{received} at {role} layer `{spec.name}`",
+            expected="layers (tokens, channels) whose first token stands for the whole",
+            todo=f"name other layers in {role}_layers, or choose another method for these models",
+        )
+    )

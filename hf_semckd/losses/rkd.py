@@ -1,0 +1,96 @@
+"""Relational knowledge distillation (Park et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import at_least_float32, full_precision
+from .baseline import BaselineLoss, Shape
+
+# Squared distances up to this are those of identical samples, as in the published code.
+EPSILON = 1e-12
+
+
+class RelationalLoss(BaselineLoss):
+    """The student's samples lie at the distances and under the angles of the teacher's.
+
+    total = distance_weight * mean over i, j of l(d_s[i, j] - d_t[i, j])
+    + angle_weight * mean over i, j, k of l(a_s[i, j, k] - a_t[i, j, k]), where d are Euclidean distances of
+    embeddings, divided by the mean of those that are not zero, a is the cosine of the angle at i between j and k, and
+    l the Huber loss. As in the published code, means are taken over all B^2 and B^3 entries.
+
+    It has no parameters and takes any widths. The angles need B^2 * C and B^3 numbers.
+
+    Args:
+        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer; the last is compared.
+        teacher_shapes: The same for each teacher layer.
+        tokens_aligned: Whether position n of both models stands for the same input; it makes no difference here.
+        distance_weight: Factor of the distances.
+        angle_weight: Factor of the angles.
+
+    Raises:
+        InputError: When there is no layer, or a shape is neither a map nor tokens.
+
+    Source: Relational Knowledge Distillation (Park et al., 2019), section 3.2: the equations of the distance-wise loss
+    (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
+    """
+
+    default_weight: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        student_shapes: Sequence[Shape],
+        teacher_shapes: Sequence[Shape],
+        *,
+        tokens_aligned: bool = True,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+    ):
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+        self.distance_weight = distance_weight
+        self.angle_weight = angle_weight
+
+    def per_sample(
+        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+    ) -> Tensor:
+        """Return the share of each sample (B), its row of distances and the angles at it.
+
+        See `BaselineLoss.per_sample`.
+        """
+        student, teacher = self.embeddings(student_features, targets, student_mask)
+        own, own_angles = relations(student)
+        theirs, their_angles = relations(teacher)
+        distances = F.smooth_l1_loss(own, theirs, reduction="none").mean(1)
+        angles = F.smooth_l1_loss(own_angles, their_angles, reduction="none").mean((1, 2))
+        return self.distance_weight * distances + self.angle_weight * angles
+
+
+def relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distances of every two samples and the cosines of the angles of every three.
+
+    Identical samples are at distance zero and have no direction: their cosines and their gradients are zero.
+
+    Args:
+        embeddings: (B, C).
+
+    Returns:
+        (B, B) distances over the mean of those that are not zero, and (B, B, B) cosines whose first index is the
+        vertex; both at least in float32.
+    """
+    rows = at_least_float32(embeddings)
+    differences = rows.unsqueeze(0) - rows.unsqueeze(1)
+    squares = differences.square().sum(-1)
+    apart = squares > EPSILON
+    # The root has no gradient at zero: it is taken of ones there, and dropped.
+    roots = torch.where(apart, squares, 1.0).sqrt()
+    distances = torch.where(apart, roots, 0.0)
+    mean = distances.sum() / apart.sum().clamp(min=1)
+    directions = torch.where(apart.unsqueeze(-1), differences / roots.unsqueeze(-1), 0.0)
+    with full_precision(directions):
+        angles = directions @ directions.mT
+    return distances / torch.where(mean > 0, mean, 1.0), angles

@@ -1,0 +1,114 @@
+"""SimKD (Chen et al., CVPR 2022): the student reuses the teacher's classifier behind a projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, message
+from ..features import FeatureSpec
+from ..functional import at_least_float32, squared_error
+from .base import FeatureLoss
+from .baseline import BaselineLoss, Shape
+
+
+class ReusedClassifierLoss(BaselineLoss):
+    """The last map of the student, projected, is to equal the teacher's, so that the teacher's classifier fits it.
+
+    loss = mean squared error of projection(F_s) and F_t over positions and channels, both pooled to the smaller grid.
+
+    The published projector is a stack of convolutions that stays in the student. Here it is one linear map: the
+    average of a map, the projection and the teacher's linear classifier are then one linear classifier, and `finish`
+    writes it into the student's own, which remains a plain model of its class. It needs models whose classifier is
+    linear and reads the average of their last map, as those of most CNNs do; a trainer checks that before training.
+
+    Published weights: 1, with `task_weight=0` and `logit_weight=0` (features are all that is learned from).
+
+    Args:
+        student_shapes: The student's layers; the last is used, and must be a map.
+        teacher_shapes: The same of the teacher.
+        tokens_aligned: Without meaning for maps.
+
+    Raises:
+        ConfigurationError: When one of the last layers is no map.
+
+    Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", 2022, equation 3.
+    """
+
+    default_weight: ClassVar[float] = 1.0
+    reuses_teacher_head: ClassVar[bool] = True
+
+    def __init__(
+        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
+    ):
+        super().__init__(
+            student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1]
+        )
+        for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
+            _check_map(role, spec)
+        self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)
+
+    @property
+    def title(self) -> str:
+        """What the method is called on a model card."""
+        return "SimKD with a linear projector"
+
+    def per_sample(
+        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+    ) -> Tensor:
+        """Return the mean squared error of each sample (B)."""
+        own, theirs, mask = self.positions(student_features, targets, -1, -1, student_mask)
+        projected = self.projection(own.to(self.projection.weight.dtype))
+        return squared_error(projected, at_least_float32(theirs), mask)
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Write the teacher's classifier behind the projection into the student's classifier."""
+        own, theirs = find_head(student, "student"), find_head(teacher, "teacher")
+        weight = theirs.weight.to(self.projection.weight)
+        bias = weight @ self.projection.bias
+        if theirs.bias is not None:
+            bias = bias + theirs.bias.to(bias)
+        own.weight.copy_(weight @ self.projection.weight)
+        own.bias.copy_(bias)
+
+
+def find_head(model: nn.Module, role: str) -> nn.Linear:
+    """Return the last linear module of a model, its classifier.
+
+    Args:
+        model: The model.
+        role: `student` or `teacher`, for messages.
+
+    Raises:
+        ConfigurationError: When there is none, or the student's has no bias to write to.
+    """
+    # While training the feature loss is a part of the student, and has linear modules too.
+    own = {id(part) for module in model.modules() if isinstance(module, FeatureLoss) for part in module.modules()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in own]
+    if linears and (role == "teacher" or linears[-1].bias is not None):
+        return linears[-1]
+    raise ConfigurationError(
+        message(
+            f"SimKD reuses the teacher's classifier, and the {role} has no linear one with a bias",
+            received=type(model).__name__,
+            expected="a model that ends in a linear classifier",
+            todo="use another feature loss",
+        )
+    )
+
+
+def _check_map(role: str, spec: FeatureSpec) -> None:
+    if spec.kind == "map":
+        return
+    raise ConfigurationError(
+        message(
+            f"SimKD needs a classifier that reads the average of the last map, and the {role}'s last layer is no map",
+            received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
+            expected="(channels, height, width)",
+            todo="use it between convolutional networks, or choose another feature loss",
+        )
+    )

@@ -1,0 +1,1 @@
+"""How accurate students get under different distillation methods: runs, statistics and tables, one file a subject."""

@@ -1,0 +1,208 @@
+"""Ways to weigh teacher layers that are compared with the library's, and are not part of it.
+
+Each is a `SemCKDLoss` with other weights: targets, projections and errors stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_semckd import DistillationTrainer, SemCKDConfig
+from hf_semckd.errors import ConfigurationError, message
+from hf_semckd.features import FeatureSpec
+from hf_semckd.functional import similarity_matrix
+from hf_semckd.losses import SemCKDLoss
+from hf_semckd.losses.meeting import StudentViews
+
+SHARPNESS = 0.2
+# Of the look-ahead: steps between updates, their size, and what is forgotten of the past.
+EVERY, RATE, MEMORY = 5, 1.0, 0.95
+
+
+class CenteredKernelAlignment(SemCKDLoss):
+    """One weight for a whole batch: softmax over t of the CKA of layers s and t (Kornblith et al., 2019) / 0.2."""
+
+    @torch.no_grad()
+    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        student = [_centred(views.summary(s, False)) for s in range(len(self.student_specs))]
+        teacher = [_centred(self._teacher_summary(targets, t)) for t in range(len(self.teacher_specs))]
+        alignment = torch.stack([torch.stack([_cosine(own, theirs) for theirs in teacher]) for own in student])
+        return torch.softmax(alignment / SHARPNESS, -1).expand(len(views.features[0]), -1, -1)
+
+
+class RandomWeights(SemCKDLoss):
+    """Weights drawn anew for every batch, sample and student layer, uniformly from the simplex."""
+
+    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        shape = (len(views.features[0]), len(self.student_specs), len(self.teacher_specs))
+        drawn = torch.empty(shape).exponential_()
+        return drawn / drawn.sum(-1, keepdim=True)
+
+
+class GradientAgreement(SemCKDLoss):
+    """Weights by how much a pair's gradient at the student's features points where the task's does.
+
+    softmax over t of cosine(d error_st / d F_s, d task / d F_s) / 0.2 for each sample; the trainer leaves the task's
+    gradients in `task_gradients` before each forward.
+    """
+
+    task_gradients: Sequence[Tensor] | None = None
+
+    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        batch, students, teachers = len(views.features[0]), len(self.student_specs), len(self.teacher_specs)
+        uniform = views.features[0].new_full((batch, students, teachers), 1.0 / teachers)
+        if self.task_gradients is None or not torch.is_grad_enabled():
+            return uniform
+        leaves = [feature.detach().requires_grad_() for feature in views.features]
+        own = StudentViews(leaves, self.student_specs, views.mask, self.selection, targets)
+        _, errors = self._shared_errors(own, targets, uniform)
+        agreement = uniform.new_zeros(uniform.shape)
+        for s, task in enumerate(self.task_gradients):
+            for t in range(teachers):
+                (gradient,) = torch.autograd.grad(errors[:, s, t].sum(), leaves[s], retain_graph=True)
+                agreement[:, s, t] = F.cosine_similarity(gradient.flatten(1), task.flatten(1))
+        return torch.softmax(agreement / SHARPNESS, -1)
+
+
+class LookAhead(SemCKDLoss):
+    """One set of weights, moved so that a step on the weighted errors would lower the task loss of another batch.
+
+    To first order, one step of size r on sum_t w_st e_st changes the task loss by -r * sum_t w_st <d task, d e_st>
+    over the student's parameters (Ren et al., 2018; Jang et al., 2019). Every 5 steps the cosines of these gradients,
+    scaled to unit spread, are taken into a running score; weights are its softmax.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register_buffer("score", torch.zeros(len(self.student_specs), len(self.teacher_specs)))
+
+    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        return torch.softmax(self.score, -1).expand(len(views.features[0]), -1, -1)
+
+    def look(self, agreement: Tensor) -> None:
+        """Take the cosines (S, T) of one look into the score."""
+        spread = (agreement - agreement.mean(-1, keepdim=True)) / agreement.std().clamp(min=1e-6)
+        self.score.mul_(MEMORY).add_((1 - MEMORY) * RATE * spread * 2)
+
+
+class GradientTrainer(DistillationTrainer):
+    """Leaves the gradient of the task loss at the student's features where `GradientAgreement` looks for it."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Return the loss of a batch, after one more forward and backward of the student for the task alone."""
+        if self.model.training and self.is_in_train:
+            outputs, features = _plain_forward(self, inputs)
+            gradients = torch.autograd.grad(outputs.loss, features, allow_unused=True)
+            self.feature_loss.task_gradients = [
+                torch.zeros_like(x) if g is None else g for g, x in zip(gradients, features, strict=True)
+            ]
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+class LookAheadTrainer(DistillationTrainer):
+    """Updates the scores of `LookAhead` every few steps, from the pair errors of a batch and the task of the last."""
+
+    _steps_done = 0
+    _last: Any = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Return the loss of a batch, after a look ahead where one is due."""
+        if self.model.training and self.is_in_train:
+            loss = self.feature_loss
+            if self._last is not None and self._steps_done % EVERY == 0 and not loss.needs_statistics:
+                loss.look(self._agreement(inputs))
+            self._steps_done, self._last = self._steps_done + 1, inputs
+        return super().compute_loss(model, inputs, *args, **options)
+
+    def _agreement(self, inputs: Any) -> Tensor:
+        loss = self.feature_loss
+        parameters = [entry for entry in self.student.parameters() if entry.requires_grad]
+        own = {id(entry) for entry in loss.parameters()}
+        parameters = [entry for entry in parameters if id(entry) not in own]
+        task, _ = _plain_forward(self, self._last)
+        direction = _flat(torch.autograd.grad(task.loss, parameters, allow_unused=True), parameters)
+        targets = self._run_teacher(inputs).features
+        _, features = _plain_forward(self, inputs)
+        mask = inputs.get("attention_mask")
+        views = StudentViews(features, loss.student_specs, mask, loss.selection, targets)
+        uniform = features[0].new_full((len(features[0]), *loss.score.shape), 1.0 / loss.score.shape[1])
+        _, errors = loss._shared_errors(views, targets, uniform)
+        found = torch.zeros_like(loss.score)
+        for s in range(found.shape[0]):
+            for t in range(found.shape[1]):
+                gradient = torch.autograd.grad(
+                    errors[:, s, t].mean(), parameters, retain_graph=True, allow_unused=True
+                )
+                found[s, t] = F.cosine_similarity(_flat(gradient, parameters), direction, dim=0)
+        return found
+
+
+STUDIED: dict[str, tuple[type[DistillationTrainer], type[SemCKDLoss]]] = {
+    "cka": (DistillationTrainer, CenteredKernelAlignment),
+    "random": (DistillationTrainer, RandomWeights),
+    "gradient": (GradientTrainer, GradientAgreement),
+    "lookahead": (LookAheadTrainer, LookAhead),
+}
+
+
+def trainer_class(association: str | None) -> type[DistillationTrainer]:
+    """Return the trainer that a study's association needs, or the library's own.
+
+    Raises:
+        ConfigurationError: For an unknown association.
+    """
+    if association is None:
+        return DistillationTrainer
+    if association not in STUDIED:
+        raise ConfigurationError(
+            message("Unknown association", received=association, expected=", ".join(STUDIED), todo="correct the method")
+        )
+    trainer, loss = STUDIED[association]
+    return type(trainer.__name__, (_Study, trainer), {"study": loss})
+
+
+class _Study(DistillationTrainer):
+    """A trainer that makes a study's loss where the library makes SemCKD's."""
+
+    study: type[SemCKDLoss]
+
+    def _make_feature_loss(self, found: Any, batch: Any) -> Any:
+        plain = super()._make_feature_loss(found, batch)
+        specs: tuple[Sequence[FeatureSpec], Sequence[FeatureSpec]] = (plain.student_specs, plain.teacher_specs)
+        config: SemCKDConfig = self.args
+        torch.manual_seed(config.seed)
+        return self.study.from_config(
+            *specs,
+            config,
+            tokens_aligned=found.tokens_aligned,
+            student_parameters=sum(entry.numel() for entry in self.student.parameters()),
+        )
+
+
+def _plain_forward(trainer: DistillationTrainer, inputs: Any) -> tuple[Any, list[Tensor]]:
+    """Run the student for the task alone; return its output and the features that are distilled."""
+    student, capture = trainer.student, trainer._student_capture
+    own = trainer._student_inputs(inputs)
+    with capture.recording(student) as recorded:
+        outputs = student(**own, **capture.request(student))
+    return outputs, capture.collect(outputs, recorded)
+
+
+def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return torch.cat([entry.flatten() for entry in filled])
+
+
+def _centred(rows: Tensor) -> Tensor:
+    similarity = similarity_matrix(rows)
+    similarity = similarity - similarity.mean(0, keepdim=True)
+    return similarity - similarity.mean(1, keepdim=True)
+
+
+def _cosine(own: Tensor, theirs: Tensor) -> Tensor:
+    return (own * theirs).sum() / (own.norm() * theirs.norm()).clamp(min=1e-12)

@@ -1,0 +1,168 @@
+"""The models of the accuracy benchmark, and teachers that are trained once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from .data import IMAGES, ROOT, TEXT, Rows, collate
+
+TEACHERS = ROOT / "outputs" / "accuracy" / "teachers"
+TEACHER_SEED = 0
+QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "log_level": "error"}
+COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "remove_unused_columns": False, "use_cpu": True}
+
+
+def make_resnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
+    """Return a ResNet of basic blocks, whose stages have width, 2 * width, ... channels."""
+    config = ResNetConfig(
+        num_channels=channels,
+        embedding_size=width,
+        hidden_sizes=[width * 2**stage for stage in range(stages)],
+        depths=[depth] * stages,
+        layer_type="basic",
+        num_labels=classes,
+    )
+    return ResNetForImageClassification(config)
+
+
+def make_vit(classes: int, channels: int, *, size: int, patch: int, depth: int, width: int) -> PreTrainedModel:
+    """Return a ViT with heads of about 24 channels."""
+    config = ViTConfig(
+        num_channels=channels,
+        image_size=size,
+        patch_size=patch,
+        num_hidden_layers=depth,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=max(1, width // 24),
+        # 0.02 is for a width of 768; with it a narrow model hardly starts to learn.
+        initializer_range=0.02 * (768 / width) ** 0.5,
+        num_labels=classes,
+    )
+    return ViTForImageClassification(config)
+
+
+def make_bert(classes: int, channels: int, *, depth: int, width: int, length: int) -> PreTrainedModel:
+    """Return a BERT with the vocabulary of the pretrained teacher."""
+    tokenizer = AutoTokenizer.from_pretrained(TEXT / "minilm-l6")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        num_hidden_layers=depth,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=length,
+        initializer_range=0.02 * (768 / width) ** 0.5,
+        num_labels=classes,
+    )
+    return BertForSequenceClassification(config)
+
+
+def load_minilm(classes: int, channels: int) -> PreTrainedModel:
+    """Return the pretrained MiniLM with a new classifier."""
+    return AutoModelForSequenceClassification.from_pretrained(TEXT / "minilm-l6", num_labels=classes)
+
+
+def load_dinov2(classes: int, channels: int) -> PreTrainedModel:
+    """Return the pretrained DINOv2-small with a new classifier."""
+    return Dinov2ForImageClassification.from_pretrained(IMAGES / "dinov2-small", num_labels=classes)
+
+
+FAMILIES = {
+    "resnet": make_resnet,
+    "vit": make_vit,
+    "bert": make_bert,
+    "minilm": load_minilm,
+    "dinov2": load_dinov2,
+}
+
+
+def make_model(model: Mapping[str, Any], rows: Rows, seed: int) -> PreTrainedModel:
+    """Return a new model of a family for some data, the same for equal seeds.
+
+    Args:
+        model: `family`, and what its maker takes.
+        rows: Data that it is for.
+        seed: Of its weights.
+    """
+    options = {name: value for name, value in model.items() if name not in ("family", "name")}
+    images = rows.columns.get("pixel_values")
+    set_seed(seed)
+    return FAMILIES[model["family"]](rows.classes, 0 if images is None else images.shape[1], **options)
+
+
+def teacher_rows(rows: Rows) -> Rows:
+    """Return rows as the teacher sees them: its own columns under their plain names."""
+    own = {name.removeprefix("teacher_"): v for name, v in rows.columns.items() if name.startswith("teacher_")}
+    return Rows({**rows.columns, **own}, rows.classes) if own else rows
+
+
+def trained_teacher(data: Mapping[str, Any], model: Mapping[str, Any], training: Mapping[str, Any], rows: Rows) -> Any:
+    """Return a teacher, trained now with a fixed seed or loaded if it was trained before.
+
+    Args:
+        data: What the protocol says of the data.
+        model: What it says of the teacher.
+        training: Training arguments.
+        rows: What it is trained on.
+    """
+    described = {"data": data, "model": model, "training": training, "rows": len(rows)}
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    teacher = make_model(model, teacher_rows(rows), TEACHER_SEED)
+    folder = TEACHERS / f"{model['name']}-{key}"
+    if folder.is_dir():
+        return type(teacher).from_pretrained(folder).eval()
+    print(f"training teacher {model['name']} on {len(rows)} rows", file=sys.stderr, flush=True)
+    TEACHERS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=TEACHERS) as work:
+        args = TrainingArguments(work, seed=TEACHER_SEED, **{**QUIET, **COMMON, **training})
+        Trainer(teacher, args, train_dataset=_own_columns(teacher_rows(rows)), data_collator=collate).train()
+        kept = Path(work) / "kept"
+        teacher.save_pretrained(kept)
+        (kept / "described.json").write_text(json.dumps(described, indent=2))
+        if not folder.is_dir():
+            shutil.move(kept, folder)
+    return teacher.eval()
+
+
+def _own_columns(rows: Rows) -> Rows:
+    return Rows({n: v for n, v in rows.columns.items() if not n.startswith("teacher_")}, rows.classes)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, rows: Rows, batch_size: int = 500) -> float:
+    """Return the share of rows that a model classifies rightly."""
+    model.eval()
+    right = 0
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        labels = batch.pop("labels")
+        inputs = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+    return right / len(rows)

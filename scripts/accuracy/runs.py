@@ -1,0 +1,266 @@
+"""The runs of a protocol: tune every method with the same budget, then train with fresh seeds and test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from hf_semckd import DistillationTrainer, SemCKDConfig
+from hf_semckd.losses import FEATURE_LOSSES
+from hf_semckd.report import environment
+
+from .associations import trainer_class
+from .data import ROOT, Rows, Splits, collate, draw, load_splits
+from .models import COMMON, QUIET, accuracy, make_model, trained_teacher
+from .planted import plant
+from .protocol import Method, Protocol
+from .rows import append_row, key_of, read_rows
+
+RESULTS = ROOT / "scripts" / "results" / "accuracy"
+CACHE = ROOT / "outputs" / "accuracy" / "cache"
+# Where a data set says how it is cut, and what of it a student trains on.
+STUDENT_ONLY = ("name", "train", "noise")
+
+
+class Bench:
+    """A protocol made ready: its data in memory and its teacher trained.
+
+    Args:
+        protocol: The protocol.
+        results: Folder of the rows.
+    """
+
+    def __init__(self, protocol: Protocol, results: Path = RESULTS):
+        self.protocol = protocol
+        self.path = results / f"{protocol.name}.jsonl"
+        limits = {key: value for key, value in protocol.data.items() if key not in STUDENT_ONLY}
+        teacher_pool = limits.pop("teacher_pool", None)
+        self.splits: Splits = load_splits(protocol.data["name"], tuple(sorted(limits.items())))
+        model = {key: value for key, value in protocol.teacher.items() if key not in ("training", "planted")}
+        pool = self.splits.pool if teacher_pool is None else self.splits.pool.take(range(teacher_pool))
+        described = {key: value for key, value in protocol.data.items() if key not in ("train", "noise")}
+        teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool)
+        self.plain_teacher = teacher
+        self.teacher = plant(teacher, **protocol.teacher["planted"]) if "planted" in protocol.teacher else teacher
+        self.record = _Record(protocol, self.path)
+
+    def run(self, methods: Sequence[str] | None = None) -> None:
+        """Do what is not done yet: the teacher's row, the tuning, the tests; of some methods, or of all."""
+        self._teacher_row()
+        for method in self.protocol.methods:
+            if methods is not None and method.name not in methods:
+                continue
+            chosen = self.tune(method)
+            for seed in self.protocol.test_seeds:
+                self.train(method, chosen, seed, "test")
+
+    def tune(self, method: Method) -> dict[str, Any]:
+        """Return the candidate with the best mean accuracy on the validation split over the tuning seeds."""
+        candidates = method.candidates()
+        if len(candidates) == 1:
+            return candidates[0]
+        scores = [
+            statistics.mean(self.train(method, tuned, seed, "tuning") for seed in self.protocol.tuning_seeds)
+            for tuned in candidates
+        ]
+        # Of equals the first: it is the published or default one.
+        return candidates[scores.index(max(scores))]
+
+    def train(self, method: Method, tuned: Mapping[str, Any], seed: int, split: str) -> float:
+        """Return the accuracy of one student, trained now unless its row is there."""
+        known = self.record.find(method.name, tuned, seed, split)
+        if known is not None:
+            return known
+        settings = {**method.arguments, **tuned}
+        recipe = {"loss": method.loss, "association": method.association, **settings}
+        twin = self.record.twin(recipe, seed, split)
+        if twin is None:
+            started = time.perf_counter()
+            student, extras = self._student(method, settings, seed)
+            seconds = time.perf_counter() - started
+            value = accuracy(student, self.splits.validation if split == "tuning" else self.splits.test)
+            parameters = student.num_parameters()
+        else:
+            # Two methods may come down to one, such as a default and its tuned form: the run would be the same.
+            value, seconds, parameters = twin["value"], twin["seconds"], twin["parameters"]
+            extras = {**twin["extras"], "same_run_as": twin["method"]}
+        self.record.keep(method.name, tuned, recipe, seed, split, value, seconds, parameters, extras)
+        return value
+
+    def _teacher_row(self) -> None:
+        if self.record.find("teacher", {}, 0, "test") is None:
+            test = _teacher_test(self.splits.test)
+            value = accuracy(self.plain_teacher, test)
+            self.record.keep("teacher", {}, {}, 0, "test", value, 0.0, self.plain_teacher.num_parameters(), {})
+
+    def _student(self, method: Method, settings: Mapping[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+        data, protocol = self.protocol.data, self.protocol
+        rows = draw(self.splits.pool, data["train"], seed, data.get("noise", 0.0))
+        student = make_model(protocol.student, rows, seed)
+        set_seed(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            args = {**QUIET, **COMMON, **protocol.training, **settings, "seed": seed}
+            steps = _steps(len(rows), args)
+            config = SemCKDConfig(
+                output_dir=folder, logging_steps=max(steps // 4, 1), teacher_cache_dir=str(CACHE), **args
+            )
+            trainer = trainer_class(method.association)(
+                student,
+                config,
+                teacher_model=self.teacher if config.distils else None,
+                train_dataset=rows,
+                data_collator=collate,
+                feature_loss=method.loss,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return student.eval(), _extras(trainer)
+
+
+def _extras(trainer: DistillationTrainer) -> dict[str, Any]:
+    association = trainer.association()
+    extras: dict[str, Any] = {}
+    if association is not None:
+        extras["association"] = np.round(association, 4).tolist()
+    if trainer.feature_loss is not None:
+        extras["loss_parameters"] = sum(entry.numel() for entry in trainer.feature_loss.parameters())
+        terms = [entry for entry in trainer.state.log_history if "feature_loss" in entry]
+        extras["terms"] = {
+            name: round(terms[-1][name], 5)
+            for name in ("task_loss", "logit_loss", "feature_loss")
+            if name in terms[-1]
+        }
+    return extras
+
+
+def _steps(rows: int, args: Mapping[str, Any]) -> int:
+    return int(args["num_train_epochs"] * -(-rows // args["per_device_train_batch_size"]))
+
+
+def _teacher_test(rows: Rows) -> Rows:
+    own = {name.removeprefix("teacher_"): v for name, v in rows.columns.items() if name.startswith("teacher_")}
+    return Rows({**rows.columns, **own}, rows.classes)
+
+
+class _Record:
+    """The rows of a protocol, found by what they are of."""
+
+    def __init__(self, protocol: Protocol, path: Path):
+        self.protocol = protocol
+        self.path = path
+        self.fixed = {"data": protocol.data, "teacher": protocol.teacher, "student": protocol.student}
+        self.fixed["training"] = protocol.training
+        rows = read_rows(path) if path.exists() else []
+        self._refuse_others(rows)
+        self.rows = {key_of(row): row for row in rows}
+        self.commit, self.machine = _commit(), _machine()
+
+    def find(self, method: str, tuned: Mapping[str, Any], seed: int, split: str) -> float | None:
+        """Return the accuracy of a run that was made."""
+        row = self.rows.get(key_of(self._row(method, tuned, seed, split)))
+        return None if row is None else row["value"]
+
+    def twin(self, recipe: Mapping[str, Any], seed: int, split: str) -> dict[str, Any] | None:
+        """Return the row of a run that differs in nothing but the method's name."""
+        digest = _digest(recipe)
+        for row in self.rows.values():
+            if row["seed"] == seed and row["split"] == split and row["settings"].get("recipe") == digest:
+                return row
+        return None
+
+    def keep(
+        self,
+        method: str,
+        tuned: Mapping[str, Any],
+        recipe: Mapping[str, Any],
+        seed: int,
+        split: str,
+        value: float,
+        seconds: float,
+        parameters: int,
+        extras: Mapping[str, Any],
+    ) -> None:
+        """Write a row down at once."""
+        row = self._row(method, tuned, seed, split)
+        row["settings"] |= {"recipe": _digest(recipe), "arguments": dict(recipe)}
+        row |= {
+            "value": value, "commit": self.commit, "versions": environment(), "machine": self.machine,
+            "seconds": round(seconds, 2), "parameters": parameters, "extras": dict(extras),
+        }  # fmt: skip
+        append_row(self.path, row)
+        self.rows[key_of(row)] = row
+        print(
+            f"{self.protocol.name:<24} {split:<6} {method:<20} {json.dumps(dict(tuned)):<26} seed {seed:<4}"
+            f" {100 * value:6.2f} %  {seconds:5.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _row(self, method: str, tuned: Mapping[str, Any], seed: int, split: str) -> dict[str, Any]:
+        return {
+            "protocol": self.protocol.name,
+            "teacher": self.protocol.teacher["name"],
+            "student": self.protocol.student["name"],
+            "method": method,
+            "seed": seed,
+            "split": split,
+            "metric": "accuracy",
+            "settings": {"tuned": dict(tuned), **self.fixed},
+        }
+
+    def _refuse_others(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            stale = [name for name, value in self.fixed.items() if row["settings"].get(name) != _json(value)]
+            if stale:
+                raise SystemExit(
+                    f"{self.path.name} holds rows of another form of the protocol ({', '.join(stale)} differ). Give "
+                    "the changed protocol a name of its own, or delete its rows to run it anew."
+                )
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _digest(recipe: Mapping[str, Any]) -> str:
+    """Name what a run is made of; a number given as 3 or 3.0 is the same."""
+    plain = {
+        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for key, value in recipe.items()
+    }
+    own = FEATURE_LOSSES[plain["loss"]].default_weight if plain.get("loss") in FEATURE_LOSSES else None
+    defaults = {"feature_weight": own, "temperature": 4.0, "task_weight": 1.0, "logit_weight": 1.0}
+    return hashlib.sha256(json.dumps({**defaults, **plain}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "hf_semckd") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} thread(s)"

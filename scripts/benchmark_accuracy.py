@@ -1,0 +1,95 @@
+"""Compare ways to train a student, from a protocol file to a table, with every run kept as a row.
+
+    python scripts/benchmark_accuracy.py scripts/protocols/smoke.yaml            # minutes: a check that all of it works
+    python scripts/benchmark_accuracy.py scripts/protocols/*_fashion.yaml --jobs 2
+    python scripts/benchmark_accuracy.py scripts/protocols/vit_fashion.yaml --methods kd semckd
+    python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the rows that are there
+
+Every method is tuned with the same number of runs, on tuning seeds and the validation split, and reported on other
+seeds and the test split. Rows go to scripts/results/accuracy/<protocol>.jsonl, one a run, as soon as it is known: a
+stopped benchmark goes on where it was. One thread a job; the same seed gives the same row on the same machine and
+versions. Needs the extra `demo`, and for some protocols what scripts/fetch_text_parts.py, scripts/fetch_image_parts.py
+or the Debian package dataset-fashion-mnist bring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+
+from accuracy.protocol import Protocol, read_protocols  # noqa: E402
+from accuracy.rows import read_rows  # noqa: E402
+from accuracy.tables import (  # noqa: E402
+    LEGEND,
+    difference_table,
+    headline,
+    headline_sentence,
+    main_table,
+    tuned_table,
+)
+
+RESULTS = ROOT / "scripts" / "results" / "accuracy"
+
+
+def run_protocol(path: str, name: str, methods: Sequence[str] | None, results: Path) -> None:
+    """Run what is not there yet of one protocol, in this process, on one thread."""
+    import torch
+    from accuracy.runs import Bench
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    protocol = next(entry for entry in read_protocols(path) if entry.name == name)
+    Bench(protocol, results).run(methods)
+
+
+def chosen_methods(protocols: Sequence[Protocol], methods: Sequence[str] | None) -> list[str]:
+    """Return the methods to show, in the order in which they are first named."""
+    named = [method.name for protocol in protocols for method in protocol.methods]
+    return [name for name in dict.fromkeys(named) if methods is None or name in methods]
+
+
+def tables(protocols: Sequence[Protocol], methods: Sequence[str], results: Path) -> str:
+    """Return the tables of the rows that are there."""
+    names = [protocol.name for protocol in protocols]
+    rows = [row for name in names for row in read_rows(results / f"{name}.jsonl")]
+    parts = [main_table(rows, names, methods), LEGEND]
+    if "semckd" in methods:
+        parts += [headline_sentence(headline(rows, names, methods)), difference_table(rows, names, methods)]
+        parts += [tuned_table(rows, names, methods)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run what was asked for and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocols", nargs="+", metavar="protocol.yaml")
+    parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")
+    parser.add_argument("--jobs", type=int, default=1, help="Protocols that run at once, one thread each.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
+    parser.add_argument("--table-only", action="store_true", help="Run nothing, print the tables of the kept rows.")
+    options = parser.parse_args()
+    found = [(path, protocol) for path in options.protocols for protocol in read_protocols(path)]
+    unknown = set(options.methods or ()) - {method.name for _, entry in found for method in entry.methods}
+    if unknown:
+        parser.error(f"no protocol compares {', '.join(sorted(unknown))}")
+    if not options.table_only:
+        jobs = [(path, protocol.name, options.methods, options.results) for path, protocol in found]
+        if options.jobs == 1:
+            for job in jobs:
+                run_protocol(*job)
+        else:
+            with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
+                pool.starmap(run_protocol, jobs, chunksize=1)
+    protocols = [protocol for _, protocol in found]
+    print(tables(protocols, chosen_methods(protocols, options.methods), options.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Contrastive distillation against loops over its objective, and the ring that it keeps."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_semckd.errors import ConfigurationError, InputError
+from hf_semckd.features import FeatureSpec
+from hf_semckd.losses.crd import ContrastiveLoss
+
+MASK = (torch.arange(6) < torch.tensor([[3], [6], [1], [5], [2], [4], [6], [2]])).long()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def image_tokens(channels, side):
+    return FeatureSpec("image tokens", "tokens", channels, 1 + side * side, (side, side), 1)
+
+
+SCENARIOS = {
+    "maps": ([(4, 3, 3), (5, 2, 3)], [(6, 4, 4), (7, 3, 3)]),
+    "image tokens": ([image_tokens(4, 2), image_tokens(5, 2)], [image_tokens(6, 3), image_tokens(7, 3)]),
+    "text": ([(6, 4), (6, 5)], [(6, 6), (6, 7)]),
+}
+
+
+def shape_of(spec):
+    return (spec.length, spec.channels) if isinstance(spec, FeatureSpec) else spec
+
+
+def problem(scenario, batch=8, negatives=16, **options):
+    """Return a loss, features of both models, and the masks of both (text only)."""
+    torch.manual_seed(0)
+    students, teachers = SCENARIOS[scenario]
+    loss = ContrastiveLoss(students, teachers, negatives=negatives, **options).double()
+    student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
+    teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
+    masks = (MASK[:batch], MASK[:batch]) if scenario == "text" else (None, None)
+    return loss, student, teacher, masks
+
+
+def vectors(features, scenario):
+    """Return what stands for each sample in the last layer, one sum at a time."""
+    rows = []
+    for i, sample in enumerate(features[-1].tolist()):
+        if scenario == "image tokens":
+            rows.append(np.array(sample[0]))
+        elif scenario == "maps":
+            rows.append(np.array([np.mean(channel) for channel in sample]))
+        else:
+            rows.append(np.mean([token for token, kept in zip(sample, MASK[i], strict=True) if kept], 0))
+    return rows
+
+
+def embedded(rows, head):
+    """Return the embeddings of unit length."""
+    out = [head.weight.detach().numpy() @ row + head.bias.detach().numpy() for row in rows]
+    return [row / math.sqrt(row @ row) for row in out]
+
+
+def estimate(anchors, others, stored):
+    """Return the mean of exp(g) over all negatives of a batch."""
+    pairs = [(x, y) for i, x in enumerate(anchors) for j, y in enumerate([*others, *stored]) if i != j]
+    return np.mean([math.exp(x @ y / 0.07) for x, y in pairs])
+
+
+def objective(anchors, others, stored, constant):
+    """Return -log h of each pair minus the sum of log(1 - h) over its negatives."""
+    found = []
+    for i, anchor in enumerate(anchors):
+        negatives = [other for j, other in enumerate(others) if j != i] + list(stored)
+
+        noise = len(negatives) * constant
+        positive = math.exp(anchor @ others[i] / 0.07)
+        scores = [math.exp(anchor @ other / 0.07) for other in negatives]
+        found.append(
+            -math.log(positive / (positive + noise)) - sum(math.log(1 - score / (score + noise)) for score in scores)
+        )
+    return np.array(found)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_loss_is_that_of_the_objective_batch_after_batch(scenario):
+    loss, student, teacher, masks = problem(scenario, negatives=20)
+    stored, constants = ([], []), None
+    for batch in range(4):
+        student, teacher = [[feature + batch * 0.3 for feature in features] for features in (student, teacher)]
+        own = embedded(vectors(student, scenario), loss.student_head)
+        theirs = embedded(vectors(teacher, scenario), loss.teacher_head)
+        if constants is None:
+            constants = estimate(own, theirs, []), estimate(theirs, own, [])
+        expected = objective(own, theirs, stored[1], constants[0]) + objective(theirs, own, stored[0], constants[1])
+        out = loss(student, teacher, *masks)
+        np.testing.assert_allclose(out.per_sample.detach(), expected, rtol=1e-8)
+        assert float(out.total.detach()) == pytest.approx(expected.mean(), rel=1e-8)
+        np.testing.assert_allclose(loss.log_normalizer.exp(), constants, rtol=1e-10)
+        stored = (stored[0] + own)[-20:], (stored[1] + theirs)[-20:]
+    assert int(loss.seen) == 32
+
+
+def advance(loss, batch, seed, training=True):
+    """Run one batch of embeddings, and return what the heads make of it."""
+    loss.train(training)
+    student, teacher = normal(batch, 1, 5, seed=seed), normal(batch, 1, 7, seed=seed + 100)
+    out = loss([student], [teacher])
+    heads = (loss.student_head(student[:, 0]), loss.teacher_head(teacher[:, 0]))
+    return out, [head.detach() / head.detach().norm(dim=1, keepdim=True) for head in heads]
+
+
+def small(negatives, **options):
+    torch.manual_seed(0)
+    return ContrastiveLoss([(1, 5)], [(1, 7)], negatives=negatives, **options).double()
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [7, 7], [9, 1], [20], [7, 20, 2], [14]])
+def test_the_ring_holds_the_latest_embeddings_of_both_models(sizes):
+    loss, history = small(7), ([], [])
+    assert loss.student_ring.shape == loss.teacher_ring.shape == (7, 128)
+    for seed, size in enumerate(sizes):
+        _, embeddings = advance(loss, size, seed)
+        for past, rows in zip(history, embeddings, strict=True):
+            past.extend(rows)
+        for ring, past in zip((loss.student_ring, loss.teacher_ring), history, strict=True):
+            expected = torch.zeros(7, 128, dtype=torch.float64)
+            for number in range(max(0, len(past) - 7), len(past)):
+                expected[number % 7] = past[number]
+            torch.testing.assert_close(ring, expected, rtol=1e-12, atol=1e-14)
+        assert int(loss.seen) == len(history[0]) and not loss.student_ring.requires_grad
+
+
+def test_evaluation_leaves_everything_as_it_is():
+    loss = small(7)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    first, _ = advance(loss, 4, 0, training=False)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    trained, _ = advance(loss, 4, 0)
+    assert torch.equal(first.per_sample, trained.per_sample)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    advance(loss, 4, 1, training=False)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    assert before["seen"] == 4
+
+
+def test_a_loss_that_is_restored_goes_on_as_if_it_had_never_stopped():
+    loss, other = small(7), small(7)
+    for seed in range(3):
+        advance(loss, 3, seed)
+    other.load_state_dict(copy.deepcopy(loss.state_dict()))
+    assert {"student_ring", "teacher_ring", "seen", "log_normalizer"} <= set(loss.state_dict())
+    for seed in range(3, 5):
+        assert torch.equal(advance(loss, 3, seed)[0].per_sample, advance(other, 3, seed)[0].per_sample)
+    assert torch.equal(loss.teacher_ring, other.teacher_ring) and int(other.seen) == 15
+
+
+def test_batches_of_one_learn_from_those_before():
+    loss = small(7)
+    first, _ = advance(loss, 1, 0)
+    assert first.total == 0 and int(loss.seen) == 1 and not loss.log_normalizer.isfinite().any()
+    second, _ = advance(loss, 1, 1)
+    assert second.total > 0 and second.total.isfinite() and loss.log_normalizer.isfinite().all()
+
+
+def test_backward_works_after_the_ring_was_written():
+    loss = small(7)
+    advance(loss, 4, 0)
+    out, _ = advance(loss, 4, 1)
+    again, _ = advance(loss, 4, 2)
+    (out.total + again.total).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in loss.parameters())
+
+
+def test_matched_embeddings_have_a_lower_loss_than_shuffled_ones():
+    loss, rows = ContrastiveLoss([(1, 5)], [(1, 5)], negatives=4).double().eval(), normal(8, 1, 5)
+    loss.teacher_head.load_state_dict(loss.student_head.state_dict())
+    assert loss([rows], [rows]).total < loss([rows], [rows.roll(1, 0)]).total
+
+
+def test_large_scores_stay_finite():
+    loss = small(7, embedding_size=1).float()
+    student = torch.tensor([1e4, -1e4, 1e4]).view(3, 1, 1).expand(3, 1, 5).clone().requires_grad_()
+    out = loss([student], [torch.ones(3, 1, 7)])
+    out.total.backward()
+    assert out.total.isfinite() and student.grad.isfinite().all()
+
+
+def test_the_published_sizes_are_the_defaults():
+    loss = ContrastiveLoss([(1, 5)], [(1, 7)])
+    assert loss.student_ring.shape == loss.teacher_ring.shape == (16384, 128)
+    assert loss.student_head.weight.shape == (128, 5) and loss.teacher_head.weight.shape == (128, 7)
+
+
+@pytest.mark.parametrize("negatives", [0, -1])
+def test_a_ring_without_room_is_refused(negatives):
+    with pytest.raises(ConfigurationError, match=f"(?s)negatives={negatives}.*at least 1"):
+        ContrastiveLoss([(1, 5)], [(1, 7)], negatives=negatives)
+
+
+def gradients(loss, student, teacher, masks):
+    student = [feature.clone().requires_grad_() for feature in student]
+    out = loss(student, teacher, *masks)
+    out.total.backward()
+    return out, student[-1].grad, [parameter.grad for parameter in loss.parameters()]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_gradients_reach_the_student_and_the_parameters_but_not_the_teacher(scenario):
+    loss, student, teacher, masks = problem(scenario)
+    teacher = [feature.requires_grad_() for feature in teacher]
+    _, gradient, parameters = gradients(loss, student, teacher, masks)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    assert len(parameters) == 4
+    assert all(entry.isfinite().all() and entry.abs().max() > 0 for entry in parameters)
+    assert all(feature.grad is None for feature in teacher)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_gradient_of_features_agrees_with_finite_differences(scenario):
+    loss, student, teacher, masks = problem(scenario)
+    loss(student, teacher, *masks), loss.eval()  # a batch that fixes the normaliser
+    _, gradient, _ = gradients(loss, student, teacher, masks)
+    direction, step = normal(*student[-1].shape, seed=9), 1e-6
+    ahead = loss([student[0], student[-1] + step * direction], teacher, *masks).total
+    behind = loss([student[0], student[-1] - step * direction], teacher, *masks).total
+    slope = (ahead - behind).detach() / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-5)
+
+
+@pytest.mark.parametrize("filling", [float("nan"), float("inf"), 1e30])
+def test_padding_never_enters(filling):
+    (loss, student, teacher, masks), (other, clean, clean_teacher, _) = problem("text"), problem("text")
+    for feature in (*student, *teacher):
+        feature[MASK == 0] = filling
+    out, gradient, parameters = gradients(loss, student, teacher, masks)
+    expected, expected_gradient, expected_parameters = gradients(other, clean, clean_teacher, masks)
+    assert torch.equal(out.per_sample, expected.per_sample)
+    assert torch.equal(gradient, expected_gradient) and gradient[MASK == 0].abs().max() == 0
+    for left, right in zip(parameters, expected_parameters, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_permutation_of_the_batch_permutes_the_losses(scenario):
+    loss, student, teacher, masks = problem(scenario)
+    order, other = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4]), copy.deepcopy(loss)
+    out, gradient, _ = gradients(loss, student, teacher, masks)
+    moved_masks = [mask if mask is None else mask[order] for mask in masks]
+    parts = [feature[order] for feature in student], [feature[order] for feature in teacher]
+    moved, moved_gradient, _ = gradients(other, *parts, moved_masks)
+    assert out.per_sample.std() > 0
+    torch.testing.assert_close(moved.per_sample, out.per_sample[order], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(moved_gradient, gradient[order], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_batch_of_one_has_a_finite_loss_and_finite_gradients(scenario):
+    loss, student, teacher, masks = problem(scenario, batch=1)
+    out, gradient, parameters = gradients(loss, student, teacher, masks)
+    assert out.per_sample.shape == (1,) and out.total.isfinite()
+    assert all(entry.isfinite().all() for entry in (gradient, *parameters))
+
+
+def test_identical_samples_and_empty_ones_have_finite_gradients():
+    loss, student, teacher, _ = problem("text")
+    for feature in (*student, *teacher):
+        feature[2:5] = feature[1]
+    mask = MASK.clone()
+    mask[1:5], mask[6:] = 1, 0
+    out, gradient, parameters = gradients(loss, student, teacher, (mask, mask))
+    assert out.total.isfinite() and all(entry.isfinite().all() for entry in (gradient, *parameters))
+    assert gradient[6:].abs().max() == 0
+    same = [feature[:1].expand(8, -1, -1).contiguous() for feature in student]
+    out, gradient, parameters = gradients(loss, same, teacher, (None, None))
+    assert out.total.isfinite() and all(entry.isfinite().all() for entry in (gradient, *parameters))
+
+
+def test_only_the_last_layers_are_kept_and_compared():
+    loss, student, teacher, masks = problem("text")
+    loss.eval()
+    kept = loss.select(teacher, masks[1])
+    assert set(kept) == {"whole.1", "mask"}
+    out = loss(student, kept, masks[0])
+    again = loss([student[0] + 1, student[1]], [teacher[0] - 1, teacher[1]], *masks)
+    assert torch.equal(out.per_sample, again.per_sample)
+
+
+def test_half_precision_features_are_compared_in_float32():
+    loss, student, teacher, masks = problem("text")
+    loss.float().eval()
+    small = [[feature.bfloat16() for feature in features] for features in (student, teacher)]
+    wide = [[feature.float() for feature in features] for features in small]
+    out = loss(*small, *masks)
+    assert out.per_sample.dtype == torch.float32
+    torch.testing.assert_close(out.per_sample, loss(*wide, *masks).per_sample, rtol=1e-4, atol=1e-7)
+
+
+def test_another_number_of_features_is_refused():
+    loss, student, teacher, masks = problem("text")
+    with pytest.raises(InputError, match="1 student and 2 teacher features"):
+        loss(student[:1], teacher, *masks)
+    with pytest.raises(InputError, match="2 student and 1 teacher features"):
+        loss(student, teacher[:1], *masks)
+
+
+def test_the_weight_is_the_published_one():
+    assert ContrastiveLoss.default_weight == 0.8
