@@ -71,7 +71,9 @@ def test_a_method_says_before_training_what_it_is_not_for(tmp_path, name, family
     assert REFUSED[name, family] in text and all(part in text for part in ("received: ", "expected: ", "what to do: "))
 
 
-@pytest.mark.parametrize(("name", "family"), [(name, "bert" if name in ("pkd", "minilm") else "resnet") for name in NAMES])
+@pytest.mark.parametrize(
+    ("name", "family"), [(name, "bert" if name in ("pkd", "minilm") else "resnet") for name in NAMES]
+)
 def test_a_cached_teacher_gives_the_live_losses(tmp_path, name, family):
     live = make(tmp_path, name, family, max_steps=6)
     live.train()

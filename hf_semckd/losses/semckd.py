@@ -24,7 +24,14 @@ from ..calibration import (
     similarity_weights,
     summary,
 )
-from ..config import DEFAULT_FEATURE_WEIGHT, Association, Projector, SemCKDConfig, TargetNorm, default_association_temperature
+from ..config import (
+    DEFAULT_FEATURE_WEIGHT,
+    Association,
+    Projector,
+    SemCKDConfig,
+    TargetNorm,
+    default_association_temperature,
+)
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
 from ..functional import at_least_float32, similarity_matrix

@@ -44,9 +44,7 @@ class ReusedClassifierLoss(BaselineLoss):
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
     ):
-        super().__init__(
-            student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1]
-        )
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
         for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
             _check_map(role, spec)
         self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)

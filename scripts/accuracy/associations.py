@@ -5,19 +5,20 @@ Each is a `SemCKDLoss` with other weights: targets, projections and errors stay 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_semckd import DistillationTrainer, SemCKDConfig
+from hf_semckd import DistillationTrainer
 from hf_semckd.errors import ConfigurationError, message
-from hf_semckd.features import FeatureSpec
 from hf_semckd.functional import similarity_matrix
-from hf_semckd.losses import SemCKDLoss
+from hf_semckd.losses import CombinedLoss, FeatureLoss, SemCKDLoss
 from hf_semckd.losses.meeting import StudentViews
+
+from .protocol import Method
 
 SHARPNESS = 0.2
 # Of the look-ahead: steps between updates, their size, and what is forgotten of the past.
@@ -150,38 +151,60 @@ STUDIED: dict[str, tuple[type[DistillationTrainer], type[SemCKDLoss]]] = {
 }
 
 
-def trainer_class(association: str | None) -> type[DistillationTrainer]:
-    """Return the trainer that a study's association needs, or the library's own.
+def trainer_class(method: Method) -> type[DistillationTrainer]:
+    """Return the trainer that a method needs: the library's own, or one that makes a study's loss.
 
     Raises:
         ConfigurationError: For an unknown association.
     """
-    if association is None:
-        return DistillationTrainer
-    if association not in STUDIED:
+    if method.association is None:
+        return (
+            DistillationTrainer if not method.options else _with_loss(DistillationTrainer, _made_with(method.options))
+        )
+    if method.association not in STUDIED:
         raise ConfigurationError(
-            message("Unknown association", received=association, expected=", ".join(STUDIED), todo="correct the method")
+            message(
+                "Unknown association",
+                received=method.association,
+                expected=", ".join(STUDIED),
+                todo="correct the method",
+            )
         )
-    trainer, loss = STUDIED[association]
-    return type(trainer.__name__, (_Study, trainer), {"study": loss})
+    trainer, loss = STUDIED[method.association]
+    return _with_loss(trainer, _study(loss))
 
 
-class _Study(DistillationTrainer):
-    """A trainer that makes a study's loss where the library makes SemCKD's."""
+def _with_loss(trainer: type[DistillationTrainer], change: Callable[[Any, Any, Any], FeatureLoss]) -> Any:
+    """Return a trainer that changes the feature loss that the library made."""
 
-    study: type[SemCKDLoss]
+    class Changed(trainer):  # type: ignore[valid-type, misc]
+        def _make_feature_loss(self, found: Any, batch: Any) -> FeatureLoss:
+            return change(self, super()._make_feature_loss(found, batch), found)
 
-    def _make_feature_loss(self, found: Any, batch: Any) -> Any:
-        plain = super()._make_feature_loss(found, batch)
-        specs: tuple[Sequence[FeatureSpec], Sequence[FeatureSpec]] = (plain.student_specs, plain.teacher_specs)
-        config: SemCKDConfig = self.args
-        torch.manual_seed(config.seed)
-        return self.study.from_config(
-            *specs,
-            config,
+    return Changed
+
+
+def _made_with(options: Mapping[str, Any]) -> Callable[[Any, Any, Any], FeatureLoss]:
+    def change(trainer: DistillationTrainer, made: Any, found: Any) -> FeatureLoss:
+        if isinstance(made, CombinedLoss):
+            parts = list(made.losses)
+            return CombinedLoss([*parts[:-1], change(trainer, parts[-1], found)])
+        return type(made)(made.student_specs, made.teacher_specs, tokens_aligned=found.tokens_aligned, **options)
+
+    return change
+
+
+def _study(loss: type[SemCKDLoss]) -> Callable[[Any, Any, Any], FeatureLoss]:
+    def change(trainer: DistillationTrainer, made: Any, found: Any) -> FeatureLoss:
+        return loss.from_config(
+            made.student_specs,
+            made.teacher_specs,
+            trainer.args,
             tokens_aligned=found.tokens_aligned,
-            student_parameters=sum(entry.numel() for entry in self.student.parameters()),
+            student_parameters=sum(entry.numel() for entry in trainer.student.parameters()),
         )
+
+    return change
 
 
 def _plain_forward(trainer: DistillationTrainer, inputs: Any) -> tuple[Any, list[Tensor]]:

@@ -24,10 +24,11 @@ class Method:
 
     Attributes:
         name: As in rows and tables.
-        loss: What `DistillationTrainer` takes as `feature_loss`, or the name of a study's association.
+        loss: What `DistillationTrainer` takes as `feature_loss`.
         arguments: Fields of `SemCKDConfig`.
         grid: Values to try of one or more fields; all combinations are tried.
         association: Name of an association of `scripts/accuracy/associations.py`, or None.
+        options: What the loss is to be made with besides its layers; the last one where several are joined.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     association: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def candidates(self) -> list[dict[str, Any]]:
         """Return every combination of the grid, the first being what is published or default."""

@@ -86,7 +86,7 @@ class Bench:
         if known is not None:
             return known
         settings = {**method.arguments, **tuned}
-        recipe = {"loss": method.loss, "association": method.association, **settings}
+        recipe = {"loss": method.loss, "association": method.association, "options": dict(method.options), **settings}
         twin = self.record.twin(recipe, seed, split)
         if twin is None:
             started = time.perf_counter()
@@ -118,7 +118,7 @@ class Bench:
             config = SemCKDConfig(
                 output_dir=folder, logging_steps=max(steps // 4, 1), teacher_cache_dir=str(CACHE), **args
             )
-            trainer = trainer_class(method.association)(
+            trainer = trainer_class(method)(
                 student,
                 config,
                 teacher_model=self.teacher if config.distils else None,
