@@ -52,7 +52,7 @@ class Bench:
         self.splits: Splits = load_splits(protocol.data["name"], tuple(sorted(limits.items())))
         model = {key: value for key, value in protocol.teacher.items() if key not in ("training", "planted")}
         pool = self.splits.pool if teacher_pool is None else self.splits.pool.take(range(teacher_pool))
-        described = {key: value for key, value in protocol.data.items() if key not in ("train", "noise")}
+        described = {key: value for key, value in protocol.data.items() if key not in ("train", "noise", "test")}
         teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool)
         self.plain_teacher = teacher
         self.teacher = plant(teacher, **protocol.teacher["planted"]) if "planted" in protocol.teacher else teacher
