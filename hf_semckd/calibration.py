@@ -124,6 +124,22 @@ def as_mean(feature: Tensor, mask: Tensor | None) -> Tensor:
     return kept.sum(1) / weights.to(kept.dtype).sum(1).clamp(min=1)
 
 
+def embedding(feature: Tensor, spec: FeatureSpec, mask: Tensor | None = None) -> Tensor:
+    """Return the vector (B, C) that stands for a sample: what a classifier would read of its last layer.
+
+    The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
+    the tokens that count everywhere else.
+
+    Args:
+        feature: (B, C, H, W) or (B, N, C).
+        spec: What the layer looks like.
+        mask: (B, N) mask of its tokens.
+    """
+    if feature.dim() == 3 and spec.prefix > 0:
+        return feature[:, 0]
+    return as_mean(feature, mask)
+
+
 def summary(feature: Tensor, spec: FeatureSpec, mask: Tensor | None) -> Tensor:
     """Return what similarities between samples are taken on: a small map for images, the mean token for text.
 

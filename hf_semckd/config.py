@@ -25,6 +25,8 @@ TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SIMILARITY_TEMPERATURE = 0.2
 DEFAULT_LEARNED_TEMPERATURE = 0.5
 PUBLISHED_TEMPERATURE = 1.0
+# Between image models; see `scripts/results/accuracy`.
+DEFAULT_RELATION_WEIGHT = 20.0
 # Standardised targets make the term about 1 for every architecture.
 DEFAULT_FEATURE_WEIGHT = 3.0
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
@@ -69,6 +71,14 @@ class SemCKDConfig(TrainingArguments):
             "alike both see "
             "the sample among the batch. learned: by small networks, trained with the student. uniform, last, "
             "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip map)."
+        },
+    )
+    relation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight, >= 0, of the relation error within the feature term: how differently both layers place a "
+            "sample among the others of the micro-batch. None: 20 between image models, 0 elsewhere (on text it was "
+            "measured to hurt). 0: as published, projected features alone."
         },
     )
     target_norm: TargetNorm = field(
@@ -183,6 +193,7 @@ class SemCKDConfig(TrainingArguments):
             "association": "learned",
             "target_norm": "none",
             "projector": "pairwise",
+            "relation_weight": 0.0,
             "temperature": 4.0,
             "task_weight": 1.0,
             "logit_weight": 1.0,
@@ -234,6 +245,12 @@ class SemCKDConfig(TrainingArguments):
         """Return the weight of the feature term; `default` is the feature loss's own, for where none was given."""
         return default if self.feature_weight is None else self.feature_weight
 
+    def resolved_relation_weight(self, images: bool) -> float:
+        """Return the weight of the relation error; `images` says whether both models' layers lie on a grid."""
+        if self.relation_weight is not None:
+            return self.relation_weight
+        return DEFAULT_RELATION_WEIGHT if images else 0.0
+
     def resolved_calibration_learning_rate(self) -> float:
         """Return the peak learning rate of projections and association networks."""
         if self.calibration_learning_rate is not None:
@@ -266,8 +283,9 @@ class SemCKDConfig(TrainingArguments):
         self._validate_combinations()
 
     def _validate_values(self) -> None:
-        for name in ("task_weight", "logit_weight", "feature_weight"):
-            if name != "feature_weight" or self.feature_weight is not None:
+        for name in ("task_weight", "logit_weight", "feature_weight", "relation_weight"):
+            optional = name in ("feature_weight", "relation_weight")
+            if not (optional and getattr(self, name) is None):
                 _require_number(name, getattr(self, name), minimum=0.0, strict=False)
         _require_number("temperature", self.temperature, minimum=0.0, strict=True)
         for name in ("association_temperature", "calibration_learning_rate", "teacher_cache_limit_gb"):

@@ -5,6 +5,8 @@ Symbols: B samples, S student layers, T teacher layers, N positions (tokens, or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,6 +93,49 @@ def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor
     teacher = teacher_similarity - teacher_similarity.mean(-1, keepdim=True)
     with full_precision(student):
         return torch.einsum("sbk,tbk->bst", _unit(student, student_similarity), _unit(teacher, teacher_similarity))
+
+
+def relative_distances(embeddings: Tensor) -> Tensor:
+    """Return the distance of every two samples, in units of the batch's mean distance between different samples.
+
+    Args:
+        embeddings: (B, C).
+
+    Returns:
+        (B, B), at least in float32, zero on the diagonal; the gradient is zero where two samples coincide.
+
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
+    """
+    rows = at_least_float32(embeddings)
+    with full_precision(rows):
+        # Distances do not change when the mean is taken off, and the squares of large offsets would cancel.
+        rows = rows - rows.mean(0, keepdim=True)
+        norms = rows.square().sum(1)
+        squares = norms.unsqueeze(1) + norms.unsqueeze(0) - 2.0 * rows @ rows.T
+        floor = torch.finfo(rows.dtype).eps * norms.detach().max() + torch.finfo(rows.dtype).tiny
+        distances = squares.clamp(min=floor).sqrt() * (squares > floor)
+        distances = distances * (1.0 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+        count = max(len(rows) * (len(rows) - 1), 1)
+        return distances / (distances.sum() / count).clamp(min=torch.finfo(rows.dtype).tiny ** 0.5)
+
+
+def relation_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return how differently two layers place each sample among the others of the batch.
+
+    error[i, s, t] = mean over the other samples j of (d_s[i, j] - d_t[i, j])^2 with `relative_distances` d. It needs no
+    projection, and depends on neither layer's scale, rotation or offset.
+
+    Args:
+        student: S embeddings (B, C_s).
+        teacher: T embeddings (B, C_t); no gradient flows into them.
+
+    Returns:
+        (B, S, T), at least in float32; zeros for a batch of one.
+    """
+    own = [relative_distances(rows) for rows in student]
+    theirs = [relative_distances(rows.detach()) for rows in teacher]
+    others = max(len(own[0]) - 1, 1)
+    return torch.stack([torch.stack([(s - t).square().sum(1) for t in theirs], 1) for s in own], 1) / others
 
 
 def pool_map(features: Tensor, size: tuple[int, int]) -> Tensor:

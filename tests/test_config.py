@@ -18,6 +18,7 @@ OWN = (
     "logit_weight",
     "feature_weight",
     "association",
+    "relation_weight",
     "target_norm",
     "projector",
     "student_layers",
@@ -61,7 +62,7 @@ NOT_NUMBERS = [math.nan, math.inf, -math.inf, "4", None, True, [1.0]]
 @pytest.mark.parametrize("value", [-0.001, -1, *NOT_NUMBERS])
 @pytest.mark.parametrize("name", ["task_weight", "logit_weight", "feature_weight"])
 def test_a_weight_must_be_a_finite_number_from_zero(tmp_path, name, value):
-    if (name, value) == ("feature_weight", None):
+    if name == "feature_weight" and value is None:
         assert config(tmp_path).distils_features
         return
     text = refusal(tmp_path, **{name: value})
@@ -366,6 +367,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "logit_weight": 0.25,
         "feature_weight": 7.0,
         "association": "one_to_one",
+        "relation_weight": 2.5,
         "target_norm": "none",
         "projector": "pairwise",
         "student_layers": [1, -1],

@@ -20,6 +20,8 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import InputError
 
+# Relations are those of a micro-batch, as similarities are: what must not depend on the cut is all the rest.
+ALONE = {"relation_weight": 0.0}
 CUTS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabelled_words")]
 # Another task loss does not change the other terms.
@@ -51,9 +53,14 @@ def check_against_hand(problem: str, folder: Any, micro: int, parts: int, **args
 def test_training_equals_the_one_by_hand_however_steps_are_cut(problem, shape, tmp_path):
     """20 samples: the last step has 4, in one micro-batch instead of two."""
     micro, parts = CUTS[shape]
-    done = train(problem, tmp_path, **cut(micro, parts))
+    done = train(problem, tmp_path, **cut(micro, parts), **ALONE)
     # Uniform weights know nothing of the batch: by hand, the step is always one batch of 8.
-    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1), PROBLEMS[problem].tolerance)
+    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, **ALONE), PROBLEMS[problem].tolerance)
+
+
+@pytest.mark.parametrize("problem", EQUAL)
+def test_relations_are_those_of_each_micro_batch(problem, tmp_path):
+    check_against_hand(problem, tmp_path, *CUTS["4x2"])
 
 
 @pytest.mark.parametrize(("problem", "terms"), SINGLE_TERMS)
@@ -64,8 +71,8 @@ def test_each_term_alone_equals_the_one_by_hand(problem, terms, tmp_path):
 @pytest.mark.parametrize("association", ["learned", "last", "one_to_one"])
 @pytest.mark.parametrize("problem", ["vit", "resnet_vit", "sentences"])
 def test_associations_that_know_one_sample_at_a_time_do_not_depend_on_the_cut(problem, association, tmp_path):
-    done = train(problem, tmp_path, association=association, **cut(2, 4))
-    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, association=association))
+    done = train(problem, tmp_path, association=association, **cut(2, 4), **ALONE)
+    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, association=association, **ALONE))
 
 
 @pytest.mark.parametrize("shape", list(CUTS))
@@ -123,7 +130,7 @@ def test_wider_padding_changes_nothing(problem, association, tmp_path):
 def test_a_channel_that_is_silent_in_the_first_step_does_not_blow_up_the_term(tmp_path):
     """The last stage has one position a sample, so some channels behind a ReLU are 0 for all of the first 8."""
     sparse = dataclasses.replace(PROBLEMS["resnet"], teacher=partial(resnet, (8, 12, 16), seed=9))
-    done = train(sparse, tmp_path, **cut(8, 1), learning_rate=1e-6, calibration_learning_rate=1e-6)
+    done = train(sparse, tmp_path, **cut(8, 1), learning_rate=1e-6, calibration_learning_rate=1e-6, **ALONE)
     assert max(step["feature_loss"] for step in done.terms) < 5
 
 
@@ -186,7 +193,7 @@ def test_the_published_form_trains_on_whole_batches(samples, drop, tmp_path):
 @pytest.mark.parametrize("problem", ["vit", "sentences", "next_word", "resnet"])
 def test_bfloat16_autocast_is_close_to_full_precision(problem, tmp_path):
     # All tokens: pixels in another precision are other content, of which other tokens would be chosen.
-    settings = {"association": "similarity", "token_limit": 0, **cut(4, 1)}
+    settings = {"association": "similarity", "token_limit": 0, "relation_weight": 1.0, **cut(4, 1)}
     exact = train(problem, tmp_path, **settings)
     rough = train(problem, tmp_path, dtype=torch.float32, bf16=True, **settings)
     assert not [name for name, value in rough.state.items() if value.dtype is torch.bfloat16]

@@ -402,11 +402,13 @@ class _ByHand:
         if self.args.target_norm == "channel":
             standard = [self._standard(target, *self.statistics[t]) for t, target in enumerate(targets)]
         weights = self._weights(states, targets, standard, mask)
+        relations = self._relations(states, targets, mask)
         losses = []
         for i in range(len(states[0])):
             own = None if self.problem.grid else self._chosen(states[0], batch)[i]
             pairs = [
                 weights[i, s, t] * self._pair(s, state[i], target[i], own)
+                + self.args.resolved_relation_weight(mask is None) * weights[i, s, t].detach() * relations[s][t][i]
                 for s, state in enumerate(states)
                 for t, target in enumerate(standard)
             ]
@@ -416,6 +418,36 @@ class _ByHand:
             divergence = (weights * (weights * weights.shape[2]).log()).sum(2)
             per_sample = per_sample + self.args.resolved_association_temperature() * divergence.mean(1)
         return per_sample, weights
+
+    def _relations(self, states: list[Tensor], targets: list[Tensor], mask: Tensor | None) -> list[list[list[Tensor]]]:
+        """Return, for student layer, teacher layer and sample, how differently distances to the others are shared out."""
+
+        def vectors(layer: Tensor) -> list[Tensor]:
+            if layer.dim() == 4:
+                return [sample.mean((1, 2)) for sample in layer]
+            if mask is None:
+                return [sample[0] for sample in layer]
+            return [sample[kept.bool()].mean(0) for sample, kept in zip(layer, mask, strict=True)]
+
+        def distances(layer: Tensor) -> dict[tuple[int, int], Tensor]:
+            found = vectors(layer)
+            others = [(i, j) for i in range(len(found)) for j in range(len(found)) if i != j]
+            raw = {pair: (found[pair[0]] - found[pair[1]]).square().sum().sqrt() for pair in others}
+            mean = sum(raw.values()) / max(len(raw), 1)
+            return {pair: value / mean for pair, value in raw.items()}
+
+        own, theirs = [distances(layer) for layer in states], [distances(layer) for layer in targets]
+        count = len(states[0])
+        return [
+            [
+                [
+                    sum((s[i, j] - t[i, j]) ** 2 for j in range(count) if j != i) / max(count - 1, 1)
+                    for i in range(count)
+                ]
+                for t in theirs
+            ]
+            for s in own
+        ]
 
     def _standard(self, target: Tensor, mean: Tensor, variance: Tensor, count: Any) -> Tensor:
         typical = variance.mean()

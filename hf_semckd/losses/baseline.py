@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..calibration import Alignment
+from ..calibration import Alignment, embedding
 from ..errors import InputError
 from ..features import FeatureSpec
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
-from .positions import compared_positions, embedding
+from .positions import compared_positions
 
 Shape = FeatureSpec | Sequence[int]
 
@@ -127,7 +127,7 @@ class BaselineLoss(FeatureLoss):
     def embeddings(
         self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `positions.embedding`."""
+        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `calibration.embedding`."""
         last = len(self.teacher_specs) - 1
         return (
             embedding(student_features[-1], self.student_specs[-1], student_mask),

@@ -1,4 +1,4 @@
-"""Where two layers meet one to one, and the one vector that stands for a sample."""
+"""Where two layers meet one to one, and which ones do in a map made by hand."""
 
 from __future__ import annotations
 
@@ -38,22 +38,6 @@ def compared_positions(
         return as_mean(feature, own).unsqueeze(1), as_mean(target, theirs).unsqueeze(1), None
     mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
     return as_tokens(feature), as_tokens(target), mask
-
-
-def embedding(feature: Tensor, spec: FeatureSpec, mask: Tensor | None = None) -> Tensor:
-    """Return the vector (B, C) that stands for a sample: what a classifier would read of its last layer.
-
-    The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
-    the tokens that count everywhere else.
-
-    Args:
-        feature: (B, C, H, W) or (B, N, C).
-        spec: What the layer looks like.
-        mask: (B, N) mask of its tokens.
-    """
-    if feature.dim() == 3 and spec.prefix > 0:
-        return feature[:, 0]
-    return as_mean(feature, fitting_mask(mask, feature))
 
 
 def skip_map(students: int, teachers: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, limited_grid, summary, summary_size
+from ..calibration import Alignment, as_map, as_mean, as_tokens, embedding, limited_grid, summary, summary_size
 from ..features import FeatureSpec
 from ..functional import map_to_tokens, pool_map
 from ..sampling import spread_positions, take_positions
@@ -27,6 +27,7 @@ class TeacherSelection:
       same layout, and with the mask `mask.l` (B, K). Without sampling there are no positions, and all tokens.
     - `grid.t` (B, C, h, w): the map of layer t, pooled to at most `grid_limit` rows and columns.
     - `mean.t` (B, C): the average over its tokens or cells.
+    - `embedding.t` (B, C): the vector that stands for a sample (`calibration.embedding`), where relations are compared.
     - `summary.t` (B, D): what similarities are taken on, where it is none of the above.
     - `whole.t`, `mask`: everything, and the teacher's token mask.
 
@@ -36,6 +37,7 @@ class TeacherSelection:
         association: What the weights are computed from, or None for fixed weights.
         token_limit: Most tokens of a sample that are compared, or None for all.
         grid_limit: Largest height and width of compared maps, or None.
+        relations: Whether relations between samples are compared.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class TeacherSelection:
         association: AssociationInput,
         token_limit: int | None = None,
         grid_limit: int | None = None,
+        relations: bool = False,
     ):
+        self.relations = relations
         self.specs = list(teacher_specs)
         self.kinds = [{row[t].kind for row in alignments} for t in range(len(self.specs))]
         self.association = association
@@ -65,7 +69,8 @@ class TeacherSelection:
         tokens = self.token_limit if self.samples_tokens else None
         grids = self.grid_limit if any("grid" in entry for entry in self.kinds) else None
         layouts = [(spec.kind, spec.grid, spec.prefix) for spec in self.specs]
-        return repr((kinds, layouts, self.layout, self.association, tokens, grids))
+        words = repr((kinds, layouts, self.layout, self.association, tokens, grids))
+        return f"{words} embeddings" if self.relations else words
 
     @torch.no_grad()
     def __call__(
@@ -90,6 +95,8 @@ class TeacherSelection:
                 kept[f"grid.{t}"] = as_map(feature, spec, self.grid_size(feature, spec))
             if "mean" in self.kinds[t] or self.association == "mean":
                 kept[f"mean.{t}"] = as_mean(feature, fitting)
+            if self.relations:
+                kept[f"embedding.{t}"] = embedding(feature, spec, fitting)
             if self.association == "summary":
                 self._keep_summary(kept, t, feature, fitting)
         if mask is not None and any(name.startswith("whole.") for name in kept):

@@ -18,6 +18,7 @@ from ..calibration import (
     as_mean,
     attention_weights,
     bound_of_cosine_weights,
+    embedding,
     fixed_weights,
     free_energy,
     ragged_batch_message,
@@ -34,7 +35,7 @@ from ..config import (
 )
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
-from ..functional import at_least_float32, similarity_matrix
+from ..functional import at_least_float32, relation_errors, similarity_matrix
 from ..normalization import ChannelStatistics
 from ..weighted_error import weighted_feature_error
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
@@ -50,7 +51,12 @@ class SemCKDLoss(FeatureLoss):
     """Every student layer learns from several teacher layers, weighed for each sample by an association.
 
     total = 1 / (B * S) * sum over samples i, student layers s and teacher layers t of
-    weights[i, s, t] * mean squared error(projection(F_s[i]), F_t[i]).
+    weights[i, s, t] * (mean squared error(projection(F_s[i]), F_t[i]) + relation_weight * relation error[i, s, t]).
+
+    The relation error compares where both layers see a sample among the others of the batch
+    (`functional.relation_errors`). It goes through no projection, so it teaches the student itself from the first step,
+    and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights are not
+    trained by it.
 
     The calibrated form (the default) takes any batch size. It standardises every teacher channel, projects a student
     layer once for all teacher layers of one width, and weighs by similarity, or by learned weights that cannot
@@ -69,6 +75,7 @@ class SemCKDLoss(FeatureLoss):
             always takes.
         grid_limit: Maps are pooled to at most this many rows and columns before they are compared; None for no limit,
             which the pairwise projector never has.
+        relation_weight: Weight of the relation error, >= 0; 0, the paper's form, leaves it out.
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
 
     Attributes:
@@ -97,6 +104,7 @@ class SemCKDLoss(FeatureLoss):
         tokens_aligned: bool = True,
         token_limit: int | None = None,
         grid_limit: int | None = None,
+        relation_weight: float = 0.0,
         layers_per_projection: int = 1,
     ):
         super().__init__()
@@ -107,6 +115,7 @@ class SemCKDLoss(FeatureLoss):
         if association_temperature is None:
             association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
+        self.relation_weight = relation_weight
         self.alignments = [
             [Alignment.of(student, teacher, tokens_aligned) for teacher in self.teacher_specs]
             for student in self.student_specs
@@ -126,6 +135,7 @@ class SemCKDLoss(FeatureLoss):
             self._association_input(),
             token_limit,
             grid_limit,
+            relations=relation_weight > 0,
         )
 
     @classmethod
@@ -179,6 +189,9 @@ class SemCKDLoss(FeatureLoss):
             tokens_aligned=tokens_aligned,
             token_limit=config.token_limit or None,
             grid_limit=config.grid_limit or None,
+            relation_weight=config.resolved_relation_weight(
+                all(spec.grid is not None for spec in (*student_specs, *teacher_specs))
+            ),
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
         )
 
@@ -207,6 +220,10 @@ class SemCKDLoss(FeatureLoss):
             weighted, errors = self._shared_errors(views, targets, weights)
         else:
             weighted, errors = self._pairwise_errors(views, targets, weights)
+        if self.relation_weight > 0:
+            weighted = weighted + self.relation_weight * (
+                weights.detach() * self._relation_errors(views, targets)
+            ).sum(2)
         # The `last` control trains one student layer: an average over idle layers would only shrink it.
         active = 1 if self.association == "last" else len(self.student_specs)
         per_sample = weighted.sum(1) / active
@@ -383,6 +400,10 @@ class SemCKDLoss(FeatureLoss):
                 errors |= {(s, t): pairs[:, index, position] for position, t in enumerate(teachers)}
         rows = [torch.stack([errors[s, t] for t in range(len(self.teacher_specs))], 1) for s in range(len(weighted))]
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
+
+    def _relation_errors(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+        student = [embedding(x, spec, views.mask) for x, spec in zip(views.features, self.student_specs, strict=True)]
+        return relation_errors(student, [targets[f"embedding.{t}"] for t in range(len(self.teacher_specs))])
 
     def _linear(self, s: int, width: int) -> nn.Linear:
         return self.projection[self.projection_of[s]][str(width)]  # type: ignore[index]
