@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step test test-slow test-text test-minimum quality style clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-text test-minimum quality style clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,11 +42,15 @@ demo: $(VENV)/.demo ## Distil a small ViT on real scans of digits (scikit-learn'
 # A pretrained teacher is large enough for two threads; the digits' models are not, and only get in their own way.
 demo-text: THREADS = 2
 demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
-	$(BIN)/python scripts/fetch_text_parts.py
+	$(BIN)/python scripts/fetch_text_parts.py --only minilm-l6
+	$(BIN)/python scripts/fetch_text_parts.py --only movie_snippets
 	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)
 
 benchmark-step: $(VENV)/.demo ## Measure what a distillation step costs, against plain training and logit distillation
 	$(BIN)/python scripts/benchmark_step.py --threads $(THREADS) $(ARGS)
+
+benchmark-accuracy: $(VENV)/.demo ## Compare methods on a small protocol, in minutes (ARGS="..." for others)
+	$(BIN)/python scripts/benchmark_accuracy.py $(or $(ARGS),scripts/protocols/smoke.yaml)
 
 test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -59,8 +59,8 @@ class SemCKDConfig(TrainingArguments):
     feature_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the feature "
-            "loss, 3 for SemCKD, whose standardised targets make the term about 1 for every architecture, and the "
+            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the loss, "
+            "3 for SemCKD, whose standardised targets make the term about 1 for every architecture, and the "
             "published weight for a baseline. SemCKD's published form needs 50 to 400."
         },
     )

@@ -122,8 +122,8 @@ def relative_distances(embeddings: Tensor) -> Tensor:
 def relation_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return how differently two layers place each sample among the others of the batch.
 
-    error[i, s, t] = mean over the other samples j of (d_s[i, j] - d_t[i, j])^2 with `relative_distances` d. It needs no
-    projection, and depends on neither layer's scale, rotation or offset.
+    error[i, s, t] = mean over the other samples j of (d_s[i, j] - d_t[i, j])^2 with `relative_distances` d. It needs
+    no projection, and depends on neither layer's scale, rotation or offset.
 
     Args:
         student: S embeddings (B, C_s).

@@ -90,8 +90,8 @@ def check_feature_loss(source: FeatureLoss | str | None) -> FeatureLoss | str | 
         message(
             "`feature_loss` is not a feature loss",
             received=repr(source),
-            expected=f"None or 'kd' (logits only), a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}, or "
-            "several joined by '+'",
+            expected=f"None or 'kd' (logits only), a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}, "
+            "or several joined by '+'",
             todo="pass one of these; hf_semckd.losses.FeatureLoss is the base class for your own",
         )
     )

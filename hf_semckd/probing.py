@@ -265,7 +265,7 @@ def check_heads(
                 message(
                     f"{loss.title} needs a classifier that reads the average of the last map; the {role}'s does not",
                     received=type(model).__name__,
-                    expected="global average pooling and a linear classifier, and all blocks or the last one as layers",
+                    expected="global average pooling and a linear classifier, and the last block among the layers",
                     todo="use another feature loss",
                 )
             )

@@ -1,9 +1,10 @@
 """Compare ways to train a student, from a protocol file to a table, with every run kept as a row.
 
-    python scripts/benchmark_accuracy.py scripts/protocols/smoke.yaml            # minutes: a check that all of it works
+    python scripts/benchmark_accuracy.py scripts/protocols/smoke.yaml            # minutes: a check that it works
     python scripts/benchmark_accuracy.py scripts/protocols/*_fashion.yaml --jobs 2
     python scripts/benchmark_accuracy.py scripts/protocols/vit_fashion.yaml --methods kd semckd
-    python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the rows that are there
+    python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the kept rows
+    python scripts/benchmark_accuracy.py --update-readme                          # writes the README's tables anew
 
 Every method is tuned with the same number of runs, on tuning seeds and the validation split, and reported on other
 seeds and the test split. Rows go to scripts/results/accuracy/<protocol>.jsonl, one a run, as soon as it is known: a
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 from accuracy.protocol import Protocol, read_protocols  # noqa: E402
+from accuracy.readme import blocks, read_pairs, updated  # noqa: E402
 from accuracy.rows import read_rows  # noqa: E402
 from accuracy.tables import (  # noqa: E402
     LEGEND,
@@ -69,13 +71,22 @@ def tables(protocols: Sequence[Protocol], methods: Sequence[str], results: Path)
 def main() -> None:
     """Run what was asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocols", nargs="+", metavar="protocol.yaml")
+    parser.add_argument("protocols", nargs="*", metavar="protocol.yaml")
     parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")
     parser.add_argument("--jobs", type=int, default=1, help="Protocols that run at once, one thread each.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
     parser.add_argument("--table-only", action="store_true", help="Run nothing, print the tables of the kept rows.")
+    parser.add_argument("--update-readme", action="store_true", help="Write the README's tables from the kept rows.")
     options = parser.parse_args()
-    found = [(path, protocol) for path in options.protocols for protocol in read_protocols(path)]
+    if options.update_readme:
+        readme = ROOT / "README.md"
+        readme.write_text(updated(readme.read_text("utf-8"), blocks(read_pairs(options.results))), "utf-8")
+        return
+    if not options.protocols:
+        parser.error("name one or more protocol files, such as scripts/protocols/smoke.yaml")
+    # A pattern such as protocols/*.yaml names the file of the methods too.
+    paths = [path for path in options.protocols if Path(path).name != "methods.yaml"]
+    found = [(path, protocol) for path in paths for protocol in read_protocols(path)]
     unknown = set(options.methods or ()) - {method.name for _, entry in found for method in entry.methods}
     if unknown:
         parser.error(f"no protocol compares {', '.join(sorted(unknown))}")

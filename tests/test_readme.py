@@ -51,6 +51,14 @@ def test_the_script_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (4, 312)
 
 
+def test_the_accuracy_tables_are_those_of_the_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    readme = importlib.import_module("accuracy.readme")
+    texts = readme.blocks(readme.read_pairs(ROOT / "scripts" / "results" / "accuracy"))
+    assert all(len(text) > 100 for text in texts.values())
+    assert readme.updated(README, texts) == README
+
+
 @pytest.mark.parametrize("example", ["vit", "text"])
 def test_the_tables_are_those_of_the_kept_rows(example: str) -> None:
     spec = importlib.util.spec_from_file_location("run_demo_seeds", ROOT / "scripts" / "run_demo_seeds.py")

@@ -420,7 +420,7 @@ class _ByHand:
         return per_sample, weights
 
     def _relations(self, states: list[Tensor], targets: list[Tensor], mask: Tensor | None) -> list[list[list[Tensor]]]:
-        """Return, for student layer, teacher layer and sample, how differently distances to the others are shared out."""
+        """Return how differently the layers s and t place sample i among the others: [s][t][i]."""
 
         def vectors(layer: Tensor) -> list[Tensor]:
             if layer.dim() == 4:

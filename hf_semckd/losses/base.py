@@ -36,7 +36,7 @@ class FeatureLoss(nn.Module, ABC):
 
     Attributes:
         default_weight: What `feature_weight` is where none is given; for a baseline, the published one.
-        reuses_teacher_head: Whether the trained student is to end with the teacher's classifier; `finish` puts it there.
+        reuses_teacher_head: Whether the student is to end with the teacher's classifier; `finish` puts it there.
         upper_bound: The largest weight that its association can give a layer; None when weights are fixed or absent.
         required_batch_size: The only batch size that it takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer

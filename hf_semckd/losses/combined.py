@@ -13,8 +13,9 @@ from .base import FeatureLoss, FeatureLossOutput
 class CombinedLoss(FeatureLoss):
     """A weighted sum of feature losses on the same layers.
 
-    total = loss_0 + sum over k of (w_k / w_0) * loss_k with each loss's own `default_weight` w: `feature_weight` scales
-    the sum as it would scale the first loss alone. The association that is shown is that of the first one that has any.
+    total = loss_0 + sum over k of (w_k / w_0) * loss_k with each loss's own `default_weight` w: `feature_weight`
+    scales the sum as it would scale the first loss alone. The association that is shown is that of the first one that
+    has any.
 
     Args:
         losses: Two or more feature losses, made for the same layers.

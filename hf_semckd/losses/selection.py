@@ -27,7 +27,7 @@ class TeacherSelection:
       same layout, and with the mask `mask.l` (B, K). Without sampling there are no positions, and all tokens.
     - `grid.t` (B, C, h, w): the map of layer t, pooled to at most `grid_limit` rows and columns.
     - `mean.t` (B, C): the average over its tokens or cells.
-    - `embedding.t` (B, C): the vector that stands for a sample (`calibration.embedding`), where relations are compared.
+    - `embedding.t` (B, C): the vector that stands for a sample, `calibration.embedding`, for relations.
     - `summary.t` (B, D): what similarities are taken on, where it is none of the above.
     - `whole.t`, `mask`: everything, and the teacher's token mask.
 

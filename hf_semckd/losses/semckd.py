@@ -54,8 +54,8 @@ class SemCKDLoss(FeatureLoss):
     weights[i, s, t] * (mean squared error(projection(F_s[i]), F_t[i]) + relation_weight * relation error[i, s, t]).
 
     The relation error compares where both layers see a sample among the others of the batch
-    (`functional.relation_errors`). It goes through no projection, so it teaches the student itself from the first step,
-    and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights are not
+    (`functional.relation_errors`). It goes through no projection, so it teaches the student itself from the first
+    step, and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights are not
     trained by it.
 
     The calibrated form (the default) takes any batch size. It standardises every teacher channel, projects a student

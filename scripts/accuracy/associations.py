@@ -61,12 +61,12 @@ class GradientAgreement(SemCKDLoss):
             return uniform
         leaves = [feature.detach().requires_grad_() for feature in views.features]
         own = StudentViews(leaves, self.student_specs, views.mask, self.selection, targets)
-        _, errors = self._shared_errors(own, targets, uniform)
         agreement = uniform.new_zeros(uniform.shape)
-        for s, task in enumerate(self.task_gradients):
-            for t in range(teachers):
-                (gradient,) = torch.autograd.grad(errors[:, s, t].sum(), leaves[s], retain_graph=True)
-                agreement[:, s, t] = F.cosine_similarity(gradient.flatten(1), task.flatten(1))
+        for t in range(teachers):
+            # All weight on one layer: the weighted error is that of the pair.
+            errors, _ = self._shared_errors(own, targets, one_hot(uniform, t))
+            for s, gradient in enumerate(torch.autograd.grad(errors.sum(), leaves)):
+                agreement[:, s, t] = F.cosine_similarity(gradient.flatten(1), self.task_gradients[s].flatten(1))
         return torch.softmax(agreement / SHARPNESS, -1)
 
 
@@ -132,13 +132,11 @@ class LookAheadTrainer(DistillationTrainer):
         mask = inputs.get("attention_mask")
         views = StudentViews(features, loss.student_specs, mask, loss.selection, targets)
         uniform = features[0].new_full((len(features[0]), *loss.score.shape), 1.0 / loss.score.shape[1])
-        _, errors = loss._shared_errors(views, targets, uniform)
         found = torch.zeros_like(loss.score)
-        for s in range(found.shape[0]):
-            for t in range(found.shape[1]):
-                gradient = torch.autograd.grad(
-                    errors[:, s, t].mean(), parameters, retain_graph=True, allow_unused=True
-                )
+        for t in range(found.shape[1]):
+            errors, _ = loss._shared_errors(views, targets, one_hot(uniform, t))
+            for s in range(found.shape[0]):
+                gradient = torch.autograd.grad(errors[:, s].mean(), parameters, retain_graph=True, allow_unused=True)
                 found[s, t] = F.cosine_similarity(_flat(gradient, parameters), direction, dim=0)
         return found
 
@@ -205,6 +203,13 @@ def _study(loss: type[SemCKDLoss]) -> Callable[[Any, Any, Any], FeatureLoss]:
         )
 
     return change
+
+
+def one_hot(like: Tensor, layer: int) -> Tensor:
+    """Return weights (B, S, T) that lie on one teacher layer."""
+    weights = torch.zeros_like(like)
+    weights[..., layer] = 1.0
+    return weights
 
 
 def _plain_forward(trainer: DistillationTrainer, inputs: Any) -> tuple[Any, list[Tensor]]:

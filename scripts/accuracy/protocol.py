@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from hf_semckd.errors import ConfigurationError, message, nearest
 
 METHODS = Path(__file__).resolve().parents[1] / "protocols" / "methods.yaml"
 REQUIRED = ("data", "teacher", "student", "training", "methods")
-KNOWN = (*REQUIRED, "description", "tuning_seeds", "test_seeds", "sweep")
+KNOWN = (*REQUIRED, "description", "tuning_seeds", "test_seeds", "sweep", "tune")
+# A student layer forced onto a teacher layer, both as hidden-state indices; 0 would be the embedding or stem.
+PAIR = re.compile(r"pair-([1-9]\d*)-([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Protocol:
         methods: What is compared.
         tuning_seeds: Seeds of the runs that hyper-parameters are chosen by.
         test_seeds: Seeds of the runs that are reported; none of them tunes.
+        tune: Whether grids are tried; without, methods run as the library has them and `training` says.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Protocol:
     methods: Sequence[Method]
     tuning_seeds: Sequence[int]
     test_seeds: Sequence[int]
+    tune: bool = True
 
 
 def read_protocols(path: str | Path) -> list[Protocol]:
@@ -86,19 +91,27 @@ def read_protocols(path: str | Path) -> list[Protocol]:
 
 
 def read_methods(names: Sequence[str], path: Path = METHODS) -> list[Method]:
-    """Return methods by name from the file that describes them.
+    """Return methods by name from the file that describes them, and `pair-<s>-<t>`: layer s forced onto layer t.
 
     Raises:
         ConfigurationError: For an unknown name.
     """
     known = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name in names:
-        if name not in known:
+        if name not in known and not PAIR.fullmatch(name):
             close = nearest(name, tuple(known), count=1)
             raise _refusal(
-                path, f"method {name!r}", f"one of {', '.join(known)}" + (f"; {close[0]}?" if close else "")
+                path,
+                f"method {name!r}",
+                f"one of {', '.join(known)}, pair-<s>-<t>" + (f"; {close[0]}?" if close else ""),
             )
-    return [Method(name=name, **(known[name] or {})) for name in names]
+    return [Method(name=name, **(known[name] or {})) if name in known else _pair(name) for name in names]
+
+
+def _pair(name: str) -> Method:
+    student, teacher = (int(layer) for layer in PAIR.fullmatch(name).groups())  # type: ignore[union-attr]
+    layers = {"student_layers": [student], "teacher_layers": [teacher]}
+    return Method(name=name, loss="semckd", arguments={"association": "uniform", **layers})
 
 
 def _swept(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,6 +133,9 @@ def _protocol(path: Path, name: str, content: Mapping[str, Any]) -> Protocol:
     tuning, test = content.get("tuning_seeds", [100, 101]), content.get("test_seeds", list(range(10)))
     if set(tuning) & set(test):
         raise _refusal(path, f"seeds {sorted(set(tuning) & set(test))} in both", "tuning and test seeds apart")
+    tune = content.get("tune", True)
+    if not isinstance(tune, bool):
+        raise _refusal(path, f"tune: {tune!r}", "tune: true or tune: false")
     return Protocol(
         name=name,
         description=content.get("description", ""),
@@ -130,6 +146,7 @@ def _protocol(path: Path, name: str, content: Mapping[str, Any]) -> Protocol:
         methods=read_methods(content["methods"]),
         tuning_seeds=tuning,
         test_seeds=test,
+        tune=tune,
     )
 
 

@@ -25,6 +25,7 @@ from hf_semckd.report import environment
 
 from .associations import trainer_class
 from .data import ROOT, Rows, Splits, collate, draw, load_splits
+from .mismatch import measured_mismatch
 from .models import COMMON, QUIET, accuracy, make_model, trained_teacher
 from .planted import plant
 from .protocol import Method, Protocol
@@ -57,6 +58,7 @@ class Bench:
         self.plain_teacher = teacher
         self.teacher = plant(teacher, **protocol.teacher["planted"]) if "planted" in protocol.teacher else teacher
         self.record = _Record(protocol, self.path)
+        self.teacher_features: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
     def run(self, methods: Sequence[str] | None = None) -> None:
         """Do what is not done yet: the teacher's row, the tuning, the tests; of some methods, or of all."""
@@ -69,7 +71,9 @@ class Bench:
                 self.train(method, chosen, seed, "test")
 
     def tune(self, method: Method) -> dict[str, Any]:
-        """Return the candidate with the best mean accuracy on the validation split over the tuning seeds."""
+        """Return the candidate with the best mean accuracy on the validation split over the tuning seeds, or {}."""
+        if not self.protocol.tune:
+            return {}
         candidates = method.candidates()
         if len(candidates) == 1:
             return candidates[0]
@@ -90,8 +94,10 @@ class Bench:
         twin = self.record.twin(recipe, seed, split)
         if twin is None:
             started = time.perf_counter()
-            student, extras = self._student(method, settings, seed)
+            student, trainer = self._student(method, settings, seed)
             seconds = time.perf_counter() - started
+            mismatch = measured_mismatch(trainer, self.splits.validation, self.teacher_features)
+            extras = _extras(trainer) if mismatch is None else {**_extras(trainer), "mismatch": round(mismatch, 5)}
             value = accuracy(student, self.splits.validation if split == "tuning" else self.splits.test)
             parameters = student.num_parameters()
         else:
@@ -107,7 +113,7 @@ class Bench:
             value = accuracy(self.plain_teacher, test)
             self.record.keep("teacher", {}, {}, 0, "test", value, 0.0, self.plain_teacher.num_parameters(), {})
 
-    def _student(self, method: Method, settings: Mapping[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+    def _student(self, method: Method, settings: Mapping[str, Any], seed: int) -> tuple[Any, DistillationTrainer]:
         data, protocol = self.protocol.data, self.protocol
         rows = draw(self.splits.pool, data["train"], seed, data.get("noise", 0.0))
         student = make_model(protocol.student, rows, seed)
@@ -128,7 +134,7 @@ class Bench:
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        return student.eval(), _extras(trainer)
+        return student.eval(), trainer
 
 
 def _extras(trainer: DistillationTrainer) -> dict[str, Any]:
