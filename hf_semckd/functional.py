@@ -102,7 +102,8 @@ def relative_distances(embeddings: Tensor) -> Tensor:
         embeddings: (B, C).
 
     Returns:
-        (B, B), at least in float32, zero on the diagonal; the gradient is zero where two samples coincide.
+        (B, B), at least in float32, zero on the diagonal; the gradient is zero, up to rounding, where
+        two samples coincide.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
     """

@@ -748,6 +748,7 @@ def test_other_settings_are_no_twins(accuracy, place, ran, tmp_path):
     assert made.record.twin({**recipe, "association": "cka"}, 0, "test") is None
     assert made.record.twin({**recipe, "options": {"layers": 1}}, 0, "test") is None
     assert made.record.twin(recipe, 1, "test") is None
+    assert made.record.twin(recipe, 0, "tuning") is None
     assert method.arguments == {}
 
 
@@ -781,7 +782,6 @@ def test_a_planted_teacher_keeps_its_accuracy(accuracy, place, ran, tmp_path):
 # ---- The script ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_smoke_protocol_from_start_to_table(accuracy, tmp_path):
     command = [sys.executable, str(SCRIPTS / "benchmark_accuracy.py"), str(PROTOCOLS / "smoke.yaml")]
     done = subprocess.run(

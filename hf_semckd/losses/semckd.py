@@ -55,8 +55,8 @@ class SemCKDLoss(FeatureLoss):
 
     The relation error compares where both layers see a sample among the others of the batch
     (`functional.relation_errors`). It goes through no projection, so it teaches the student itself from the first
-    step, and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights are not
-    trained by it.
+    step, and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights are
+    not trained by it.
 
     The calibrated form (the default) takes any batch size. It standardises every teacher channel, projects a student
     layer once for all teacher layers of one width, and weighs by similarity, or by learned weights that cannot

@@ -87,7 +87,7 @@ class LookAhead(SemCKDLoss):
 
     def look(self, agreement: Tensor) -> None:
         """Take the cosines (S, T) of one look into the score."""
-        spread = (agreement - agreement.mean(-1, keepdim=True)) / agreement.std().clamp(min=1e-6)
+        spread = (agreement - agreement.mean(-1, keepdim=True)) / agreement.std(correction=0).clamp(min=1e-6)
         self.score.mul_(MEMORY).add_((1 - MEMORY) * RATE * spread * 2)
 
 

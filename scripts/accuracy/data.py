@@ -80,7 +80,19 @@ def draw(pool: Rows, count: int, seed: int, noise: float = 0.0) -> Rows:
         count: Number of rows; 0 for all.
         seed: Of the draw and of the noise.
         noise: Share of rows, in [0, 1), whose label becomes another class, each equally likely.
+
+    Raises:
+        ConfigurationError: When there are fewer rows, or no other class.
     """
+    if count > len(pool) or (noise and pool.classes < 2):
+        raise ConfigurationError(
+            message(
+                "These training rows cannot be drawn",
+                received=f"{count} of {len(pool)} rows of {pool.classes} class(es), noise {noise}",
+                expected="at most as many rows as there are, and two classes to mistake",
+                todo="correct `train` or `noise` in the protocol",
+            )
+        )
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(pool))
     if count:

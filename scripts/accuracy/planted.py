@@ -57,7 +57,7 @@ def plant(teacher: Any, *, layers: int, seed: int, useless: int = 0, permute: bo
     generator = np.random.default_rng(seed)
     own = list(range(layers))
     if permute:
-        while own[-1] == layers - 1:
+        while layers > 1 and own[-1] == layers - 1:
             own = generator.permutation(layers).tolist()
     for number in range(useless):
         # The last place is the worst that a useless layer can have: a hand-made map ends there.
@@ -70,4 +70,4 @@ def _useless(pixels: Tensor, like: Tensor, number: int) -> Tensor:
     rows = pixels.flatten(1)
     directions = torch.randn(rows.shape[1], 8, generator=generator) / rows.shape[1] ** 0.5
     mixing = torch.randn(8, like[0].numel(), generator=generator)
-    return torch.sin(ROUGHNESS * torch.sin(ROUGHNESS * rows @ directions) @ mixing).view_as(like) * like.std()
+    return torch.sin(ROUGHNESS * torch.sin(ROUGHNESS * rows @ directions) @ mixing).view_as(like) * like.flatten(1).std(1).view(-1, *[1] * (like.dim() - 1))

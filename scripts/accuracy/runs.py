@@ -33,7 +33,9 @@ from .rows import append_row, key_of, read_rows
 
 RESULTS = ROOT / "scripts" / "results" / "accuracy"
 CACHE = ROOT / "outputs" / "accuracy" / "cache"
-# Where a data set says how it is cut, and what of it a student trains on.
+# Fields of a method that a protocol may set for all of them.
+SHARED = ("feature_weight", "temperature", "task_weight", "logit_weight")
+# What a protocol says of its data that is not for the loader.
 STUDENT_ONLY = ("name", "train", "noise")
 
 
@@ -86,11 +88,11 @@ class Bench:
 
     def train(self, method: Method, tuned: Mapping[str, Any], seed: int, split: str) -> float:
         """Return the accuracy of one student, trained now unless its row is there."""
-        known = self.record.find(method.name, tuned, seed, split)
-        if known is not None:
-            return known
         settings = {**method.arguments, **tuned}
         recipe = {"loss": method.loss, "association": method.association, "options": dict(method.options), **settings}
+        known = self.record.find(method.name, tuned, recipe, seed, split)
+        if known is not None:
+            return known
         twin = self.record.twin(recipe, seed, split)
         if twin is None:
             started = time.perf_counter()
@@ -108,7 +110,7 @@ class Bench:
         return value
 
     def _teacher_row(self) -> None:
-        if self.record.find("teacher", {}, 0, "test") is None:
+        if self.record.find("teacher", {}, {}, 0, "test") is None:
             test = _teacher_test(self.splits.test)
             value = accuracy(self.plain_teacher, test)
             self.record.keep("teacher", {}, {}, 0, "test", value, 0.0, self.plain_teacher.num_parameters(), {})
@@ -175,14 +177,25 @@ class _Record:
         self.rows = {key_of(row): row for row in rows}
         self.commit, self.machine = _commit(), _machine()
 
-    def find(self, method: str, tuned: Mapping[str, Any], seed: int, split: str) -> float | None:
-        """Return the accuracy of a run that was made."""
+    def find(
+        self, method: str, tuned: Mapping[str, Any], recipe: Mapping[str, Any], seed: int, split: str
+    ) -> float | None:
+        """Return the accuracy of a run that was made; refuse one of another form of the method."""
         row = self.rows.get(key_of(self._row(method, tuned, seed, split)))
+        if row is not None and row["settings"]["recipe"] != self.digest(recipe):
+            raise SystemExit(
+                f"{self.path.name} holds rows of another form of {method}: {row['settings']['arguments']}, now "
+                f"{_json(recipe)}. Give the changed method a name of its own, or delete its rows to run it anew."
+            )
         return None if row is None else row["value"]
+
+    def digest(self, recipe: Mapping[str, Any]) -> str:
+        """Name what a run is made of, with what the protocol gives to all of them."""
+        return _digest({**{key: value for key, value in self.protocol.training.items() if key in SHARED}, **recipe})
 
     def twin(self, recipe: Mapping[str, Any], seed: int, split: str) -> dict[str, Any] | None:
         """Return the row of a run that differs in nothing but the method's name."""
-        digest = _digest(recipe)
+        digest = self.digest(recipe)
         for row in self.rows.values():
             if row["seed"] == seed and row["split"] == split and row["settings"].get("recipe") == digest:
                 return row
@@ -202,7 +215,7 @@ class _Record:
     ) -> None:
         """Write a row down at once."""
         row = self._row(method, tuned, seed, split)
-        row["settings"] |= {"recipe": _digest(recipe), "arguments": dict(recipe)}
+        row["settings"] |= {"recipe": self.digest(recipe), "arguments": dict(recipe)}
         row |= {
             "value": value, "commit": self.commit, "versions": environment(), "machine": self.machine,
             "seconds": round(seconds, 2), "parameters": parameters, "extras": dict(extras),
