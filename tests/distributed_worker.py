@@ -68,6 +68,9 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
         for name in ("vit", "resnet_vit", "sentences")
         for association in ("similarity", "learned", "last", "one_to_one")
     },
+    # Relations are those of a micro-batch; without them one process with larger batches must give the same.
+    "vit-whole-alone": job(trained, "vit", *WHOLE, samples=24, relation_weight=0.0),
+    "vit-accumulated-alone": job(trained, "vit", *ACCUMULATED, samples=20, relation_weight=0.0),
     "vit-unused": job(trained, "vit", *ACCUMULATED, samples=20, ddp_find_unused_parameters=True),
     "vit-checkpointed": job(trained, "vit", *ACCUMULATED, samples=20, **CHECKPOINTING),
     "vit-checkpointed-last": job(trained, "vit", *ACCUMULATED, samples=20, association="last", **CHECKPOINTING),

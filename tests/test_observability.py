@@ -25,6 +25,8 @@ STILL = {
     "calibration_learning_rate": 1e-30,
     "target_norm": "none",
     "token_limit": 0,
+    # By hand, for each sample alone.
+    "relation_weight": 0.0,
     "max_steps": -1,
     "num_train_epochs": 1,
 }

@@ -457,7 +457,7 @@ def test_the_calibration_learns_and_stays_with_the_trainer(tmp_path):
 
 
 def test_training_twice_goes_on_from_the_first(tmp_path):
-    trainer = distiller(tmp_path)
+    trainer = distiller(tmp_path, args={"relation_weight": 0.0})
     trainer.train()
     first = losses(trainer, "task_loss")
     trainer.train()
