@@ -162,7 +162,9 @@ class CachingTrainer(Trainer):
         """Say what a note of the teacher is about, but for the inputs."""
         args = self.args
         head = type(self.student).__name__.rpartition("For")[2]
-        return repr((head, args.teacher_layers, args.teacher_dtype, args.distils_logits, self._distils_features))
+        # A method that looks at modules of its own choice has other layers than one that looks at blocks.
+        layers = args.teacher_layers if self._chooses_layers is None else self._chooses_layers
+        return repr((head, layers, args.teacher_dtype, args.distils_logits, self._distils_features))
 
     def _cuts_padding(self, inputs: Mapping[str, Any]) -> bool:
         """Whether all that the teacher gives for tokens is as long as their mask."""

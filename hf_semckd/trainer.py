@@ -25,7 +25,7 @@ from .hub import PublishingTrainer
 from .inputs import LABEL_COLUMNS, InputSelector, forward_parameters
 from .loading import empty_model, load_model
 from .losses import FeatureLoss
-from .losses.registry import find_layers, make_feature_loss
+from .losses.registry import find_layers, make_feature_loss, names_layers
 from .meters import LossMeter
 from .modeling import StudentAttachment, forget_preparation
 from .objective import ObjectiveTrainer
@@ -212,6 +212,14 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         check_models(self.student, model)
         layers = self._chosen_layers(model, "teacher")
         return Teacher(model, layers, compiled=args.teacher_compile, load=load if unloaded else None)
+
+    @property
+    def _chooses_layers(self) -> str | None:
+        """The name of a method that names its own layers, where the user chose none; None for all others."""
+        source = self._feature_loss_source
+        if self.args.teacher_layers is not None or not self._distils_features or not isinstance(source, str):
+            return None
+        return source if names_layers(source) else None
 
     def _chosen_layers(self, model: nn.Module, role: str) -> Any:
         """Return the layers that the user chose, or else those that the feature loss asks for; None for all blocks."""

@@ -7,7 +7,7 @@ import torch
 from makers import LABELS, bert, config, gpt2, images, texts, vit
 from tiny import fit
 
-from hf_semckd import SemCKDTrainer
+from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd import trainer as trainer_module
 from hf_semckd.deferred import TeacherNote, describe_extra_tokens, read_note, source_digest, write_note
 from hf_semckd.features import FeatureSpec
@@ -138,3 +138,20 @@ def test_switching_features_on_asks_anew(tmp_path, source, text):
     trainer.args.feature_weight = 1.0
     trainer._build()
     assert trainer.feature_loss is not None and len(trainer.teacher_layer_names) == 3
+
+
+def test_a_method_with_layers_of_its_own_does_not_take_the_note_of_one_with_blocks(tmp_path):
+    """Both leave the teacher to the cache; the second must look at attention modules all the same."""
+    bert(3, 24, seed=9).save_pretrained(tmp_path / "teacher")
+
+    def train(name):
+        args = config(tmp_path / "out", logging_steps=1, max_steps=2, teacher_cache_dir=str(tmp_path / "cache"))
+        trainer = DistillationTrainer(
+            bert(), args, teacher_model=str(tmp_path / "teacher"), train_dataset=texts(8), feature_loss=name
+        )
+        fit(trainer)
+        return trainer
+
+    assert train("semckd").teacher_layer_names == ["1", "2", "3"]
+    assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]
+    assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]

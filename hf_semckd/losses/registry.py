@@ -85,6 +85,12 @@ def make_feature_loss(
     return losses[0] if len(losses) == 1 else CombinedLoss(losses)
 
 
+def names_layers(name: str) -> bool:
+    """Whether a method, or one of several joined by "+", compares modules of its own choice and not blocks."""
+    plain = FeatureLoss.find_layers.__func__  # type: ignore[attr-defined]
+    return any(FEATURE_LOSSES[part].find_layers.__func__ is not plain for part in name.split("+"))  # type: ignore[attr-defined]
+
+
 def find_layers(source: str | FeatureLoss, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss asks for where the user chose no layers; None for all blocks.
 
