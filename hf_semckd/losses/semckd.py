@@ -27,6 +27,7 @@ from ..calibration import (
 )
 from ..config import (
     DEFAULT_FEATURE_WEIGHT,
+    SEQUENCE_FEATURE_WEIGHT,
     Association,
     Projector,
     SemCKDConfig,
@@ -178,7 +179,8 @@ class SemCKDLoss(FeatureLoss):
             tokens_aligned: Whether position n of both models stands for the same input.
             student_parameters: Number of the student's parameters, beside which the projections are to stay small.
         """
-        return cls(
+        images = all(spec.grid is not None for spec in (*student_specs, *teacher_specs))
+        loss = cls(
             student_specs,
             teacher_specs,
             association=config.association,
@@ -189,11 +191,12 @@ class SemCKDLoss(FeatureLoss):
             tokens_aligned=tokens_aligned,
             token_limit=config.token_limit or None,
             grid_limit=config.grid_limit or None,
-            relation_weight=config.resolved_relation_weight(
-                all(spec.grid is not None for spec in (*student_specs, *teacher_specs))
-            ),
+            relation_weight=config.resolved_relation_weight(images),
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
         )
+        if not images:
+            loss.default_weight = SEQUENCE_FEATURE_WEIGHT  # type: ignore[misc]
+        return loss
 
     def forward(
         self,

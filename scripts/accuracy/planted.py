@@ -70,4 +70,6 @@ def _useless(pixels: Tensor, like: Tensor, number: int) -> Tensor:
     rows = pixels.flatten(1)
     directions = torch.randn(rows.shape[1], 8, generator=generator) / rows.shape[1] ** 0.5
     mixing = torch.randn(8, like[0].numel(), generator=generator)
-    return torch.sin(ROUGHNESS * torch.sin(ROUGHNESS * rows @ directions) @ mixing).view_as(like) * like.flatten(1).std(1).view(-1, *[1] * (like.dim() - 1))
+    return torch.sin(ROUGHNESS * torch.sin(ROUGHNESS * rows @ directions) @ mixing).view_as(like) * like.flatten(
+        1
+    ).std(1).view(-1, *[1] * (like.dim() - 1))

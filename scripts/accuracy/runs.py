@@ -191,7 +191,8 @@ class _Record:
 
     def digest(self, recipe: Mapping[str, Any]) -> str:
         """Name what a run is made of, with what the protocol gives to all of them."""
-        return _digest({**{key: value for key, value in self.protocol.training.items() if key in SHARED}, **recipe})
+        shared = {key: value for key, value in self.protocol.training.items() if key in SHARED}
+        return _digest({**shared, **recipe}, images="length" not in self.protocol.data)
 
     def twin(self, recipe: Mapping[str, Any], seed: int, split: str) -> dict[str, Any] | None:
         """Return the row of a run that differs in nothing but the method's name."""
@@ -255,13 +256,14 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _digest(recipe: Mapping[str, Any]) -> str:
-    """Name what a run is made of; a number given as 3 or 3.0 is the same."""
+def _digest(recipe: Mapping[str, Any], images: bool) -> str:
+    """Name what a run is made of; 3, 3.0 and, between image models, SemCKD's default of None are the same."""
     plain = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in recipe.items()
     }
-    own = FEATURE_LOSSES[plain["loss"]].default_weight if plain.get("loss") in FEATURE_LOSSES else None
+    known = plain.get("loss") in FEATURE_LOSSES and (images or plain["loss"] != "semckd")
+    own = FEATURE_LOSSES[plain["loss"]].default_weight if known else None
     defaults = {"feature_weight": own, "temperature": 4.0, "task_weight": 1.0, "logit_weight": 1.0}
     return hashlib.sha256(json.dumps({**defaults, **plain}, sort_keys=True).encode()).hexdigest()[:16]
 
