@@ -207,3 +207,10 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path):
     teacher.resnet.pooler = torch.nn.AdaptiveMaxPool2d((1, 1))
     with pytest.raises(ConfigurationError, match="reads the average of the last map; the teacher's does not"):
         make(tmp_path, "simkd", "resnet", teacher=teacher)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 0.3)])
+def test_semckd_weighs_features_less_where_there_is_no_image(tmp_path, family, expected):
+    trainer = make(tmp_path, "semckd", family)
+    assert trainer.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0
+    assert make(tmp_path, "semckd", family, feature_weight=2.0).feature_weight == 2.0
