@@ -333,18 +333,25 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""
-        self._finish_student()
-        return super().evaluation_loop(*args, **kwargs)
+        undo = self._finish_student()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            undo()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._finish_student()
-        super()._save_checkpoint(*args, **kwargs)
+        undo = self._finish_student()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            undo()
 
-    def _finish_student(self) -> None:
-        """Put into the plain student what it needs of the feature loss, while that is training."""
+    def _finish_student(self) -> Callable[[], None]:
+        """Put into the plain student what it needs of the feature loss, while that is training; return an undo."""
         loss = self.feature_loss
         if loss is not None and loss.reuses_teacher_head and self._attached:
-            loss.finish(self.student, self.teacher)
+            return loss.finish(self.student, self.teacher)
+        return lambda: None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student, with a fresh feature loss when training has begun."""

@@ -1,11 +1,10 @@
 """Every feature loss in the trainer, on every kind of model: it learns, resumes, caches, and leaves no trace."""
 
-import copy
 import math
 
 import pytest
 import torch
-from makers import bert, config, images, losses, resnet, texts, traces, vit, weights
+from makers import bert, config, images, losses, plain_arguments, resnet, texts, traces, vit, weights
 from transformers import AutoModelForImageClassification, Trainer
 
 from hf_semckd import DistillationTrainer
@@ -86,11 +85,13 @@ def test_a_cached_teacher_gives_the_live_losses(tmp_path, name, family):
 def test_resuming_goes_on_where_it_stopped(tmp_path, name):
     family = "bert" if name in ("pkd", "minilm") else "resnet"
     saving = {"save_strategy": "steps", "save_steps": 3}
-    whole = make(tmp_path / "whole", name, family, max_steps=6)
+    # As published: else its own classifier trains too, and a resumed run goes on from the one that replaced it.
+    alone = {"task_weight": 0.0, "logit_weight": 0.0} if name == "simkd" else {}
+    whole = make(tmp_path / "whole", name, family, max_steps=6, **alone)
     whole.train()
-    half = make(tmp_path / "half", name, family, max_steps=6, **saving)
+    half = make(tmp_path / "half", name, family, max_steps=6, **saving, **alone)
     half.train()
-    resumed = make(tmp_path / "half", name, family, max_steps=6)
+    resumed = make(tmp_path / "half", name, family, max_steps=6, **alone)
     resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
     for key, value in weights(whole.student).items():
         torch.testing.assert_close(weights(resumed.student)[key], value, rtol=1e-5, atol=1e-6)
@@ -191,15 +192,31 @@ def test_after_training_the_student_ends_with_the_teachers_classifier(tmp_path):
 
 
 def test_it_is_there_whenever_the_student_is_evaluated_or_saved(tmp_path):
-    trainer = simkd(tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
-    trainer.eval_dataset = images(6)
+    student, make_teacher, data = FAMILIES["resnet"]
+    args = {"task_weight": 0.0, "logit_weight": 0.0, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = DistillationTrainer(
+        student(),
+        config(tmp_path, save_steps=2, **{**args, "save_strategy": "steps"}),
+        teacher_model=make_teacher(),
+        train_dataset=data(),
+        eval_dataset=images(6),
+        feature_loss="simkd",
+    )
     trainer.train()
     scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     for step, score in zip((2, 4), scores, strict=True):
         saved = AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
-        plain = Trainer(saved, copy.copy(trainer.args), eval_dataset=images(6))
+        plain = Trainer(saved, plain_arguments(tmp_path / "plain"), eval_dataset=images(6))
         assert plain.evaluate()["eval_loss"] == pytest.approx(score, rel=1e-4)
     assert scores[0] != scores[1]
+
+
+def test_evaluating_it_changes_no_training(tmp_path):
+    still = make(tmp_path, "simkd", "resnet", max_steps=4)
+    seen = make(tmp_path, "simkd", "resnet", max_steps=4, save_strategy="steps", save_steps=1)
+    still.train()
+    seen.train()
+    assert losses(seen) == losses(still)
 
 
 def test_a_classifier_that_reads_something_else_is_refused(tmp_path):

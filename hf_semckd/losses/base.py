@@ -94,12 +94,15 @@ class FeatureLoss(nn.Module, ABC):
         """
         return None
 
-    def finish(self, student: nn.Module, teacher: nn.Module) -> None:
+    def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
         """Put into the plain student what it needs of this loss to be used; nothing for most losses.
 
         Called whenever the student is about to be evaluated, saved or handed back.
+
+        Returns:
+            What takes it out again: evaluating must not change the training.
         """
-        return
+        return lambda: None
 
     @abstractmethod
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,8 @@ class ReusedClassifierLoss(BaselineLoss):
     writes it into the student's own, which remains a plain model of its class. It needs models whose classifier is
     linear and reads the average of their last map, as those of most CNNs do; a trainer checks that before training.
 
-    Published weights: 1, with `task_weight=0` and `logit_weight=0` (features are all that is learned from).
+    the student's own classifier trains too, is replaced at the end, and a resumed run goes on from what replaced it.
+    the student's own classifier trains too and is replaced at the end; a resumed run goes on from the replaced one.
 
     Args:
         student_shapes: The student's layers; the last is used, and must be a map.
@@ -63,15 +64,23 @@ class ReusedClassifierLoss(BaselineLoss):
         return squared_error(projected, at_least_float32(theirs), mask)
 
     @torch.no_grad()
-    def finish(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Write the teacher's classifier behind the projection into the student's classifier."""
+    def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
+        """Write the teacher's classifier behind the projection into the student's; return what undoes it."""
         own, theirs = find_head(student, "student"), find_head(teacher, "teacher")
         weight = theirs.weight.to(self.projection.weight)
         bias = weight @ self.projection.bias
         if theirs.bias is not None:
             bias = bias + theirs.bias.to(bias)
+        before = own.weight.clone(), own.bias.clone()
         own.weight.copy_(weight @ self.projection.weight)
         own.bias.copy_(bias)
+
+        @torch.no_grad()
+        def undo() -> None:
+            own.weight.copy_(before[0])
+            own.bias.copy_(before[1])
+
+        return undo
 
 
 def find_head(model: nn.Module, role: str) -> nn.Linear:
