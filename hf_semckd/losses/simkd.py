@@ -25,8 +25,8 @@ class ReusedClassifierLoss(BaselineLoss):
     writes it into the student's own, which remains a plain model of its class. It needs models whose classifier is
     linear and reads the average of their last map, as those of most CNNs do; a trainer checks that before training.
 
-    the student's own classifier trains too, is replaced at the end, and a resumed run goes on from what replaced it.
-    the student's own classifier trains too and is replaced at the end; a resumed run goes on from the replaced one.
+    Published weights: 1, with `task_weight=0` and `logit_weight=0`, so that features are all that is learned from. With
+    others the student's own classifier trains too and is replaced at the end, and a resumed run goes on from that.
 
     Args:
         student_shapes: The student's layers; the last is used, and must be a map.
