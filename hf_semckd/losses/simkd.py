@@ -25,7 +25,7 @@ class ReusedClassifierLoss(BaselineLoss):
     writes it into the student's own, which remains a plain model of its class. It needs models whose classifier is
     linear and reads the average of their last map, as those of most CNNs do; a trainer checks that before training.
 
-    Published weights: 1, with `task_weight=0` and `logit_weight=0`, so that features are all that is learned from. With
+    Published weights: 1, with `task_weight=0` and `logit_weight=0`, so that only features are learned from. With
     others the student's own classifier trains too and is replaced at the end, and a resumed run goes on from that.
 
     Args:
