@@ -300,6 +300,17 @@ def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], tem
     return torch.softmax(row_cosine(left, right) / temperature, dim=-1)
 
 
+def skip_map(students: int, teachers: int) -> list[int]:
+    """Return which teacher layer each student layer is paired with by hand: the last with the last, evenly below.
+
+    Args:
+        students: S >= 1.
+        teachers: T >= 1.
+    """
+    # ceil((s + 1) * T / S) - 1 in whole numbers.
+    return [max(-(-(s + 1) * teachers // students) - 1, 0) for s in range(students)]
+
+
 def fixed_weights(
     kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int, like: Tensor
 ) -> Tensor:
@@ -318,9 +329,8 @@ def fixed_weights(
     if kind == "last":
         weights[:, -1, -1] = 1.0
         return weights
-    for student in range(students):
-        # Layer s of S goes where its depth is: the last to the last, the others at even distances.
-        weights[:, student, max(math.ceil((student + 1) * teachers / students) - 1, 0)] = 1.0
+    for student, teacher in enumerate(skip_map(students, teachers)):
+        weights[:, student, teacher] = 1.0
     return weights
 
 

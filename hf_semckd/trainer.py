@@ -25,7 +25,7 @@ from .hub import PublishingTrainer
 from .inputs import LABEL_COLUMNS, InputSelector, forward_parameters
 from .loading import empty_model, load_model
 from .losses import FeatureLoss
-from .losses.registry import find_layers, make_feature_loss, names_layers
+from .losses.registry import find_layers, make_feature_loss, names_layers, reuses_teacher_head
 from .meters import LossMeter
 from .modeling import StudentAttachment, forget_preparation
 from .objective import ObjectiveTrainer
@@ -205,8 +205,8 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
 
         # A loss that is given as an object is tried on the teacher's features.
         # Nor may one whose classifier the student is to have.
-        given = isinstance(self._feature_loss_source, FeatureLoss) or self._feature_loss_source == "simkd"
-        unloaded = not given and self._may_stay_unloaded(source)
+        wanted = isinstance(self._feature_loss_source, FeatureLoss) or reuses_teacher_head(self._feature_loss_source)
+        unloaded = not wanted and self._may_stay_unloaded(source)
         model = empty_model(source, like=self.student) if unloaded else load()
         # Before it is frozen, and with it whatever it shares.
         check_models(self.student, model)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 from accuracy.protocol import Protocol, read_protocols  # noqa: E402
 from accuracy.readme import blocks, read_pairs, updated  # noqa: E402
-from accuracy.rows import read_rows  # noqa: E402
+from accuracy.rows import RESULTS, read_rows  # noqa: E402
 from accuracy.tables import (  # noqa: E402
     LEGEND,
     difference_table,
@@ -35,8 +35,6 @@ from accuracy.tables import (  # noqa: E402
     main_table,
     tuned_table,
 )
-
-RESULTS = ROOT / "scripts" / "results" / "accuracy"
 
 
 def run_protocol(path: str, name: str, methods: Sequence[str] | None, results: Path) -> None:

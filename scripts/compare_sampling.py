@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
+from accuracy.statistics import compare  # noqa: E402
 from common import accuracy, some_rows  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from distill_text import make_bert, tokenize  # noqa: E402
@@ -55,8 +55,6 @@ SEEDS = list(range(10, 20))
 VARIANTS: dict[str, dict[str, Any]] = {"everything": {"token_limit": 0, "grid_limit": 0}, "default": {}}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 COLUMNS = ("protocol", "seeds", "everything %", "default %", "default - everything", "95 % interval")
-# Student's t for a two-sided 95 % interval, by degrees of freedom.
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 14: 2.14, 19: 2.09}
 
 
 @dataclass
@@ -253,15 +251,13 @@ def summarize(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, object]:
         kind: {row["seed"]: 100 * row["accuracy"] for row in rows if row["variant"] == kind} for kind in VARIANTS
     }
     seeds = sorted(set(values["everything"]) & set(values["default"]))
-    differences = [values["default"][seed] - values["everything"][seed] for seed in seeds]
-    mean, spread = statistics.mean(differences), statistics.stdev(differences)
-    half = T_95[len(seeds) - 1] * spread / math.sqrt(len(seeds))
+    found = compare(name, "default", "everything", values["default"], values["everything"])
     cells = (
         name,
         len(seeds),
         *(f"{statistics.mean(values[kind][seed] for seed in seeds):.2f}" for kind in VARIANTS),
-        f"{mean:+.2f} ± {spread:.2f}",
-        f"{mean - half:+.2f} to {mean + half:+.2f}",
+        f"{found.mean:+.2f} ± {found.std:.2f}",
+        f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}",
     )
     return dict(zip(COLUMNS, cells, strict=True))
 

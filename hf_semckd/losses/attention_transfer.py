@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration import Alignment
+from ..calibration import Alignment, skip_map
 from ..errors import ConfigurationError, message
 from ..features import FeatureSpec
 from ..functional import at_least_float32, masked_mean
 from .base import layer_specs
 from .baseline import BaselineLoss, Shape
-from .positions import skip_map
 
 
 class AttentionTransferLoss(BaselineLoss):
@@ -23,7 +21,7 @@ class AttentionTransferLoss(BaselineLoss):
 
     per_sample[i] = sum over pairs (s, t) of the mean over positions n that count of (q_s[i, n] - q_t[i, n])^2, with q
     the attention map of a layer: the mean over channels of squared activations, scaled to unit length over the
-    positions that count. Each student layer is paired with the teacher layer that `positions.skip_map` names. Pairs
+    positions that count. Each student layer is paired with the teacher layer that `calibration.skip_map` names. Pairs
     are summed, as in the published code, for which the default weight was published: deeper students have larger
     losses.
 
@@ -50,7 +48,7 @@ class AttentionTransferLoss(BaselineLoss):
         Representation Distillation", ICLR 2020.
     """
 
-    default_weight: ClassVar[float] = 1000.0
+    default_weight: float = 1000.0
 
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True

@@ -45,7 +45,7 @@ class FeatureLoss(nn.Module, ABC):
         collecting: Whether training forwards observe teacher statistics; off for batches that were observed before.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
     reuses_teacher_head: ClassVar[bool] = False
     upper_bound: float | None = None
     required_batch_size: int | None = None

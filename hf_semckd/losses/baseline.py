@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration import Alignment, embedding
+from ..calibration import Alignment, embedding, skip_map
 from ..errors import InputError
 from ..features import FeatureSpec
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
@@ -19,18 +20,22 @@ Shape = FeatureSpec | Sequence[int]
 class BaselineLoss(FeatureLoss):
     """A loss on some of the layers; of the teacher's only these are kept.
 
-    A subclass names the teacher layers that it uses (`used_teacher_layers`) and returns the loss of each sample
-    (`per_sample`).
+    A subclass returns the loss of each sample (`per_sample`).
 
     Args:
         student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer.
         teacher_shapes: The same for each teacher layer.
         tokens_aligned: Whether position n of both models stands for the same input.
-        used_teacher_layers: Positions in `teacher_shapes`, negative ones from the end; None for all.
+        used_teacher_layers: Positions in `teacher_shapes`, negative ones from the end; None for `default_used`.
+
+    Attributes:
+        default_used: The teacher layers that the method uses, None for all.
 
     Raises:
         InputError: When there is no layer, or a shape is neither a map nor tokens.
     """
+
+    default_used: ClassVar[Sequence[int] | None] = None
 
     def __init__(
         self,
@@ -45,7 +50,8 @@ class BaselineLoss(FeatureLoss):
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.tokens_aligned = tokens_aligned
         count = len(self.teacher_specs)
-        used = range(count) if used_teacher_layers is None else used_teacher_layers
+        used = self.default_used if used_teacher_layers is None else used_teacher_layers
+        used = range(count) if used is None else used
         self.used_teacher_layers = sorted({layer % count for layer in used})
 
     def forward(
@@ -133,3 +139,27 @@ class BaselineLoss(FeatureLoss):
             embedding(student_features[-1], self.student_specs[-1], student_mask),
             embedding(targets[f"whole.{last}"], self.teacher_specs[last], targets.get("mask")),
         )
+
+
+class SkipMapLoss(BaselineLoss):
+    """A loss that pairs every student layer with the teacher layer at its depth.
+
+    Args:
+        student_shapes: As in `BaselineLoss`.
+        teacher_shapes: As in `BaselineLoss`.
+        tokens_aligned: As in `BaselineLoss`.
+
+    Attributes:
+        teacher_of: The teacher layer of each student layer, see `calibration.skip_map`.
+
+    Raises:
+        InputError: When there is no layer, or a shape is neither a map nor tokens.
+    """
+
+    def __init__(
+        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
+    ):
+        # Without a layer there is no map; what is refused is said by the base.
+        pairing = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
+        self.teacher_of = pairing

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
+from .positions import regress
 
 # The published kernel: its width, and where its Taylor series ends.
 GAMMA = 0.4
@@ -46,7 +47,8 @@ class CorrelationCongruenceLoss(BaselineLoss):
     the paper's, the width and the weight 0.02 those of the benchmark (Tian et al., 2020).
     """
 
-    default_weight: ClassVar[float] = 0.02
+    default_weight: float = 0.02
+    default_used: ClassVar[Sequence[int]] = (-1,)
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class CorrelationCongruenceLoss(BaselineLoss):
         tokens_aligned: bool = True,
         embedding_size: int = 256,
     ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         self.student_head = nn.Linear(self.student_specs[-1].channels, embedding_size)
         self.teacher_head = nn.Linear(self.teacher_specs[-1].channels, embedding_size)
 
@@ -65,8 +67,8 @@ class CorrelationCongruenceLoss(BaselineLoss):
     ) -> Tensor:
         """Return the mean squared error of each sample's row of correlations (B); see `BaselineLoss.per_sample`."""
         student, teacher = self.embeddings(student_features, targets, student_mask)
-        own = gaussian_correlations(self.student_head(student.to(self.student_head.weight.dtype)))
-        theirs = gaussian_correlations(self.teacher_head(teacher.to(self.teacher_head.weight.dtype)))
+        own = gaussian_correlations(regress(self.student_head, student))
+        theirs = gaussian_correlations(regress(self.teacher_head, teacher))
         return (own - theirs).square().mean(1)
 
 

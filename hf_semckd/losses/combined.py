@@ -38,7 +38,7 @@ class CombinedLoss(FeatureLoss):
                 )
             )
         self.losses = nn.ModuleList(losses)
-        self.default_weight = losses[0].default_weight  # type: ignore[misc]
+        self.default_weight = losses[0].default_weight
         self.shares = [loss.default_weight / losses[0].default_weight for loss in losses]
         self.required_batch_size = next((x.required_batch_size for x in losses if x.required_batch_size), None)
         self.upper_bound = next((loss.upper_bound for loss in losses if loss.upper_bound is not None), None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, message
 from ..functional import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
+from .positions import regress
 
 TEMPERATURE = 0.07
 
@@ -56,7 +57,8 @@ class ContrastiveLoss(BaselineLoss):
     critic, h(T, S) = exp(g / t) / (exp(g / t) + N / M), and the implementation with a memory of negatives.
     """
 
-    default_weight: ClassVar[float] = 0.8
+    default_weight: float = 0.8
+    default_used: ClassVar[Sequence[int]] = (-1,)
     student_ring: Tensor
     teacher_ring: Tensor
     seen: Tensor
@@ -71,7 +73,7 @@ class ContrastiveLoss(BaselineLoss):
         negatives: int = 16384,
         embedding_size: int = 128,
     ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         if negatives < 1:
             raise ConfigurationError(
                 message(
@@ -96,8 +98,8 @@ class ContrastiveLoss(BaselineLoss):
         See `BaselineLoss.per_sample`.
         """
         student, teacher = self.embeddings(student_features, targets, student_mask)
-        own = F.normalize(at_least_float32(self.student_head(student.to(self.student_head.weight.dtype))), dim=1)
-        theirs = F.normalize(at_least_float32(self.teacher_head(teacher.to(self.teacher_head.weight.dtype))), dim=1)
+        own = F.normalize(at_least_float32(regress(self.student_head, student)), dim=1)
+        theirs = F.normalize(at_least_float32(regress(self.teacher_head, teacher)), dim=1)
         # Both directions before anything is stored.
         by_student = self._direction(own, theirs, self.teacher_ring, 0)
         by_teacher = self._direction(theirs, own, self.student_ring, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from ..errors import ConfigurationError, message
 from ..functional import squared_error
 from .base import layer_specs
 from .baseline import BaselineLoss, Shape
+from .positions import regress
 
 
 class FitNetLoss(BaselineLoss):
@@ -45,7 +45,7 @@ class FitNetLoss(BaselineLoss):
         three blocks.
     """
 
-    default_weight: ClassVar[float] = 100.0
+    default_weight: float = 100.0
 
     def __init__(
         self,
@@ -68,20 +68,6 @@ class FitNetLoss(BaselineLoss):
         """Return the mean squared error of each sample (B); see `BaselineLoss.per_sample`."""
         student, target, mask = self.positions(student_features, targets, *self.hint_layer, student_mask)
         return squared_error(regress(self.regressor, student, mask), target, mask)
-
-
-def regress(regressor: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the regressor's output (B, N, C_t) for tokens (B, N, C_s), computed in the type of its weights.
-
-    Args:
-        regressor: A module over the last dimension.
-        tokens: (B, N, C_s).
-        mask: (B, N); positions with 0 are shown to the regressor as zeros, whatever they hold, and get no gradient.
-    """
-    if mask is not None:
-        # Zeroing the error is not enough: the gradient of a weight multiplies it by what the position holds.
-        tokens = tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-    return regressor(tokens.to(next(regressor.parameters()).dtype))
 
 
 def _checked(hint_layer: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import squared_error
-from .base import layer_specs
-from .baseline import BaselineLoss, Shape
-from .fitnet import regress
-from .positions import skip_map
+from .baseline import Shape, SkipMapLoss
+from .positions import regress
 
 
-class LayerMapLoss(BaselineLoss):
+class LayerMapLoss(SkipMapLoss):
     """Every student layer, projected linearly, is to hit the teacher layer at its depth: their mean squared error.
 
     per_sample[i] = mean over student layers s, positions n that count and teacher channels c of
-    (W_s F_s[i, n] + b_s - F_t(s)[i, n])[c]^2, where t(s) is `positions.skip_map`: the last to the last, evenly below.
+    (W_s F_s[i, n] + b_s - F_t(s)[i, n])[c]^2, where t(s) is `calibration.skip_map`: last to last, evenly below.
 
     TinyBERT shares one projection among all layers; here each student layer has its own, as layers may differ in
     width. Maps and image tokens of different sizes are pooled to the smaller grid. The mean over student layers
@@ -43,17 +40,15 @@ class LayerMapLoss(BaselineLoss):
         equation 8 (hidden states) with the uniform layer mapping; the weight of a layer is 1 there.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
 
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
     ):
-        students, teachers = layer_specs(student_shapes, "student"), layer_specs(teacher_shapes, "teacher")
-        pairing = skip_map(len(students), len(teachers))
-        super().__init__(students, teachers, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
-        self.teacher_of = pairing
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         self.projection = nn.ModuleList(
-            nn.Linear(spec.channels, teachers[t].channels) for spec, t in zip(students, pairing, strict=True)
+            nn.Linear(spec.channels, self.teacher_specs[t].channels)
+            for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
         )
 
     def per_sample(

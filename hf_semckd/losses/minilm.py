@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class AttentionRelationLoss(BaselineLoss):
     Q-Q, K-K and V-V, each with weight 1/3.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
 
     def __init__(
         self,

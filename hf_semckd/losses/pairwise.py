@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid
+from ..calibration import Alignment, as_map, common_grid
 from ..features import FeatureSpec
 from ..functional import map_to_tokens, squared_error
 from .meeting import StudentViews
-from .selection import both_masks, fitting_mask
+from .positions import compared_positions
 
 
 def pairwise_errors(
@@ -44,7 +44,9 @@ def pairwise_errors(
             net = projection[s][t]  # type: ignore[index]
             dtype = net[0].weight.dtype
             if alignments[s][t].kind != "grid":
-                positions, aligned, mask = _aligned(alignments[s][t], feature, target, views.mask, teacher_mask)
+                positions, aligned, mask = compared_positions(
+                    alignments[s][t], (feature, spec), (target, teacher_specs[t]), views.mask, teacher_mask
+                )
                 row.append(squared_error(net.project_tokens(positions.to(dtype), mask), aligned, mask))
                 continue
             size = common_grid(feature, spec, target, teacher_specs[t])
@@ -56,13 +58,3 @@ def pairwise_errors(
             row.append(squared_error(map_to_tokens(net(maps[size])), pooled[t, size]))
         rows.append(torch.stack(row, 1))
     return torch.stack(rows, 1)
-
-
-def _aligned(
-    alignment: Alignment, feature: Tensor, target: Tensor, student_mask: Tensor | None, teacher_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a pair of sequences as tokens (B, N, C), with the mask (B, N) of the positions that count."""
-    if alignment.kind == "mean":
-        return as_mean(feature, student_mask).unsqueeze(1), as_mean(target, teacher_mask).unsqueeze(1), None
-    mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
-    return as_tokens(feature), as_tokens(target), mask

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration import skip_map
 from ..errors import ConfigurationError, message
 from ..features import FeatureSpec
 from ..functional import at_least_float32
 from .baseline import BaselineLoss, Shape
-from .positions import skip_map
+from .positions import regress
 from .selection import fitting_mask
 
 
@@ -46,7 +46,7 @@ class PatientKnowledgeLoss(BaselineLoss):
     L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
     """
 
-    default_weight: ClassVar[float] = 100.0
+    default_weight: float = 100.0
 
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
@@ -83,7 +83,7 @@ class PatientKnowledgeLoss(BaselineLoss):
             token, counts = first_token(student_features[s], student_mask)
             target, target_counts = first_token(targets[f"whole.{t}"], targets.get("mask"))
             if isinstance(projection, nn.Linear):
-                token = projection(token.to(projection.weight.dtype))
+                token = regress(projection, token)
             own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)
             errors.append(torch.where(counts & target_counts, (own - theirs).square().mean(1), 0.0))
         return torch.stack(errors).mean(0)

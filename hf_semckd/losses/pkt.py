@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import at_least_float32, full_precision
-from .baseline import BaselineLoss, Shape
+from .baseline import BaselineLoss
 
 # The published code adds it to both probabilities.
 EPSILON = 1e-7
@@ -37,12 +37,8 @@ class ProbabilisticTransferLoss(BaselineLoss):
     the weight 30000 is that of the benchmark of contrastive representation distillation (Tian et al., 2020).
     """
 
-    default_weight: ClassVar[float] = 30000.0
-
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+    default_weight: float = 30000.0
+    default_used: ClassVar[Sequence[int]] = (-1,)
 
     def per_sample(
         self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None

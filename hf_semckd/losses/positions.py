@@ -1,8 +1,8 @@
-"""Where two layers meet one to one, and which ones do in a map made by hand."""
+"""Where two layers meet one to one, and how one is regressed on the other there."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid
 from ..features import FeatureSpec
@@ -40,12 +40,15 @@ def compared_positions(
     return as_tokens(feature), as_tokens(target), mask
 
 
-def skip_map(students: int, teachers: int) -> list[int]:
-    """Return which teacher layer each student layer is paired with by hand: the last with the last, evenly below.
+def regress(regressor: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the regressor's output (..., C_t) for features (..., C_s), computed in the type of its weights.
 
     Args:
-        students: S >= 1.
-        teachers: T >= 1.
+        regressor: A module over the last dimension.
+        tokens: (B, N, C_s), or embeddings (B, C_s) without a mask.
+        mask: (B, N); positions with 0 are shown to the regressor as zeros, whatever they hold, and get no gradient.
     """
-    # ceil((s + 1) * T / S) - 1 in whole numbers.
-    return [max(-(-(s + 1) * teachers // students) - 1, 0) for s in range(students)]
+    if mask is not None:
+        # Zeroing the error is not enough: the gradient of a weight multiplies it by what the position holds.
+        tokens = tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+    return regressor(tokens.to(next(regressor.parameters()).dtype))

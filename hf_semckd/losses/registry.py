@@ -91,6 +91,13 @@ def names_layers(name: str) -> bool:
     return any(FEATURE_LOSSES[part].find_layers.__func__ is not plain for part in name.split("+"))  # type: ignore[attr-defined]
 
 
+def reuses_teacher_head(source: str | FeatureLoss | None) -> bool:
+    """Whether a method, given by name or as a loss, ends the student with the teacher's classifier."""
+    if isinstance(source, str):
+        return any(FEATURE_LOSSES[part].reuses_teacher_head for part in source.split("+"))
+    return source is not None and source.reuses_teacher_head
+
+
 def find_layers(source: str | FeatureLoss, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss asks for where the user chose no layers; None for all blocks.
 

@@ -40,7 +40,8 @@ class RelationalLoss(BaselineLoss):
     (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
+    default_used: ClassVar[Sequence[int]] = (-1,)
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class RelationalLoss(BaselineLoss):
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,
     ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +89,7 @@ class SemCKDLoss(FeatureLoss):
         ConfigurationError: When the published association is asked for without a batch size.
     """
 
-    default_weight: ClassVar[float] = DEFAULT_FEATURE_WEIGHT
+    default_weight: float = DEFAULT_FEATURE_WEIGHT
 
     def __init__(
         self,
@@ -195,7 +194,7 @@ class SemCKDLoss(FeatureLoss):
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
         )
         if not images:
-            loss.default_weight = SEQUENCE_FEATURE_WEIGHT  # type: ignore[misc]
+            loss.default_weight = SEQUENCE_FEATURE_WEIGHT
         return loss
 
     def forward(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import similarity_matrix
-from .baseline import BaselineLoss, Shape
+from .baseline import BaselineLoss
 from .selection import fitting_mask
 
 
@@ -37,12 +37,8 @@ class SimilarityPreservingLoss(BaselineLoss):
         layers. Weight: Tian et al., "Contrastive Representation Distillation", ICLR 2020.
     """
 
-    default_weight: ClassVar[float] = 3000.0
-
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+    default_weight: float = 3000.0
+    default_used: ClassVar[Sequence[int]] = (-1,)
 
     def per_sample(
         self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None

@@ -13,6 +13,7 @@ from ..features import FeatureSpec
 from ..functional import at_least_float32, squared_error
 from .base import FeatureLoss
 from .baseline import BaselineLoss, Shape
+from .positions import regress
 
 
 class ReusedClassifierLoss(BaselineLoss):
@@ -39,13 +40,14 @@ class ReusedClassifierLoss(BaselineLoss):
     Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", 2022, equation 3.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
+    default_used: ClassVar[Sequence[int]] = (-1,)
     reuses_teacher_head: ClassVar[bool] = True
 
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
     ):
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=[-1])
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
             _check_map(role, spec)
         self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)
@@ -60,8 +62,7 @@ class ReusedClassifierLoss(BaselineLoss):
     ) -> Tensor:
         """Return the mean squared error of each sample (B)."""
         own, theirs, mask = self.positions(student_features, targets, -1, -1, student_mask)
-        projected = self.projection(own.to(self.projection.weight.dtype))
-        return squared_error(projected, at_least_float32(theirs), mask)
+        return squared_error(regress(self.projection, own, mask), at_least_float32(theirs), mask)
 
     @torch.no_grad()
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:

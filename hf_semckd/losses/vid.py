@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import at_least_float32, masked_mean
-from .base import layer_specs
-from .baseline import BaselineLoss, Shape
-from .fitnet import regress
-from .positions import skip_map
+from .baseline import Shape, SkipMapLoss
+from .positions import regress
 
 INITIAL_VARIANCE = 5.0
 SMALLEST_VARIANCE = 1e-5
 
 
-class VariationalInformationLoss(BaselineLoss):
+class VariationalInformationLoss(SkipMapLoss):
     """The negative log-likelihood of the teacher's layers under Gaussians whose means the student's layers predict.
 
     per_sample[i] = sum over student layers s of the mean over positions n that count and teacher channels c of
-    ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `positions.skip_map`. It
+    ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `calibration.skip_map`. It
     bounds the mutual information of both layers from below, up to a constant. It may be negative.
 
     Maps and image tokens of different sizes are pooled to the smaller grid.
@@ -48,17 +45,15 @@ class VariationalInformationLoss(BaselineLoss):
         of Tian et al., "Contrastive Representation Distillation", ICLR 2020, with code of the authors.
     """
 
-    default_weight: ClassVar[float] = 1.0
+    default_weight: float = 1.0
 
     def __init__(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
     ):
-        students, teachers = layer_specs(student_shapes, "student"), layer_specs(teacher_shapes, "teacher")
-        pairing = skip_map(len(students), len(teachers))
-        super().__init__(students, teachers, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
-        self.teacher_of = pairing
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         self.gaussian = nn.ModuleList(
-            GaussianRegressor(spec.channels, teachers[t].channels) for spec, t in zip(students, pairing, strict=True)
+            GaussianRegressor(spec.channels, self.teacher_specs[t].channels)
+            for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
         )
 
     def per_sample(

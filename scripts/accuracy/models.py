@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import distill_text
 import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     Dinov2ForImageClassification,
     PreTrainedModel,
     ResNetConfig,
@@ -69,19 +68,9 @@ def make_vit(classes: int, channels: int, *, size: int, patch: int, depth: int, 
 
 def make_bert(classes: int, channels: int, *, depth: int, width: int, length: int) -> PreTrainedModel:
     """Return a BERT with the vocabulary of the pretrained teacher."""
-    tokenizer = AutoTokenizer.from_pretrained(TEXT / "minilm-l6")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        num_hidden_layers=depth,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=max(1, width // 32),
-        max_position_embeddings=length,
-        initializer_range=0.02 * (768 / width) ** 0.5,
-        num_labels=classes,
-    )
-    return BertForSequenceClassification(config)
+    # Labels without names of their own, as the other models' are.
+    names = [f"LABEL_{label}" for label in range(classes)]
+    return distill_text.make_bert(AutoTokenizer.from_pretrained(TEXT / "minilm-l6"), depth, width, length, names)
 
 
 def load_minilm(classes: int, channels: int) -> PreTrainedModel:

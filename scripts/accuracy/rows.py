@@ -17,6 +17,8 @@ try:
 except ImportError:  # Windows has none; runs that write to one file at the same time are then on their own.
     fcntl = None  # type: ignore[assignment]
 
+# Where the kept rows lie.
+RESULTS = Path(__file__).resolve().parents[2] / "scripts" / "results" / "accuracy"
 Row = dict[str, Any]
 Key = tuple[str, str, int, str, str]
 

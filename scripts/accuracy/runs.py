@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from step_cost.conditions import machine
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -24,14 +24,13 @@ from hf_semckd.losses import FEATURE_LOSSES
 from hf_semckd.report import environment
 
 from .associations import trainer_class
-from .data import ROOT, Rows, Splits, collate, draw, load_splits
+from .data import ROOT, Splits, collate, draw, load_splits
 from .mismatch import measured_mismatch
-from .models import COMMON, QUIET, accuracy, make_model, trained_teacher
+from .models import COMMON, QUIET, accuracy, make_model, teacher_rows, trained_teacher
 from .planted import plant
 from .protocol import Method, Protocol
-from .rows import append_row, key_of, read_rows
+from .rows import RESULTS, append_row, key_of, read_rows
 
-RESULTS = ROOT / "scripts" / "results" / "accuracy"
 CACHE = ROOT / "outputs" / "accuracy" / "cache"
 # Fields of a method that a protocol may set for all of them.
 SHARED = ("feature_weight", "temperature", "task_weight", "logit_weight")
@@ -111,8 +110,7 @@ class Bench:
 
     def _teacher_row(self) -> None:
         if self.record.find("teacher", {}, {}, 0, "test") is None:
-            test = _teacher_test(self.splits.test)
-            value = accuracy(self.plain_teacher, test)
+            value = accuracy(self.plain_teacher, teacher_rows(self.splits.test))
             self.record.keep("teacher", {}, {}, 0, "test", value, 0.0, self.plain_teacher.num_parameters(), {})
 
     def _student(self, method: Method, settings: Mapping[str, Any], seed: int) -> tuple[Any, DistillationTrainer]:
@@ -159,11 +157,6 @@ def _steps(rows: int, args: Mapping[str, Any]) -> int:
     return int(args["num_train_epochs"] * -(-rows // args["per_device_train_batch_size"]))
 
 
-def _teacher_test(rows: Rows) -> Rows:
-    own = {name.removeprefix("teacher_"): v for name, v in rows.columns.items() if name.startswith("teacher_")}
-    return Rows({**rows.columns, **own}, rows.classes)
-
-
 class _Record:
     """The rows of a protocol, found by what they are of."""
 
@@ -175,7 +168,7 @@ class _Record:
         rows = read_rows(path) if path.exists() else []
         self._refuse_others(rows)
         self.rows = {key_of(row): row for row in rows}
-        self.commit, self.machine = _commit(), _machine()
+        self.commit, self.machine = _commit(), f"{machine('cpu')}, {torch.get_num_threads()} thread(s)"
 
     def find(
         self, method: str, tuned: Mapping[str, Any], recipe: Mapping[str, Any], seed: int, split: str
@@ -269,6 +262,8 @@ def _digest(recipe: Mapping[str, Any], images: bool) -> str:
 
 
 def _commit() -> str | None:
+    """Return the commit; files beside the library do not count: the rows themselves change while they are made."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -276,12 +271,3 @@ def _commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "hf_semckd") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} thread(s)"
