@@ -43,9 +43,9 @@ class AttentionTransferLoss(BaselineLoss):
         InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When all pairs meet at one position only.
 
-    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, with the map
-        F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al., "Contrastive
-        Representation Distillation", ICLR 2020.
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
+        the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al.,
+        "Contrastive Representation Distillation", ICLR 2020.
     """
 
     default_weight: float = 1000.0

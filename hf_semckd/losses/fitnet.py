@@ -40,9 +40,9 @@ class FitNetLoss(BaselineLoss):
         InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When there is no layer at a position of `hint_layer`.
 
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3. Weight, mean and middle layer:
-        Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose comparison uses 100 and the second of
-        three blocks.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, the loss of the hints. Weight, mean and
+        middle layer: Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose comparison uses 100 and
+        the second of three blocks.
     """
 
     default_weight: float = 100.0

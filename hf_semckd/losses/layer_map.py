@@ -37,7 +37,7 @@ class LayerMapLoss(SkipMapLoss):
         InputError: When there is no layer, or a shape is neither a map nor tokens.
 
     Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020,
-        equation 8 (hidden states) with the uniform layer mapping; the weight of a layer is 1 there.
+        the loss of the hidden states, with the uniform layer mapping; the weight of a layer is 1 there.
     """
 
     default_weight: float = 1.0

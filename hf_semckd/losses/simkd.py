@@ -37,7 +37,7 @@ class ReusedClassifierLoss(BaselineLoss):
     Raises:
         ConfigurationError: When one of the last layers is no map.
 
-    Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", 2022, equation 3.
+    Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, the feature loss.
     """
 
     default_weight: float = 1.0
