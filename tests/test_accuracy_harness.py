@@ -255,6 +255,22 @@ def test_an_unknown_method_comes_with_a_suggestion(accuracy):
         accuracy.protocol.read_methods(["semckd-unifrom"])
 
 
+def test_a_protocol_may_change_the_grid_of_a_method(accuracy, tmp_path):
+    changed = {"semckd-uniform": {"grid": {"feature_weight": [0.3, 1.0, 0.1]}}}
+    (protocol,) = accuracy.protocol.read_protocols(write(tmp_path, methods=["kd", changed, {"pair-1-3": {"grid": {}}}]))
+    kd, uniform, pair = protocol.methods
+    assert [kd] == accuracy.protocol.read_methods(["kd"]) and pair.arguments["teacher_layers"] == [3]
+    (usual,) = accuracy.protocol.read_methods(["semckd-uniform"])
+    assert uniform.candidates() == [{"feature_weight": value} for value in (0.3, 1.0, 0.1)] != usual.candidates()
+    assert (uniform.loss, uniform.arguments) == (usual.loss, usual.arguments)
+
+
+@pytest.mark.parametrize("entry", [{"kd": {"loss": "sp"}}, {"kd": {}, "sp": {}}, {"kd": 3}, ["kd"]])
+def test_a_change_of_another_form_is_refused(accuracy, entry):
+    with pytest.raises(ConfigurationError, match="one name with its arguments, grid, options"):
+        accuracy.protocol.read_methods([entry])
+
+
 @pytest.mark.parametrize("name", [*METHODS, "pair-1-3"])
 def test_every_method_can_be_configured(accuracy, tmp_path, name):
     (method,) = accuracy.protocol.read_methods([name])

@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from hf_semckd.errors import ConfigurationError, message, nearest
 METHODS = Path(__file__).resolve().parents[1] / "protocols" / "methods.yaml"
 REQUIRED = ("data", "teacher", "student", "training", "methods")
 KNOWN = (*REQUIRED, "description", "tuning_seeds", "test_seeds", "sweep", "tune")
+# What a protocol may give a method of its own.
+CHANGEABLE = {"arguments", "grid", "options"}
 # A student layer forced onto a teacher layer, both as hidden-state indices; 0 would be the embedding or stem.
 PAIR = re.compile(r"pair-([1-9]\d*)-([1-9]\d*)")
 
@@ -90,14 +92,25 @@ def read_protocols(path: str | Path) -> list[Protocol]:
     return [_protocol(path, name, entry) for name, entry in _swept(path.stem, content)]
 
 
-def read_methods(names: Sequence[str], path: Path = METHODS) -> list[Method]:
+def read_methods(entries: Sequence[str | Mapping[str, Any]], path: Path = METHODS) -> list[Method]:
     """Return methods by name from the file that describes them, and `pair-<s>-<t>`: layer s forced onto layer t.
 
+    Args:
+        entries: Names, or `{name: {...}}` with what is another for this protocol, such as its grid.
+        path: The file of the methods.
+
     Raises:
-        ConfigurationError: For an unknown name.
+        ConfigurationError: For an unknown name, or a method that is given in another form.
     """
     known = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for name in names:
+    changes: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        given = {entry: {}} if isinstance(entry, str) else entry
+        fits = isinstance(given, Mapping) and len(given) == 1
+        if not fits or not all(isinstance(change, Mapping) and set(change) <= CHANGEABLE for change in given.values()):
+            raise _refusal(path, f"method {entry!r}", f"a name, or one name with its {', '.join(sorted(CHANGEABLE))}")
+        changes |= given
+    for name in changes:
         if name not in known and not PAIR.fullmatch(name):
             close = nearest(name, tuple(known), count=1)
             raise _refusal(
@@ -105,7 +118,10 @@ def read_methods(names: Sequence[str], path: Path = METHODS) -> list[Method]:
                 f"method {name!r}",
                 f"one of {', '.join(known)}, pair-<s>-<t>" + (f"; {close[0]}?" if close else ""),
             )
-    return [Method(name=name, **(known[name] or {})) if name in known else _pair(name) for name in names]
+    return [
+        Method(name=name, **{**(known[name] or {}), **change}) if name in known else replace(_pair(name), **change)
+        for name, change in changes.items()
+    ]
 
 
 def _pair(name: str) -> Method:
