@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid, summary, summary_size
+from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid, embedding, summary, summary_size
 from ..features import FeatureSpec
 from ..functional import at_least_float32, map_to_tokens, pool_map
 from ..sampling import take_positions
@@ -83,8 +83,13 @@ class StudentViews:
     def mean(self, s: int) -> Tensor:
         """Return the average of student layer s over its positions (B, C)."""
         if s not in self._means:
-            self._means[s] = as_mean(self.features[s], self.mask)
+            self._means[s] = _with_late_backward(as_mean(self.features[s], self.mask), self.features[s])
         return self._means[s]
+
+    def embedding(self, s: int) -> Tensor:
+        """Return the vector (B, C) that stands for a sample in student layer s."""
+        feature = self.features[s]
+        return _with_late_backward(embedding(feature, self.specs[s], self.mask), feature)
 
     def summary(self, s: int, shown: bool) -> Tensor:
         """Return what similarities are taken on (B, D), without gradient.

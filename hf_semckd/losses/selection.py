@@ -96,7 +96,8 @@ class TeacherSelection:
             if "mean" in self.kinds[t] or self.association == "mean":
                 kept[f"mean.{t}"] = as_mean(feature, fitting)
             if self.relations:
-                kept[f"embedding.{t}"] = embedding(feature, spec, fitting)
+                # A first token is a view: kept as it is, it would hold on to all the others.
+                kept[f"embedding.{t}"] = embedding(feature, spec, fitting).clone()
             if self.association == "summary":
                 self._keep_summary(kept, t, feature, fitting)
         if mask is not None and any(name.startswith("whole.") for name in kept):

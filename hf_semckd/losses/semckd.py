@@ -17,7 +17,6 @@ from ..calibration import (
     as_mean,
     attention_weights,
     bound_of_cosine_weights,
-    embedding,
     fixed_weights,
     free_energy,
     ragged_batch_message,
@@ -404,7 +403,7 @@ class SemCKDLoss(FeatureLoss):
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
 
     def _relation_errors(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
-        student = [embedding(x, spec, views.mask) for x, spec in zip(views.features, self.student_specs, strict=True)]
+        student = [views.embedding(s) for s in range(len(self.student_specs))]
         return relation_errors(student, [targets[f"embedding.{t}"] for t in range(len(self.teacher_specs))])
 
     def _linear(self, s: int, width: int) -> nn.Linear:

@@ -283,3 +283,23 @@ def test_the_backward_of_a_layers_view_waits_for_that_of_the_layer_above():
     assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]
     gradient = features[0].grad
     assert gradient[:, 0].unique().tolist() == [8 + 8 + 4 + 2] and gradient[:, 1:].unique().tolist() == [8]
+
+
+@pytest.mark.parametrize("name", ["embedding", "mean", "map"])
+@pytest.mark.parametrize("spec", [image_tokens(4, 4, 1), map_layer(4, 8, 8)])
+def test_every_view_of_a_layer_waits_for_the_layer_above(name, spec):
+    order = []
+
+    def told(tensor, name):
+        tensor.grad_fn.register_hook(lambda *_: order.append(name))
+        return tensor
+
+    states = [features_of([spec])[0].requires_grad_()]
+    for layer in range(3):
+        states.append(told(states[-1] * 2, f"layer {layer}"))
+    specs = [spec] * 3
+    kept = TeacherSelection(specs, [[Alignment.of(spec, spec, True)] * 3] * 3, None, grid_limit=4)
+    views = StudentViews(states[1:], specs, None, kept, {})
+    made = [told(getattr(views, name)(s), f"view {s}") for s in range(3)]
+    (states[-1].sum() + sum(view.sum() for view in made)).backward()
+    assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]

@@ -51,6 +51,7 @@ TEXT = [text(3)], [text(4), text(6)]
 VIT = [image_tokens(3)], [image_tokens(4), image_tokens(6)]
 MAPS = [map_layer(3, 8, 8)], [map_layer(4, 6, 8), map_layer(5, 2, 3)]
 SAMPLED = {"token_limit": 4}
+RELATIONS = {**SAMPLED, "relations": True}
 
 # Layers, association, options, masked: the names that are kept.
 KEPT = [
@@ -80,6 +81,9 @@ KEPT = [
         True,
         "tokens.0 tokens.1 mean.0 mean.1 positions.0 positions.1 mask.0",
     ),
+    (TEXT, None, RELATIONS, True, "tokens.0 tokens.1 positions.0 mask.0 embedding.0 embedding.1"),
+    (VIT, None, RELATIONS, False, "tokens.0 tokens.1 positions.0 embedding.0 embedding.1"),
+    (MAPS, None, RELATIONS, False, "grid.0 grid.1 embedding.0 embedding.1"),
     (([], TEXT[1]), "whole", SAMPLED, True, "whole.0 whole.1 mask"),
     (([], TEXT[1]), "whole", SAMPLED, False, "whole.0 whole.1"),
 ]
