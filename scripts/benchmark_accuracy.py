@@ -4,7 +4,7 @@
     python scripts/benchmark_accuracy.py scripts/protocols/*_fashion.yaml --jobs 2
     python scripts/benchmark_accuracy.py scripts/protocols/vit_fashion.yaml --methods kd semckd
     python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the kept rows
-    python scripts/benchmark_accuracy.py --update-readme                          # writes the README's tables anew
+    python scripts/benchmark_accuracy.py --update-readme                          # writes the tables of the pages anew
 
 Every method is tuned with the same number of runs, on tuning seeds and the validation split, and reported on other
 seeds and the test split. Rows go to scripts/results/accuracy/<protocol>.jsonl, one a run, as soon as it is known: a
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
 from accuracy.protocol import Protocol, read_protocols  # noqa: E402
-from accuracy.readme import blocks, read_pairs, updated  # noqa: E402
+from accuracy.readme import blocks, detail_blocks, read_shown, updated  # noqa: E402
 from accuracy.rows import RESULTS, read_rows  # noqa: E402
 from accuracy.tables import (  # noqa: E402
     LEGEND,
@@ -37,7 +37,9 @@ from accuracy.tables import (  # noqa: E402
 )
 
 
-def run_protocol(path: str, name: str, methods: Sequence[str] | None, results: Path) -> None:
+def run_protocol(
+    path: str, name: str, methods: Sequence[str] | None, results: Path, seeds: Sequence[int] | None = None
+) -> None:
     """Run what is not there yet of one protocol, in this process, on one thread."""
     import torch
     from accuracy.runs import Bench
@@ -46,7 +48,7 @@ def run_protocol(path: str, name: str, methods: Sequence[str] | None, results: P
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     protocol = next(entry for entry in read_protocols(path) if entry.name == name)
-    Bench(protocol, results).run(methods)
+    Bench(protocol, results).run(methods, seeds)
 
 
 def chosen_methods(protocols: Sequence[Protocol], methods: Sequence[str] | None) -> list[str]:
@@ -71,14 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", metavar="protocol.yaml")
     parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")
+    parser.add_argument("--seeds", nargs="+", type=int, help="Test with these seeds instead of the protocols' own.")
     parser.add_argument("--jobs", type=int, default=1, help="Protocols that run at once, one thread each.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
     parser.add_argument("--table-only", action="store_true", help="Run nothing, print the tables of the kept rows.")
-    parser.add_argument("--update-readme", action="store_true", help="Write the README's tables from the kept rows.")
+    parser.add_argument(
+        "--update-readme",
+        action="store_true",
+        help="Write the tables of README.md and of scripts/results/accuracy/README.md from the kept rows.",
+    )
     options = parser.parse_args()
     if options.update_readme:
-        readme = ROOT / "README.md"
-        readme.write_text(updated(readme.read_text("utf-8"), blocks(read_pairs(options.results))), "utf-8")
+        rows = read_shown(options.results)
+        for page, texts in ((ROOT / "README.md", blocks(rows)), (RESULTS / "README.md", detail_blocks(rows))):
+            page.write_text(updated(page.read_text("utf-8"), texts), "utf-8")
         return
     if not options.protocols:
         parser.error("name one or more protocol files, such as scripts/protocols/smoke.yaml")
@@ -89,7 +97,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no protocol compares {', '.join(sorted(unknown))}")
     if not options.table_only:
-        jobs = [(path, protocol.name, options.methods, options.results) for path, protocol in found]
+        jobs = [(path, protocol.name, options.methods, options.results, options.seeds) for path, protocol in found]
         if options.jobs == 1:
             for job in jobs:
                 run_protocol(*job)

@@ -257,7 +257,9 @@ def test_an_unknown_method_comes_with_a_suggestion(accuracy):
 
 def test_a_protocol_may_change_the_grid_of_a_method(accuracy, tmp_path):
     changed = {"semckd-uniform": {"grid": {"feature_weight": [0.3, 1.0, 0.1]}}}
-    (protocol,) = accuracy.protocol.read_protocols(write(tmp_path, methods=["kd", changed, {"pair-1-3": {"grid": {}}}]))
+    (protocol,) = accuracy.protocol.read_protocols(
+        write(tmp_path, methods=["kd", changed, {"pair-1-3": {"grid": {}}}])
+    )
     kd, uniform, pair = protocol.methods
     assert [kd] == accuracy.protocol.read_methods(["kd"]) and pair.arguments["teacher_layers"] == [3]
     (usual,) = accuracy.protocol.read_methods(["semckd-uniform"])
@@ -661,6 +663,19 @@ def test_only_named_methods_are_run(accuracy, place, tmp_path, monkeypatch):
     assert seen == [("student", 0)]
     rows = accuracy.rows.read_rows(tmp_path / "tiny.jsonl")
     assert [row["method"] for row in rows] == ["teacher", "student"]
+
+
+def test_other_seeds_may_be_asked_for(accuracy, place, tmp_path, monkeypatch):
+    seen = counted(accuracy, monkeypatch)
+    bench(accuracy, place, tmp_path).run(["student"], [7, 8])
+    assert seen == [("student", 7), ("student", 8)]
+
+
+def test_a_seed_that_tuned_is_no_test_seed(accuracy, place, tmp_path, monkeypatch):
+    seen = counted(accuracy, monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"(?s)seeds \[100\], which tune.*leave them out"):
+        bench(accuracy, place, tmp_path).run(["student"], [99, 100])
+    assert not seen
 
 
 @pytest.mark.parametrize(

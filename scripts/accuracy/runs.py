@@ -20,6 +20,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import DistillationTrainer, SemCKDConfig
+from hf_semckd.errors import ConfigurationError, message
 from hf_semckd.losses import FEATURE_LOSSES
 from hf_semckd.report import environment
 
@@ -61,14 +62,32 @@ class Bench:
         self.record = _Record(protocol, self.path)
         self.teacher_features: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
-    def run(self, methods: Sequence[str] | None = None) -> None:
-        """Do what is not done yet: the teacher's row, the tuning, the tests; of some methods, or of all."""
+    def run(self, methods: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
+        """Do what is not done yet: the teacher's row, the tuning, the tests.
+
+        Args:
+            methods: Names; None: all of the protocol.
+            seeds: To test with; None: those of the protocol.
+
+        Raises:
+            ConfigurationError: When a seed to test with has tuned.
+        """
+        seeds = self.protocol.test_seeds if seeds is None else seeds
+        if set(seeds) & set(self.protocol.tuning_seeds):
+            raise ConfigurationError(
+                message(
+                    "These seeds cannot be tested with",
+                    received=f"seeds {sorted(set(seeds) & set(self.protocol.tuning_seeds))}, which tune",
+                    expected="seeds that chose nothing",
+                    todo="leave them out of --seeds",
+                )
+            )
         self._teacher_row()
         for method in self.protocol.methods:
             if methods is not None and method.name not in methods:
                 continue
             chosen = self.tune(method)
-            for seed in self.protocol.test_seeds:
+            for seed in seeds:
                 self.train(method, chosen, seed, "test")
 
     def tune(self, method: Method) -> dict[str, Any]:
