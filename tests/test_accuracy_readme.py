@@ -43,8 +43,9 @@ def fresh() -> list[dict[str, Any]]:
 
 def test_the_sentence_counts_for_and_against(readme):
     assert readme.fresh_sentence(fresh(), ["a", "b", "c"]) == (
-        "With 3 fresh seeds a pair, semckd is more accurate than kd on 2 of 3 pairs (1 significantly) and less accurate "
-        "on 1 (1 significantly), +1.33 points on average (paired t-tests at 5 % after Holm over these 3 comparisons)."
+        "With 3 fresh seeds a pair, semckd is more accurate than kd on 2 of 3 pairs (1 significantly) and less "
+        "accurate on 1 (1 significantly), +1.33 points on average (paired t-tests at 5 % after Holm over these 3 "
+        "comparisons)."
     )
 
 

@@ -81,7 +81,10 @@ def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
         "tuned": tuned_table(rows, shown, [*methods, *_made(rows, shown, STUDY)]),
         "regimes": main_table(rows, regimes, _made(rows, regimes, (*METHODS, *STUDY))),
         "regimes-headline": headline_sentence(headline(rows, regimes, _made(rows, regimes, METHODS))),
-        "differences": difference_table(rows, shown, methods),
+        # Of what was not run there is nothing to say.
+        "differences": "\n".join(
+            line for line in difference_table(rows, shown, methods).splitlines() if "| - | - |" not in line
+        ),
     }
     if fresh:
         texts["fresh"] = f"{fresh_sentence(fresh, shown)}\n\n{fresh_table(fresh, shown)}"
