@@ -28,7 +28,7 @@ PAIRS = (
 BASELINES = (
     "kd", "fitnet", "at", "sp", "vid", "pkt", "rkd", "cc", "crd", "simkd", "pkd", "minilm", "layer-map",
 )  # fmt: skip
-METHODS = ("student", *BASELINES, "semckd")
+METHODS = ("student", *BASELINES, "semckd-published", "semckd")
 # What the parts of the default are worth, in a family of comparisons of its own.
 STUDY = ("semckd-uniform", "semckd-no-relation", "semckd-weight-3", "semckd-tuned", "semckd-published", "semckd+crd")
 # Pairs from above with other labels: wrong ones, or all there are.
