@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from hf_semckd.errors import InputError, message
-from hf_semckd.report import format_markdown_table
 
-from .rows import TEACHER, Row, accuracies, read_rows
-from .statistics import ROUNDING, compare_all
+from .rows import TEACHER, Row, read_rows
 from .studies import curve_table, curves, mismatch_table, negative_map, negative_sentence, negative_table
-from .tables import difference_table, headline, headline_sentence, main_table, tuned_table
+from .tables import (
+    difference_table,
+    fresh_sentence,
+    fresh_table,
+    headline,
+    headline_sentence,
+    main_table,
+    tuned_table,
+)
 
 PAIRS = (
     "resnet_fashion",
@@ -78,13 +84,11 @@ def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
     methods, study = _made(rows, shown, METHODS), ["kd", "semckd", *_made(rows, shown, STUDY)]
     texts = {
         "study": main_table(rows, shown, study),
-        "tuned": tuned_table(rows, shown, [*methods, *_made(rows, shown, STUDY)]),
+        "tuned": tuned_table(rows, shown, [*methods, *study]),
         "regimes": main_table(rows, regimes, _made(rows, regimes, (*METHODS, *STUDY))),
         "regimes-headline": headline_sentence(headline(rows, regimes, _made(rows, regimes, METHODS))),
         # Of what was not run there is nothing to say.
-        "differences": "\n".join(
-            line for line in difference_table(rows, shown, methods).splitlines() if "| - | - |" not in line
-        ),
+        "differences": difference_table(rows, shown, methods, gaps=False),
     }
     if fresh:
         texts["fresh"] = f"{fresh_sentence(fresh, shown)}\n\n{fresh_table(fresh, shown)}"
@@ -99,37 +103,6 @@ def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
     texts[NEGATIVE] = f"{negative_table(found)}\n\n{negative_sentence(found)}"
     texts["mismatch"] = mismatch_table(rows, [*shown, PLANTED, ASSOCIATIONS])
     return texts
-
-
-def fresh_sentence(rows: Sequence[Row], pairs: Sequence[str]) -> str:
-    """Say on how many pairs the default is better than logit distillation with fresh seeds, and by how much."""
-    found = compare_all(accuracies(rows, pairs, ["semckd", "kd"]), "semckd")
-    higher, lower = (sum(sign * entry.mean > ROUNDING for entry in found) for sign in (1, -1))
-    better, worse = (sum(entry.verdict == verdict for entry in found) for verdict in ("better", "worse"))
-    seeds = sorted({entry.n for entry in found})
-    return (
-        f"With {' or '.join(map(str, seeds))} fresh seeds a pair, semckd is more accurate than kd on {higher} of "
-        f"{len(found)} pairs ({better} significantly) and less accurate on {lower} ({worse} significantly), "
-        f"{100 * np.mean([entry.mean for entry in found]):+.2f} points on average (paired t-tests at 5 % after Holm "
-        f"over these {len(found)} comparisons)."
-    )
-
-
-def fresh_table(rows: Sequence[Row], pairs: Sequence[str]) -> str:
-    """Return the Markdown table of what `fresh_sentence` counts, a line a pair; differences in points."""
-    found = accuracies(rows, pairs, ["semckd", "kd"])
-    lines = []
-    for entry in compare_all(found, "semckd"):
-        means = {name: 100 * np.mean(list(values.values())) for name, values in found[entry.pair].items()}
-        low, high = (f"{100 * bound:+.2f}" for bound in entry.interval)
-        lines.append(
-            {
-                "pair": entry.pair, "seeds": entry.n, "kd": f"{means['kd']:.2f}", "semckd": f"{means['semckd']:.2f}",
-                "difference": f"{100 * entry.mean:+.2f} ± {100 * entry.std:.2f}", "95 % interval": f"[{low}, {high}]",
-                "adjusted p": f"{entry.adjusted:.2g}", "semckd is": entry.verdict,
-            }
-        )  # fmt: skip
-    return format_markdown_table(lines, list(lines[0]) if lines else ["pair"])
 
 
 def updated(text: str, texts: Mapping[str, str]) -> str:

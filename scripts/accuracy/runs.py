@@ -73,11 +73,12 @@ class Bench:
             ConfigurationError: When a seed to test with has tuned.
         """
         seeds = self.protocol.test_seeds if seeds is None else seeds
-        if set(seeds) & set(self.protocol.tuning_seeds):
+        tuned = sorted(set(seeds) & set(self.protocol.tuning_seeds))
+        if tuned:
             raise ConfigurationError(
                 message(
                     "These seeds cannot be tested with",
-                    received=f"seeds {sorted(set(seeds) & set(self.protocol.tuning_seeds))}, which tune",
+                    received=f"seeds {tuned}, which tune",
                     expected="seeds that chose nothing",
                     todo="leave them out of --seeds",
                 )

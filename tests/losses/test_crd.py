@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from embedding_cases import MASK, SCENARIOS, HeadCases, gradients, normal, shape_of, vectors
+from embedding_cases import MASK, SCENARIOS, HeadCases, normal, shape_of, vectors
 
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.losses.crd import ContrastiveLoss
@@ -173,12 +173,5 @@ def test_the_weight_is_the_published_one():
 class TestContrastive(HeadCases):
     problem = staticmethod(problem)
 
-    def test_the_gradient_of_features_agrees_with_finite_differences(self, scenario):
-        loss, student, teacher, masks = problem(scenario)
+    def settle(self, loss, student, teacher, masks):
         loss(student, teacher, *masks), loss.eval()  # a batch that fixes the normaliser
-        _, gradient, _ = gradients(loss, student, teacher, masks)
-        direction, step = normal(*student[-1].shape, seed=9), 1e-6
-        ahead = loss([student[0], student[-1] + step * direction], teacher, *masks).total
-        behind = loss([student[0], student[-1] - step * direction], teacher, *masks).total
-        slope = (ahead - behind).detach() / (2 * step)
-        assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-5)
