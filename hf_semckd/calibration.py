@@ -32,6 +32,10 @@ MAXIMUM_SCALE = 100.0
 SUMMARY_GRID = 4
 
 
+# At a temperature of 0.02 no teacher layer is then used more than a twentieth too much.
+MATCHING_ROUNDS = 20
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How a student layer and a teacher layer are brought to the same positions.
@@ -156,7 +160,42 @@ def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
     return limited_grid(feature, spec, SUMMARY_GRID)
 
 
-class ConvolutionalProjection(nn.Sequential):
+class FeatureDecoder(nn.Sequential):
+    """Two convolutions that read a student's map before it is projected: 1x1 conv, BN, ReLU, 3x3 conv, BN, ReLU.
+
+    A linear projection asks the student to hold what the teacher holds; a decoder, that it can be found in it.
+
+    Args:
+        channels: C of the student's layer.
+        width: Channels of what comes out.
+        kernel: Size of the second convolution, odd.
+
+    Source: the projections of SemCKD (Chen et al., 2021), without their last convolution; no bias.
+    """
+
+    def __init__(self, channels: int, width: int, kernel: int = 3):
+        super().__init__(
+            nn.Conv2d(channels, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Take (B, C, H, W) to (B, C', H, W).
+
+        A single position has no variance over the batch: it is normalised by the running statistics instead.
+        """
+        if not self.training or len(maps) * maps.shape[2] * maps.shape[3] != 1:
+            return super().forward(maps)
+        for layer in self:
+            maps = _by_running_statistics(layer, maps) if isinstance(layer, nn.BatchNorm2d) else layer(maps)
+        return maps
+
+
+class ConvolutionalProjection(FeatureDecoder):
     """The published projection of one pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t.
 
     Args:
@@ -168,27 +207,8 @@ class ConvolutionalProjection(nn.Sequential):
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, kernel: int = 3):
-        middle = 2 * teacher_channels
-        super().__init__(
-            nn.Conv2d(student_channels, middle, 1, bias=False),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(middle, middle, kernel, padding=kernel // 2, bias=False),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(middle, teacher_channels, 1, bias=False),
-        )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Project (B, C_s, H, W) to (B, C_t, H, W).
-
-        A single position has no variance over the batch: it is normalised by the running statistics instead.
-        """
-        if not self.training or len(maps) * maps.shape[2] * maps.shape[3] != 1:
-            return super().forward(maps)
-        for layer in self:
-            maps = _by_running_statistics(layer, maps) if isinstance(layer, nn.BatchNorm2d) else layer(maps)
-        return maps
+        super().__init__(student_channels, 2 * teacher_channels, kernel)
+        self.append(nn.Conv2d(2 * teacher_channels, teacher_channels, 1, bias=False))
 
     def project_tokens(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Project (B, N, C_s) token by token; masked tokens do not reach the batch statistics and come out as zero."""
@@ -282,7 +302,9 @@ def attention_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Ten
 
 
 @torch.no_grad()
-def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float) -> Tensor:
+def similarity_weights(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float, matched: bool = False
+) -> Tensor:
     """Return softmax over t of `row_cosine` / temperature, without gradient: how alike both layers see the sample.
 
     Weights that are not trained cannot drift to the teacher layer that is easiest to imitate.
@@ -290,14 +312,41 @@ def similarity_weights(student: Sequence[Tensor], teacher: Sequence[Tensor], tem
     Args:
         student: S tensors (B, D_s), see `summary`.
         teacher: T tensors (B, D_t).
-        temperature: > 0; 0.2 was measured.
+        temperature: > 0; smaller is sharper.
+        matched: Whether a teacher layer is shared out, see `matched_weights`.
 
     Returns:
         (B, S, T). Uniform for a batch of one, which has nothing to compare.
     """
     left = torch.stack([similarity_matrix(rows, normalize=True) for rows in student])
     right = torch.stack([similarity_matrix(rows, normalize=True) for rows in teacher])
-    return torch.softmax(row_cosine(left, right) / temperature, dim=-1)
+    scores = row_cosine(left, right) / temperature
+    return matched_weights(scores) if matched else torch.softmax(scores, dim=-1)
+
+
+def matched_weights(scores: Tensor, rounds: int = MATCHING_ROUNDS) -> Tensor:
+    """Return softmax over t of scores, held back where all student layers want the same teacher layer.
+
+    Layers that are like all others (the first of a CNN, say) would else be everybody's teacher. Here a teacher layer
+    weighs at most max(1, S / T) in all, summed over student layers; a layer that nobody resembles still gets nothing.
+    These are the weights of the largest sum_st w_st * scores_st plus their entropy under that bound, found by scaling
+    rows and columns in turn: rows add up to 1, columns keep the bound as closely as the rounds have come.
+
+    Args:
+        scores: (B, S, T).
+        rounds: How often rows and columns are scaled.
+
+    Returns:
+        (B, S, T).
+
+    Source: Chizat et al., "Scaling algorithms for unbalanced optimal transport problems", 2018.
+    """
+    bound = max(1.0, scores.shape[1] / scores.shape[2])
+    held = torch.zeros_like(scores[:, :1])
+    for _ in range(rounds):
+        taken = torch.softmax(scores + held, dim=-1).sum(1, keepdim=True)
+        held = (held + (bound / taken.clamp(min=torch.finfo(taken.dtype).tiny)).log()).clamp(max=0.0)
+    return torch.softmax(scores + held, dim=-1)
 
 
 def skip_map(students: int, teachers: int) -> list[int]:

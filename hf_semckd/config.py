@@ -14,26 +14,48 @@ from transformers import TrainingArguments
 
 from .errors import ConfigurationError, message, nearest
 
-Association = Literal["similarity", "learned", "uniform", "last", "one_to_one"]
+Association = Literal["similarity", "matching", "learned", "uniform", "last", "one_to_one"]
 TargetNorm = Literal["channel", "none"]
-Projector = Literal["shared", "pairwise"]
+Projector = Literal["shared", "convolutional", "pairwise"]
 CacheDtype = Literal["auto", "float16", "bfloat16"]
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-# Similarities are cosines, for which 0.2 was measured. Learned weights tend to softmax(-error / temperature), and
-# standardised errors lie between 0 and about 2: at 0.2 nearly all would go to one layer, at 1 little is chosen.
-DEFAULT_SIMILARITY_TEMPERATURE = 0.2
+# Learned weights tend to softmax(-error / temperature), and standardised errors lie between 0 and about 2: at 0.2
+# nearly all would go to one layer, at 1 little is chosen.
 DEFAULT_LEARNED_TEMPERATURE = 0.5
 PUBLISHED_TEMPERATURE = 1.0
-# Between image models; see `scripts/results/accuracy`.
-DEFAULT_RELATION_WEIGHT = 20.0
-# Standardised targets make the term about 1 for every architecture.
-DEFAULT_FEATURE_WEIGHT = 3.0
-# Elsewhere, such as on text: a new student that trains for few steps did not learn its task with 3, and with 0.3 only
-# where there are few classes. What is safe there adds little; long training bears, and wants, far more.
-SEQUENCE_FEATURE_WEIGHT = 0.03
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_CALIBRATION_LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class FeatureDefaults:
+    """What suits SemCKD between two kinds of layers, where the user chose nothing; see `scripts/results/accuracy`.
+
+    Attributes:
+        feature_weight, relation_weight, association, projector, grid_limit: See `SemCKDConfig`.
+        similarity_temperature: `association_temperature` of weights by similarity, matching or not.
+        spared_layers: How many of the student's last layers the projected error leaves alone.
+    """
+
+    feature_weight: float
+    relation_weight: float
+    association: Association
+    projector: Projector
+    grid_limit: int
+    similarity_temperature: float
+    spared_layers: int
+
+
+# Maps (CNNs): early layers teach, if read by convolutions and at their full size, and all the more the better they
+# fit; the last layer, which logits teach already, and relations do harm.
+MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", 8, 0.02, 1)
+# A transformer that sees images, on one side at least: relations teach.
+IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", 4, 0.2, 0)
+# Text, and whatever else has no grid: a new student that trains for few steps did not learn its task with a weight of
+# 3, and with 0.3 only where there are few classes. What is safe there adds little; long training bears, and wants, far
+# more.
+SEQUENCE_DEFAULTS = FeatureDefaults(0.03, 0.0, "similarity", "shared", 4, 0.2, 0)
 
 
 @dataclass
@@ -63,25 +85,26 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the loss, "
-            "3 for SemCKD between image models and 0.03 elsewhere, and the published weight for a baseline. On text, "
-            "try more where training is long. SemCKD's published form needs 50 to 400."
+            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 between other image models, 0.03 on "
+            "text, where long training wants more. SemCKD's published form needs 50 to 400."
         },
     )
-    association: Association = field(
-        default="similarity",
+    association: Association | None = field(
+        default=None,
         metadata={
-            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how "
-            "alike both see "
-            "the sample among the batch. learned: by small networks, trained with the student. uniform, last, "
-            "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip map)."
+            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how alike both "
+            "see the sample among the batch. matching: the same, but a teacher layer is shared out: student layers "
+            "that want the same one get others as well. learned: by small networks, trained with the student. "
+            "uniform, last, one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip "
+            "map). None: matching between CNNs, similarity elsewhere."
         },
     )
     relation_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight, >= 0, of the relation error within the feature term: how differently both layers place a "
-            "sample among the others of the micro-batch. None: 20 between image models, 0 elsewhere (on text it was "
-            "measured to hurt). 0: as published, projected features alone."
+            "sample among the others of the micro-batch. None: 20 between image models where one is a transformer, 0 "
+            "elsewhere (between CNNs and on text it was measured to hurt). 0: as published, features alone."
         },
     )
     target_norm: TargetNorm = field(
@@ -91,18 +114,19 @@ class SemCKDConfig(TrainingArguments):
             "the training data. none: raw targets, as published."
         },
     )
-    projector: Projector = field(
-        default="shared",
+    projector: Projector | None = field(
+        default=None,
         metadata={
-            "help": "shared: one linear projection per student layer and teacher width. pairwise: the published "
-            "convolutional projection for every pair of layers (several times slower)."
+            "help": "shared: one linear projection per student layer and teacher width. convolutional: the same "
+            "behind two convolutions per student layer, for maps. pairwise: the published convolutional projection "
+            "for every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere."
         },
     )
     student_layers: list[str] | None = field(
         default=None,
         metadata={
             "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module "
-            "names. None: all blocks, found automatically."
+            "names. None: all blocks, found automatically (between CNNs, the last one is left to the logits)."
         },
     )
     teacher_layers: list[str] | None = field(
@@ -127,22 +151,22 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Temperature of the association, > 0; smaller is sharper. similarity: of a softmax over cosines. "
-            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity),"
-            " 0.5 (learned), or 1 in the published form."
+            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity; "
+            "0.02 between CNNs), 0.5 (learned), or 1 in the published form."
         },
     )
     token_limit: int = field(
         default=16,
         metadata={
             "help": "At most this many tokens of a sample are compared, at even distances and the same ones whenever "
-            "the sample comes. 0: no limit. With the shared projector only."
+            "the sample comes. 0: no limit. Not with the pairwise projector."
         },
     )
-    grid_limit: int = field(
-        default=4,
+    grid_limit: int | None = field(
+        default=None,
         metadata={
             "help": "Feature maps are pooled to at most this many rows and columns before they are compared. 0: no "
-            "limit. With the shared projector only."
+            "limit. None: 8 between CNNs, 4 elsewhere. Not with the pairwise projector."
         },
     )
     calibration_learning_rate: float | None = field(
@@ -238,21 +262,17 @@ class SemCKDConfig(TrainingArguments):
         """Whether the association networks take whole similarity rows, as published, and so fix the batch size."""
         return self.association == "learned" and self.target_norm == "none"
 
-    def resolved_association_temperature(self) -> float:
-        """Return the association temperature that is used when none was given."""
+    def resolved_association_temperature(self, defaults: FeatureDefaults = IMAGE_DEFAULTS) -> float:
+        """Return the association temperature that is used, `defaults` being those of the layers at hand."""
         if self.association_temperature is not None:
             return self.association_temperature
-        return default_association_temperature(self.association, self.target_norm)
+        if self.association == "learned":
+            return default_learned_temperature(self.target_norm)
+        return defaults.similarity_temperature
 
-    def resolved_feature_weight(self, default: float = DEFAULT_FEATURE_WEIGHT) -> float:
+    def resolved_feature_weight(self, default: float = IMAGE_DEFAULTS.feature_weight) -> float:
         """Return the weight of the feature term; `default` is the feature loss's own, for where none was given."""
         return default if self.feature_weight is None else self.feature_weight
-
-    def resolved_relation_weight(self, images: bool) -> float:
-        """Return the weight of the relation error; `images` says whether both models' layers lie on a grid."""
-        if self.relation_weight is not None:
-            return self.relation_weight
-        return DEFAULT_RELATION_WEIGHT if images else 0.0
 
     def resolved_calibration_learning_rate(self) -> float:
         """Return the peak learning rate of projections and association networks."""
@@ -295,9 +315,10 @@ class SemCKDConfig(TrainingArguments):
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name), minimum=0.0, strict=True)
         self._validate_sampling()
-        _require_choice("association", self.association, get_args(Association))
         _require_choice("target_norm", self.target_norm, get_args(TargetNorm))
-        _require_choice("projector", self.projector, get_args(Projector))
+        for name, choices in (("association", get_args(Association)), ("projector", get_args(Projector))):
+            if getattr(self, name) is not None:
+                _require_choice(name, getattr(self, name), choices)
         _require_choice("teacher_cache_dtype", self.teacher_cache_dtype, get_args(CacheDtype))
         _require_choice("teacher_dtype", self.teacher_dtype, get_args(TeacherDtype))
         self.student_layers = _layer_list("student_layers", self.student_layers)
@@ -313,8 +334,10 @@ class SemCKDConfig(TrainingArguments):
             )
 
     def _validate_sampling(self) -> None:
-        for name, default in (("token_limit", 16), ("grid_limit", 4)):
+        for name, default in (("token_limit", 16), ("grid_limit", None)):
             limit = getattr(self, name)
+            if limit is None and default is None:
+                continue
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
                 raise ConfigurationError(
                     message(
@@ -355,10 +378,22 @@ class SemCKDConfig(TrainingArguments):
             )
 
 
-def default_association_temperature(association: Association, target_norm: TargetNorm) -> float:
-    """Return the association temperature that is used when none is given."""
-    if association != "learned":
-        return DEFAULT_SIMILARITY_TEMPERATURE
+def feature_defaults(projector: Projector | None, *, maps: bool, images: bool) -> FeatureDefaults:
+    """Return what suits SemCKD between the layers of two models.
+
+    Args:
+        projector: The projector that the user chose, if any.
+        maps: Whether both models' layers are maps.
+        images: Whether they lie on a grid: maps, or the patches of an image.
+    """
+    # What holds for maps holds behind a decoder: through a linear projection so high a weight does harm.
+    if maps and projector in (None, "convolutional"):
+        return MAP_DEFAULTS
+    return IMAGE_DEFAULTS if images else SEQUENCE_DEFAULTS
+
+
+def default_learned_temperature(target_norm: TargetNorm) -> float:
+    """Return the association temperature of learned weights that is used when none is given."""
     return PUBLISHED_TEMPERATURE if target_norm == "none" else DEFAULT_LEARNED_TEMPERATURE
 
 

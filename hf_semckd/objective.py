@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .config import DEFAULT_FEATURE_WEIGHT
+from .config import IMAGE_DEFAULTS
 from .errors import NonFiniteLossError, SemCKDError, message
 from .modeling import DistillationTargets, logits_of, token_attention
 from .teacher import TeacherOutputs
@@ -98,12 +98,13 @@ class ObjectiveTrainer(Trainer):
     @property
     def feature_weight(self) -> float:
         """The weight of the feature term: what was asked for, or what suits the feature loss."""
-        own = DEFAULT_FEATURE_WEIGHT if self.feature_loss is None else self.feature_loss.default_weight
+        own = IMAGE_DEFAULTS.feature_weight if self.feature_loss is None else self.feature_loss.default_weight
         return self.args.resolved_feature_weight(own)
 
     def distillation_settings(self) -> dict[str, Any]:
-        """Return what is asked of the distillation, with the feature weight that is used, ready for JSON."""
-        return {**self.args.distillation_settings(), "feature_weight": self.feature_weight}
+        """Return what is asked of the distillation, with what is used where it was left open, ready for JSON."""
+        used = {} if self.feature_loss is None else self.feature_loss.settings
+        return {**self.args.distillation_settings(), **used, "feature_weight": self.feature_weight}
 
     @property
     def _shifts_labels(self) -> bool:

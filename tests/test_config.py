@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_semckd.config import SemCKDConfig, distillation_fields
+from hf_semckd.config import (
+    IMAGE_DEFAULTS,
+    MAP_DEFAULTS,
+    SEQUENCE_DEFAULTS,
+    SemCKDConfig,
+    distillation_fields,
+    feature_defaults,
+)
 from hf_semckd.errors import ConfigurationError
 
 OWN = (
@@ -84,12 +91,15 @@ def test_optional_numbers_must_be_positive_where_given(tmp_path, name, value):
 @pytest.mark.parametrize("name", ["association", "target_norm", "projector"])
 @pytest.mark.parametrize("value", ["nonsense", "", None, 3])
 def test_an_unknown_choice_lists_the_known_ones(tmp_path, name, value):
+    if value is None and name != "target_norm":
+        assert getattr(config(tmp_path, **{name: value}), name) is None
+        return
     text = refusal(tmp_path, **{name: value})
     known = {
-        "association": "'similarity', 'learned', 'uniform', 'last', 'one_to_one'",
+        "association": "'similarity', 'matching', 'learned', 'uniform', 'last', 'one_to_one'",
         "target_norm": "'channel', 'none'",
     }
-    assert f"received: {value!r}" in text and known.get(name, "'shared', 'pairwise'") in text
+    assert f"received: {value!r}" in text and known.get(name, "'shared', 'convolutional', 'pairwise'") in text
 
 
 @pytest.mark.parametrize(
@@ -142,13 +152,16 @@ def test_an_empty_cache_folder_is_refused(tmp_path, folder):
 # How much is compared and kept
 
 
-LIMITS = {"token_limit": (16, "a number of tokens"), "grid_limit": (4, "a number of rows and columns")}
+LIMITS = {"token_limit": (16, "a number of tokens"), "grid_limit": (None, "a number of rows and columns")}
 
 
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("value", [-1, 0.0, 0.25, 4.0, 2.5, "4", None, True, False, [4], math.nan, math.inf])
 def test_the_limits_of_tokens_and_grids_must_be_whole_numbers_from_zero(tmp_path, value, name):
     default, meaning = LIMITS[name]
+    if value is default:
+        assert getattr(config(tmp_path, **{name: value}), name) is None
+        return
     text = refusal(tmp_path, **{name: value})
     assert f"`{name}` is not {meaning}" in text and f"received: {value!r}" in text
     assert "a whole number >= 1, or 0 for no limit" in text and f"set {name} to {default}, or to 0" in text
@@ -216,9 +229,9 @@ def test_how_much_is_compared_and_kept_can_be_told_on_the_command_line(tmp_path,
 # Combinations
 
 
-@pytest.mark.parametrize("projector", ["shared", "pairwise"])
+@pytest.mark.parametrize("projector", [None, "shared", "convolutional", "pairwise"])
 @pytest.mark.parametrize("target_norm", ["channel", "none"])
-@pytest.mark.parametrize("association", ["similarity", "learned", "uniform", "last", "one_to_one"])
+@pytest.mark.parametrize("association", [None, "similarity", "matching", "learned", "uniform", "last", "one_to_one"])
 def test_every_combination_of_choices_is_accepted(tmp_path, association, target_norm, projector):
     built = config(tmp_path, association=association, target_norm=target_norm, projector=projector)
     assert (built.association, built.target_norm, built.projector) == (association, target_norm, projector)
@@ -261,6 +274,30 @@ def test_what_training_arguments_refuse_is_still_refused(tmp_path):
 
 
 # Resolved values
+
+
+@pytest.mark.parametrize(
+    ("projector", "maps", "images", "expected"),
+    [
+        (None, True, True, MAP_DEFAULTS),
+        ("convolutional", True, True, MAP_DEFAULTS),
+        ("shared", True, True, IMAGE_DEFAULTS),
+        ("pairwise", True, True, IMAGE_DEFAULTS),
+        (None, False, True, IMAGE_DEFAULTS),
+        ("convolutional", False, True, IMAGE_DEFAULTS),
+        (None, False, False, SEQUENCE_DEFAULTS),
+    ],
+)
+def test_what_suits_layers_depends_on_their_kind_and_on_a_projector_that_was_chosen(projector, maps, images, expected):
+    assert feature_defaults(projector, maps=maps, images=images) is expected
+
+
+@pytest.mark.parametrize("association", [None, "similarity", "matching", "one_to_one"])
+def test_the_association_temperature_of_cnns_is_sharper(tmp_path, association):
+    built = config(tmp_path, association=association)
+    assert built.resolved_association_temperature(MAP_DEFAULTS) == 0.02
+    assert built.resolved_association_temperature(IMAGE_DEFAULTS) == 0.2
+    assert config(tmp_path, association="learned").resolved_association_temperature(MAP_DEFAULTS) == 0.5
 
 
 def test_a_given_association_temperature_wins(tmp_path):

@@ -321,22 +321,35 @@ def test_the_published_loss_has_none():
 # ---- Configuration and trainer -------------------------------------------------------------------------------------
 
 
-def test_the_weight_that_is_used_where_none_is_given(tmp_path):
-    config = SemCKDConfig(str(tmp_path), use_cpu=True)
-    assert config.relation_weight is None
-    assert config.resolved_relation_weight(True) == 20.0 and config.resolved_relation_weight(False) == 0.0
+SETTINGS = {"maps": (MAPS, 0.0), "images": (PATCHES, 20.0), "text": (TEXT, 0.0)}
 
 
+def configured(tmp_path, kind, config=SemCKDConfig, **arguments):
+    """Return the loss that a trainer would make."""
+    specs = [
+        [spec if isinstance(spec, FeatureSpec) else FeatureSpec.from_shape(spec, "") for spec in side]
+        for side in SETTINGS[kind][0]
+    ]
+    return SemCKDLoss.from_config(*specs, config(str(tmp_path), use_cpu=True, **arguments))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_weight_that_is_used_where_none_is_given(tmp_path, kind):
+    assert SemCKDConfig(str(tmp_path), use_cpu=True).relation_weight is None
+    assert configured(tmp_path, kind).relation_weight == SETTINGS[kind][1]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("weight", [0.0, 0, 0.5, 100])
-def test_a_given_weight_is_used_everywhere(tmp_path, weight):
-    config = SemCKDConfig(str(tmp_path), use_cpu=True, relation_weight=weight)
-    assert config.resolved_relation_weight(True) == config.resolved_relation_weight(False) == weight
+def test_a_given_weight_is_used_everywhere(tmp_path, weight, kind):
+    assert configured(tmp_path, kind, relation_weight=weight).relation_weight == weight
 
 
-def test_the_published_configuration_has_no_relations(tmp_path):
-    config = SemCKDConfig.published(str(tmp_path), use_cpu=True)
-    assert config.relation_weight == 0.0 and config.resolved_relation_weight(True) == 0.0
-    assert SemCKDConfig.published(str(tmp_path), use_cpu=True, relation_weight=2.0).relation_weight == 2.0
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_published_configuration_has_no_relations(tmp_path, kind):
+    published = {"config": SemCKDConfig.published, "per_device_train_batch_size": 8}
+    assert configured(tmp_path, kind, **published).relation_weight == 0.0
+    assert configured(tmp_path, kind, **published, relation_weight=2.0).relation_weight == 2.0
 
 
 @pytest.mark.parametrize("weight", [-1.0, -1e-9, float("nan"), float("inf"), "20", True])

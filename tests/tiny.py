@@ -362,7 +362,7 @@ class _ByHand:
     def _compared(self, layer: Tensor, batch: dict[str, Tensor]) -> list[Tensor]:
         """Return the positions (n, C) of each sample that are compared, and so make the statistics."""
         if self.problem.grid:
-            limit = self.args.grid_limit
+            limit = self._grid_limit
             maps = _map(layer)
             size = [min(side, limit) for side in maps.shape[2:]] if limit else maps.shape[2:]
             return list(F.adaptive_avg_pool2d(maps, size).flatten(2).transpose(1, 2))
@@ -408,7 +408,7 @@ class _ByHand:
             own = None if self.problem.grid else self._chosen(states[0], batch)[i]
             pairs = [
                 weights[i, s, t] * self._pair(s, state[i], target[i], own)
-                + self.args.resolved_relation_weight(mask is None) * weights[i, s, t].detach() * relations[s][t][i]
+                + self._relation_weight(mask is None) * weights[i, s, t].detach() * relations[s][t][i]
                 for s, state in enumerate(states)
                 for t, target in enumerate(standard)
             ]
@@ -418,6 +418,13 @@ class _ByHand:
             divergence = (weights * (weights * weights.shape[2]).log()).sum(2)
             per_sample = per_sample + self.args.resolved_association_temperature() * divergence.mean(1)
         return per_sample, weights
+
+    def _relation_weight(self, images: bool) -> float:
+        return self.args.relation_weight if self.args.relation_weight is not None else 20.0 if images else 0.0
+
+    @property
+    def _grid_limit(self) -> int:
+        return 4 if self.args.grid_limit is None else self.args.grid_limit
 
     def _relations(self, states: list[Tensor], targets: list[Tensor], mask: Tensor | None) -> list[list[list[Tensor]]]:
         """Return how differently the layers s and t place sample i among the others: [s][t][i]."""
@@ -460,7 +467,7 @@ class _ByHand:
         """Return the mean squared error of one sample and one pair of layers."""
         if self.problem.grid:
             state, target = _map(state[None]), _map(target[None])
-            size = [min(a, b, self.args.grid_limit) for a, b in zip(state.shape[2:], target.shape[2:], strict=True)]
+            size = [min(a, b, self._grid_limit) for a, b in zip(state.shape[2:], target.shape[2:], strict=True)]
             state = F.adaptive_avg_pool2d(state, size)[0].flatten(1).T
             target = F.adaptive_avg_pool2d(target, size)[0].flatten(1).T
         shared = -(-self.layers // (1 + max(self.owners)))

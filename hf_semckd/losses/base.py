@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -56,6 +56,11 @@ class FeatureLoss(nn.Module, ABC):
     def title(self) -> str:
         """What the method is called on a model card."""
         return type(self).__name__.removesuffix("Loss")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of `SemCKDConfig` that depend on the models, as the loss uses them; for the record."""
+        return {}
 
     @classmethod
     def from_config(

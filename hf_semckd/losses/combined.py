@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,6 +69,11 @@ class CombinedLoss(FeatureLoss):
     def title(self) -> str:
         """What the method is called on a model card."""
         return " + ".join(loss.title for loss in self._parts())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the losses use of the settings that depend on the models."""
+        return {name: value for loss in self._parts() for name, value in loss.settings.items()}
 
     @property
     def needs_statistics(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid, embedding, summary, summary_size
 from ..features import FeatureSpec
@@ -42,6 +42,7 @@ class StudentViews:
         mask: (B, N) mask of its tokens.
         selection: Tells how large compared maps are.
         targets: What was selected of the teacher, with the positions of the chosen tokens.
+        decoders: What reads the maps of the first layers before they are compared; none for the maps themselves.
     """
 
     def __init__(
@@ -51,13 +52,16 @@ class StudentViews:
         mask: Tensor | None,
         selection: TeacherSelection,
         targets: Mapping[str, Tensor],
+        decoders: Sequence[nn.Module] = (),
     ):
         self.features = features
         self.specs = specs
         self.mask = mask
         self.selection = selection
         self.targets = targets
+        self.decoders = decoders
         self._maps: dict[int, Tensor] = {}
+        self._decoded: dict[int, Tensor] = {}
         self._means: dict[int, Tensor] = {}
 
     def at(self, s: int, meeting: Meeting) -> Tensor:
@@ -65,7 +69,7 @@ class StudentViews:
         if meeting.kind == "mean":
             return self.mean(s).unsqueeze(1)
         if meeting.size is not None:
-            return map_to_tokens(pool_map(self.map(s), meeting.size))
+            return map_to_tokens(pool_map(self.decoded(s), meeting.size))
         tokens = as_tokens(self.features[s])
         positions = self.selection.positions_of(self.targets, meeting.teachers[0])
         return (
@@ -79,6 +83,16 @@ class StudentViews:
             pooled = as_map(feature, spec, self.selection.grid_size(feature, spec))
             self._maps[s] = _with_late_backward(pooled, feature)
         return self._maps[s]
+
+    def decoded(self, s: int) -> Tensor:
+        """Return what is compared of a student layer's map: what its decoder reads in it, or the map itself."""
+        if not self.decoders:
+            return self.map(s)
+        if s not in self._decoded:
+            decoder = self.decoders[s]
+            maps = self.map(s).to(next(decoder.parameters()).dtype)
+            self._decoded[s] = decoder(maps.contiguous(memory_format=torch.channels_last))
+        return self._decoded[s]
 
     def mean(self, s: int) -> Tensor:
         """Return the average of student layer s over its positions (B, C)."""

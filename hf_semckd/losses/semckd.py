@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..calibration import (
     MAXIMUM_SCALE,
     Alignment,
     ConvolutionalProjection,
+    FeatureDecoder,
     FeatureEmbedding,
     SimilarityEmbedding,
     as_mean,
@@ -24,13 +26,13 @@ from ..calibration import (
     summary,
 )
 from ..config import (
-    DEFAULT_FEATURE_WEIGHT,
-    SEQUENCE_FEATURE_WEIGHT,
+    IMAGE_DEFAULTS,
     Association,
     Projector,
     SemCKDConfig,
     TargetNorm,
-    default_association_temperature,
+    default_learned_temperature,
+    feature_defaults,
 )
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
@@ -44,6 +46,10 @@ from .selection import AssociationInput, TeacherSelection, fitting_mask
 from .sharing import layers_per_projection, shared_among_neighbours
 
 Shape = FeatureSpec | Sequence[int]
+
+# Channels inside a decoder. The published projections have twice the teacher's, at many times the price.
+DECODER_WIDTH = 64
+SIMILARITIES = ("similarity", "matching")
 
 
 class SemCKDLoss(FeatureLoss):
@@ -66,7 +72,7 @@ class SemCKDLoss(FeatureLoss):
         teacher_shapes: The same for each teacher layer.
         association: How teacher layers are weighed; see `SemCKDConfig`.
         target_norm: Whether teacher channels are standardised.
-        projector: `shared` or `pairwise`.
+        projector: `shared`, `convolutional` or `pairwise`; see `SemCKDConfig`.
         association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
@@ -76,19 +82,24 @@ class SemCKDLoss(FeatureLoss):
             which the pairwise projector never has.
         relation_weight: Weight of the relation error, >= 0; 0, the paper's form, leaves it out.
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
+        spared_layers: How many of the student's last layers are not projected and compared; relations still teach
+            them, and their weights are still shown.
 
     Attributes:
         query, key: Networks of the learned association, one a student layer and one a teacher layer; else empty.
         projection: `projection[s][t]` (pairwise), or `projection[projection_of[s]][width]` (shared).
         projection_of: Which entry of `projection` each student layer uses.
+        decoder: What reads a student layer before its projections, one a compared layer; empty unless convolutional.
+        compared: How many student layers are projected and compared: all but the spared ones.
         statistics: `ChannelStatistics`, one a teacher layer; empty without standardisation.
 
     Raises:
         InputError: When there is no layer, or a shape is neither a map nor tokens.
-        ConfigurationError: When the published association is asked for without a batch size.
+        ConfigurationError: When the published association is asked for without a batch size, when convolutions would
+            have to read what is no map, or when no layer, or one that a fixed weight needs, would be left to compare.
     """
 
-    default_weight: float = DEFAULT_FEATURE_WEIGHT
+    default_weight: float = IMAGE_DEFAULTS.feature_weight
 
     def __init__(
         self,
@@ -105,6 +116,7 @@ class SemCKDLoss(FeatureLoss):
         grid_limit: int | None = None,
         relation_weight: float = 0.0,
         layers_per_projection: int = 1,
+        spared_layers: int = 0,
     ):
         super().__init__()
         self.student_specs = layer_specs(student_shapes, "student")
@@ -112,25 +124,29 @@ class SemCKDLoss(FeatureLoss):
         self.association: Association = association
         self.projector: Projector = projector
         if association_temperature is None:
-            association_temperature = default_association_temperature(association, target_norm)
+            learned = default_learned_temperature(target_norm)
+            association_temperature = learned if association == "learned" else IMAGE_DEFAULTS.similarity_temperature
         self.temperature = association_temperature
         self.relation_weight = relation_weight
         self.alignments = [
             [Alignment.of(student, teacher, tokens_aligned) for teacher in self.teacher_specs]
             for student in self.student_specs
         ]
+        self._check_choices(spared_layers)
+        self.compared = len(self.student_specs) - spared_layers
         channels = [spec.channels for spec in self.teacher_specs] if target_norm == "channel" else []
         self.statistics = nn.ModuleList(ChannelStatistics(width) for width in channels)
         self.projection_of = shared_among_neighbours(self.student_specs, projector, layers_per_projection)
+        self.decoder = self._build_decoders()
         self.projection = self._build_projections()
         self.query, self.key = nn.ModuleList(), nn.ModuleList()
         if association == "learned":
             self._build_learned_association(target_norm, batch_size)
-        elif association == "similarity":
+        elif association in SIMILARITIES:
             self.upper_bound = bound_of_cosine_weights(association_temperature, len(self.teacher_specs))
         self.selection = TeacherSelection(
             self.teacher_specs,
-            self.alignments if projector == "shared" else [],
+            [] if projector == "pairwise" else self.alignments,
             self._association_input(),
             token_limit,
             grid_limit,
@@ -177,23 +193,29 @@ class SemCKDLoss(FeatureLoss):
             tokens_aligned: Whether position n of both models stands for the same input.
             student_parameters: Number of the student's parameters, beside which the projections are to stay small.
         """
-        images = all(spec.grid is not None for spec in (*student_specs, *teacher_specs))
+        specs = (*student_specs, *teacher_specs)
+        defaults = feature_defaults(
+            config.projector,
+            maps=all(spec.kind == "map" for spec in specs),
+            images=all(spec.grid is not None for spec in specs),
+        )
+        chosen = config.student_layers is not None or config.association == "last" or len(student_specs) == 1
         loss = cls(
             student_specs,
             teacher_specs,
-            association=config.association,
+            association=config.association or defaults.association,
             target_norm=config.target_norm,
-            projector=config.projector,
-            association_temperature=config.resolved_association_temperature(),
+            projector=config.projector or defaults.projector,
+            association_temperature=config.resolved_association_temperature(defaults),
             batch_size=config.per_device_train_batch_size if config.depends_on_batch_size else None,
             tokens_aligned=tokens_aligned,
             token_limit=config.token_limit or None,
-            grid_limit=config.grid_limit or None,
-            relation_weight=config.resolved_relation_weight(images),
+            grid_limit=(defaults.grid_limit if config.grid_limit is None else config.grid_limit) or None,
+            relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
+            spared_layers=0 if chosen else defaults.spared_layers,
         )
-        if not images:
-            loss.default_weight = SEQUENCE_FEATURE_WEIGHT
+        loss.default_weight = defaults.feature_weight
         return loss
 
     def forward(
@@ -215,19 +237,20 @@ class SemCKDLoss(FeatureLoss):
             self.observe(targets)
             if self.automatic_synchronization:
                 self.synchronize()
-        views = StudentViews(student_features, self.student_specs, student_mask, self.selection, targets)
+        views = StudentViews(
+            student_features, self.student_specs, student_mask, self.selection, targets, list(self.decoder)
+        )
         weights = self._weights(views, targets)
-        if self.projector == "shared":
-            weighted, errors = self._shared_errors(views, targets, weights)
-        else:
+        if self.projector == "pairwise":
             weighted, errors = self._pairwise_errors(views, targets, weights)
-        if self.relation_weight > 0:
-            weighted = weighted + self.relation_weight * (
-                weights.detach() * self._relation_errors(views, targets)
-            ).sum(2)
+        else:
+            weighted, errors = self._shared_errors(views, targets, weights)
         # The `last` control trains one student layer: an average over idle layers would only shrink it.
-        active = 1 if self.association == "last" else len(self.student_specs)
-        per_sample = weighted.sum(1) / active
+        last = self.association == "last"
+        per_sample = weighted.sum(1) / (1 if last else self.compared)
+        if self.relation_weight > 0:
+            relations = (weights.detach() * self._relation_errors(views, targets)).sum((1, 2))
+            per_sample = per_sample + self.relation_weight * relations / (1 if last else len(self.student_specs))
         if self.association == "learned" and self.required_batch_size is None:
             per_sample = per_sample + free_energy(weights, self.temperature).mean(1)
         return FeatureLossOutput(per_sample.mean(), per_sample, weights.detach(), errors.detach())
@@ -236,6 +259,17 @@ class SemCKDLoss(FeatureLoss):
     def needs_statistics(self) -> bool:
         """Whether teacher statistics are needed and nothing was observed yet."""
         return any(not bool(entry.count > 0) for entry in self._statistics())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is used of the settings that depend on the models."""
+        return {
+            "association": self.association,
+            "association_temperature": self.temperature,
+            "relation_weight": self.relation_weight,
+            "projector": self.projector,
+            "grid_limit": self.selection.grid_limit or 0,
+        }
 
     @property
     def samples_tokens(self) -> bool:
@@ -284,17 +318,23 @@ class SemCKDLoss(FeatureLoss):
     def _association_input(self) -> AssociationInput:
         if self.projector == "pairwise" or self.required_batch_size is not None:
             return "whole"
-        if self.association == "similarity":
+        if self.association in SIMILARITIES:
             return "summary"
         return "mean" if self.association == "learned" else None
 
+    def _build_decoders(self) -> nn.ModuleList:
+        specs = self.student_specs[: self.compared] if self.projector == "convolutional" else []
+        return nn.ModuleList(FeatureDecoder(spec.channels, DECODER_WIDTH) for spec in specs)
+
     def _build_projections(self) -> nn.ModuleList:
-        if self.projector == "shared":
+        if self.projector != "pairwise":
+            decoded = self.projector == "convolutional"
             widths = sorted({teacher.channels for teacher in self.teacher_specs})
-            first = [self.projection_of.index(entry) for entry in range(max(self.projection_of) + 1)]
+            owners = self.projection_of[: self.compared]
+            first = [self.student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
+            read = [DECODER_WIDTH if decoded else spec.channels for spec in first]
             return nn.ModuleList(
-                nn.ModuleDict({str(width): nn.Linear(self.student_specs[s].channels, width) for width in widths})
-                for s in first
+                nn.ModuleDict({str(width): nn.Linear(channels, width) for width in widths}) for channels in read
             )
         return nn.ModuleList(
             nn.ModuleList(
@@ -325,6 +365,30 @@ class SemCKDLoss(FeatureLoss):
         self.key.extend(SimilarityEmbedding(batch_size) for _ in self.teacher_specs)
         self.upper_bound = bound_of_cosine_weights(self.temperature, len(self.teacher_specs))
 
+    def _check_choices(self, spared_layers: int) -> None:
+        """Refuse what does not fit together, once the layers are known."""
+        kinds = {pair.kind for row in self.alignments for pair in row}
+        if self.projector == "convolutional" and kinds != {"grid"}:
+            raise ConfigurationError(
+                message(
+                    "The convolutional projector reads maps",
+                    received=f"layers that meet as {', '.join(sorted(kinds))}",
+                    expected="a CNN, or a transformer on images with a teacher of another grid",
+                    todo="use projector='shared'",
+                )
+            )
+        most = 0 if self.projector == "pairwise" or self.association == "last" else len(self.student_specs) - 1
+        if not 0 <= spared_layers <= most:
+            raise ConfigurationError(
+                message(
+                    "So many student layers cannot be spared",
+                    received=f"spared_layers={spared_layers} of {len(self.student_specs)} layers, "
+                    f"projector={self.projector!r}, association={self.association!r}",
+                    expected=f"a number from 0 to {most}",
+                    todo=f"spare at most {most}",
+                )
+            )
+
     def _check(
         self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor] | Mapping[str, Tensor]
     ) -> None:
@@ -341,13 +405,13 @@ class SemCKDLoss(FeatureLoss):
         if self.association in ("uniform", "last", "one_to_one"):
             like = at_least_float32(views.features[0])
             return fixed_weights(self.association, len(self.student_specs), len(self.teacher_specs), like)
-        if self.association == "similarity":
+        if self.association in SIMILARITIES:
             shown = [
-                self.projector == "shared" and any(pair.kind == "grid" for pair in row) for row in self.alignments
+                self.projector != "pairwise" and any(pair.kind == "grid" for pair in row) for row in self.alignments
             ]
             student = [views.summary(s, shown[s]) for s in range(len(self.student_specs))]
             teacher = [self._teacher_summary(targets, t) for t in range(len(self.teacher_specs))]
-            return similarity_weights(student, teacher, self.temperature)
+            return similarity_weights(student, teacher, self.temperature, self.association == "matching")
         if self.required_batch_size is not None:
             raw = zip(self.query, views.features, strict=True)
             queries = [net(_raw_similarity(feature, views.mask)) for net, feature in raw]
@@ -375,9 +439,9 @@ class SemCKDLoss(FeatureLoss):
     def _shared_errors(
         self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        weighted: list[list[Tensor]] = [[] for _ in self.student_specs]
+        weighted: list[list[Tensor]] = [[] for _ in range(self.compared)]
         errors: dict[tuple[int, int], Tensor] = {}
-        for meeting, students in find_meetings(views, self.alignments, self.teacher_specs).items():
+        for meeting, students in find_meetings(views, self.alignments[: self.compared], self.teacher_specs).items():
             teachers = meeting.teachers
             statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
             features = [views.at(s, meeting) for s in students]
@@ -400,6 +464,7 @@ class SemCKDLoss(FeatureLoss):
                 weighted[s].append(values[:, index])
                 errors |= {(s, t): pairs[:, index, position] for position, t in enumerate(teachers)}
         rows = [torch.stack([errors[s, t] for t in range(len(self.teacher_specs))], 1) for s in range(len(weighted))]
+        rows += [torch.full_like(rows[0], math.nan)] * (len(self.student_specs) - len(rows))
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
 
     def _relation_errors(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:

@@ -65,7 +65,7 @@ class GradientAgreement(SemCKDLoss):
         for t in range(teachers):
             # All weight on one layer: the weighted error is that of the pair.
             errors, _ = self._shared_errors(own, targets, one_hot(uniform, t))
-            for s, gradient in enumerate(torch.autograd.grad(errors.sum(), leaves)):
+            for s, gradient in enumerate(torch.autograd.grad(errors.sum(), leaves[: self.compared])):
                 agreement[:, s, t] = F.cosine_similarity(gradient.flatten(1), self.task_gradients[s].flatten(1))
         return torch.softmax(agreement / SHARPNESS, -1)
 
@@ -135,7 +135,7 @@ class LookAheadTrainer(DistillationTrainer):
         found = torch.zeros_like(loss.score)
         for t in range(found.shape[1]):
             errors, _ = loss._shared_errors(views, targets, one_hot(uniform, t))
-            for s in range(found.shape[0]):
+            for s in range(loss.compared):
                 gradient = torch.autograd.grad(errors[:, s].mean(), parameters, retain_graph=True, allow_unused=True)
                 found[s, t] = F.cosine_similarity(_flat(gradient, parameters), direction, dim=0)
         return found

@@ -90,6 +90,8 @@ FAMILIES = {
     "minilm": load_minilm,
     "dinov2": load_dinov2,
 }
+# Whose layers are maps.
+MAP_FAMILIES = {"resnet"}
 
 
 def make_model(model: Mapping[str, Any], rows: Rows, seed: int) -> PreTrainedModel:

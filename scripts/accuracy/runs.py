@@ -20,6 +20,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import DistillationTrainer, SemCKDConfig
+from hf_semckd.config import feature_defaults
 from hf_semckd.errors import ConfigurationError, message
 from hf_semckd.losses import FEATURE_LOSSES
 from hf_semckd.report import environment
@@ -27,7 +28,7 @@ from hf_semckd.report import environment
 from .associations import trainer_class
 from .data import ROOT, Splits, collate, draw, load_splits
 from .mismatch import measured_mismatch
-from .models import COMMON, QUIET, accuracy, make_model, teacher_rows, trained_teacher
+from .models import COMMON, MAP_FAMILIES, QUIET, accuracy, make_model, teacher_rows, trained_teacher
 from .planted import plant
 from .protocol import Method, Protocol
 from .rows import RESULTS, append_row, key_of, read_rows
@@ -35,6 +36,7 @@ from .rows import RESULTS, append_row, key_of, read_rows
 CACHE = ROOT / "outputs" / "accuracy" / "cache"
 # Fields of a method that a protocol may set for all of them.
 SHARED = ("feature_weight", "temperature", "task_weight", "logit_weight")
+SHARED_DEFAULTS = {"temperature": 4.0, "task_weight": 1.0, "logit_weight": 1.0}
 # What a protocol says of its data that is not for the loader.
 STUDENT_ONLY = ("name", "train", "noise")
 
@@ -205,7 +207,7 @@ class _Record:
     def digest(self, recipe: Mapping[str, Any]) -> str:
         """Name what a run is made of, with what the protocol gives to all of them."""
         shared = {key: value for key, value in self.protocol.training.items() if key in SHARED}
-        return _digest({**shared, **recipe}, images="length" not in self.protocol.data)
+        return _digest({**shared, **recipe}, self.protocol)
 
     def twin(self, recipe: Mapping[str, Any], seed: int, split: str) -> dict[str, Any] | None:
         """Return the row of a run that differs in nothing but the method's name."""
@@ -269,16 +271,25 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _digest(recipe: Mapping[str, Any], images: bool) -> str:
+def _digest(recipe: Mapping[str, Any], protocol: Protocol) -> str:
     """Name what a run is made of; 3, 3.0 and, between image models, SemCKD's default of None are the same."""
     plain = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in recipe.items()
     }
-    known = plain.get("loss") in FEATURE_LOSSES and (images or plain["loss"] != "semckd")
-    own = FEATURE_LOSSES[plain["loss"]].default_weight if known else None
-    defaults = {"feature_weight": own, "temperature": 4.0, "task_weight": 1.0, "logit_weight": 1.0}
+    defaults = {"feature_weight": _own_weight(plain, protocol), **SHARED_DEFAULTS}
     return hashlib.sha256(json.dumps({**defaults, **plain}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _own_weight(recipe: Mapping[str, Any], protocol: Protocol) -> float | None:
+    """Return the weight that a loss takes where none is given; None where it has no name of its own, and on text."""
+    loss = recipe.get("loss")
+    if loss != "semckd":
+        return FEATURE_LOSSES[loss].default_weight if loss in FEATURE_LOSSES else None
+    if "length" in protocol.data:
+        return None
+    maps = {protocol.teacher["family"], protocol.student["family"]} <= MAP_FAMILIES
+    return feature_defaults(recipe.get("projector"), maps=maps, images=True).feature_weight
 
 
 def _commit() -> str | None:

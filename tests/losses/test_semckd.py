@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from naive import batch_normalise, convolve, normal, pool, relative
 from scipy import special
 from torch import nn
 
@@ -20,51 +21,6 @@ from hf_semckd.normalization import PRIOR_POSITIONS, VARIANCE_FLOOR
 
 ASSOCIATIONS = ["similarity", "learned", "uniform", "last", "one_to_one"]
 PROJECTORS = ["shared", "pairwise"]
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def relative(actual, expected):
-    actual, expected = (torch.as_tensor(value).detach().double() for value in (actual, expected))
-    return float((actual - expected).norm() / expected.norm())
-
-
-# Equations that both oracles share, one operation at a time
-
-
-def pool(maps, size):
-    """Average the cells of (B, C, H, W) that fall into each cell of the smaller grid."""
-    rows = []
-    for h in range(size[0]):
-        top, bottom = h * maps.shape[2] // size[0], -(-(h + 1) * maps.shape[2] // size[0])
-        cells = []
-        for w in range(size[1]):
-            left, right = w * maps.shape[3] // size[1], -(-(w + 1) * maps.shape[3] // size[1])
-            cells.append(maps[:, :, top:bottom, left:right].mean((2, 3)))
-        rows.append(torch.stack(cells, 2))
-    return torch.stack(rows, 2)
-
-
-def convolve(maps, weight):
-    """Convolve with an odd kernel and zero padding, without bias."""
-    reach = weight.shape[2] // 2
-    height, width = maps.shape[2:]
-    padded = maps.new_zeros(*maps.shape[:2], height + 2 * reach, width + 2 * reach)
-    padded[:, :, reach : reach + height, reach : reach + width] = maps
-    out = 0
-    for dy, dx in itertools.product(range(weight.shape[2]), repeat=2):
-        window = padded[:, :, dy : dy + height, dx : dx + width]
-        out = out + torch.einsum("bchw,oc->bohw", window, weight[:, :, dy, dx])
-    return out
-
-
-def batch_normalise(maps, layer):
-    mean = maps.mean((0, 2, 3), keepdim=True)
-    variance = ((maps - mean) ** 2).mean((0, 2, 3), keepdim=True)
-    scaled = (maps - mean) / (variance + layer.eps).sqrt()
-    return scaled * layer.weight[:, None, None] + layer.bias[:, None, None]
 
 
 def project_map(maps, layers):
@@ -732,7 +688,8 @@ def test_the_bound_of_the_weights_is_known_where_there_is_one(association):
 def test_a_configuration_builds_the_loss_that_it_describes(tmp_path):
     specs = [FeatureSpec.from_shape((4, 4, 4), "1")], [FeatureSpec.from_shape((6, 2, 2), "1")] * 2
     basics = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    loss = SemCKDLoss.from_config(*specs, SemCKDConfig(**basics, association="uniform", association_temperature=0.7))
+    given = {"association": "uniform", "association_temperature": 0.7, "projector": "shared"}
+    loss = SemCKDLoss.from_config(*specs, SemCKDConfig(**basics, **given))
     assert (loss.association, loss.projector, len(loss.statistics), loss.temperature) == ("uniform", "shared", 2, 0.7)
     published = SemCKDLoss.from_config(*specs, SemCKDConfig.published(**basics, per_device_train_batch_size=12))
     reference = SemCKDLoss.published([(4, 4, 4)], [(6, 2, 2)] * 2, 12)
