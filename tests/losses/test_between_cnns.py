@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from naive import batch_normalise, convolve, normal, pool, relative
-from scipy import optimize
+from scipy import optimize, special
 from torch import nn
 
 from hf_semckd.calibration import FeatureDecoder, matched_weights
@@ -196,27 +196,31 @@ def test_a_decoder_takes_a_single_position():
 
 
 def best_by_search(scores):
-    """Maximise sum w * scores + entropy over rows that add up to 1 and columns within the bound, by SLSQP."""
-    layers, teachers = scores.shape
-    bound = max(1.0, layers / teachers)
+    """Maximise sum w * scores + entropy over rows that add up to 1 and columns within the bound, by its dual.
 
-    def cost(flat):
-        return float((flat * (np.log(flat) - scores.ravel())).sum())
+    With prices v >= 0 on the columns, w = softmax(scores - v), where v minimises sum_s logsumexp(scores_s - v) + bound
+    * sum v: convex, and searched by a general method.
+    """
+    bound = max(1.0, len(scores) / scores.shape[1])
 
-    def slope(flat):
-        return np.log(flat) - scores.ravel() + 1
+    def cost(prices):
+        return special.logsumexp(scores - prices, axis=1).sum() + bound * prices.sum()
 
-    constraints = [
-        {"type": "eq", "fun": lambda flat: flat.reshape(scores.shape).sum(1) - 1},
-        {"type": "ineq", "fun": lambda flat: bound - flat.reshape(scores.shape).sum(0)},
-    ]
-    start = np.full(scores.size, 1 / teachers)
+    def slope(prices):
+        return bound - special.softmax(scores - prices, axis=1).sum(0)
+
+    count = scores.shape[1]
     found = optimize.minimize(
-        cost, start, jac=slope, bounds=[(1e-9, 1)] * scores.size, constraints=constraints, method="SLSQP",
-        options={"ftol": 1e-13, "maxiter": 500},
-    )  # fmt: skip
-    assert found.success
-    return found.x.reshape(scores.shape)
+        cost,
+        np.zeros(count),
+        jac=slope,
+        bounds=[(0, None)] * count,
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-9},
+    )
+    weights = special.softmax(scores - found.x, axis=1)
+    assert weights.sum(0).max() < bound + 1e-5
+    return weights
 
 
 @pytest.mark.parametrize(("layers", "teachers"), [(1, 3), (2, 2), (3, 3), (2, 5), (4, 2)])
