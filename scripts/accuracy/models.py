@@ -19,6 +19,8 @@ from transformers import (
     AutoTokenizer,
     Dinov2ForImageClassification,
     PreTrainedModel,
+    RegNetConfig,
+    RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -47,6 +49,20 @@ def make_resnet(classes: int, channels: int, *, width: int, depth: int, stages: 
         num_labels=classes,
     )
     return ResNetForImageClassification(config)
+
+
+def make_regnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
+    """Return a RegNet-Y, of bottlenecks with grouped convolutions, whose stages have width, 2 * width, ... channels."""
+    config = RegNetConfig(
+        num_channels=channels,
+        embedding_size=width,
+        hidden_sizes=[width * 2**stage for stage in range(stages)],
+        depths=[depth] * stages,
+        groups_width=width // 2,
+        layer_type="y",
+        num_labels=classes,
+    )
+    return RegNetForImageClassification(config)
 
 
 def make_vit(classes: int, channels: int, *, size: int, patch: int, depth: int, width: int) -> PreTrainedModel:
@@ -85,13 +101,14 @@ def load_dinov2(classes: int, channels: int) -> PreTrainedModel:
 
 FAMILIES = {
     "resnet": make_resnet,
+    "regnet": make_regnet,
     "vit": make_vit,
     "bert": make_bert,
     "minilm": load_minilm,
     "dinov2": load_dinov2,
 }
 # Whose layers are maps.
-MAP_FAMILIES = {"resnet"}
+MAP_FAMILIES = {"resnet", "regnet"}
 
 
 def make_model(model: Mapping[str, Any], rows: Rows, seed: int) -> PreTrainedModel:
