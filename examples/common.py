@@ -166,7 +166,8 @@ def compare(job: Comparison, options: ComparisonArguments, args: SemCKDConfig) -
             "teacher_layers": trainer.teacher_layer_names,
             "weights": trainer.association(),
         }
-        _report(job, options, args, [teacher, alone, kd, semckd], association)
+        rows = [teacher, alone, kd, semckd]
+        _report(job, options, args, rows, association, trainer.distillation_settings())
     if args.push_to_hub:
         trainer.push_to_hub()
 
@@ -256,6 +257,7 @@ def _report(
     args: SemCKDConfig,
     rows: list[dict[str, Any]],
     association: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     out = Path(args.output_dir)
     report = {
@@ -271,7 +273,7 @@ def _report(
         "rows": rows,
         "association": association,
         "settings": {
-            **args.distillation_settings(),
+            **settings,
             **{name: getattr(args, name) for name in RECORDED},
             "teacher_epochs": job.teacher_epochs,
             "teacher_learning_rate": job.teacher_learning_rate,

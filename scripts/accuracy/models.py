@@ -52,7 +52,7 @@ def make_resnet(classes: int, channels: int, *, width: int, depth: int, stages: 
 
 
 def make_regnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
-    """Return a RegNet-Y, of bottlenecks with grouped convolutions, whose stages have width, 2 * width, ... channels."""
+    """Return a RegNet-Y, of bottlenecks with grouped convolutions, of width, 2 * width, ... channels in its stages."""
     config = RegNetConfig(
         num_channels=channels,
         embedding_size=width,
