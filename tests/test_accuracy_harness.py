@@ -783,6 +783,25 @@ def test_other_settings_are_no_twins(accuracy, place, ran, tmp_path):
     assert method.arguments == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "recipe", "same", "other"),
+    [
+        ("resnet_fashion", {}, 100, 3),
+        ("resnet_regnet_fashion", {}, 100, 3),
+        ("resnet_fashion", {"projector": "shared"}, 3, 100),
+        ("resnet_vit_fashion", {}, 3, 100),
+        ("vit_resnet_fashion", {}, 3, 100),
+    ],
+)
+def test_a_default_weight_is_that_of_the_models_and_projector(accuracy, name, recipe, same, other, tmp_path):
+    """Else the run of a weight that is the default of other models would be taken for that of the default."""
+    (protocol,) = accuracy.protocol.read_protocols(SCRIPTS / "protocols" / f"{name}.yaml")
+    record = accuracy.runs._Record(protocol, tmp_path / "rows.jsonl")
+    recipe = {"loss": "semckd", "association": None, "options": {}, **recipe}
+    assert record.digest(recipe) == record.digest({**recipe, "feature_weight": same})
+    assert record.digest(recipe) != record.digest({**recipe, "feature_weight": other})
+
+
 def test_a_teacher_is_trained_once(accuracy, place, ran, tmp_path, monkeypatch):
     kept = sorted(path.name for path in (place / "teachers").iterdir())
     assert len(kept) == 1 and kept[0].startswith("vit-3x24-")

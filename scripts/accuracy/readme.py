@@ -23,6 +23,7 @@ from .tables import (
 
 PAIRS = (
     "resnet_fashion",
+    "resnet_regnet_fashion",
     "vit_fashion",
     "resnet_vit_fashion",
     "vit_resnet_fashion",
@@ -36,7 +37,10 @@ BASELINES = (
 )  # fmt: skip
 METHODS = ("student", *BASELINES, "semckd-published", "semckd")
 # What the parts of the default are worth, in a family of comparisons of its own.
-STUDY = ("semckd-uniform", "semckd-no-relation", "semckd-weight-3", "semckd-tuned", "semckd-published", "semckd+crd")
+STUDY = (
+    "semckd-similarity", "semckd-one-to-one", "semckd-learned", "semckd-uniform", "semckd-linear", "semckd-all-layers",
+    "semckd-no-relation", "semckd-weight-3", "semckd-tuned", "semckd-published", "semckd+crd",
+)  # fmt: skip
 # Pairs from above with other labels: wrong ones, or all there are.
 REGIMES = ("resnet_fashion_noisy", "resnet_fashion_full", "minilm_snippets_full")
 # Every way to weigh teacher layers that is known here.
