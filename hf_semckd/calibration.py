@@ -32,8 +32,9 @@ MAXIMUM_SCALE = 100.0
 SUMMARY_GRID = 4
 
 
-# At a temperature of 0.02 no teacher layer is then used more than a twentieth too much.
-MATCHING_ROUNDS = 20
+# Cosines over 0.02 differ by up to 50: drawn together 64 times, they can be balanced at once.
+MATCHING_STAGES = 7
+MATCHING_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -330,11 +331,12 @@ def matched_weights(scores: Tensor, rounds: int = MATCHING_ROUNDS) -> Tensor:
     Layers that are like all others (the first of a CNN, say) would else be everybody's teacher. Here a teacher layer
     weighs at most max(1, S / T) in all, summed over student layers; a layer that nobody resembles still gets nothing.
     These are the weights of the largest sum_st w_st * scores_st plus their entropy under that bound, found by scaling
-    rows and columns in turn: rows add up to 1, columns keep the bound as closely as the rounds have come.
+    rows and columns in turn, first for scores drawn together, which takes few rounds, and then less and less so. Rows
+    add up to 1, columns keep the bound as closely as the rounds have come.
 
     Args:
         scores: (B, S, T).
-        rounds: How often rows and columns are scaled.
+        rounds: How often rows and columns are scaled at every stage; twice as often at the last.
 
     Returns:
         (B, S, T).
@@ -343,9 +345,13 @@ def matched_weights(scores: Tensor, rounds: int = MATCHING_ROUNDS) -> Tensor:
     """
     bound = max(1.0, scores.shape[1] / scores.shape[2])
     held = torch.zeros_like(scores[:, :1])
-    for _ in range(rounds):
-        taken = torch.softmax(scores + held, dim=-1).sum(1, keepdim=True)
-        held = (held + (bound / taken.clamp(min=torch.finfo(taken.dtype).tiny)).log()).clamp(max=0.0)
+    for halvings in reversed(range(MATCHING_STAGES)):
+        drawn = scores / 2**halvings
+        for _ in range(rounds if halvings else 2 * rounds):
+            taken = torch.softmax(drawn + held, dim=-1).sum(1, keepdim=True)
+            held = (held + (bound / taken.clamp(min=torch.finfo(taken.dtype).tiny)).log()).clamp(max=0.0)
+        if halvings:
+            held = 2 * held
     return torch.softmax(scores + held, dim=-1)
 
 

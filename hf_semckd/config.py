@@ -47,8 +47,8 @@ class FeatureDefaults:
     spared_layers: int
 
 
-# Maps (CNNs): early layers teach, if read by convolutions and at their full size, and all the more the better they
-# fit; the last layer, which logits teach already, and relations do harm.
+# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
+# full size, and all the more the better they fit; the last layer, which logits teach already, and relations do harm.
 MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", 8, 0.02, 1)
 # A transformer that sees images, on one side at least: relations teach.
 IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", 4, 0.2, 0)
@@ -152,7 +152,8 @@ class SemCKDConfig(TrainingArguments):
         metadata={
             "help": "Temperature of the association, > 0; smaller is sharper. similarity: of a softmax over cosines. "
             "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity; "
-            "0.02 between CNNs), 0.5 (learned), or 1 in the published form."
+            "0.02 between CNNs, where half precision may turn single weights), 0.5 (learned), or 1 in the published "
+            "form."
         },
     )
     token_limit: int = field(
@@ -166,7 +167,8 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Feature maps are pooled to at most this many rows and columns before they are compared. 0: no "
-            "limit. None: 8 between CNNs, 4 elsewhere. Not with the pairwise projector."
+            "limit, which between CNNs takes memory. None: 8 between CNNs, 4 elsewhere. Not with the pairwise "
+            "projector."
         },
     )
     calibration_learning_rate: float | None = field(
@@ -289,10 +291,11 @@ class SemCKDConfig(TrainingArguments):
         return None if self.teacher_cache_dtype == "auto" else getattr(torch, self.teacher_cache_dtype)
 
     def distillation_settings(self) -> dict[str, Any]:
-        """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card."""
+        """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card.
+
+        What depends on the models is None where it was left open; a trainer knows it.
+        """
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
-        settings["feature_weight"] = self.resolved_feature_weight()
-        settings["association_temperature"] = self.resolved_association_temperature()
         settings["calibration_learning_rate"] = self.resolved_calibration_learning_rate()
         return settings
 

@@ -52,8 +52,8 @@ class ObservingTrainer(Trainer):
             layer = self.teacher_layer_names[int(self._association[0].argmax())]  # type: ignore[index]
             logger.warning(
                 "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
-                "every sample alike, so it carries no information. Use association='similarity' (the "
-                "default), or raise association_temperature.",
+                "every sample alike, so it carries no information. Use association='similarity', or raise "
+                "association_temperature.",
                 layer,
             )
         return averages.terms

@@ -311,11 +311,12 @@ def test_the_calibration_learning_rate_is_at_least_a_thousandth_unless_given(tmp
     assert built.resolved_calibration_learning_rate() == expected
 
 
-def test_settings_are_json_without_paths_and_with_resolved_values(tmp_path):
+def test_settings_are_json_without_paths_and_open_where_the_models_decide(tmp_path):
     built = config(tmp_path, teacher_cache_dir=str(tmp_path), student_layers=["1", "2"])
     settings = json.loads(json.dumps(built.distillation_settings()))
     assert set(settings) == set(OWN) - {"teacher_cache_dir"}
-    assert settings["association_temperature"] == 0.2 and settings["calibration_learning_rate"] == 1e-3
+    assert settings["calibration_learning_rate"] == 1e-3
+    assert [settings[name] for name in ("association", "association_temperature", "feature_weight")] == [None] * 3
     assert settings["student_layers"] == [1, 2] and str(tmp_path) not in json.dumps(settings)
 
 

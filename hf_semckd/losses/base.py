@@ -22,7 +22,7 @@ class FeatureLossOutput:
         total: Scalar, the mean of `per_sample`; before `feature_weight`.
         per_sample: (B) the loss of each sample, from which windows and processes are averaged exactly.
         attention: (B, S, T) association weights, or None for losses without any; without gradient.
-        errors: (B, S, T) errors of the pairs, or None; without gradient.
+        errors: (B, S, T) errors of the pairs, or None; without gradient, NaN where a pair is not compared.
     """
 
     total: Tensor
@@ -37,7 +37,7 @@ class FeatureLoss(nn.Module, ABC):
     Attributes:
         default_weight: What `feature_weight` is where none is given; for a baseline, the published one.
         reuses_teacher_head: Whether the student is to end with the teacher's classifier; `finish` puts it there.
-        upper_bound: The largest weight that its association can give a layer; None when weights are fixed or absent.
+        upper_bound: The largest weight that its association can learn to give a layer; None when none are learned.
         required_batch_size: The only batch size that it takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
             sets it to False and calls `synchronize` once an optimizer step, which makes accumulation and processes

@@ -56,7 +56,8 @@ class SemCKDLoss(FeatureLoss):
     """Every student layer learns from several teacher layers, weighed for each sample by an association.
 
     total = 1 / (B * S) * sum over samples i, student layers s and teacher layers t of
-    weights[i, s, t] * (mean squared error(projection(F_s[i]), F_t[i]) + relation_weight * relation error[i, s, t]).
+    weights[i, s, t] * (mean squared error(projection(F_s[i]), F_t[i]) + relation_weight * relation error[i, s, t]);
+    the mean of the squared errors is over the layers that are compared, where some are spared.
 
     The relation error compares where both layers see a sample among the others of the batch
     (`functional.relation_errors`). It goes through no projection, so it teaches the student itself from the first
@@ -65,7 +66,8 @@ class SemCKDLoss(FeatureLoss):
 
     The calibrated form (the default) takes any batch size. It standardises every teacher channel, projects a student
     layer once for all teacher layers of one width, and weighs by similarity, or by learned weights that cannot
-    collapse (see `calibration.free_energy`). `SemCKDLoss.published` is the paper's form.
+    collapse (see `calibration.free_energy`). `SemCKDLoss.published` is the paper's form, `SemCKDLoss.from_config` what
+    a trainer makes for the models at hand: between CNNs, a student layer is read by a decoder first.
 
     Args:
         student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer.
@@ -86,9 +88,9 @@ class SemCKDLoss(FeatureLoss):
             them, and their weights are still shown.
 
     Attributes:
-        query, key: Networks of the learned association, one a student layer and one a teacher layer; else empty.
+        query, key: Networks of the learned association, one a compared student layer, one a teacher layer; else empty.
         projection: `projection[s][t]` (pairwise), or `projection[projection_of[s]][width]` (shared).
-        projection_of: Which entry of `projection` each student layer uses.
+        projection_of: Which entry of `projection` each student layer uses; spared ones use none.
         decoder: What reads a student layer before its projections, one a compared layer; empty unless convolutional.
         compared: How many student layers are projected and compared: all but the spared ones.
         statistics: `ChannelStatistics`, one a teacher layer; empty without standardisation.
@@ -142,8 +144,6 @@ class SemCKDLoss(FeatureLoss):
         self.query, self.key = nn.ModuleList(), nn.ModuleList()
         if association == "learned":
             self._build_learned_association(target_norm, batch_size)
-        elif association in SIMILARITIES:
-            self.upper_bound = bound_of_cosine_weights(association_temperature, len(self.teacher_specs))
         self.selection = TeacherSelection(
             self.teacher_specs,
             [] if projector == "pairwise" else self.alignments,
@@ -199,7 +199,9 @@ class SemCKDLoss(FeatureLoss):
             maps=all(spec.kind == "map" for spec in specs),
             images=all(spec.grid is not None for spec in specs),
         )
-        chosen = config.student_layers is not None or config.association == "last" or len(student_specs) == 1
+        # Without logits nothing else would teach the last layer.
+        taught = config.student_layers is None and config.distils_logits and len(student_specs) > 1
+        spares = taught and config.association != "last"
         loss = cls(
             student_specs,
             teacher_specs,
@@ -213,7 +215,7 @@ class SemCKDLoss(FeatureLoss):
             grid_limit=(defaults.grid_limit if config.grid_limit is None else config.grid_limit) or None,
             relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
-            spared_layers=0 if chosen else defaults.spared_layers,
+            spared_layers=defaults.spared_layers if spares else 0,
         )
         loss.default_weight = defaults.feature_weight
         return loss
@@ -237,9 +239,7 @@ class SemCKDLoss(FeatureLoss):
             self.observe(targets)
             if self.automatic_synchronization:
                 self.synchronize()
-        views = StudentViews(
-            student_features, self.student_specs, student_mask, self.selection, targets, list(self.decoder)
-        )
+        views = self.views(student_features, student_mask, targets)
         weights = self._weights(views, targets)
         if self.projector == "pairwise":
             weighted, errors = self._pairwise_errors(views, targets, weights)
@@ -252,8 +252,18 @@ class SemCKDLoss(FeatureLoss):
             relations = (weights.detach() * self._relation_errors(views, targets)).sum((1, 2))
             per_sample = per_sample + self.relation_weight * relations / (1 if last else len(self.student_specs))
         if self.association == "learned" and self.required_batch_size is None:
-            per_sample = per_sample + free_energy(weights, self.temperature).mean(1)
+            per_sample = per_sample + free_energy(weights[:, : self.compared], self.temperature).mean(1)
         return FeatureLossOutput(per_sample.mean(), per_sample, weights.detach(), errors.detach())
+
+    def views(self, features: Sequence[Tensor], mask: Tensor | None, targets: Mapping[str, Tensor]) -> StudentViews:
+        """Return the student's features as they are compared.
+
+        Args:
+            features: S features of the student.
+            mask: (B, N) mask of its tokens.
+            targets: What `select` kept of the teacher.
+        """
+        return StudentViews(features, self.student_specs, mask, self.selection, targets, list(self.decoder))
 
     @property
     def needs_statistics(self) -> bool:
@@ -346,7 +356,7 @@ class SemCKDLoss(FeatureLoss):
 
     def _build_learned_association(self, target_norm: TargetNorm, batch_size: int | None) -> None:
         if target_norm == "channel":
-            self.query.extend(FeatureEmbedding(spec.channels) for spec in self.student_specs)
+            self.query.extend(FeatureEmbedding(spec.channels) for spec in self.student_specs[: self.compared])
             self.key.extend(FeatureEmbedding(spec.channels) for spec in self.teacher_specs)
             self.log_scale = nn.Parameter(torch.zeros(()))
             self.upper_bound = 1.0
@@ -361,7 +371,7 @@ class SemCKDLoss(FeatureLoss):
                 )
             )
         self.required_batch_size = batch_size
-        self.query.extend(SimilarityEmbedding(batch_size) for _ in self.student_specs)
+        self.query.extend(SimilarityEmbedding(batch_size) for _ in self.student_specs[: self.compared])
         self.key.extend(SimilarityEmbedding(batch_size) for _ in self.teacher_specs)
         self.upper_bound = bound_of_cosine_weights(self.temperature, len(self.teacher_specs))
 
@@ -413,14 +423,24 @@ class SemCKDLoss(FeatureLoss):
             teacher = [self._teacher_summary(targets, t) for t in range(len(self.teacher_specs))]
             return similarity_weights(student, teacher, self.temperature, self.association == "matching")
         if self.required_batch_size is not None:
-            raw = zip(self.query, views.features, strict=True)
+            raw = zip(self.query, views.features[: self.compared], strict=True)
             queries = [net(_raw_similarity(feature, views.mask)) for net, feature in raw]
             mask = targets.get("mask")
             keys = [net(_raw_similarity(targets[f"whole.{t}"], mask)) for t, net in enumerate(self.key)]
-            return attention_weights(queries, keys, 1.0 / self.temperature)
+            return self._with_spared(attention_weights(queries, keys, 1.0 / self.temperature))
         queries = [net(views.mean(s)) for s, net in enumerate(self.query)]
         keys = [net(self._teacher_mean(targets, t)) for t, net in enumerate(self.key)]
-        return attention_weights(queries, keys, self.log_scale.clamp(max=math.log(MAXIMUM_SCALE)).exp())
+        scale = self.log_scale.clamp(max=math.log(MAXIMUM_SCALE)).exp()
+        return self._with_spared(attention_weights(queries, keys, scale))
+
+    def _with_spared(self, weights: Tensor) -> Tensor:
+        """Add equal weights for the layers that are not compared, and so have nothing to learn them by."""
+        spared = len(self.student_specs) - self.compared
+        if not spared:
+            return weights
+        return torch.cat(
+            [weights, weights.new_full((len(weights), spared, weights.shape[2]), 1 / weights.shape[2])], 1
+        )
 
     def _teacher_summary(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
         if f"whole.{t}" in targets:

@@ -60,7 +60,7 @@ class GradientAgreement(SemCKDLoss):
         if self.task_gradients is None or not torch.is_grad_enabled():
             return uniform
         leaves = [feature.detach().requires_grad_() for feature in views.features]
-        own = StudentViews(leaves, self.student_specs, views.mask, self.selection, targets)
+        own = self.views(leaves, views.mask, targets)
         agreement = uniform.new_zeros(uniform.shape)
         for t in range(teachers):
             # All weight on one layer: the weighted error is that of the pair.
@@ -129,8 +129,7 @@ class LookAheadTrainer(DistillationTrainer):
         direction = _flat(torch.autograd.grad(task.loss, parameters, allow_unused=True), parameters)
         targets = self._run_teacher(inputs).features
         _, features = _plain_forward(self, inputs)
-        mask = inputs.get("attention_mask")
-        views = StudentViews(features, loss.student_specs, mask, loss.selection, targets)
+        views = loss.views(features, inputs.get("attention_mask"), targets)
         uniform = features[0].new_full((len(features[0]), *loss.score.shape), 1.0 / loss.score.shape[1])
         found = torch.zeros_like(loss.score)
         for t in range(found.shape[1]):

@@ -64,7 +64,11 @@ def errors_by_hand(loss, student, teacher, compared):
 # ---- The whole -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("association", [None, "similarity", "matching", "uniform", "one_to_one"])
+def divergence_by_hand(weights):
+    return (weights * (weights * weights.shape[2]).log()).sum(2)
+
+
+@pytest.mark.parametrize("association", [None, "similarity", "matching", "uniform", "one_to_one", "learned"])
 def test_the_loss_by_hand(tmp_path, association):
     loss = configured(tmp_path, association=association)
     student, teacher = features(STUDENT, 1), features(TEACHER, 20)
@@ -72,6 +76,9 @@ def test_the_loss_by_hand(tmp_path, association):
     errors = errors_by_hand(loss, student, teacher, compared=2)
     assert relative(out.errors[:, :2], errors) < 1e-9 and bool(out.errors[:, 2].isnan().all())
     expected = (out.attention[:, :2] * errors).sum((1, 2)) / 2
+    if association == "learned":
+        assert torch.equal(out.attention[:, 2], torch.full((BATCH, 3), 1 / 3, dtype=torch.float64))
+        expected = expected + 0.5 * divergence_by_hand(out.attention[:, :2]).mean(1)
     assert relative(out.per_sample, expected) < 1e-9 and relative(out.total, expected.mean()) < 1e-9
 
 
@@ -85,8 +92,9 @@ def test_the_defaults(tmp_path):
     }  # fmt: skip
 
 
-def test_every_parameter_is_trained_and_the_student_where_it_is_compared(tmp_path):
-    loss = configured(tmp_path)
+@pytest.mark.parametrize("association", [None, "learned"])
+def test_every_parameter_is_trained_and_the_student_where_it_is_compared(tmp_path, association):
+    loss = configured(tmp_path, association=association)
     student = [x.requires_grad_() for x in features(STUDENT, 1)]
     loss(student, features(TEACHER, 20)).total.backward()
     assert all(entry.grad is not None and entry.grad.abs().sum() > 0 for entry in loss.parameters())
@@ -109,6 +117,7 @@ def test_relations_teach_the_spared_layer_too(tmp_path):
         ({}, 2),
         ({"student_layers": [1, 2, 3]}, 3),
         ({"association": "last"}, 3),
+        ({"logit_weight": 0.0}, 3),
         ({"projector": "shared"}, 3),
         ({"projector": "pairwise", "association": "uniform"}, 3),
     ],
@@ -229,9 +238,19 @@ def test_matched_weights_are_the_best_within_the_bound(layers, teachers, seed):
     scores = 2 * normal(2, layers, teachers, seed=seed)
     # All want the first one.
     scores[:, :, 0] += 2
-    found = matched_weights(scores, rounds=2000)
+    found = matched_weights(scores, rounds=500)
     for sample in range(2):
         np.testing.assert_allclose(found[sample].numpy(), best_by_search(scores[sample].numpy()), atol=2e-4)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("gap", [0.1, 0.5, 1.0])
+def test_the_rounds_suffice_where_all_want_one_layer(layers, gap):
+    cosines = 0.05 * torch.rand(16, layers, layers, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cosines[:, :, 0] += gap
+    found = matched_weights(cosines / 0.02)
+    assert float(found.sum(1).max()) < 1.01
+    np.testing.assert_allclose(found[0].numpy(), best_by_search(cosines[0].numpy() / 0.02), atol=0.02)
 
 
 def test_a_layer_that_all_resemble_is_shared_out():

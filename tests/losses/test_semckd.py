@@ -679,8 +679,7 @@ def test_shared_projections_are_one_a_student_layer_and_teacher_width():
 @pytest.mark.parametrize("association", ASSOCIATIONS)
 def test_the_bound_of_the_weights_is_known_where_there_is_one(association):
     bound = problem("maps", association)[0].upper_bound
-    ratio = math.exp(-2 / TEMPERATURE)
-    expected = {"similarity": 1 / (1 + 2 * ratio), "learned": 1.0}.get(association)
+    expected = {"learned": 1.0}.get(association)
     assert bound == (None if expected is None else pytest.approx(expected))
     assert problem("maps", association)[0].required_batch_size is None
 
