@@ -79,6 +79,7 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
         trained, "vit", *ACCUMULATED, samples=20, terms="feature", ddp_find_unused_parameters=True, **CHECKPOINTING
     ),
     "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
+    "resnet-cnns": job(trained, "resnet", *WHOLE, samples=24, association=None),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
 }
 

@@ -51,7 +51,7 @@ def test_two_processes_took_part(results):
     assert "exit status 0" in output, output[-3000:]
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job != "vit-published"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("vit-published", "resnet-cnns")])
 def test_two_processes_train_as_one_does_by_hand(job, results, tmp_path):
     done, world = read(results, job)
     assert world == WORLD
@@ -71,6 +71,16 @@ def test_two_processes_train_the_published_form_as_accumulation_does(results, tm
     """Similarity rows and BatchNorm are those of a micro-batch; only running averages know which process saw it."""
     cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": WORLD}
     one, two = train("vit", tmp_path, samples=32, **cut, **PUBLISHED), read(results, "vit-published")[0]
+    assert_same(without_running_averages(two), without_running_averages(one))
+
+
+def test_two_processes_train_between_cnns_as_accumulation_does(results, tmp_path):
+    """The BatchNorm of student and decoders is that of a micro-batch, and so are matched weights."""
+    micro, parts = WHOLE
+    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts * WORLD}
+    one = train("resnet", tmp_path, samples=24, association=None, **cut)
+    two, world = read(results, "resnet-cnns")
+    assert world == WORLD and any(name.startswith("calibration.decoder.") for name in one.state), sorted(one.state)
     assert_same(without_running_averages(two), without_running_averages(one))
 
 

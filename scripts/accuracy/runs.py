@@ -272,7 +272,7 @@ def _json(value: Any) -> Any:
 
 
 def _digest(recipe: Mapping[str, Any], protocol: Protocol) -> str:
-    """Name what a run is made of; 3, 3.0 and, between image models, SemCKD's default of None are the same."""
+    """Name what a run is made of; 3 and 3.0 are the same, and None where that is the default, but on text."""
     plain = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in recipe.items()
