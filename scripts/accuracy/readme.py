@@ -51,14 +51,14 @@ TARGETS = "digits_targets"
 PLANTED = "digits_planted"
 PLANTED_METHODS = ("kd", "semckd", "semckd-uniform", "semckd-one-to-one", "semckd-last")
 SWEEPS = ("few_labels", "noisy_labels", "batch_size", "feature_weight")
-NEGATIVE = "negative_map"
+NEGATIVE = ("negative_map", "negative_map_cnn")
 # One question, asked again with seeds that nobody had seen: is the default better than logit distillation?
 FRESH_SEEDS = range(10, 30)
 
 
 def read_shown(results: Path) -> list[Row]:
     """Return the rows of all that the README and the page of results show."""
-    paths = [results / f"{name}.jsonl" for name in (*PAIRS, *REGIMES, PLANTED, ASSOCIATIONS, TARGETS, NEGATIVE)]
+    paths = [results / f"{name}.jsonl" for name in (*PAIRS, *REGIMES, PLANTED, ASSOCIATIONS, TARGETS, *NEGATIVE)]
     paths += sorted(path for name in SWEEPS for path in results.glob(f"{name}@*.jsonl"))
     return [row for path in paths for row in read_rows(path)]
 
@@ -103,8 +103,9 @@ def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
     for name in SWEEPS:
         swept = [row for row in rows if row["protocol"].startswith(f"{name}@")]
         texts[name] = curve_table(curves(swept, name))
-    found = negative_map(_of(rows, NEGATIVE), NEGATIVE)
-    texts[NEGATIVE] = f"{negative_table(found)}\n\n{negative_sentence(found)}"
+    for name in _tested(rows, NEGATIVE):
+        found = negative_map(_of(rows, name), name)
+        texts[name] = f"{negative_table(found)}\n\n{negative_sentence(found)}"
     texts["mismatch"] = mismatch_table(rows, [*shown, PLANTED, ASSOCIATIONS])
     return texts
 
