@@ -29,7 +29,8 @@ class ObservingTrainer(Trainer):
 
         Returns:
             (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
-            from, or None when nothing was logged yet or there is no association.
+            from, or would if it were not left to the logits; None when nothing was logged yet or there is no
+            association.
         """
         return None if self._association is None else self._association.copy()
 

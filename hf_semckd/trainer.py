@@ -152,7 +152,10 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
 
     @property
     def student_layer_names(self) -> list[str]:
-        """Names of the student layers that learn: hidden-state indices or module names."""
+        """Names of the student layers that are looked at: hidden-state indices or module names.
+
+        Between CNNs SemCKD leaves the last one to the logits (`feature_loss.compared` tells how many learn).
+        """
         return self._student_capture.names() if self._distils_features else []
 
     @property
