@@ -4,11 +4,13 @@
     python scripts/study_accuracy.py curve scripts/protocols/few_labels.yaml scripts/protocols/noisy_labels.yaml
     python scripts/study_accuracy.py curve scripts/protocols/batch_size.yaml scripts/protocols/feature_weight.yaml
     python scripts/study_accuracy.py mismatch scripts/protocols/*_fashion.yaml --table-only
+    python scripts/study_accuracy.py association scripts/protocols/resnet_fashion.yaml --table-only
 
 negative-map forces one student layer onto one teacher layer and compares with logit distillation; curve follows
 accuracy along the value that a protocol sweeps; mismatch tells how differently associated layers see the validation
-samples (lower is better calibrated; a table alone). Runs are those of scripts/benchmark_accuracy.py, and are kept as
-rows where it keeps them; it says what the data of the protocols need.
+samples (lower is better calibrated; a table alone); association shows which teacher layers the default weighs. The
+runs are those of scripts/benchmark_accuracy.py, and are kept as rows where it keeps them; it says what the data of the
+protocols need.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from benchmark_accuracy import RESULTS, run_protocol
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
 
-from accuracy.protocol import METHODS, Protocol, read_protocols  # noqa: E402
+from accuracy.protocol import METHODS, Method, Protocol, read_protocols  # noqa: E402
 from accuracy.rows import read_rows  # noqa: E402
 from accuracy.studies import (  # noqa: E402
+    association_table,
     curve_table,
     curves,
+    mean_association,
     mismatch_table,
     negative_map,
     negative_sentence,
@@ -38,6 +42,7 @@ from accuracy.studies import (  # noqa: E402
 from accuracy.study_pictures import plot_curves, plot_negative_map, save_picture  # noqa: E402
 
 from hf_semckd.errors import InputError  # noqa: E402
+from hf_semckd.visualization import plot_association  # noqa: E402
 
 PICTURES = RESULTS / "pictures"
 # What a swept key is called below a curve.
@@ -50,9 +55,9 @@ LABELS = {
 
 
 def run_missing(path: Path, protocols: Sequence[Protocol], study: str, results: Path) -> None:
-    """Run what is not there yet; of a mismatch, only the methods that can have one."""
+    """Run what is not there yet, of the methods that a study shows."""
     for protocol in protocols:
-        methods = [entry.name for entry in protocol.methods if study != "mismatch" or _associates(entry.loss)]
+        methods = [entry.name for entry in protocol.methods if _shows(study, entry)]
         if methods:
             run_protocol(str(path), protocol.name, methods, results)
 
@@ -81,7 +86,15 @@ def show_curve(path: Path, protocols: Sequence[Protocol], results: Path, picture
     _save(figure, pictures / f"{path.stem}.png")
 
 
-SHOWN = {"negative-map": show_negative_map, "curve": show_curve}
+def show_association(path: Path, protocols: Sequence[Protocol], results: Path, pictures: Path) -> None:
+    """Print and draw the mean association weights of the default, for each protocol."""
+    for protocol in protocols:
+        weights, seeds = mean_association(kept_rows([protocol], results), protocol.name)
+        print(f"{protocol.name}, mean of {seeds} seeds:\n\n{association_table(weights)}\n")
+        _save(plot_association(weights, title=protocol.name)[0], pictures / f"association_{protocol.name}.png")
+
+
+SHOWN = {"negative-map": show_negative_map, "curve": show_curve, "association": show_association}
 
 
 def main() -> None:
@@ -112,8 +125,10 @@ def main() -> None:
         raise SystemExit(str(error)) from error
 
 
-def _associates(loss: str | None) -> bool:
-    return loss is not None and "semckd" in loss.split("+")
+def _shows(study: str, method: Method) -> bool:
+    if study == "association":
+        return method.name == "semckd"
+    return study != "mismatch" or (method.loss is not None and "semckd" in method.loss.split("+"))
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -375,6 +375,25 @@ def test_the_command_shows_curves_of_kept_rows(parts, monkeypatch, tmp_path, cap
     assert (tmp_path / "pictures" / "few_labels.png").is_file()
 
 
+def test_the_command_shows_the_association_of_kept_rows(parts, monkeypatch, tmp_path, capsys):
+    kept = [[[0.9, 0.1], [0.3, 0.7]], [[0.7, 0.3], [0.1, 0.9]]]
+    rows = [row("vit_fashion", "semckd", seed, 0.5, extras={"association": kept[seed]}) for seed in (0, 1)]
+    others = [
+        row("vit_fashion", "semckd", 100, 0.5, split="tuning", extras={"association": [[0, 1], [0, 1]]}),
+        row("vit_fashion", "semckd-uniform", 0, 0.5, extras={"association": [[0, 1], [0, 1]]}),
+        row("vit_fashion", "semckd", 2, 0.5),
+    ]
+    store(tmp_path, [*rows, *others])
+    call(parts, monkeypatch, tmp_path, "association", PROTOCOLS / "vit_fashion.yaml", "--table-only")
+    out = capsys.readouterr().out
+    assert (
+        "vit_fashion, mean of 2 seeds" in out and "| student 1 | 80 | 20 |" in out and "| student 2 | 20 | 80 |" in out
+    )
+    assert (tmp_path / "pictures" / "association_vit_fashion.png").is_file()
+    with pytest.raises(SystemExit, match="no association of deep_vit_fashion yet"):
+        call(parts, monkeypatch, tmp_path, "association", PROTOCOLS / "deep_vit_fashion.yaml", "--table-only")
+
+
 def test_the_command_says_what_is_missing(parts, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no map of negative_map yet"):
         call(parts, monkeypatch, tmp_path, "negative-map", PROTOCOLS / "negative_map.yaml", "--table-only")

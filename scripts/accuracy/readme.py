@@ -10,7 +10,16 @@ import numpy as np
 from hf_semckd.errors import InputError, message
 
 from .rows import TEACHER, Row, read_rows
-from .studies import curve_table, curves, mismatch_table, negative_map, negative_sentence, negative_table
+from .studies import (
+    association_table,
+    curve_table,
+    curves,
+    mean_association,
+    mismatch_table,
+    negative_map,
+    negative_sentence,
+    negative_table,
+)
 from .tables import (
     difference_table,
     fresh_sentence,
@@ -52,6 +61,8 @@ PLANTED = "digits_planted"
 PLANTED_METHODS = ("kd", "semckd", "semckd-uniform", "semckd-one-to-one", "semckd-last")
 SWEEPS = ("few_labels", "noisy_labels", "batch_size", "feature_weight")
 NEGATIVE = ("negative_map", "negative_map_cnn")
+# Where it is shown which teacher layers the default weighs.
+ASSOCIATED = ("resnet_fashion",)
 # One question, asked again with seeds that nobody had seen: is the default better than logit distillation?
 FRESH_SEEDS = range(10, 30)
 
@@ -106,6 +117,8 @@ def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
     for name in _tested(rows, NEGATIVE):
         found = negative_map(_of(rows, name), name)
         texts[name] = f"{negative_table(found)}\n\n{negative_sentence(found)}"
+    for name in _tested(rows, ASSOCIATED):
+        texts[f"association_{name}"] = association_table(mean_association([*rows, *fresh], name)[0])
     texts["mismatch"] = mismatch_table(rows, [*shown, PLANTED, ASSOCIATIONS])
     return texts
 

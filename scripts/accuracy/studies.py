@@ -246,3 +246,37 @@ def _score(scores: Sequence[float]) -> str | None:
     if not scores:
         return None
     return f"{mean(scores):.3f}" + (f" ± {stdev(scores):.3f}" if len(scores) > 1 else "")
+
+
+def mean_association(rows: Rows, protocol: str, method: str = "semckd") -> tuple[np.ndarray, int]:
+    """Return the mean association weights (S, T) of a method's test runs when training ended, and how many there are.
+
+    Raises:
+        InputError: When no such run is there, or none with an association.
+    """
+    weights = [
+        row["extras"]["association"]
+        for row in rows
+        if row["protocol"] == protocol and row["method"] == method and row["split"] == "test"
+        if "association" in row["extras"]
+    ]
+    if not weights:
+        raise InputError(
+            message(
+                f"There is no association of {protocol} yet",
+                received=f"{len(rows)} rows",
+                expected=f"tests of `{method}`",
+                todo="run the study without --table-only",
+            )
+        )
+    return np.mean(weights, axis=0), len(weights)
+
+
+def association_table(weights: np.ndarray) -> str:
+    """Return association weights (S, T) as a Markdown table, in per cent."""
+    columns = [f"teacher {t}" for t in range(1, weights.shape[1] + 1)]
+    shares = [[f"{100 * weight:.0f}" for weight in row] for row in weights]
+    lines = [
+        {"layer": f"student {s}", **dict(zip(columns, row, strict=True))} for s, row in enumerate(shares, start=1)
+    ]
+    return format_markdown_table(lines, ["layer", *columns])
