@@ -48,7 +48,7 @@ class FeatureDefaults:
 
 
 # Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
-# full size, and all the more the better they fit; the last layer, which logits teach already, and relations do harm.
+# full size, and all the more the better they fit; the last layer, which logits teach already, is harmed, and relations add nothing.
 MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", 8, 0.02, 1)
 # A transformer that sees images, on one side at least: relations teach.
 IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", 4, 0.2, 0)
@@ -104,7 +104,7 @@ class SemCKDConfig(TrainingArguments):
         metadata={
             "help": "Weight, >= 0, of the relation error within the feature term: how differently both layers place a "
             "sample among the others of the micro-batch. None: 20 between image models where one is a transformer, 0 "
-            "elsewhere (between CNNs and on text it was measured to hurt). 0: as published, features alone."
+            "elsewhere (between CNNs it added nothing, and on text it did harm). 0: as published, features alone."
         },
     )
     target_norm: TargetNorm = field(
