@@ -48,7 +48,8 @@ class FeatureDefaults:
 
 
 # Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
-# full size, and all the more the better they fit; the last layer, which logits teach already, is harmed, and relations add nothing.
+# full size, and all the more the better they fit. The last layer, which logits teach already, is harmed by it, and
+# relations add nothing.
 MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", 8, 0.02, 1)
 # A transformer that sees images, on one side at least: relations teach.
 IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", 4, 0.2, 0)
