@@ -30,8 +30,6 @@ EMBEDDING_WIDTH = 32
 MAXIMUM_SCALE = 100.0
 # Larger maps are pooled to this before similarities are taken: what is where matters, single pixels do not.
 SUMMARY_GRID = 4
-
-
 # Cosines over 0.02 differ by up to 50: drawn together 64 times, they can be balanced at once.
 MATCHING_STAGES = 7
 MATCHING_ROUNDS = 5

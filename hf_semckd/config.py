@@ -269,9 +269,7 @@ class SemCKDConfig(TrainingArguments):
         """Return the association temperature that is used, `defaults` being those of the layers at hand."""
         if self.association_temperature is not None:
             return self.association_temperature
-        if self.association == "learned":
-            return default_learned_temperature(self.target_norm)
-        return defaults.similarity_temperature
+        return default_association_temperature(self.association, self.target_norm, defaults)
 
     def resolved_feature_weight(self, default: float = IMAGE_DEFAULTS.feature_weight) -> float:
         """Return the weight of the feature term; `default` is the feature loss's own, for where none was given."""
@@ -396,8 +394,12 @@ def feature_defaults(projector: Projector | None, *, maps: bool, images: bool) -
     return IMAGE_DEFAULTS if images else SEQUENCE_DEFAULTS
 
 
-def default_learned_temperature(target_norm: TargetNorm) -> float:
-    """Return the association temperature of learned weights that is used when none is given."""
+def default_association_temperature(
+    association: Association | None, target_norm: TargetNorm, defaults: FeatureDefaults = IMAGE_DEFAULTS
+) -> float:
+    """Return the association temperature that is used when none is given."""
+    if association != "learned":
+        return defaults.similarity_temperature
     return PUBLISHED_TEMPERATURE if target_norm == "none" else DEFAULT_LEARNED_TEMPERATURE
 
 

@@ -31,7 +31,7 @@ from ..config import (
     Projector,
     SemCKDConfig,
     TargetNorm,
-    default_learned_temperature,
+    default_association_temperature,
     feature_defaults,
 )
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
@@ -126,8 +126,7 @@ class SemCKDLoss(FeatureLoss):
         self.association: Association = association
         self.projector: Projector = projector
         if association_temperature is None:
-            learned = default_learned_temperature(target_norm)
-            association_temperature = learned if association == "learned" else IMAGE_DEFAULTS.similarity_temperature
+            association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
         self.relation_weight = relation_weight
         self.alignments = [

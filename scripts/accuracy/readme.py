@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from hf_semckd.errors import InputError, message
 
 from .rows import TEACHER, Row, read_rows
@@ -151,13 +149,12 @@ def updated(text: str, texts: Mapping[str, str]) -> str:
 
 def _found(rows: Sequence[Row]) -> str:
     """Say how much weight the association leaves to the useless layers, which are the last ones."""
-    tests = [row for row in rows if row["method"] == "semckd" and row["split"] == "test"]
-    weights = np.mean([row["extras"]["association"] for row in tests], axis=0)
-    useless = tests[0]["settings"]["teacher"]["planted"]["useless"]
+    weights, seeds = mean_association(rows, PLANTED)
+    useless = rows[0]["settings"]["teacher"]["planted"]["useless"]
     left, equal = 100 * weights[:, -useless:].mean(), 100 / weights.shape[1]
     return (
         f"The similarity weights find the useless layers out: each is left {left:.1f} % of the weight (mean of "
-        f"{len(tests)} seeds), where equal weights give it {equal:.1f} %. With that they are level with equal weights "
+        f"{seeds} seeds), where equal weights give it {equal:.1f} %. With that they are level with equal weights "
         "all the same, and better than both maps made by hand."
     )
 

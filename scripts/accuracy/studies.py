@@ -101,12 +101,8 @@ def negative_map(rows: Rows, protocol: str, baseline: str = BASELINE) -> Negativ
 
 def negative_table(found: NegativeMap) -> str:
     """Return the Markdown table of a map in points, mean ± standard deviation and seeds, a line a student layer."""
-    columns = [f"teacher {layer + 1}" for layer in range(found.mean.shape[1])]
-    lines = []
-    for student in range(found.mean.shape[0]):
-        cells = (_points(found, (student, teacher)) for teacher in range(found.mean.shape[1]))
-        lines.append({"layer": f"student {student + 1}", **dict(zip(columns, cells, strict=True))})
-    return format_markdown_table(lines, ["layer", *columns])
+    students, teachers = found.mean.shape
+    return _layer_table([[_points(found, (s, t)) for t in range(teachers)] for s in range(students)])
 
 
 def negative_sentence(found: NegativeMap) -> str:
@@ -274,9 +270,11 @@ def mean_association(rows: Rows, protocol: str, method: str = "semckd") -> tuple
 
 def association_table(weights: np.ndarray) -> str:
     """Return association weights (S, T) as a Markdown table, in per cent."""
-    columns = [f"teacher {t}" for t in range(1, weights.shape[1] + 1)]
-    shares = [[f"{100 * weight:.0f}" for weight in row] for row in weights]
-    lines = [
-        {"layer": f"student {s}", **dict(zip(columns, row, strict=True))} for s, row in enumerate(shares, start=1)
-    ]
+    return _layer_table([[f"{100 * weight:.0f}" for weight in row] for row in weights])
+
+
+def _layer_table(cells: Sequence[Sequence[str | None]]) -> str:
+    """Return a Markdown table with a line a student layer and a column a teacher layer."""
+    columns = [f"teacher {t}" for t in range(1, len(cells[0]) + 1)]
+    lines = [{"layer": f"student {s}", **dict(zip(columns, row, strict=True))} for s, row in enumerate(cells, start=1)]
     return format_markdown_table(lines, ["layer", *columns])
