@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..calibration import (
     MAXIMUM_SCALE,
     Alignment,
-    ConvolutionalProjection,
-    FeatureDecoder,
     FeatureEmbedding,
     SimilarityEmbedding,
     as_mean,
@@ -42,13 +40,17 @@ from ..weighted_error import weighted_feature_error
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
 from .meeting import StudentViews, find_meetings
 from .pairwise import pairwise_errors
+from .projections import (
+    build_decoders,
+    build_pairwise_projections,
+    build_shared_projections,
+    layers_per_projection,
+    shared_among_neighbours,
+)
 from .selection import AssociationInput, TeacherSelection, fitting_mask
-from .sharing import layers_per_projection, shared_among_neighbours
 
 Shape = FeatureSpec | Sequence[int]
 
-# Channels inside a decoder. The published projections have twice the teacher's, at many times the price.
-DECODER_WIDTH = 64
 SIMILARITIES = ("similarity", "matching")
 
 
@@ -138,7 +140,8 @@ class SemCKDLoss(FeatureLoss):
         channels = [spec.channels for spec in self.teacher_specs] if target_norm == "channel" else []
         self.statistics = nn.ModuleList(ChannelStatistics(width) for width in channels)
         self.projection_of = shared_among_neighbours(self.student_specs, projector, layers_per_projection)
-        self.decoder = self._build_decoders()
+        decoded = self.student_specs[: self.compared] if projector == "convolutional" else []
+        self.decoder = build_decoders(decoded)
         self.projection = self._build_projections()
         self.query, self.key = nn.ModuleList(), nn.ModuleList()
         if association == "learned":
@@ -331,27 +334,11 @@ class SemCKDLoss(FeatureLoss):
             return "summary"
         return "mean" if self.association == "learned" else None
 
-    def _build_decoders(self) -> nn.ModuleList:
-        specs = self.student_specs[: self.compared] if self.projector == "convolutional" else []
-        return nn.ModuleList(FeatureDecoder(spec.channels, DECODER_WIDTH) for spec in specs)
-
     def _build_projections(self) -> nn.ModuleList:
-        if self.projector != "pairwise":
-            decoded = self.projector == "convolutional"
-            widths = sorted({teacher.channels for teacher in self.teacher_specs})
-            owners = self.projection_of[: self.compared]
-            first = [self.student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
-            read = [DECODER_WIDTH if decoded else spec.channels for spec in first]
-            return nn.ModuleList(
-                nn.ModuleDict({str(width): nn.Linear(channels, width) for width in widths}) for channels in read
-            )
-        return nn.ModuleList(
-            nn.ModuleList(
-                ConvolutionalProjection(student.channels, teacher.channels, 3 if pair.kind == "grid" else 1)
-                for teacher, pair in zip(self.teacher_specs, alignments, strict=True)
-            )
-            for student, alignments in zip(self.student_specs, self.alignments, strict=True)
-        )
+        if self.projector == "pairwise":
+            return build_pairwise_projections(self.student_specs, self.teacher_specs, self.alignments)
+        specs, owners = self.student_specs[: self.compared], self.projection_of[: self.compared]
+        return build_shared_projections(specs, self.teacher_specs, owners, decoded=self.projector == "convolutional")
 
     def _build_learned_association(self, target_norm: TargetNorm, batch_size: int | None) -> None:
         if target_norm == "channel":
