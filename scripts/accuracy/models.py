@@ -89,9 +89,10 @@ def make_bert(classes: int, channels: int, *, depth: int, width: int, length: in
     return distill_text.make_bert(AutoTokenizer.from_pretrained(TEXT / "minilm-l6"), depth, width, length, names)
 
 
-def load_minilm(classes: int, channels: int) -> PreTrainedModel:
-    """Return the pretrained MiniLM with a new classifier."""
-    return AutoModelForSequenceClassification.from_pretrained(TEXT / "minilm-l6", num_labels=classes)
+def load_minilm(classes: int, channels: int, *, depth: int | None = None) -> PreTrainedModel:
+    """Return the pretrained MiniLM, or its first layers, with a new classifier."""
+    layers = {} if depth is None else {"num_hidden_layers": depth}
+    return AutoModelForSequenceClassification.from_pretrained(TEXT / "minilm-l6", num_labels=classes, **layers)
 
 
 def load_dinov2(classes: int, channels: int) -> PreTrainedModel:
