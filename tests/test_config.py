@@ -28,6 +28,7 @@ OWN = (
     "relation_weight",
     "target_norm",
     "projector",
+    "projection_start",
     "student_layers",
     "teacher_layers",
     "teacher_dtype",
@@ -229,6 +230,18 @@ def test_how_much_is_compared_and_kept_can_be_told_on_the_command_line(tmp_path,
 # Combinations
 
 
+def test_the_pairwise_projector_does_not_start_at_zero(tmp_path):
+    text = refusal(tmp_path, projector="pairwise", projection_start="zero")
+    assert "projection_start='zero'" in text and "use projector='shared'" in text
+    assert config(tmp_path, projector="shared", projection_start="zero").projection_start == "zero"
+
+
+@pytest.mark.parametrize("value", ["zeros", "", 0, False])
+def test_an_unknown_start_of_projections_lists_the_known_ones(tmp_path, value):
+    text = refusal(tmp_path, projection_start=value)
+    assert "`projection_start`" in text and "'zero', 'random'" in text
+
+
 @pytest.mark.parametrize("projector", [None, "shared", "convolutional", "pairwise"])
 @pytest.mark.parametrize("target_norm", ["channel", "none"])
 @pytest.mark.parametrize("association", [None, "similarity", "matching", "learned", "uniform", "last", "one_to_one"])
@@ -408,6 +421,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "relation_weight": 2.5,
         "target_norm": "none",
         "projector": "pairwise",
+        "projection_start": "random",
         "student_layers": [1, -1],
         "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
         "teacher_dtype": "bfloat16",

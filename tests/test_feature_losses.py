@@ -227,8 +227,8 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path):
         make(tmp_path, "simkd", "resnet", teacher=teacher)
 
 
-@pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 0.03)])
-def test_semckd_weighs_features_less_where_there_is_no_image(tmp_path, family, expected):
+@pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 10.0)])
+def test_semckd_weighs_features_by_the_kind_of_layers(tmp_path, family, expected):
     trainer = make(tmp_path, "semckd", family)
     assert trainer.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0
     assert make(tmp_path, "semckd", family, feature_weight=2.0).feature_weight == 2.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..calibration import Alignment, ConvolutionalProjection, FeatureDecoder
-from ..config import Projector
+from ..config import ProjectionStart, Projector
 from ..features import FeatureSpec
 
 # Channels inside a decoder. The published projections have twice the teacher's, at many times the price.
@@ -60,8 +60,22 @@ def build_decoders(specs: Sequence[FeatureSpec]) -> nn.ModuleList:
     return nn.ModuleList(FeatureDecoder(spec.channels, DECODER_WIDTH) for spec in specs)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: it learns from the first step, what it reads only once it has learned."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 def build_shared_projections(
-    student_specs: Sequence[FeatureSpec], teacher_specs: Sequence[FeatureSpec], owners: Sequence[int], decoded: bool
+    student_specs: Sequence[FeatureSpec],
+    teacher_specs: Sequence[FeatureSpec],
+    owners: Sequence[int],
+    *,
+    decoded: bool,
+    start: ProjectionStart = "random",
 ) -> nn.ModuleList:
     """Return linear projections `[owner][str(width)]` of student layers, one for each width among teacher layers.
 
@@ -70,13 +84,13 @@ def build_shared_projections(
         teacher_specs: The teacher's layers.
         owners: Which projections each of these student layers uses; see `shared_among_neighbours`.
         decoded: Whether a decoder reads a layer first.
+        start: See `SemCKDConfig.projection_start`.
     """
+    linear = ZeroLinear if start == "zero" else nn.Linear
     widths = sorted({teacher.channels for teacher in teacher_specs})
     first = [student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
     read = [DECODER_WIDTH if decoded else spec.channels for spec in first]
-    return nn.ModuleList(
-        nn.ModuleDict({str(width): nn.Linear(channels, width) for width in widths}) for channels in read
-    )
+    return nn.ModuleList(nn.ModuleDict({str(width): linear(channels, width) for width in widths}) for channels in read)
 
 
 def build_pairwise_projections(

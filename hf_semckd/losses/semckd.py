@@ -26,6 +26,8 @@ from ..calibration import (
 from ..config import (
     IMAGE_DEFAULTS,
     Association,
+    FeatureDefaults,
+    ProjectionStart,
     Projector,
     SemCKDConfig,
     TargetNorm,
@@ -88,6 +90,7 @@ class SemCKDLoss(FeatureLoss):
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
         spared_layers: How many of the student's last layers are not projected and compared; relations still teach
             them, and their weights are still shown.
+        projection_start: How linear projections start; see `SemCKDConfig`.
 
     Attributes:
         query, key: Networks of the learned association, one a compared student layer, one a teacher layer; else empty.
@@ -121,12 +124,14 @@ class SemCKDLoss(FeatureLoss):
         relation_weight: float = 0.0,
         layers_per_projection: int = 1,
         spared_layers: int = 0,
+        projection_start: ProjectionStart = "random",
     ):
         super().__init__()
         self.student_specs = layer_specs(student_shapes, "student")
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.association: Association = association
         self.projector: Projector = projector
+        self.projection_start: ProjectionStart = projection_start
         if association_temperature is None:
             association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
@@ -218,6 +223,7 @@ class SemCKDLoss(FeatureLoss):
             relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
             spared_layers=defaults.spared_layers if spares else 0,
+            projection_start=_start(config, defaults),
         )
         loss.default_weight = defaults.feature_weight
         return loss
@@ -280,6 +286,7 @@ class SemCKDLoss(FeatureLoss):
             "association_temperature": self.temperature,
             "relation_weight": self.relation_weight,
             "projector": self.projector,
+            "projection_start": self.projection_start,
             "grid_limit": self.selection.grid_limit or 0,
         }
 
@@ -338,7 +345,10 @@ class SemCKDLoss(FeatureLoss):
         if self.projector == "pairwise":
             return build_pairwise_projections(self.student_specs, self.teacher_specs, self.alignments)
         specs, owners = self.student_specs[: self.compared], self.projection_of[: self.compared]
-        return build_shared_projections(specs, self.teacher_specs, owners, decoded=self.projector == "convolutional")
+        decoded = self.projector == "convolutional"
+        return build_shared_projections(
+            specs, self.teacher_specs, owners, decoded=decoded, start=self.projection_start
+        )
 
     def _build_learned_association(self, target_norm: TargetNorm, batch_size: int | None) -> None:
         if target_norm == "channel":
@@ -495,6 +505,12 @@ def _part(weights: Tensor, students: Sequence[int], teachers: Sequence[int]) -> 
     if (len(students), len(teachers)) == tuple(weights.shape[1:]):
         return weights
     return torch.stack([torch.stack([weights[:, s, t] for t in teachers], 1) for s in students], 1)
+
+
+def _start(config: SemCKDConfig, defaults: FeatureDefaults) -> ProjectionStart:
+    if config.projector == "pairwise":
+        return "random"
+    return config.projection_start or defaults.projection_start
 
 
 def _raw_similarity(feature: Tensor, mask: Tensor | None) -> Tensor:
