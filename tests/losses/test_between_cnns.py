@@ -88,7 +88,7 @@ def test_the_defaults(tmp_path):
     assert (loss.relation_weight, loss.default_weight, loss.temperature) == (0.0, 100.0, 0.02)
     assert loss.settings == {
         "association": "matching", "association_temperature": 0.02, "relation_weight": 0.0,
-        "projector": "convolutional", "grid_limit": 8,
+        "projector": "convolutional", "projection_start": "random", "grid_limit": 8,
     }  # fmt: skip
 
 
