@@ -37,8 +37,7 @@ def layers_per_projection(
     widths = {spec.channels for spec in teacher_specs}
     for shared in range(1, len(student_specs) + 1):
         owners = shared_among_neighbours(student_specs, "shared", shared)
-        first = [student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
-        parameters = sum((spec.channels + 1) * width for spec in first for width in widths)
+        parameters = sum((spec.channels + 1) * width for spec in _first(student_specs, owners) for width in widths)
         if parameters < MAXIMUM_PROJECTION_SHARE * student_parameters:
             return shared
     return len(student_specs)
@@ -53,6 +52,11 @@ def shared_among_neighbours(specs: Sequence[FeatureSpec], projector: Projector, 
         owners.append(owners[-1] if fits else (owners[-1] + 1 if s else 0))
         sharing = sharing + 1 if fits else 1
     return owners
+
+
+def _first(specs: Sequence[FeatureSpec], owners: Sequence[int]) -> list[FeatureSpec]:
+    """Return the first layer of each owner."""
+    return [specs[owners.index(entry)] for entry in range(max(owners) + 1)]
 
 
 def build_decoders(specs: Sequence[FeatureSpec]) -> nn.ModuleList:
@@ -75,7 +79,7 @@ def build_shared_projections(
     owners: Sequence[int],
     *,
     decoded: bool,
-    start: ProjectionStart = "random",
+    start: ProjectionStart,
 ) -> nn.ModuleList:
     """Return linear projections `[owner][str(width)]` of student layers, one for each width among teacher layers.
 
@@ -88,8 +92,7 @@ def build_shared_projections(
     """
     linear = ZeroLinear if start == "zero" else nn.Linear
     widths = sorted({teacher.channels for teacher in teacher_specs})
-    first = [student_specs[owners.index(entry)] for entry in range(max(owners) + 1)]
-    read = [DECODER_WIDTH if decoded else spec.channels for spec in first]
+    read = [DECODER_WIDTH if decoded else spec.channels for spec in _first(student_specs, owners)]
     return nn.ModuleList(nn.ModuleDict({str(width): linear(channels, width) for width in widths}) for channels in read)
 
 

@@ -26,7 +26,6 @@ from ..calibration import (
 from ..config import (
     IMAGE_DEFAULTS,
     Association,
-    FeatureDefaults,
     ProjectionStart,
     Projector,
     SemCKDConfig,
@@ -223,7 +222,7 @@ class SemCKDLoss(FeatureLoss):
             relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
             spared_layers=defaults.spared_layers if spares else 0,
-            projection_start=_start(config, defaults),
+            projection_start=config.projection_start,
         )
         loss.default_weight = defaults.feature_weight
         return loss
@@ -505,12 +504,6 @@ def _part(weights: Tensor, students: Sequence[int], teachers: Sequence[int]) -> 
     if (len(students), len(teachers)) == tuple(weights.shape[1:]):
         return weights
     return torch.stack([torch.stack([weights[:, s, t] for t in teachers], 1) for s in students], 1)
-
-
-def _start(config: SemCKDConfig, defaults: FeatureDefaults) -> ProjectionStart:
-    if config.projector == "pairwise":
-        return "random"
-    return config.projection_start or defaults.projection_start
 
 
 def _raw_similarity(feature: Tensor, mask: Tensor | None) -> Tensor:
