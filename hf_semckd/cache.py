@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .data import teacher_entries
 from .errors import InputError, message
-from .store import KEY_BYTES, TensorStore
+from .shards import KEY_BYTES
+from .store import TensorStore
 
 # Changes when what is stored, or how it is keyed, changes.
 FORMAT = 2

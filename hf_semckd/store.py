@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -12,23 +11,19 @@ import shutil
 import threading
 import time
 import uuid
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_semckd.errors import InputError, message
+from .errors import InputError, message
+from .shards import KEY_BYTES, Buffer, Row, Shard, discard, layout_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
-KEY_BYTES = 20
 SHARD_BYTES = 64 * 2**20
 # What a store leaves free on its disk: checkpoints and everybody else's files need room too.
 RESERVE_BYTES = 2**30
@@ -40,10 +35,6 @@ MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"rows-v1-\d{20}-[0-9a-f]{32}\.safetensors")
 LEFTOVER_NAME = re.compile(r"(rows-v1-.*|manifest\.json)\.[0-9a-f]{32}\.partial")
 LEFTOVER_SECONDS = 24 * 3600
-# Every tensor begins at a multiple of this, in the file and therefore in memory: a cache line.
-ALIGNMENT = 64
-# What a file tells about each row, besides its key.
-COLUMNS = ("offsets", "lengths", "checksums", "layouts")
 # Full buffers that may wait for the disk before `write` waits too.
 WAITING_BUFFERS = 2
 REFRESH_SECONDS = 1.0
@@ -54,9 +45,6 @@ ADVICE = (
     'lower token_limit, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
     "teacher_cache_limit_gb, or choose a folder on another disk."
 )
-
-Row = dict[str, Tensor]
-Signature = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 class TensorStore:
@@ -73,9 +61,9 @@ class TensorStore:
         shard_bytes: Size of a file, in tensors; a larger row gets a file of its own.
     """
 
-    _buffer: _Buffer | None
-    _waiting: list[_Buffer]
-    _written: list[tuple[str, _Buffer]]
+    _buffer: Buffer | None
+    _waiting: list[Buffer]
+    _written: list[tuple[str, Buffer]]
     _thread: threading.Thread | None
 
     def __init__(
@@ -86,7 +74,7 @@ class TensorStore:
         self.shard_bytes = shard_bytes
         self.hits = 0
         self.misses = 0
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._names: set[str] = set()
         # Key -> number of the shard in the upper half, number of the row in the lower: an int is small, and there
         # may be millions.
@@ -150,16 +138,11 @@ class TensorStore:
             for key, row in zip(keys, rows, strict=True):
                 if not self._writable:
                     return
-                layout = _layout(
-                    tuple(
-                        (name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
-                        for name, value in row.items()
-                    )
-                )
+                layout = layout_of(row)
                 if self._buffer is not None and not self._buffer.fits(layout):
                     self._hand_over()
                 if self._buffer is None:
-                    self._buffer = _Buffer(max(self.shard_bytes, layout.length))
+                    self._buffer = Buffer(max(self.shard_bytes, layout.length))
                 self._buffer.add(key, row, layout)
 
     def flush(self) -> None:
@@ -229,12 +212,12 @@ class TensorStore:
         self._written = []
         self._thread = None
 
-    def _buffers(self) -> list[_Buffer]:
+    def _buffers(self) -> list[Buffer]:
         """Return what cannot be read from files yet, the newest first."""
         written = [buffer for _, buffer in self._written]
         return [buffer for buffer in (self._buffer, *self._waiting[::-1], *written[::-1]) if buffer is not None]
 
-    def _find(self, key: bytes) -> tuple[_Buffer | _Shard, int] | None:
+    def _find(self, key: bytes) -> tuple[Buffer | Shard, int] | None:
         for buffer in self._buffers():
             if key in buffer.numbers:
                 return buffer, buffer.numbers[key]
@@ -248,11 +231,11 @@ class TensorStore:
         self._names.add(name)
         path = self.folder / name
         try:
-            shard = _Shard(path)
+            shard = Shard(path)
         except FileNotFoundError:
             return
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            _discard(path, error)
+            discard(path, error)
             return
         except (OSError, RuntimeError) as error:
             # No permission, or out of memory or file handles: that says nothing about the contents.
@@ -263,7 +246,7 @@ class TensorStore:
         first = (len(self._shards) - 1) << 32
         self._index.update(zip(shard.keys(), range(first, first + len(shard.checksums)), strict=True))
 
-    def _forget(self, key: bytes, holder: _Buffer | _Shard) -> None:
+    def _forget(self, key: bytes, holder: Buffer | Shard) -> None:
         """Count a damaged row as absent from now on."""
         with self._own_lock():
             place = self._index.get(key)
@@ -312,7 +295,7 @@ class TensorStore:
                     self._written.append((name, buffer))
                 self._changed.notify_all()
 
-    def _write_shard(self, buffer: _Buffer) -> str | None:
+    def _write_shard(self, buffer: Buffer) -> str | None:
         """Write one file and return its name, or None when there is no room for it."""
         parts = buffer.file_parts()
         shortage = _shortage(self.folder, sum(len(part) for part in parts), self.limit_bytes)
@@ -320,7 +303,7 @@ class TensorStore:
             self._stop(*shortage, ADVICE)
             return None
         name = f"rows-v1-{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
-        _write_atomically(self.folder / name, parts)
+        write_atomically(self.folder / name, parts)
         return name
 
     def _stop_after(self, error: Exception) -> None:
@@ -365,7 +348,7 @@ def write_manifest(folder: str | os.PathLike[str], contents: Mapping[str, Any]) 
         OSError: If the folder cannot be written to.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_atomically(Path(folder) / MANIFEST, [(json.dumps(contents, indent=2, sort_keys=True) + "\n").encode()])
+    write_atomically(Path(folder) / MANIFEST, [(json.dumps(contents, indent=2, sort_keys=True) + "\n").encode()])
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -379,172 +362,6 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return contents if isinstance(contents, dict) else None
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a row's tensors lie in its bytes: name, type, shape, first byte and number of bytes of each."""
-
-    text: bytes
-    fields: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
-    length: int
-
-    def views(self, blob: Tensor) -> Row:
-        """Return a row's bytes as its tensors, without a copy."""
-        return {
-            name: blob[first : first + size].view(dtype).view(shape) for name, dtype, shape, first, size in self.fields
-        }
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(signature: Signature) -> _Layout:
-    fields = []
-    length = 0
-    for name, type_name, shape in signature:
-        dtype = getattr(torch, type_name)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        fields.append((name, dtype, shape, length, size))
-        length += _aligned(size)
-    return _Layout(json.dumps(signature).encode(), tuple(fields), length)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed_layout(text: bytes) -> _Layout:
-    return _layout(tuple((name, type_name, tuple(shape)) for name, type_name, shape in json.loads(text)))
-
-
-class _Buffer:
-    """Rows on their way to one file, already laid out as they will be there."""
-
-    def __init__(self, capacity: int):
-        # Zeros, not whatever the memory held: the gaps between tensors reach the disk too.
-        self.bytes = np.zeros(capacity, dtype=np.uint8)
-        self.used = 0
-        self.rows: list[tuple[bytes, _Layout, int]] = []
-        self.numbers: dict[bytes, int] = {}
-
-    def fits(self, layout: _Layout) -> bool:
-        return self.used + layout.length <= len(self.bytes)
-
-    def add(self, key: bytes, row: Mapping[str, Tensor], layout: _Layout) -> None:
-        for name, view in self._views(layout, self.used).items():
-            view.copy_(row[name].detach())
-        self.rows.append((key, layout, self.used))
-        self.used += layout.length
-        self.numbers[key] = len(self.rows) - 1
-
-    def row(self, number: int) -> Row:
-        """Return copies: what a caller does to them must not reach the disk."""
-        _, layout, first = self.rows[number]
-        return {name: view.clone() for name, view in self._views(layout, first).items()}
-
-    def _views(self, layout: _Layout, first: int) -> Row:
-        return layout.views(torch.from_numpy(self.bytes[first : first + layout.length]))
-
-    def file_parts(self) -> list[bytes | memoryview]:
-        """Return the bytes of a safetensors file, piece by piece.
-
-        The header is composed here because `safetensors.save_file` neither aligns to more than eight bytes nor
-        flushes to the disk, and because it would copy the rows once more.
-        """
-        contents = self.bytes[: self.used]
-        texts = list(dict.fromkeys(layout.text for _, layout, _ in self.rows))
-        numbers = {text: number for number, text in enumerate(texts)}
-        table = [
-            (
-                first,
-                layout.length,
-                _checksum(key, layout.text, contents[first : first + layout.length].data),
-                numbers[layout.text],
-            )
-            for key, layout, first in self.rows
-        ]
-        columns = np.ascontiguousarray(np.array(table, dtype=np.int64).T)
-        keys = np.frombuffer(b"".join(key for key, _, _ in self.rows), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        # Rows first and keys last, so that everything is aligned to its own type.
-        arrays = {"rows": contents, **dict(zip(COLUMNS, columns, strict=True)), "keys": keys}
-        header: dict[str, Any] = {"__metadata__": {"layouts": json.dumps([text.decode() for text in texts])}}
-        end = 0
-        for name, array in arrays.items():
-            kind = "U8" if array.dtype == np.uint8 else "I64"
-            header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-            end += array.nbytes
-        encoded = json.dumps(header).encode()
-        encoded = encoded.ljust(_aligned(8 + len(encoded)) - 8)
-        pieces = [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays.values()]
-        return [len(encoded).to_bytes(8, "little"), encoded, *pieces]
-
-
-class _Shard:
-    """One file, mapped into memory; opening it reads the header and the keys."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with safe_open(path, framework="pt") as file:
-            self.texts = [text.encode() for text in json.loads(file.metadata()["layouts"])]
-            # On the CPU this is a view of the mapped file, which outlives the `with`.
-            self.bytes: Tensor = file.get_tensor("rows")
-            self._keys = file.get_tensor("keys").numpy()
-            columns = [file.get_tensor(name).numpy() for name in COLUMNS]
-        count = len(self._keys)
-        kinds = [(column.shape, column.dtype) for column in columns]
-        if kinds != [((count,), np.int64)] * len(COLUMNS) or self._keys.shape != (count, KEY_BYTES):
-            raise ValueError("its tables do not fit together")
-        if self.bytes.dtype != torch.uint8 or self._keys.dtype != np.uint8:
-            raise ValueError("its tensors are of another type")
-        self.offsets, self.lengths, self.checksums, self.layouts = columns
-        self.size = os.stat(path).st_size
-        self.verified = bytearray(count)
-        self.damaged = False
-        self.lost = False
-
-    def keys(self) -> list[bytes]:
-        """Return the rows' keys, in the order of the rows."""
-        joined = self._keys.tobytes()
-        return [joined[first : first + KEY_BYTES] for first in range(0, len(joined), KEY_BYTES)]
-
-    def row(self, number: int) -> Row | None:
-        """Return views of the mapped file, or None when the row is damaged."""
-        if not self._whole():
-            return None
-        first, length, layout = int(self.offsets[number]), int(self.lengths[number]), int(self.layouts[number])
-        # Once a process: the checksum takes longer than all the rest.
-        if not self.verified[number]:
-            if not self._undamaged(number, first, length, layout):
-                if not self.damaged:
-                    logger.warning("Stored teacher outputs in %s are damaged and are made again.", self.path)
-                self.damaged = True
-                return None
-            self.verified[number] = True
-        return _parsed_layout(self.texts[layout]).views(self.bytes[first : first + length])
-
-    def _whole(self) -> bool:
-        """Tell whether the file still has its size: to touch what was cut off would kill the process."""
-        try:
-            if not self.lost and os.stat(self.path).st_size < self.size:
-                self.lost = True
-                _discard(self.path, "it was cut off")
-        except OSError:
-            # Deleted by somebody: the map stays valid.
-            pass
-        return not self.lost
-
-    def _undamaged(self, number: int, first: int, length: int, layout: int) -> bool:
-        if not 0 <= layout < len(self.texts):
-            return False
-        # An array, because its slices stop at the end whatever a damaged table says.
-        blob = self.bytes.numpy()[first : first + length].data
-        key = self._keys[number].tobytes()
-        return _checksum(key, self.texts[layout], blob) == int(self.checksums[number])
-
-
-def _checksum(key: bytes, layout: bytes, blob: memoryview) -> int:
-    """Cover all that makes a row: the same bytes under another key or in another shape are damage too."""
-    return zlib.crc32(blob, zlib.crc32(layout, zlib.crc32(key)))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _reader(folder: Path, limit_bytes: int | None, shard_bytes: int) -> TensorStore:
@@ -588,13 +405,6 @@ def _readable(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _discard(path: Path, reason: object) -> None:
-    logger.warning("Stored teacher outputs in %s are unreadable, deleted and made again: %s", path, reason)
-    # A read-only folder keeps its file; every run ignores it.
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Remove what a crash left half written; what is younger may be another run's work."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -603,18 +413,3 @@ def _remove_leftovers(folder: Path) -> None:
                 with contextlib.suppress(OSError):
                     if time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
                         os.unlink(entry.path)
-
-
-def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file that is either there as a whole or not at all, whatever crashes."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

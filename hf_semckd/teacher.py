@@ -20,7 +20,7 @@ from .features import FeatureCapture, remove_capturing_traces
 from .inputs import InputSelector
 from .modeling import logits_of, token_attention, tokens_mask
 from .sampling import content_phase
-from .store import ALIGNMENT
+from .shards import ALIGNMENT
 from .truncation import TruncatedForward, find_truncation, runs_by_itself
 
 logger = logging.getLogger(__name__)

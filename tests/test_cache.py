@@ -22,7 +22,7 @@ from hf_semckd.cache import (
     weights_digest,
 )
 from hf_semckd.errors import InputError
-from hf_semckd.store import KEY_BYTES
+from hf_semckd.shards import KEY_BYTES
 
 
 def sentences(count: int = 10) -> list[dict[str, torch.Tensor]]:

@@ -179,14 +179,14 @@ def test_a_full_shard_is_written_without_a_flush(tmp_path: Path) -> None:
 
 def test_buffers_are_bounded_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, entered = threading.Event(), threading.Event()
-    write = store_module._write_atomically
+    write = store_module.write_atomically
 
     def slow(*arguments: object) -> None:
         entered.set()
         assert gate.wait(10)
         write(*arguments)
 
-    monkeypatch.setattr(store_module, "_write_atomically", slow)
+    monkeypatch.setattr(store_module, "write_atomically", slow)
     store = TensorStore(tmp_path, shard_bytes=1)
     done = []
 
@@ -233,7 +233,7 @@ with store_module.TensorStore(folder, shard_bytes=4096) as store:
 ABANDONER = (
     ALONE
     + """
-store_module._write_atomically = lambda *arguments: threading.Event().wait()
+store_module.write_atomically = lambda *arguments: threading.Event().wait()
 store = store_module.TensorStore(folder, shard_bytes=1)
 store.write([bytes(20), bytes(19) + b"1"], [{"a": torch.ones(9)}, {"a": torch.ones(9)}])
 print("written", len(store))
@@ -595,14 +595,14 @@ def fork_and_flush(store: TensorStore, answers: "multiprocessing.SimpleQueue[int
 
 def test_a_forked_child_does_not_wait_for_the_parents_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, entered = threading.Event(), threading.Event()
-    write = store_module._write_atomically
+    write = store_module.write_atomically
 
     def slow(*arguments: object) -> None:
         entered.set()
         assert gate.wait(60)
         write(*arguments)
 
-    monkeypatch.setattr(store_module, "_write_atomically", slow)
+    monkeypatch.setattr(store_module, "write_atomically", slow)
     store = TensorStore(tmp_path, shard_bytes=1)
     store.write([key_of(0), key_of(1)], [row_of(0), row_of(1)])
     assert entered.wait(10)
