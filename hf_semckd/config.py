@@ -34,7 +34,7 @@ class FeatureDefaults:
     """What suits SemCKD between two kinds of layers, where the user chose nothing; see `scripts/results/accuracy`.
 
     Attributes:
-        feature_weight, relation_weight, association, projector, grid_limit: See `SemCKDConfig`.
+        feature_weight, relation_weight, association, projector, projection_start, grid_limit: See `SemCKDConfig`.
         similarity_temperature: `association_temperature` of weights by similarity, matching or not.
         spared_layers: How many of the student's last layers the projected error leaves alone.
     """
@@ -43,6 +43,7 @@ class FeatureDefaults:
     relation_weight: float
     association: Association
     projector: Projector
+    projection_start: ProjectionStart
     grid_limit: int
     similarity_temperature: float
     spared_layers: int
@@ -51,13 +52,12 @@ class FeatureDefaults:
 # Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
 # full size, and all the more the better they fit. The last layer, which logits teach already, is harmed by it, and
 # relations add nothing.
-MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", 8, 0.02, 1)
-# A transformer that sees images, on one side at least: relations teach.
-IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", 4, 0.2, 0)
-# Text, and whatever else has no grid: a new student that trains for few steps did not learn its task with a weight of
-# 3, and with 0.3 only where there are few classes. What is safe there adds little; long training bears, and wants, far
-# more. Projections that start at zero let new students bear 3 to 10, but not a pretrained one (see the changelog).
-SEQUENCE_DEFAULTS = FeatureDefaults(0.03, 0.0, "similarity", "shared", 4, 0.2, 0)
+MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", "random", 8, 0.02, 1)
+# A transformer that sees images, on one side at least: relations teach, and how projections start makes no difference.
+IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", "random", 4, 0.2, 0)
+# Text, and whatever else has no grid: random projections push a student anywhere before they have learned to read it,
+# and a short training does not make up for that.
+SEQUENCE_DEFAULTS = FeatureDefaults(3.0, 0.0, "similarity", "shared", "zero", 4, 0.2, 0)
 
 
 @dataclass
@@ -87,8 +87,8 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the loss, "
-            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 between other image models, 0.03 on "
-            "text, where long training wants more. SemCKD's published form needs 50 to 400."
+            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 elsewhere (long training on text may "
+            "want 10; very few steps at a low learning rate less). SemCKD's published form needs 50 to 400."
         },
     )
     association: Association | None = field(
@@ -124,12 +124,12 @@ class SemCKDConfig(TrainingArguments):
             "for every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere."
         },
     )
-    projection_start: ProjectionStart = field(
-        default="random",
+    projection_start: ProjectionStart | None = field(
+        default=None,
         metadata={
             "help": "How linear projections start. zero: at zero, so that a student is pushed nowhere until its "
-            "projection reads something in it; worth a trial, with feature_weight=10, for a new student on text. "
-            "random: as new layers do. Zero not with the pairwise projector."
+            "projection reads something in it. random: as new layers do. None: zero on text, random elsewhere (between "
+            "ViTs it made no difference). Zero not with the pairwise projector."
         },
     )
     student_layers: list[str] | None = field(
@@ -327,8 +327,11 @@ class SemCKDConfig(TrainingArguments):
                 _require_number(name, getattr(self, name), minimum=0.0, strict=True)
         self._validate_sampling()
         _require_choice("target_norm", self.target_norm, get_args(TargetNorm))
-        _require_choice("projection_start", self.projection_start, get_args(ProjectionStart))
-        for name, choices in (("association", get_args(Association)), ("projector", get_args(Projector))):
+        for name, choices in (
+            ("association", get_args(Association)),
+            ("projector", get_args(Projector)),
+            ("projection_start", get_args(ProjectionStart)),
+        ):
             if getattr(self, name) is not None:
                 _require_choice(name, getattr(self, name), choices)
         _require_choice("teacher_cache_dtype", self.teacher_cache_dtype, get_args(CacheDtype))

@@ -227,7 +227,7 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path):
         make(tmp_path, "simkd", "resnet", teacher=teacher)
 
 
-@pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 0.03)])
+@pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 3.0)])
 def test_semckd_weighs_features_by_the_kind_of_layers(tmp_path, family, expected):
     trainer = make(tmp_path, "semckd", family)
     assert trainer.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0

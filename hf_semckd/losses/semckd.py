@@ -89,7 +89,7 @@ class SemCKDLoss(FeatureLoss):
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
         spared_layers: How many of the student's last layers are not projected and compared; relations still teach
             them, and their weights are still shown.
-        projection_start: How linear projections start; see `SemCKDConfig`.
+        projection_start: How linear projections start; see `SemCKDConfig`. Pairwise ones are random, as published.
 
     Attributes:
         query, key: Networks of the learned association, one a compared student layer, one a teacher layer; else empty.
@@ -130,7 +130,7 @@ class SemCKDLoss(FeatureLoss):
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.association: Association = association
         self.projector: Projector = projector
-        self.projection_start: ProjectionStart = projection_start
+        self.projection_start: ProjectionStart = "random" if projector == "pairwise" else projection_start
         if association_temperature is None:
             association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
@@ -222,7 +222,7 @@ class SemCKDLoss(FeatureLoss):
             relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
             spared_layers=defaults.spared_layers if spares else 0,
-            projection_start=config.projection_start,
+            projection_start=config.projection_start or defaults.projection_start,
         )
         loss.default_weight = defaults.feature_weight
         return loss

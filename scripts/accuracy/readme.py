@@ -46,7 +46,7 @@ METHODS = ("student", *BASELINES, "semckd-published", "semckd")
 # What the parts of the default are worth, in a family of comparisons of its own.
 STUDY = (
     "kd-untuned", "semckd-similarity", "semckd-one-to-one", "semckd-learned", "semckd-uniform", "semckd-linear",
-    "semckd-all-layers", "semckd-no-relation", "semckd-weight-3", "semckd-zero-start", "semckd-tuned",
+    "semckd-all-layers", "semckd-no-relation", "semckd-random-start", "semckd-zero-start", "semckd-tuned",
     "semckd-published", "semckd+crd",
 )  # fmt: skip
 # Pairs from above with other labels: wrong ones, or all there are.

@@ -36,8 +36,8 @@ def features(shapes, seed):
 @pytest.mark.parametrize(
     ("pair", "arguments", "expected"),
     [
-        (TEXT, {}, "random"),
-        (TEXT, {"projection_start": "zero"}, "zero"),
+        (TEXT, {}, "zero"),
+        (TEXT, {"projection_start": "random"}, "random"),
         (MAPS, {}, "random"),
         (MAPS, {"projection_start": "zero"}, "zero"),
         (MAPS, {"projector": "shared", "projection_start": "zero"}, "zero"),
@@ -46,7 +46,7 @@ def features(shapes, seed):
         (TEXT, {"projector": "pairwise"}, "random"),
     ],
 )
-def test_projections_start_as_configured(tmp_path, pair, arguments, expected):
+def test_projections_start_as_configured_and_at_zero_on_text(tmp_path, pair, arguments, expected):
     loss = configured(tmp_path, pair, **arguments)
     assert loss.settings["projection_start"] == expected
     if arguments.get("projector") == "pairwise":
@@ -63,7 +63,7 @@ def test_a_decoder_before_a_projection_at_zero_is_random(tmp_path):
 
 
 def test_a_projection_at_zero_learns_before_the_student_is_pushed(tmp_path):
-    loss = configured(tmp_path, TEXT, projection_start="zero")
+    loss = configured(tmp_path, TEXT)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
     student, teacher = features(TEXT[0], 1), features(TEXT[1], 20)
     loss(student, teacher).total.backward()
@@ -75,7 +75,7 @@ def test_a_projection_at_zero_learns_before_the_student_is_pushed(tmp_path):
 
 
 def test_at_zero_the_error_is_the_variance_of_standardised_targets(tmp_path):
-    loss = configured(tmp_path, TEXT, association="uniform", target_norm="none", projection_start="zero")
+    loss = configured(tmp_path, TEXT, association="uniform", target_norm="none")
     teacher = features(TEXT[1], 20)
     errors = loss(features(TEXT[0], 1), teacher).errors
     expected = torch.stack([(feature**2).mean((1, 2)) for feature in teacher], 1)
@@ -87,3 +87,9 @@ def test_a_layer_at_zero_returns_to_zero():
     nn.init.normal_(layer.weight)
     layer.reset_parameters()
     assert not layer.weight.any() and not layer.bias.any()
+
+
+def test_pairwise_projections_start_as_published_whatever_is_asked_for():
+    loss = SemCKDLoss(*TEXT, projector="pairwise", projection_start="zero")
+    assert loss.settings["projection_start"] == "random"
+    assert all(parameter.any() for parameter in loss.projection.parameters() if parameter.dim() == 4)
