@@ -53,6 +53,7 @@ class AssociationCallback(TrainerCallback):
     ) -> None:
         """Save the heat map, and send it to TensorBoard when that is on; a failure costs the picture alone."""
         self.trainer.finish_averages()
+        self.trainer.warn_of_idle_student()
         association = self.trainer.association()
         if association is None or not state.is_world_process_zero:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,15 @@ from torch import Tensor
 from transformers import Trainer
 
 from .meters import LossMeter
+from .probing import Probe
+from .terms import Task
 
 logger = logging.getLogger(__name__)
+
+# A mean task loss above this share of that of equal probabilities is that of a student that has learned nothing.
+IDLE_SHARE = 0.99
+# In fewer steps nobody expects one to have learned much.
+IDLE_STEPS = 50
 
 
 class ObservingTrainer(Trainer):
@@ -22,6 +30,9 @@ class ObservingTrainer(Trainer):
     """
 
     _association: np.ndarray | None
+    _last_terms: Mapping[str, float]
+    _probe: Probe | None
+    _task: Task
     _warned_of_collapse: bool
 
     def association(self) -> np.ndarray | None:
@@ -37,6 +48,7 @@ class ObservingTrainer(Trainer):
     def start_averages(self, step: int) -> None:
         """Begin a logging window at an optimizer step, forgetting what was summed before."""
         self._meter = LossMeter()
+        self._last_terms = {}
         self._averaged_to = step
 
     def finish_averages(self) -> dict[str, float]:
@@ -57,7 +69,30 @@ class ObservingTrainer(Trainer):
                 "association_temperature.",
                 layer,
             )
+        self._last_terms = averages.terms
         return averages.terms
+
+    def warn_of_idle_student(self) -> None:
+        """Say so when a classifier ends as it began, at chance: too strong a feature term can do that to a student."""
+        logits = None if self._probe is None else self._probe.student_logits
+        loss = self._last_terms.get("task_loss")
+        if logits is None or loss is None or "feature_loss" not in self._last_terms:
+            return
+        if self._task != "single_label" or self.compute_loss_func is not None or self.state.global_step < IDLE_STEPS:
+            return
+        chance = math.log(logits.shape[1])
+        if loss >= IDLE_SHARE * chance and self.is_world_process_zero():
+            logger.warning(
+                "The student has not learned its task: the task loss ended at %.3f, and equal probabilities for all "
+                "%d classes give %.3f. The feature term slows the first steps down. Lower feature_weight (it is %g), "
+                "raise learning_rate (it is %g), or train for more steps (these were %d).",
+                loss,
+                logits.shape[1],
+                chance,
+                self.feature_weight,
+                self.args.learning_rate,
+                self.state.global_step,
+            )
 
     def _record(self, terms: Mapping[str, tuple[float, Tensor]], features: Any) -> None:
         for name, (_, value) in terms.items():

@@ -128,6 +128,7 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         self._averaged_to = 0
         self._statistics_ready = False
         self._association: np.ndarray | None = None
+        self._last_terms: Mapping[str, float] = {}
         self._warned_of_collapse = False
         if self._distils:
             self._set_up_distillation(teacher_model)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from makers import bert, config, distiller, images, losses, texts, vit
+from makers import LABELS, bert, config, distiller, images, losses, texts, vit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -339,6 +339,38 @@ def test_healthy_and_fixed_associations_are_not_told(tmp_path, no_picture, caplo
     distiller(tmp_path, args={"association": association}).train()
     published(tmp_path).train()
     assert not warnings_of_collapse(caplog)
+
+
+# ---- A student that learned nothing is told ----------------------------------------------------------------------
+
+
+def told_of_idle_student(folder, caplog, **args):
+    distiller(folder, args={"max_steps": 50, "logging_steps": 25, **args}).train()
+    return [entry.getMessage() for entry in caplog.records if "not learned its task" in entry.getMessage()]
+
+
+def test_a_student_at_chance_is_told_with_the_ways_out(tmp_path, no_picture, caplog):
+    told = told_of_idle_student(tmp_path, caplog, learning_rate=0.0)
+    assert len(told) == 1
+    assert f"classes give {math.log(LABELS):.3f}" in told[0]
+    assert "Lower feature_weight (it is 3)" in told[0] and "(these were 50)" in told[0]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"learning_rate": 1e-2},
+        {"learning_rate": 0.0, "max_steps": 49},
+        {"learning_rate": 0.0, "feature_weight": 0.0},
+        {"learning_rate": 0.0, "task_weight": 0.0},
+    ],
+)
+def test_who_learned_or_could_not_learn_is_not_told(tmp_path, no_picture, caplog, args):
+    assert not told_of_idle_student(tmp_path, caplog, **args)
+
+
+def test_the_last_window_counts_even_if_it_was_not_logged(tmp_path, no_picture, caplog):
+    assert told_of_idle_student(tmp_path, caplog, learning_rate=0.0, logging_steps=1000)
 
 
 # ---- The picture, and TensorBoard --------------------------------------------------------------------------------
