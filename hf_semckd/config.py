@@ -128,8 +128,8 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "How linear projections start. zero: at zero, so that a student is pushed nowhere until its "
-            "projection reads something in it. random: as new layers do. None: zero on text, random elsewhere (between "
-            "ViTs it made no difference). Zero not with the pairwise projector."
+            "projection reads something in it. random: as new layers do. None: zero on text, random elsewhere (it "
+            "made no difference between ViTs). Zero not with the pairwise projector."
         },
     )
     student_layers: list[str] | None = field(
