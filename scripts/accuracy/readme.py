@@ -49,8 +49,8 @@ STUDY = (
     "semckd-all-layers", "semckd-no-relation", "semckd-random-start", "semckd-zero-start", "semckd-tuned",
     "semckd-published", "semckd+crd",
 )  # fmt: skip
-# Pairs from above with other labels: wrong ones, or all there are.
-REGIMES = ("resnet_fashion_noisy", "resnet_fashion_full", "minilm_snippets_full")
+# Pairs from above with other labels, wrong ones or all there are; and a student that is pretrained.
+REGIMES = ("resnet_fashion_noisy", "resnet_fashion_full", "minilm_snippets_full", "minilm_first_layers")
 # Every way to weigh teacher layers that is known here.
 ASSOCIATIONS = "digits_association"
 # Standardised targets apart from the weights.
