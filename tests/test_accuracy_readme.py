@@ -78,3 +78,22 @@ def test_texts_are_put_between_their_marks(readme):
 def test_a_page_without_the_marks_is_refused(readme, page):
     with pytest.raises(InputError, match="no place for `one`"):
         readme.updated(page, {"one": "1"})
+
+
+def test_what_the_shown_protocols_plan_was_run(readme):
+    """A method that a protocol names and nobody ran would make the tables look fuller than they are."""
+    protocol, rows = importlib.import_module("accuracy.protocol"), importlib.import_module("accuracy.rows")
+    missing = {}
+    others = (readme.PLANTED, readme.ASSOCIATIONS, readme.TARGETS)
+    for name in (*readme.PAIRS, *readme.REGIMES, *others, *readme.NEGATIVE):
+        (planned,) = protocol.read_protocols(SCRIPTS / "protocols" / f"{name}.yaml")
+        run = {
+            (row["method"], row["seed"])
+            for row in rows.read_rows(SCRIPTS / "results" / "accuracy" / f"{name}.jsonl")
+            if row["split"] == "test"
+        }
+        wanted = {(method.name, seed) for method in planned.methods for seed in planned.test_seeds}
+        for method, _ in sorted(wanted - run):
+            missing.setdefault(name, {}).setdefault(method, 0)
+            missing[name][method] += 1
+    assert not missing
