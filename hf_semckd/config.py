@@ -87,7 +87,7 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the loss, "
-            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 elsewhere (long training on text may "
+            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 elsewhere (text may "
             "want 10; very few steps at a low learning rate less). SemCKD's published form needs 50 to 400."
         },
     )

@@ -17,8 +17,9 @@ from .terms import Task
 
 logger = logging.getLogger(__name__)
 
-# A mean task loss above this share of that of equal probabilities is that of a student that has learned nothing.
-IDLE_SHARE = 0.99
+# A mean task loss within these shares of that of equal probabilities is that of a student that has learned nothing;
+# above them it has learned something else, such as a teacher that knows better than wrong labels.
+IDLE_SHARES = (0.99, 1.05)
 # In fewer steps nobody expects one to have learned much.
 IDLE_STEPS = 50
 
@@ -73,19 +74,26 @@ class ObservingTrainer(Trainer):
         return averages.terms
 
     def warn_of_idle_student(self) -> None:
-        """Say so when a classifier ends as it began, at chance: too strong a feature term can do that to a student."""
+        """Say so when a classifier ends as it began, at chance: too strong a feature term can do that to a student.
+
+        Judged by the last logging window, which may be short. Where classes are unbalanced, chance is lower than that
+        of equal probabilities, and nothing is said.
+        """
         logits = None if self._probe is None else self._probe.student_logits
         loss = self._last_terms.get("task_loss")
         if logits is None or loss is None or "feature_loss" not in self._last_terms:
             return
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            return
         if self._task != "single_label" or self.compute_loss_func is not None or self.state.global_step < IDLE_STEPS:
             return
         chance = math.log(logits.shape[1])
-        if loss >= IDLE_SHARE * chance and self.is_world_process_zero():
+        if IDLE_SHARES[0] <= loss / chance <= IDLE_SHARES[1] and self.is_world_process_zero():
             logger.warning(
-                "The student has not learned its task: the task loss ended at %.3f, and equal probabilities for all "
-                "%d classes give %.3f. The feature term slows the first steps down. Lower feature_weight (it is %g), "
-                "raise learning_rate (it is %g), or train for more steps (these were %d).",
+                "The student seems not to have learned its task: the task loss ended at %.3f, and equal "
+                "probabilities for all %d classes give %.3f. The feature term may be why: it slows the first steps "
+                "down. Lower feature_weight (it is %g), raise learning_rate (it is %g), or train for more steps (these "
+                "were %d).",
                 loss,
                 logits.shape[1],
                 chance,

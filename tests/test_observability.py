@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from makers import LABELS, bert, config, distiller, images, losses, texts, vit
+from makers import IMAGE, LABELS, bert, config, distiller, images, losses, texts, vit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -346,7 +346,7 @@ def test_healthy_and_fixed_associations_are_not_told(tmp_path, no_picture, caplo
 
 def told_of_idle_student(folder, caplog, **args):
     distiller(folder, args={"max_steps": 50, "logging_steps": 25, **args}).train()
-    return [entry.getMessage() for entry in caplog.records if "not learned its task" in entry.getMessage()]
+    return [entry.getMessage() for entry in caplog.records if "not to have learned its task" in entry.getMessage()]
 
 
 def test_a_student_at_chance_is_told_with_the_ways_out(tmp_path, no_picture, caplog):
@@ -367,6 +367,38 @@ def test_a_student_at_chance_is_told_with_the_ways_out(tmp_path, no_picture, cap
 )
 def test_who_learned_or_could_not_learn_is_not_told(tmp_path, no_picture, caplog, args):
     assert not told_of_idle_student(tmp_path, caplog, **args)
+
+
+class OneOutput(nn.Module):
+    """A plain regression: logits of one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3 * IMAGE * IMAGE, 8), nn.Linear(8, 1)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.body(pixel_values.flatten(1))).squeeze(1)
+        loss = None if labels is None else nn.functional.mse_loss(logits, labels.float())
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_student_without_classes_trains_to_the_end(tmp_path, no_picture, caplog):
+    args = {"logit_weight": 0.0, "student_layers": ["body"], "teacher_layers": ["body"], "relation_weight": 0.0}
+    args |= {"max_steps": 50, "logging_steps": 25, "learning_rate": 0.0}
+    trainer = distiller(tmp_path, args=args, model=OneOutput(), teacher_model=OneOutput())
+    assert trainer.train().global_step == 50
+    assert not [entry for entry in caplog.records if "learned its task" in entry.getMessage()]
+
+
+def test_a_task_loss_above_chance_is_another_matter(tmp_path, no_picture, caplog):
+    trainer = distiller(tmp_path, args={"max_steps": 1})
+    trainer.train()
+    for share, told in ((1.0, True), (1.2, False), (0.9, False)):
+        caplog.clear()
+        trainer.state.global_step = 50
+        trainer._last_terms = {"task_loss": share * math.log(LABELS), "feature_loss": 1.0}
+        trainer.warn_of_idle_student()
+        assert any("learned its task" in entry.getMessage() for entry in caplog.records) is told
 
 
 def test_the_last_window_counts_even_if_it_was_not_logged(tmp_path, no_picture, caplog):
