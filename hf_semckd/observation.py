@@ -92,8 +92,8 @@ class ObservingTrainer(Trainer):
             logger.warning(
                 "The student seems not to have learned its task: the task loss ended at %.3f, and equal "
                 "probabilities for all %d classes give %.3f. The feature term may be why: it slows the first steps "
-                "down. Lower feature_weight (it is %g), raise learning_rate (it is %g), or train for more steps (these "
-                "were %d).",
+                "down. Lower feature_weight (it is %g), raise learning_rate (it is %g), or train for more steps "
+                "(these were %d).",
                 loss,
                 logits.shape[1],
                 chance,
