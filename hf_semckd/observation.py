@@ -80,14 +80,12 @@ class ObservingTrainer(Trainer):
         of equal probabilities, and nothing is said.
         """
         logits = None if self._probe is None else self._probe.student_logits
-        loss = self._last_terms.get("task_loss")
-        if logits is None or loss is None or "feature_loss" not in self._last_terms:
+        classes = logits.shape[1] if logits is not None and logits.dim() == 2 else 1
+        if classes < 2 or self._task != "single_label" or self.compute_loss_func is not None:
             return
-        if logits.dim() != 2 or logits.shape[1] < 2:
+        if not {"task_loss", "feature_loss"} <= self._last_terms.keys() or self.state.global_step < IDLE_STEPS:
             return
-        if self._task != "single_label" or self.compute_loss_func is not None or self.state.global_step < IDLE_STEPS:
-            return
-        chance = math.log(logits.shape[1])
+        loss, chance = self._last_terms["task_loss"], math.log(classes)
         if IDLE_SHARES[0] <= loss / chance <= IDLE_SHARES[1] and self.is_world_process_zero():
             logger.warning(
                 "The student seems not to have learned its task: the task loss ended at %.3f, and equal "
@@ -95,7 +93,7 @@ class ObservingTrainer(Trainer):
                 "down. Lower feature_weight (it is %g), raise learning_rate (it is %g), or train for more steps "
                 "(these were %d).",
                 loss,
-                logits.shape[1],
+                classes,
                 chance,
                 self.feature_weight,
                 self.args.learning_rate,

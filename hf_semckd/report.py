@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from .errors import InputError, message
+from .files import write_atomically
 
 # Rows of weights averaged in bfloat16 miss one by a few thousandths; a real mistake misses it by far more.
 ROW_SUM_TOLERANCE = 1e-2
@@ -235,7 +235,7 @@ def write_json(path: str | os.PathLike[str], payload: object) -> Path:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write bytes to a temporary file beside the target and rename it, which is atomic on one file system.
+    """Write bytes so that the file is there as a whole or not at all; see `files.write_atomically`.
 
     Args:
         path: File to write or replace; missing parent folders are made.
@@ -249,16 +249,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and the rename would keep that.
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, [content])
     return target
 
 

@@ -1,4 +1,4 @@
-"""The files of a `TensorStore`: what their bytes are, how they are gathered, written, mapped and checked."""
+"""The files of a `TensorStore`: what their bytes are, how they are gathered, mapped and checked."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import functools
 import json
 import logging
 import os
-import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,21 +202,6 @@ def discard(path: Path, reason: object) -> None:
     # A read-only folder keeps its file; every run ignores it.
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file that is either there as a whole or not at all, whatever crashes."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _checksum(key: bytes, layout: bytes, blob: memoryview) -> int:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import InputError, message
-from .shards import KEY_BYTES, Buffer, Row, Shard, discard, layout_of, write_atomically
+from .files import write_atomically
+from .shards import KEY_BYTES, Buffer, Row, Shard, discard, layout_of
 
 logger = logging.getLogger(__name__)
 

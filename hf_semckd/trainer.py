@@ -26,7 +26,6 @@ from .inputs import LABEL_COLUMNS, InputSelector, forward_parameters
 from .loading import empty_model, load_model
 from .losses import FeatureLoss
 from .losses.registry import find_layers, make_feature_loss, names_layers, reuses_teacher_head
-from .meters import LossMeter
 from .modeling import StudentAttachment, forget_preparation
 from .objective import ObjectiveTrainer
 from .observation import ObservingTrainer
@@ -124,11 +123,9 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         self._probe: Probe | None = None
         self._task: Task = "single_label"
         self._window = Window()
-        self._meter = LossMeter()
-        self._averaged_to = 0
+        self.start_averages(0)
         self._statistics_ready = False
         self._association: np.ndarray | None = None
-        self._last_terms: Mapping[str, float] = {}
         self._warned_of_collapse = False
         if self._distils:
             self._set_up_distillation(teacher_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ def test_what_the_shown_protocols_plan_was_run(readme):
             if row["split"] == "test"
         }
         wanted = {(method.name, seed) for method in planned.methods for seed in planned.test_seeds}
-        for method, _ in sorted(wanted - run):
-            missing.setdefault(name, {}).setdefault(method, 0)
-            missing[name][method] += 1
+        if wanted - run:
+            missing[name] = Counter(method for method, _ in wanted - run)
     assert not missing

@@ -45,7 +45,7 @@ BASELINES = (
 METHODS = ("student", *BASELINES, "semckd-published", "semckd")
 # What the parts of the default are worth, in a family of comparisons of its own.
 STUDY = (
-    "kd-untuned", "semckd-similarity", "semckd-one-to-one", "semckd-learned", "semckd-uniform", "semckd-linear",
+    "kd-untuned", "semckd-similarity", "semckd-one-to-one", "semckd-uniform", "semckd-linear",
     "semckd-all-layers", "semckd-no-relation", "semckd-random-start", "semckd-zero-start", "semckd-tuned",
     "semckd-published", "semckd+crd",
 )  # fmt: skip
