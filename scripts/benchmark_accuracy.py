@@ -1,7 +1,8 @@
 """Compare ways to train a student, from a protocol file to a table, with every run kept as a row.
 
     python scripts/benchmark_accuracy.py scripts/protocols/smoke.yaml            # minutes: a check that it works
-    python scripts/benchmark_accuracy.py scripts/protocols/*_fashion.yaml --jobs 2
+    python scripts/benchmark_accuracy.py scripts/protocols/*_fashion.yaml --jobs 2    # two runs at a time
+    python scripts/benchmark_accuracy.py scripts/protocols/deep_vit_fashion_full.yaml --device cuda --jobs 8
     python scripts/benchmark_accuracy.py scripts/protocols/vit_fashion.yaml --methods kd semckd
     python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the kept rows
     python scripts/benchmark_accuracy.py --update-readme                          # writes the tables of the pages anew
@@ -9,14 +10,13 @@
 Every method is tuned with the same number of runs, on tuning seeds and the validation split, and reported on other
 seeds and the test split. Rows go to scripts/results/accuracy/<protocol>.jsonl, one a run, as soon as it is known: a
 stopped benchmark goes on where it was. One thread a job; the same seed gives the same row on the same machine and
-versions. Needs the extra `demo`, and for some protocols what scripts/fetch_text_parts.py, scripts/fetch_image_parts.py
-or the Debian package dataset-fashion-mnist bring.
+versions, but for what a GPU adds up in another order. Needs the extra `demo`, and for some protocols what
+scripts/fetch_text_parts.py, scripts/fetch_image_parts.py or the Debian package dataset-fashion-mnist bring.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,17 +38,22 @@ from accuracy.tables import (  # noqa: E402
 
 
 def run_protocol(
-    path: str, name: str, methods: Sequence[str] | None, results: Path, seeds: Sequence[int] | None = None
+    path: str,
+    name: str,
+    methods: Sequence[str] | None,
+    results: Path,
+    seeds: Sequence[int] | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
 ) -> None:
-    """Run what is not there yet of one protocol, in this process, on one thread."""
-    import torch
-    from accuracy.runs import Bench
-    from transformers.utils import logging
+    """Run what is not there yet of one protocol: in this process, on one thread, or several runs at once in others."""
+    from accuracy.parallel import make_bench, run_ahead
 
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    protocol = next(entry for entry in read_protocols(path) if entry.name == name)
-    Bench(protocol, results).run(methods, seeds)
+    place = (path, name, results, device)
+    bench = make_bench(*place)
+    if jobs > 1:
+        run_ahead(bench, place, methods, seeds, jobs)
+    bench.run(methods, seeds)
 
 
 def chosen_methods(protocols: Sequence[Protocol], methods: Sequence[str] | None) -> list[str]:
@@ -74,7 +79,8 @@ def main() -> None:
     parser.add_argument("protocols", nargs="*", metavar="protocol.yaml")
     parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")
     parser.add_argument("--seeds", nargs="+", type=int, help="Test with these seeds instead of the protocols' own.")
-    parser.add_argument("--jobs", type=int, default=1, help="Protocols that run at once, one thread each.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at once, in a process of one thread each; 1.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Where models are trained; cpu.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
     parser.add_argument("--table-only", action="store_true", help="Run nothing, print the tables of the kept rows.")
     parser.add_argument(
@@ -97,13 +103,10 @@ def main() -> None:
     if unknown:
         parser.error(f"no protocol compares {', '.join(sorted(unknown))}")
     if not options.table_only:
-        jobs = [(path, protocol.name, options.methods, options.results, options.seeds) for path, protocol in found]
-        if options.jobs == 1:
-            for job in jobs:
-                run_protocol(*job)
-        else:
-            with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-                pool.starmap(run_protocol, jobs, chunksize=1)
+        for path, protocol in found:
+            run_protocol(
+                path, protocol.name, options.methods, options.results, options.seeds, options.device, options.jobs
+            )
     protocols = [protocol for _, protocol in found]
     print(tables(protocols, chosen_methods(protocols, options.methods), options.results))
 

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py                                   # everything: hours, most of it for "published"
     python scripts/benchmark_step.py --pairs bert-6x384 --variants ce kd semckd
-    python scripts/benchmark_step.py --device cuda                     # bfloat16 autocast
+    python scripts/benchmark_step.py --device cuda --batch-size 128    # bfloat16 autocast, a batch that fills a GPU
     python scripts/benchmark_step.py --growth                          # only: how the loss's own time grows
     python scripts/benchmark_step.py --table scripts/results/step/NAME.json    # the table of a stored measurement
     python scripts/benchmark_step.py --quick                           # tiny models: does the measurement work?
@@ -18,8 +18,8 @@ Pairs are models of real sizes with random weights on random data. The variants:
 A step is what Trainer.train does with a micro-batch (counting, statistics, forward, backward, zero_grad), without the
 optimizer's part, which is timed among the parts. All variants live in one process, share the teacher and step in turn
 with the same batch; ratios are taken within a round, then their median and quartiles. Peak memory is that of whole
-training steps, optimizer included, each variant in a process of its own. Leave the machine alone meanwhile: where
-others took the processor, the table says so.
+training steps, optimizer included, each variant in a process of its own; on a GPU, what torch allocated. Leave the
+machine alone meanwhile: where others took the processor, the table says so.
 
 Writes scripts/results/step/<machine>.json (pairs in it that do not run again stay) and a picture beside it.
 """
@@ -54,7 +54,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.memory_of is not None:
         pair, variant = options.memory_of
-        print(json.dumps(memory.measure_peak(pairs.find_pair(pair, options.quick), variant, options.device)))
+        found = pairs.find_pair(pair, options.quick, options.batch_size)
+        print(json.dumps(memory.measure_peak(found, variant, options.device)))
         return
     stored = json.loads(options.output.read_text()) if options.output.is_file() else {}
     if options.growth:
@@ -74,10 +75,11 @@ def add_pairs(stored: dict[str, Any], options: argparse.Namespace) -> None:
         "--device",
         options.device,
         *(["--quick"] if options.quick else []),
+        *(["--batch-size", str(options.batch_size)] if options.batch_size else []),
     ]
     for index, name in enumerate(options.pairs):
         record = measure.measure_pair(
-            pairs.find_pair(name, options.quick), options.variants, options.device, options.rounds
+            pairs.find_pair(name, options.quick, options.batch_size), options.variants, options.device, options.rounds
         )
         # A quick run has no time for more: every variant is a process that imports everything anew.
         wanted = options.variants if not options.quick else ("kd", "semckd") if index == 0 else ()
@@ -85,7 +87,7 @@ def add_pairs(stored: dict[str, Any], options: argparse.Namespace) -> None:
         record["targets"] = summary.targets_of(record)
         record["conditions"] = conditions.conditions(options.device)
         found = {**stored.get("pairs", {}), record["pair"]: record}
-        stored["pairs"] = {key: found[key] for key in sorted(found, key=_place)}
+        stored["pairs"] = {key: found[key] for key in sorted(found, key=pairs.place_of)}
         write_json(options.output, stored)
 
 
@@ -127,6 +129,7 @@ def parse() -> argparse.Namespace:
         "--variants", choices=variants.NAMES, default=variants.NAMES, help=_any_of(variants.NAMES), **several
     )
     parser.add_argument("--rounds", type=_positive, help=f"Measured rounds; {ROUNDS}, or {QUICK_ROUNDS} with --quick.")
+    parser.add_argument("--batch-size", type=_positive, help="Samples in a micro-batch; each pair's own.")
     parser.add_argument("--threads", type=_positive, default=1, help="Threads of a CPU; 1.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="Tiny models and few rounds; writes to outputs/step.")
@@ -159,11 +162,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
-
-
-def _place(name: str) -> int:
-    """Return where a pair stands in the table."""
-    return pairs.NAMES.index(name.removesuffix(" (tiny)"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ IMAGE = 16
 VOCABULARY = 40
 PADDING = 0
 QUIET: dict[str, Any] = {
-    "use_cpu": True,
+    "use_cpu": os.environ.get("HF_SEMCKD_TEST_DEVICE", "cpu") == "cpu",
     "report_to": "none",
     "disable_tqdm": True,
     "save_strategy": "no",

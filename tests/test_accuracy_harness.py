@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -480,7 +481,7 @@ def test_random_weights_are_uniform_on_the_simplex(accuracy):
 def trained(accuracy: Any, digits: Any, folder: Path, method: Any, steps: int = 8, **arguments: Any) -> Any:
     rows = digits.pool
     config = SemCKDConfig(
-        str(folder), **{**accuracy.models.QUIET, **accuracy.models.COMMON}, max_steps=steps,
+        str(folder), **{**accuracy.models.QUIET, **accuracy.models.COMMON}, use_cpu=True, max_steps=steps,
         per_device_train_batch_size=16, learning_rate=0.002, logging_steps=1, **arguments,
     )  # fmt: skip
     student, teacher = accuracy.models.make_model(STUDENT, rows, 1), accuracy.models.make_model(TEACHER, rows, 0)
@@ -631,6 +632,22 @@ def test_test_rows_carry_what_was_chosen(ran):
         # Of equals the first.
         best = max(tuning, key=lambda row: row["value"])
         assert test["settings"]["tuned"] == best["settings"]["tuned"]
+
+
+def test_runs_of_several_processes_leave_the_rows_of_one(accuracy, ran, tmp_path):
+    # A copy, which keeps teachers and cache to itself.
+    for part in ("examples", "scripts/accuracy", "scripts/step_cost"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for part in ("scripts/benchmark_accuracy.py", "scripts/protocols/methods.yaml"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / part, tmp_path / part)
+    command = [sys.executable, "scripts/benchmark_accuracy.py", str(write(tmp_path)), "--jobs", "2"]
+    done = subprocess.run([*command, "--results", "rows"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = accuracy.rows.read_rows(tmp_path / "rows" / "tiny.jsonl")
+    assert len((tmp_path / "rows" / "tiny.jsonl").read_text().splitlines()) == len(rows) == len(ran.rows)
+    key = accuracy.rows.key_of
+    assert {key(row): row["value"] for row in rows} == {key(row): row["value"] for row in ran.rows}
 
 
 def test_a_second_run_adds_nothing(accuracy, place, ran, tmp_path, monkeypatch):

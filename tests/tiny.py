@@ -238,7 +238,7 @@ def outcome(trainer: SemCKDTrainer) -> Outcome:
     rows = [row for row in trainer.state.log_history if "loss" in row]
     names = ("loss", "task_loss", "logit_loss", "feature_loss", "association/entropy")
     terms = [{name: float(row[name]) for name in names if name in row} for row in rows]
-    return Outcome({name: value.detach().clone() for name, value in state.items()}, terms)
+    return Outcome({name: value.detach().cpu().clone() for name, value in state.items()}, terms)
 
 
 def train(problem: str | Problem, folder: Any, **changes: Any) -> Outcome:

@@ -68,6 +68,7 @@ def measured_mismatch(
     if association is None:
         return None
     batch = collate([rows[index] for index in range(min(len(rows), SAMPLES))])
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
     teacher = tuple(trainer.teacher_layer_names)
     if teacher not in known:
         known[teacher] = _teacher_features(trainer, batch)

@@ -35,7 +35,7 @@ from .data import IMAGES, ROOT, TEXT, Rows, collate
 TEACHERS = ROOT / "outputs" / "accuracy" / "teachers"
 TEACHER_SEED = 0
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "log_level": "error"}
-COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "remove_unused_columns": False, "use_cpu": True}
+COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "remove_unused_columns": False}
 
 
 def make_resnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
@@ -132,14 +132,17 @@ def teacher_rows(rows: Rows) -> Rows:
     return Rows({**rows.columns, **own}, rows.classes) if own else rows
 
 
-def trained_teacher(data: Mapping[str, Any], model: Mapping[str, Any], training: Mapping[str, Any], rows: Rows) -> Any:
-    """Return a teacher, trained now with a fixed seed or loaded if it was trained before.
+def trained_teacher(
+    data: Mapping[str, Any], model: Mapping[str, Any], training: Mapping[str, Any], rows: Rows, device: str = "cpu"
+) -> Any:
+    """Return a teacher on the CPU, trained now with a fixed seed or loaded if it was trained before.
 
     Args:
         data: What the protocol says of the data.
         model: What it says of the teacher.
         training: Training arguments.
         rows: What it is trained on.
+        device: `cpu` or `cuda`, where it is trained if it has to be.
     """
     described = {"data": data, "model": model, "training": training, "rows": len(rows)}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -150,14 +153,14 @@ def trained_teacher(data: Mapping[str, Any], model: Mapping[str, Any], training:
     print(f"training teacher {model['name']} on {len(rows)} rows", file=sys.stderr, flush=True)
     TEACHERS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=TEACHERS) as work:
-        args = TrainingArguments(work, seed=TEACHER_SEED, **{**QUIET, **COMMON, **training})
+        args = TrainingArguments(work, seed=TEACHER_SEED, use_cpu=device == "cpu", **{**QUIET, **COMMON, **training})
         Trainer(teacher, args, train_dataset=_own_columns(teacher_rows(rows)), data_collator=collate).train()
         kept = Path(work) / "kept"
         teacher.save_pretrained(kept)
         (kept / "described.json").write_text(json.dumps(described, indent=2))
         if not folder.is_dir():
             shutil.move(kept, folder)
-    return teacher.eval()
+    return teacher.cpu().eval()
 
 
 def _own_columns(rows: Rows) -> Rows:
@@ -166,11 +169,13 @@ def _own_columns(rows: Rows) -> Rows:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, rows: Rows, batch_size: int = 500) -> float:
-    """Return the share of rows that a model classifies rightly."""
+    """Return the share of rows that a model classifies rightly, where the model is."""
     model.eval()
+    device = next(model.parameters(), torch.empty(0)).device
     right = 0
     for start in range(0, len(rows), batch_size):
         batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         inputs = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
         right += int((model(**inputs).logits.argmax(-1) == labels).sum())

@@ -39,6 +39,8 @@ SHARED = ("feature_weight", "temperature", "task_weight", "logit_weight")
 SHARED_DEFAULTS = {"temperature": 4.0, "task_weight": 1.0, "logit_weight": 1.0}
 # What a protocol says of its data that is not for the loader.
 STUDENT_ONLY = ("name", "train", "noise")
+# A method's name, what is tuned of it, the seed, the split.
+Run = tuple[str, dict[str, Any], int, str]
 
 
 class Bench:
@@ -47,10 +49,11 @@ class Bench:
     Args:
         protocol: The protocol.
         results: Folder of the rows.
+        device: `cpu` or `cuda`. On a GPU the teacher runs in every step: that takes less than reading a cache.
     """
 
-    def __init__(self, protocol: Protocol, results: Path = RESULTS):
-        self.protocol = protocol
+    def __init__(self, protocol: Protocol, results: Path = RESULTS, device: str = "cpu"):
+        self.protocol, self.device = protocol, device
         self.path = results / f"{protocol.name}.jsonl"
         limits = {key: value for key, value in protocol.data.items() if key not in STUDENT_ONLY}
         teacher_pool = limits.pop("teacher_pool", None)
@@ -58,10 +61,10 @@ class Bench:
         model = {key: value for key, value in protocol.teacher.items() if key not in ("training", "planted")}
         pool = self.splits.pool if teacher_pool is None else self.splits.pool.take(range(teacher_pool))
         described = {key: value for key, value in protocol.data.items() if key not in ("train", "noise", "test")}
-        teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool)
+        teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool, device)
         self.plain_teacher = teacher
         self.teacher = plant(teacher, **protocol.teacher["planted"]) if "planted" in protocol.teacher else teacher
-        self.record = _Record(protocol, self.path)
+        self.read_rows()
         self.teacher_features: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
     def run(self, methods: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> None:
@@ -74,31 +77,46 @@ class Bench:
         Raises:
             ConfigurationError: When a seed to test with has tuned.
         """
-        seeds = self.protocol.test_seeds if seeds is None else seeds
-        tuned = sorted(set(seeds) & set(self.protocol.tuning_seeds))
-        if tuned:
-            raise ConfigurationError(
-                message(
-                    "These seeds cannot be tested with",
-                    received=f"seeds {tuned}, which tune",
-                    expected="seeds that chose nothing",
-                    todo="leave them out of --seeds",
-                )
-            )
+        seeds = self._test_seeds(seeds)
         self._teacher_row()
-        for method in self.protocol.methods:
-            if methods is not None and method.name not in methods:
-                continue
+        for method in self._chosen(methods):
             chosen = self.tune(method)
             for seed in seeds:
                 self.train(method, chosen, seed, "test")
+
+    def missing(self, methods: Sequence[str] | None, seeds: Sequence[int] | None, split: str) -> list[Run]:
+        """Return what `run` would train, each once; those that test are known when all that tune are there.
+
+        Args:
+            methods: See `run`.
+            seeds: See `run`.
+            split: `tuning` or `test`.
+        """
+        tests = self._test_seeds(seeds)
+        found: dict[tuple[str, int], Run] = {}
+        for method in self._chosen(methods):
+            if split == "test":
+                wanted = [(self.tune(method), seed) for seed in tests]
+            else:
+                candidates = method.candidates() if self._tunes(method) else []
+                wanted = [(tuned, seed) for tuned in candidates for seed in self.protocol.tuning_seeds]
+            for tuned, seed in wanted:
+                recipe = self._recipe(method, tuned)
+                known = self.record.find(method.name, tuned, recipe, seed, split) is not None
+                if not known and self.record.twin(recipe, seed, split) is None:
+                    found.setdefault((self.record.digest(recipe), seed), (method.name, tuned, seed, split))
+        return list(found.values())
+
+    def read_rows(self) -> None:
+        """Read the rows that are there; other processes may have written some."""
+        self.record = _Record(self.protocol, self.path, self.device)
 
     def tune(self, method: Method) -> dict[str, Any]:
         """Return the candidate with the best mean accuracy on the validation split over the tuning seeds, or {}."""
         if not self.protocol.tune:
             return {}
         candidates = method.candidates()
-        if len(candidates) == 1:
+        if not self._tunes(method):
             return candidates[0]
         scores = [
             statistics.mean(self.train(method, tuned, seed, "tuning") for seed in self.protocol.tuning_seeds)
@@ -110,7 +128,7 @@ class Bench:
     def train(self, method: Method, tuned: Mapping[str, Any], seed: int, split: str) -> float:
         """Return the accuracy of one student, trained now unless its row is there."""
         settings = {**method.arguments, **tuned}
-        recipe = {"loss": method.loss, "association": method.association, "options": dict(method.options), **settings}
+        recipe = self._recipe(method, tuned)
         known = self.record.find(method.name, tuned, recipe, seed, split)
         if known is not None:
             return known
@@ -130,6 +148,30 @@ class Bench:
         self.record.keep(method.name, tuned, recipe, seed, split, value, seconds, parameters, extras)
         return value
 
+    def _chosen(self, methods: Sequence[str] | None) -> list[Method]:
+        return [method for method in self.protocol.methods if methods is None or method.name in methods]
+
+    def _tunes(self, method: Method) -> bool:
+        return self.protocol.tune and len(method.candidates()) > 1
+
+    def _recipe(self, method: Method, tuned: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {"loss": method.loss, "association": method.association, "options": dict(method.options)}
+        return {**parts, **method.arguments, **tuned}
+
+    def _test_seeds(self, seeds: Sequence[int] | None) -> Sequence[int]:
+        seeds = self.protocol.test_seeds if seeds is None else seeds
+        tuned = sorted(set(seeds) & set(self.protocol.tuning_seeds))
+        if tuned:
+            raise ConfigurationError(
+                message(
+                    "These seeds cannot be tested with",
+                    received=f"seeds {tuned}, which tune",
+                    expected="seeds that chose nothing",
+                    todo="leave them out of --seeds",
+                )
+            )
+        return seeds
+
     def _teacher_row(self) -> None:
         if self.record.find("teacher", {}, {}, 0, "test") is None:
             value = accuracy(self.plain_teacher, teacher_rows(self.splits.test))
@@ -143,9 +185,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             args = {**QUIET, **COMMON, **protocol.training, **settings, "seed": seed}
             steps = _steps(len(rows), args)
-            config = SemCKDConfig(
-                output_dir=folder, logging_steps=max(steps // 4, 1), teacher_cache_dir=str(CACHE), **args
-            )
+            on_cpu = self.device == "cpu"
+            where = {"use_cpu": on_cpu, "teacher_cache_dir": str(CACHE) if on_cpu else None}
+            config = SemCKDConfig(output_dir=folder, logging_steps=max(steps // 4, 1), **where, **args)
             trainer = trainer_class(method)(
                 student,
                 config,
@@ -182,7 +224,7 @@ def _steps(rows: int, args: Mapping[str, Any]) -> int:
 class _Record:
     """The rows of a protocol, found by what they are of."""
 
-    def __init__(self, protocol: Protocol, path: Path):
+    def __init__(self, protocol: Protocol, path: Path, device: str = "cpu"):
         self.protocol = protocol
         self.path = path
         self.fixed = {"data": protocol.data, "teacher": protocol.teacher, "student": protocol.student}
@@ -190,7 +232,8 @@ class _Record:
         rows = read_rows(path) if path.exists() else []
         self._refuse_others(rows)
         self.rows = {key_of(row): row for row in rows}
-        self.commit, self.machine = _commit(), f"{machine('cpu')}, {torch.get_num_threads()} thread(s)"
+        threads = f", {torch.get_num_threads()} thread(s)" if device == "cpu" else ""
+        self.commit, self.machine = _commit(), f"{machine(device)}{threads}"
 
     def find(
         self, method: str, tuned: Mapping[str, Any], recipe: Mapping[str, Any], seed: int, split: str

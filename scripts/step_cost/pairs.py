@@ -144,15 +144,26 @@ _TINY_MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 
 
-def find_pair(name: str, tiny: bool = False) -> Pair:
+def find_pair(name: str, tiny: bool = False, batch_size: int | None = None) -> Pair:
     """Return a pair by its name.
 
     Args:
         name: One of `NAMES`.
         tiny: Whether models of a few thousand parameters take its place, to try the measurement out.
+        batch_size: Samples in a micro-batch; None: as many as the pair has by itself. Others change its name.
     """
     pair = next(entry for entry in FULL if entry.name == name)
-    if not tiny:
+    if tiny:
+        teacher, student, size = _TINY_MODELS[pair.family]
+        pair = replace(
+            pair, name=f"{name} (tiny)", teacher=teacher, student=student, size=size, batch_size=4, labels=5
+        )
+    if batch_size in (None, pair.batch_size):
         return pair
-    teacher, student, size = _TINY_MODELS[pair.family]
-    return replace(pair, name=f"{name} (tiny)", teacher=teacher, student=student, size=size, batch_size=4, labels=5)
+    return replace(pair, name=f"{pair.name}, batch {batch_size}", batch_size=batch_size)
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Return where a pair of that name, as `find_pair` gives it, stands in a table: after the smaller batches."""
+    model, _, batch = name.partition(", batch ")
+    return NAMES.index(model.removesuffix(" (tiny)")), int(batch or 0)
