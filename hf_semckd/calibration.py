@@ -15,13 +15,14 @@ from .errors import InputError, RaggedBatchError, message
 from .features import FeatureSpec
 from .functional import (
     at_least_float32,
+    by_shape,
+    cosine_matrix,
     entropy,
     full_precision,
     map_to_tokens,
     pool_map,
     pool_tokens,
     row_cosine,
-    similarity_matrix,
 )
 
 # Wide enough for every association that was measured, and small beside any student.
@@ -113,21 +114,35 @@ def as_tokens(feature: Tensor) -> Tensor:
     return feature.unsqueeze(1) if feature.dim() == 2 else feature
 
 
-def as_mean(feature: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the average of a layer's output over its (unmasked) positions, (B, C)."""
-    if feature.dim() == 4:
-        return feature.mean((2, 3))
-    if feature.dim() == 2:
-        return feature
-    if mask is None or mask.shape[1] != feature.shape[1]:
-        return feature.mean(1)
-    weights = mask.unsqueeze(-1)
-    # In half precision the sum of a long sequence overflows, though its mean would not.
-    kept = at_least_float32(feature).masked_fill(weights == 0, 0.0)
-    return kept.sum(1) / weights.to(kept.dtype).sum(1).clamp(min=1)
+class Average:
+    """Averages layers' outputs over their positions; what depends on the mask alone is computed once.
+
+    Args:
+        mask: (B, N); positions with 0 do not count in features of N positions, whatever they hold. None: all count.
+    """
+
+    def __init__(self, mask: Tensor | None = None):
+        self.mask = mask
+        self._parts: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Return the average (B, C) of (B, C, H, W), (B, N, C) or (B, C); under the mask at least in float32."""
+        if feature.dim() == 4:
+            return feature.mean((2, 3))
+        if feature.dim() == 2:
+            return feature
+        if self.mask is None or self.mask.shape[1] != feature.shape[1]:
+            return feature.mean(1)
+        dtype = at_least_float32(feature[:0]).dtype
+        if self._parts is None or self._parts[1].dtype != dtype:
+            counted = self.mask != 0
+            self._parts = ~counted.unsqueeze(-1), counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
+        left_out, count = self._parts
+        # In half precision the sum of a long sequence overflows, though its mean would not.
+        return feature.masked_fill(left_out, 0.0).sum(1, dtype=dtype) / count
 
 
-def embedding(feature: Tensor, spec: FeatureSpec, mask: Tensor | None = None) -> Tensor:
+def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
     """Return the vector (B, C) that stands for a sample: what a classifier would read of its last layer.
 
     The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
@@ -136,21 +151,21 @@ def embedding(feature: Tensor, spec: FeatureSpec, mask: Tensor | None = None) ->
     Args:
         feature: (B, C, H, W) or (B, N, C).
         spec: What the layer looks like.
-        mask: (B, N) mask of its tokens.
+        average: Knows the tokens that count.
     """
     if feature.dim() == 3 and spec.prefix > 0:
         return feature[:, 0]
-    return as_mean(feature, mask)
+    return average(feature)
 
 
-def summary(feature: Tensor, spec: FeatureSpec, mask: Tensor | None) -> Tensor:
+def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
     """Return what similarities between samples are taken on: a small map for images, the mean token for text.
 
     Returns:
         (B, C * cells), at least in float32.
     """
     if spec.grid is None:
-        return at_least_float32(as_mean(feature, mask))
+        return at_least_float32(average(feature))
     return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))
 
 
@@ -317,8 +332,7 @@ def similarity_weights(
     Returns:
         (B, S, T). Uniform for a batch of one, which has nothing to compare.
     """
-    left = torch.stack([similarity_matrix(rows, normalize=True) for rows in student])
-    right = torch.stack([similarity_matrix(rows, normalize=True) for rows in teacher])
+    left, right = (torch.stack(by_shape(cosine_matrix, rows)) for rows in (student, teacher))
     scores = row_cosine(left, right) / temperature
     return matched_weights(scores) if matched else torch.softmax(scores, dim=-1)
 
@@ -347,7 +361,8 @@ def matched_weights(scores: Tensor, rounds: int = MATCHING_ROUNDS) -> Tensor:
         drawn = scores / 2**halvings
         for _ in range(rounds if halvings else 2 * rounds):
             taken = torch.softmax(drawn + held, dim=-1).sum(1, keepdim=True)
-            held = (held + (bound / taken.clamp(min=torch.finfo(taken.dtype).tiny)).log()).clamp(max=0.0)
+            # A layer that nobody takes is not held back: minus the logarithm of 0 is cut off at 0.
+            held = torch.sub(held, taken.div_(bound).log_()).clamp_(max=0.0)
         if halvings:
             held = 2 * held
     return torch.softmax(scores + held, dim=-1)

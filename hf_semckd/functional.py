@@ -5,7 +5,7 @@ Symbols: B samples, S student layers, T teacher layers, N positions (tokens, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,16 @@ def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize
         features = features.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
     rows = features.flatten(1)
     if normalize:
-        rows = F.normalize(rows, dim=1)
+        return cosine_matrix(rows)
     with full_precision(rows):
         return rows @ rows.T
+
+
+def cosine_matrix(rows: Tensor) -> Tensor:
+    """Return the cosines (..., B, B) of the rows of (..., B, C), at least in float32; 0 for a row of zeros."""
+    rows = F.normalize(at_least_float32(rows), dim=-1)
+    with full_precision(rows):
+        return rows @ rows.mT
 
 
 def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor:
@@ -99,44 +106,46 @@ def relative_distances(embeddings: Tensor) -> Tensor:
     """Return the distance of every two samples, in units of the batch's mean distance between different samples.
 
     Args:
-        embeddings: (B, C).
+        embeddings: (..., B, C), a batch for each of the first dimensions.
 
     Returns:
-        (B, B), at least in float32, zero on the diagonal; the gradient is zero, up to rounding, where
+        (..., B, B), at least in float32, zero on the diagonal; the gradient is zero, up to rounding, where
         two samples coincide.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
     """
     rows = at_least_float32(embeddings)
+    samples, limits = rows.shape[-2], torch.finfo(rows.dtype)
     with full_precision(rows):
         # Distances do not change when the mean is taken off, and the squares of large offsets would cancel.
-        rows = rows - rows.mean(0, keepdim=True)
-        norms = rows.square().sum(1)
-        squares = norms.unsqueeze(1) + norms.unsqueeze(0) - 2.0 * rows @ rows.T
-        floor = torch.finfo(rows.dtype).eps * norms.detach().max() + torch.finfo(rows.dtype).tiny
-        distances = squares.clamp(min=floor).sqrt() * (squares > floor)
-        distances = distances * (1.0 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
-        count = max(len(rows) * (len(rows) - 1), 1)
-        return distances / (distances.sum() / count).clamp(min=torch.finfo(rows.dtype).tiny ** 0.5)
+        rows = rows - rows.mean(-2, keepdim=True)
+        norms = rows.square().sum(-1)
+        squares = norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2.0 * rows @ rows.mT
+        floor = (limits.eps * norms.detach().amax(-1) + limits.tiny)[..., None, None]
+        different = ~torch.eye(samples, dtype=torch.bool, device=rows.device)
+        distances = squares.clamp(min=floor).sqrt() * ((squares > floor) & different)
+        mean = distances.sum((-2, -1), keepdim=True) / max(samples * (samples - 1), 1)
+        return distances / mean.clamp(min=limits.tiny**0.5)
 
 
-def relation_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return how differently two layers place each sample among the others of the batch.
-
-    error[i, s, t] = mean over the other samples j of (d_s[i, j] - d_t[i, j])^2 with `relative_distances` d. It needs
-    no projection, and depends on neither layer's scale, rotation or offset.
+def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Apply a function to tensors that are stacked where they look alike: a GPU is as fast with many as with one.
 
     Args:
-        student: S embeddings (B, C_s).
-        teacher: T embeddings (B, C_t); no gradient flows into them.
+        function: Takes (L, ...) and returns a result for each of the L.
+        tensors: Of any shapes and precisions.
 
     Returns:
-        (B, S, T), at least in float32; zeros for a batch of one.
+        Their results, in their order.
     """
-    own = [relative_distances(rows) for rows in student]
-    theirs = [relative_distances(rows.detach()) for rows in teacher]
-    others = max(len(own[0]) - 1, 1)
-    return torch.stack([torch.stack([(s - t).square().sum(1) for t in theirs], 1) for s in own], 1) / others
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype), []).append(index)
+    results: dict[int, Tensor] = {}
+    for members in groups.values():
+        stacked = torch.stack([tensors[index] for index in members])
+        results |= dict(zip(members, function(stacked).unbind(), strict=True))
+    return [results[index] for index in range(len(tensors))]
 
 
 def pool_map(features: Tensor, size: tuple[int, int]) -> Tensor:

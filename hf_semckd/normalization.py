@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from .functional import at_least_float32
 VARIANCE_FLOOR = 1e-5
 # What a channel's own variance weighs against at first: a prior of this many positions.
 PRIOR_POSITIONS = 256
+# Layers are observed together up to this size: a layer alone is no work for a GPU, and a CPU's cache is small.
+GROUP_BYTES = {"cpu": 4 * 2**20}
+OTHER_GROUP_BYTES = 64 * 2**20
 
 
 class ChannelStatistics(nn.Module):
@@ -51,8 +54,7 @@ class ChannelStatistics(nn.Module):
             features: (B, C, H, W) or (B, N, C).
             mask: (B, N); positions with 0 are left out.
         """
-        moments = self.moments(features, mask)
-        self._pending = moments if self._pending is None else self._pending + moments
+        observe_layers([self], [features], [mask])
 
     def pending(self) -> Tensor:
         """Return and forget what was observed: (1 + 2 * channels) sums that may be added over processes."""
@@ -66,17 +68,7 @@ class ChannelStatistics(nn.Module):
         Args:
             sums: What `pending` returned, added over processes.
         """
-        sums = sums.to(**self._wide())
-        added, shift_sum, square_sum = sums[0], sums[1 : 1 + len(self.mean)], sums[1 + len(self.mean) :]
-        before = self.count.to(sums.dtype)
-        total = (before + added).clamp(min=1)
-        # The sums are taken about the running mean, so the shift of the mean is all that has to be corrected for.
-        shift = shift_sum / total
-        squares = self.variance.to(sums.dtype) * before + square_sum - total * shift.square()
-        seen = added > 0
-        self.mean.copy_(torch.where(seen, self.mean.to(sums.dtype) + shift, self.mean.to(sums.dtype)))
-        self.variance.copy_(torch.where(seen, (squares / total).clamp(min=0), self.variance.to(sums.dtype)))
-        self.count.add_(added.to(self.count.dtype))
+        merge_layers([self], [sums])
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the features with every channel standardised, in the statistics' precision or wider.
@@ -89,39 +81,7 @@ class ChannelStatistics(nn.Module):
 
     def scale(self) -> Tensor:
         """Return what each channel (channels) is multiplied by, once its mean is taken off."""
-        return torch.rsqrt(self.shrunk_variance())
-
-    def shrunk_variance(self) -> Tensor:
-        """Return each channel's variance (channels), drawn to the layer's mean variance while little was seen.
-
-        A channel that was silent in a few samples would otherwise be blown up by the first one that wakes it. The
-        pull is that of `PRIOR_POSITIONS` positions with the mean variance, and fades as more are seen.
-        """
-        typical = self.variance.mean()
-        shrunk = (self.count * self.variance + PRIOR_POSITIONS * typical) / (self.count + PRIOR_POSITIONS)
-        return shrunk + VARIANCE_FLOOR * typical + torch.finfo(self.variance.dtype).tiny
-
-    def moments(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """Return count, sum and sum of squares about the running mean, packed into (1 + 2 * channels)."""
-        values = features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
-        rows = at_least_float32(values).to(self.mean.dtype).flatten(0, 1)
-        if mask is None:
-            count = torch.full((), float(len(rows)), **self._wide())
-            centre = torch.where(self.count > 0, self.mean, rows.mean(0))
-        else:
-            kept = (mask != 0).flatten().unsqueeze(1)
-            count = kept.sum().to(**self._wide())
-            # A masked position may hold anything, NaN included: select, do not multiply.
-            mean = torch.where(kept, rows, 0.0).sum(0) / count.clamp(min=1).to(rows.dtype)
-            centre = torch.where(self.count > 0, self.mean, mean)
-        # About the running mean, or at first about the batch's own: sums of squares about 0 would cancel on channels
-        # with an offset.
-        rows = rows - centre
-        if mask is not None:
-            rows.masked_fill_(~kept, 0.0)
-        sums, squares = rows.sum(0).to(**self._wide()), rows.square().sum(0).to(**self._wide())
-        shift = centre.to(**self._wide()) - self.mean.to(**self._wide())
-        return torch.cat([count[None], sums + count * shift, squares + 2 * shift * sums + count * shift.square()])
+        return standardisation([self])[1][0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelStatistics:
         # Engines cast whole modules to bfloat16, in which a count stops growing at a few hundred.
@@ -133,3 +93,123 @@ class ChannelStatistics(nn.Module):
     def _wide(self) -> dict[str, Any]:
         device = self.mean.device
         return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+
+
+@torch.no_grad()
+def observe_layers(
+    layers: Sequence[ChannelStatistics], features: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> None:
+    """Keep the moments of a batch aside for several layers, those that look alike together.
+
+    Args:
+        layers: Their statistics.
+        features: (B, C, H, W) or (B, N, C) of each layer.
+        masks: (B, N) for each layer; positions with 0 are left out. Layers that share a mask share the object.
+    """
+    values = [entry.flatten(2).transpose(1, 2) if entry.dim() == 4 else entry for entry in features]
+    looks = [(entry.shape, entry.dtype, id(mask)) for entry, mask in zip(values, masks, strict=True)]
+    for members in _groups(looks, values):
+        # (L, positions, C)
+        rows = torch.stack([values[index] for index in members]).flatten(1, 2)
+        found = _moments([layers[index] for index in members], rows, masks[members[0]])
+        for index, moments in zip(members, found.unbind(), strict=True):
+            before = layers[index]._pending
+            layers[index]._pending = moments if before is None else before + moments
+
+
+@torch.no_grad()
+def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) -> None:
+    """Take summed moments (of all processes) into the running mean and variance (Chan et al., 1979) of several layers.
+
+    Args:
+        layers: Their statistics.
+        sums: What `pending` returned for each, added over processes.
+    """
+    for members in _groups([(len(layer.mean), layer.mean.dtype) for layer in layers]):
+        entries = [layers[index] for index in members]
+        mean, variance, before = (values.to(**entries[0]._wide()) for values in _state(entries))
+        added, shift_sum, square_sum = (
+            torch.stack([sums[index] for index in members])
+            .to(mean.dtype)
+            .split([1, mean.shape[1], mean.shape[1]], dim=1)
+        )
+        total = (before + added).clamp(min=1)
+        # The sums are taken about the running mean, so the shift of the mean is all that has to be corrected for.
+        shift = shift_sum / total
+        squares = variance * before + square_sum - total * shift.square()
+        seen = added > 0
+        mean = torch.where(seen, mean + shift, mean)
+        variance = torch.where(seen, (squares / total).clamp(min=0), variance)
+        for name, values in (("mean", mean), ("variance", variance), ("count", (before + added).squeeze(1))):
+            buffers = [getattr(entry, name) for entry in entries]
+            torch._foreach_copy_(buffers, list(values.to(buffers[0].dtype).unbind()))
+
+
+def standardisation(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean, and what it is multiplied by once that is taken off, of layers of one width.
+
+    A channel that was silent in a few samples would be blown up by the first one that wakes it. Each variance is
+    therefore drawn to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
+    are seen.
+
+    Args:
+        layers: Their statistics.
+
+    Returns:
+        (L, channels) means and scales.
+    """
+    mean, variance, count = _state(layers)
+    typical = variance.mean(1, keepdim=True)
+    shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
+    return mean, torch.rsqrt(shrunk + VARIANCE_FLOOR * typical + torch.finfo(variance.dtype).tiny)
+
+
+def _state(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means and variances (L, channels) and counts (L, 1) of layers of one width."""
+    mean, variance = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("mean", "variance"))
+    return mean, variance, torch.stack([layer.count for layer in layers]).unsqueeze(1)
+
+
+def _moments(layers: Sequence[ChannelStatistics], rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return count, sum and sum of squares about the running mean of each layer (L, 1 + 2 * channels).
+
+    Args:
+        layers: The statistics of L layers of one width.
+        rows: (L, positions, channels).
+        mask: (B, N), as many as there are positions.
+    """
+    wide = layers[0]._wide()
+    running, _, before = _state(layers)
+    rows = at_least_float32(rows).to(running.dtype)
+    if mask is None:
+        count = torch.full((), float(rows.shape[1]), **wide)
+        mean = rows.mean(1)
+    else:
+        left_out = (mask == 0).flatten().unsqueeze(1)
+        count = (mask != 0).sum().to(**wide)
+        # A masked position may hold anything, NaN included: select, do not multiply.
+        mean = rows.masked_fill(left_out, 0.0).sum(1) / count.clamp(min=1).to(rows.dtype)
+    # About the running mean, or at first about the batch's own: sums of squares about 0 would cancel on channels
+    # with an offset.
+    centre = torch.where(before > 0, running, mean)
+    rows = rows - centre.unsqueeze(1)
+    if mask is not None:
+        rows.masked_fill_(left_out, 0.0)
+    sums, squares = rows.sum(1).to(**wide), rows.square().sum(1).to(**wide)
+    shift = (centre - running).to(**wide)
+    squares = squares + shift * (2 * sums + count * shift)
+    return torch.cat([count.expand(len(layers), 1), sums + count * shift, squares], 1)
+
+
+def _groups(looks: Sequence[object], values: Sequence[Tensor] | None = None) -> Iterator[list[int]]:
+    """Yield the places of equal entries, few enough of them for their values to be taken together."""
+    places: dict[object, list[int]] = {}
+    for index, look in enumerate(looks):
+        places.setdefault(look, []).append(index)
+    for members in places.values():
+        size = len(members)
+        if values is not None:
+            first = values[members[0]]
+            limit = GROUP_BYTES.get(first.device.type, OTHER_GROUP_BYTES)
+            size = max(limit // max(first.numel() * first.element_size(), 1), 1)
+        yield from (members[start : start + size] for start in range(0, len(members), size))

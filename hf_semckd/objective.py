@@ -133,10 +133,14 @@ class ObjectiveTrainer(Trainer):
         loss.synchronize(self._sum_over_processes)
 
     def _run_teacher(self, batch: Mapping[str, Any]) -> TeacherOutputs:
-        """Return the teacher's outputs; `self._teacher.wait()` before using them."""
+        """Return the teacher's outputs, in mixed precision where the student has it; `wait()` before using them."""
         logits, features = self.args.distils_logits, self._distils_features
         select = self._select_features if features and self.feature_loss is not None else None
-        return self._teacher.aside(lambda: self._teacher.run(batch, logits=logits, features=features, select=select))
+        # accelerate wraps the student's forward alone; the teacher's takes several times as long without.
+        with self.accelerator.autocast():
+            return self._teacher.aside(
+                lambda: self._teacher.run(batch, logits=logits, features=features, select=select)
+            )
 
     def _select_features(self, features: Any, mask: Tensor | None, phases: Callable[[], Tensor]) -> Any:
         """Let go of what the feature loss does not need, before the student runs."""

@@ -67,9 +67,12 @@ def spread_positions(
     return order.gather(1, ranks), (steps < chosen) & (tokens > 0)
 
 
-def take_positions(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Return the tokens (B, K, C) of (B, N, C) at positions (B, K)."""
-    batch, length, channels = tokens.shape
-    first = length * torch.arange(batch, device=positions.device).unsqueeze(1)
-    rows = (positions + first).flatten()
-    return tokens.flatten(0, 1).index_select(0, rows).view(batch, positions.shape[1], channels)
+def flat_positions(positions: Tensor, length: int) -> Tensor:
+    """Return where positions (B, K) of samples of that length lie when all samples stand in one row, (B * K)."""
+    first = length * torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    return (positions + first).flatten()
+
+
+def take_positions(tokens: Tensor, flat: Tensor) -> Tensor:
+    """Return the tokens (B, K, C) of (B, N, C) at `flat_positions` (B * K), which layers of one length share."""
+    return tokens.flatten(0, 1).index_select(0, flat).view(len(tokens), -1, tokens.shape[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import full_precision
+from .functional import by_shape, full_precision, relative_distances
 
 # On a CPU a few samples at a time: their targets then stay in its cache, and need no large allocation.
 BLOCK_BYTES = 4 * 2**20
+# Where layers are projected one by one: products of stacked matrices take nearly twice as long there. For a GPU a
+# layer alone is hardly work, and the host has to ask for each.
+UNSTACKED_DEVICES = ("cpu",)
 
 
 def weighted_feature_error(
@@ -54,6 +57,28 @@ def weighted_feature_error(
     return _WeightedFeatureError.apply(weights, kept, centre, scale, len(features), *features, *linear, *targets)
 
 
+def weighted_relation_error(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return how differently a student layer and its teacher layers place each sample among the others of the batch.
+
+    error[i, s] = sum over t of weights[i, s, t] * mean over the other samples j of (d_s[i, j] - d_t[i, j])^2, with
+    `relative_distances` d. It needs no projection, and depends on neither layer's scale, rotation or offset.
+
+    Args:
+        student: S embeddings (B, C_s).
+        teacher: T embeddings (B, C_t); no gradient flows into them.
+        weights: (B, S, T), non-negative; no gradient flows into them.
+
+    Returns:
+        (B, S), at least in float32; zeros for a batch of one.
+    """
+    own = [rows.unsqueeze(1) for rows in by_shape(relative_distances, student)]
+    with torch.no_grad():
+        theirs = [rows.unsqueeze(1) for rows in by_shape(relative_distances, teacher)]
+    samples = len(own[0])
+    # The mean there is over all samples; a sample's distance to itself is 0 everywhere.
+    return weighted_feature_error(own, theirs, weights.detach())[0] * (samples / max(samples - 1, 1))
+
+
 class _Sums(NamedTuple):
     """What a block of samples gives: squares (B, S), inner products (B, S, T) and distances (B, T, T)."""
 
@@ -86,15 +111,13 @@ class _WeightedFeatureError(torch.autograd.Function):
         shares = torch.where(total.unsqueeze(2) > tiny, wide / total.clamp(min=tiny).unsqueeze(2), 1.0 / layers)
         batch, positions, channels = targets[0].shape
         difference = torch.empty(batch, count, positions, channels, dtype=dtype, device=weights.device)
-        cast = [entry.to(narrow) for entry in linear]
+        project = _projector(features, linear, narrow)
         with full_precision(weights):
             parts = []
             for rows in _blocks(layers, difference):
                 taught, common = _taught(targets, rows, dtype, centre, scale, mask)
                 own = _subtract_means(difference[rows], shares[rows], taught, common)
-                for s, feature in enumerate(features):
-                    values = feature[rows].to(narrow)
-                    own[:, s].add_(F.linear(values, cast[s], cast[count + s]) if cast else values)
+                project(rows, own)
                 if mask is not None:
                     own.masked_fill_(~mask[rows, None, :, None], 0.0)
                 parts.append(_sums(own, taught))
@@ -102,7 +125,7 @@ class _WeightedFeatureError(torch.autograd.Function):
             value, errors = _errors(_Sums(*(torch.cat(entry) for entry in zip(*parts, strict=True))), shares, size)
         # With a projection its inputs are needed again; without one the difference is the gradient itself.
         ctx.save_for_backward(difference, 2.0 * total / size, errors, mask, *(tensors[:-layers] if linear else ()))
-        ctx.count, ctx.layers, ctx.narrow = count, layers, narrow
+        ctx.layers, ctx.narrow = layers, narrow
         ctx.dtypes = [weights.dtype, *(entry.dtype for entry in features)]
         ctx.mark_non_differentiable(errors)
         return total * value, errors
@@ -111,29 +134,114 @@ class _WeightedFeatureError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _errors: Tensor) -> tuple[Tensor | None, ...]:
         difference, factor, errors, mask, *saved = ctx.saved_tensors
-        count, needed = ctx.count, ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[5:]
         to_weights = (gradient.unsqueeze(2) * errors).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         step = gradient * factor
-        results: list[Tensor | None] = [None] * (3 * count if saved else count)
+        results: list[Tensor | None]
         with full_precision(gradient):
-            for s in range(count):
-                towards = difference[:, s] * step[:, s, None, None]
-                if not saved:
-                    results[s] = towards.to(ctx.dtypes[1 + s]) if needed[s] else None
-                    continue
-                feature, weight, bias = saved[s], saved[count + s], saved[2 * count + s]
-                narrow = towards.to(ctx.narrow)
-                if needed[s]:
-                    results[s] = (narrow @ weight.to(ctx.narrow)).to(feature.dtype)
-                if needed[count + s]:
-                    if mask is not None:
-                        # Zero times what is masked must be zero, whatever that is.
-                        feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
-                    flat = narrow.flatten(0, 1).T @ feature.flatten(0, 1).to(ctx.narrow)
-                    results[count + s] = flat.to(weight.dtype)
-                if needed[2 * count + s]:
-                    results[2 * count + s] = towards.sum((0, 1)).to(bias.dtype)
+            if not saved:
+                towards = (difference * step[:, :, None, None]).unbind(1)
+                results = [
+                    entry.to(dtype) if need else None
+                    for entry, dtype, need in zip(towards, ctx.dtypes[1:], needed, strict=False)
+                ]
+            elif _alike(saved):
+                results = _stacked_gradients(difference, step, mask, saved, needed, ctx.narrow)
+            else:
+                results = _single_gradients(difference, step, mask, saved, needed, ctx.narrow)
         return to_weights, None, None, None, None, *results, *[None] * ctx.layers
+
+
+def _projector(
+    features: Sequence[Tensor], linear: Sequence[Tensor], narrow: torch.dtype
+) -> Callable[[slice, Tensor], object]:
+    """Return what adds the projections of some samples to a tensor (b, S, N, C)."""
+    count = len(features)
+    if not linear:
+        return lambda rows, own: own.add_(torch.stack([feature[rows] for feature in features], 1))
+    if _alike([*features, *linear]):
+        weight, bias = (torch.stack(list(linear[first : first + count])).to(narrow) for first in (0, count))
+
+        def together(rows: slice, own: Tensor) -> None:
+            values = torch.stack([feature[rows].to(narrow) for feature in features]).flatten(1, 2)
+            projected = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
+            own.add_(projected.unflatten(1, (len(own), -1)).transpose(0, 1))
+
+        return together
+    cast = [entry.to(narrow) for entry in linear]
+
+    def one_by_one(rows: slice, own: Tensor) -> None:
+        for s, feature in enumerate(features):
+            own[:, s].add_(F.linear(feature[rows].to(narrow), cast[s], cast[count + s]))
+
+    return one_by_one
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether S features, weights and biases are taken together."""
+    count = len(tensors) // 3
+    groups = (tensors[first : first + count] for first in (0, count, 2 * count))
+    return tensors[0].device.type not in UNSTACKED_DEVICES and all(
+        len({(entry.shape, entry.dtype) for entry in group}) == 1 for group in groups
+    )
+
+
+def _single_gradients(
+    difference: Tensor,
+    step: Tensor,
+    mask: Tensor | None,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+    narrow: torch.dtype,
+) -> list[Tensor | None]:
+    """Return the gradients of S features, weights and biases, layer by layer; None where none is needed."""
+    count = len(saved) // 3
+    results: list[Tensor | None] = [None] * len(saved)
+    for s in range(count):
+        towards = difference[:, s] * step[:, s, None, None]
+        feature, weight, bias = saved[s], saved[count + s], saved[2 * count + s]
+        cast = towards.to(narrow)
+        if needed[s]:
+            results[s] = (cast @ weight.to(narrow)).to(feature.dtype)
+        if needed[count + s]:
+            if mask is not None:
+                # Zero times what is masked must be zero, whatever that is.
+                feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
+            flat = cast.flatten(0, 1).T @ feature.flatten(0, 1).to(narrow)
+            results[count + s] = flat.to(weight.dtype)
+        if needed[2 * count + s]:
+            results[2 * count + s] = towards.sum((0, 1)).to(bias.dtype)
+    return results
+
+
+def _stacked_gradients(
+    difference: Tensor,
+    step: Tensor,
+    mask: Tensor | None,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+    narrow: torch.dtype,
+) -> list[Tensor | None]:
+    """Return what `_single_gradients` returns, of layers that look alike, all at once."""
+    count = len(saved) // 3
+    features, weights, biases = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    towards = difference * step[:, :, None, None]
+    # (S, b * N, C)
+    cast = towards.transpose(0, 1).to(narrow).flatten(1, 2)
+    results: list[Tensor | None] = [None] * len(saved)
+    if any(needed[:count]):
+        found = (cast @ torch.stack(list(weights)).to(narrow)).unflatten(1, features[0].shape[:2])
+        results[:count] = found.to(features[0].dtype).unbind()
+    if any(needed[count : 2 * count]):
+        values = torch.stack(list(features))
+        if mask is not None:
+            # Zero times what is masked must be zero, whatever that is.
+            values.masked_fill_(~mask[..., None], 0.0)
+        found = cast.mT @ values.flatten(1, 2).to(narrow)
+        results[count : 2 * count] = found.to(weights[0].dtype).unbind()
+    if any(needed[2 * count :]):
+        results[2 * count :] = towards.sum((0, 2)).to(biases[0].dtype).unbind()
+    return [result if need else None for result, need in zip(results, needed, strict=False)]
 
 
 def _taught(
@@ -202,10 +310,7 @@ def _narrow_dtype(feature: Tensor, linear: Sequence[Tensor]) -> torch.dtype:
 
 def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return the widest of the precisions, and at least float32: squares overflow half precision."""
-    dtype = torch.float32
-    for entry in tensors:
-        dtype = torch.promote_types(dtype, entry.dtype)
-    return dtype
+    return torch.float64 if any(entry.dtype == torch.float64 for entry in tensors) else torch.float32
 
 
 def _blocks(layers: int, difference: Tensor) -> list[slice]:

@@ -99,29 +99,31 @@ def test_as_tokens_gives_positions_of_maps_tokens_and_vectors():
 def test_as_mean_averages_maps_tokens_and_kept_tokens():
     feature, mask = normal(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
     kept = np.stack([feature[0, :2].numpy().mean(0), feature[1, 1:].numpy().mean(0)])
-    np.testing.assert_allclose(calibration.as_mean(feature, None), feature.numpy().mean(1), rtol=1e-12)
-    np.testing.assert_allclose(calibration.as_mean(feature.mT[..., None], None), feature.numpy().mean(1), rtol=1e-12)
-    assert torch.equal(calibration.as_mean(feature[:, 0], mask), feature[:, 0])
+    np.testing.assert_allclose(calibration.Average()(feature), feature.numpy().mean(1), rtol=1e-12)
+    np.testing.assert_allclose(calibration.Average()(feature.mT[..., None]), feature.numpy().mean(1), rtol=1e-12)
+    assert torch.equal(calibration.Average(mask)(feature[:, 0]), feature[:, 0])
     feature[mask == 0] = float("nan")
     for kind in (mask, mask.bool()):
-        np.testing.assert_allclose(calibration.as_mean(feature, kind), kept, rtol=1e-12)
+        np.testing.assert_allclose(calibration.Average(kind)(feature), kept, rtol=1e-12)
 
 
 def test_as_mean_of_many_half_precision_tokens_does_not_overflow():
     feature, mask = torch.full((2, 512, 3), 1000.0, dtype=torch.float16), torch.ones(2, 512)
     for kept in (None, mask):
-        np.testing.assert_allclose(calibration.as_mean(feature, kept).float(), 1000.0)
+        np.testing.assert_allclose(calibration.Average(kept)(feature).float(), 1000.0)
 
 
 def test_summary_is_a_small_map_for_images_and_the_mean_for_text():
     feature = normal(2, 3, 8, 8)
     pooled = feature.numpy().reshape(2, 3, 4, 2, 4, 2).mean((3, 5)).reshape(2, -1)
-    np.testing.assert_allclose(calibration.summary(feature, map_spec(3, 8, 8), None), pooled, rtol=1e-10, atol=1e-14)
+    average = calibration.Average()
+    found = calibration.summary(feature, map_spec(3, 8, 8), average)
+    np.testing.assert_allclose(found, pooled, rtol=1e-10, atol=1e-14)
     small = feature[:, :, :2, :3]
-    assert torch.equal(calibration.summary(small, map_spec(3, 2, 3), None), small.flatten(1))
+    assert torch.equal(calibration.summary(small, map_spec(3, 2, 3), average), small.flatten(1))
     tokens = normal(2, 5, 3)
-    np.testing.assert_allclose(calibration.summary(tokens, text(3, 5), None), tokens.numpy().mean(1), rtol=1e-12)
-    assert calibration.summary(tokens.half(), text(3, 5), None).dtype == torch.float32
+    np.testing.assert_allclose(calibration.summary(tokens, text(3, 5), average), tokens.numpy().mean(1), rtol=1e-12)
+    assert calibration.summary(tokens.half(), text(3, 5), average).dtype == torch.float32
 
 
 # Projections
@@ -299,7 +301,7 @@ def test_similarity_weights_of_text_do_not_change_with_padding(extra):
     layers = [normal(4, 3, 5, seed=s) for s in range(4)]
 
     def weights(layers, mask):
-        rows = [calibration.summary(layer, text(5, layer.shape[1]), mask) for layer in layers]
+        rows = [calibration.summary(layer, text(5, layer.shape[1]), calibration.Average(mask)) for layer in layers]
         return calibration.similarity_weights(rows[:2], rows[2:], 0.2)
 
     padded = [torch.cat([layer, torch.full((4, extra, 5), float("nan"))], 1) for layer in layers]

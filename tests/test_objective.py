@@ -492,3 +492,16 @@ def test_labels_that_count_nothing_teach_nothing_and_reach_everything(tmp_path: 
     assert losses(trainer, "task_loss") == [0.0, 0.0]
     assert reached == names
     assert_same_weights(weights(student), before)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_runs_in_the_students_precision(tmp_path: Path, bf16: bool) -> None:
+    """Accelerate gives mixed precision to the student alone; the teacher would take several times as long without."""
+    trainer = distiller(tmp_path, {"bf16": bf16, "max_steps": 2})
+    seen = set()
+    linear = next(module for module in trainer.teacher.modules() if isinstance(module, nn.Linear))
+    handle = linear.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    trainer.train()
+    handle.remove()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {entry.dtype for entry in trainer.teacher.parameters()} == {torch.float32}

@@ -14,8 +14,9 @@ from torch import Tensor
 from hf_semckd import SemCKDConfig
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.features import FeatureSpec
-from hf_semckd.functional import relation_errors, relative_distances
+from hf_semckd.functional import by_shape, relative_distances
 from hf_semckd.losses import SemCKDLoss
+from hf_semckd.weighted_error import weighted_relation_error
 
 
 def rows(batch: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -45,6 +46,17 @@ def naive_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> np.nda
     return found
 
 
+def relation_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return the error of every pair of layers (B, S, T): each as the only one that weighs anything."""
+    weights = torch.zeros(len(student[0]), len(student), len(teacher), dtype=torch.float64)
+    parts = []
+    for t in range(len(teacher)):
+        alone = weights.clone()
+        alone[:, :, t] = 1.0
+        parts.append(weighted_relation_error(student, teacher, alone))
+    return torch.stack(parts, 2)
+
+
 # ---- Distances and errors ------------------------------------------------------------------------------------------
 
 
@@ -70,6 +82,29 @@ def test_errors_by_naive_loops(batch, students, teachers):
     np.testing.assert_allclose(found.numpy(), naive_errors(student, teacher), atol=1e-12)
     # Of one sample there are no relations, and two are always one mean distance apart.
     assert bool(found.any()) == (batch > 2)
+
+
+@pytest.mark.parametrize("widths", [((3, 3, 3), (7, 7)), ((3, 5, 3), (4, 9, 4))])
+def test_errors_are_added_up_with_their_weights(widths):
+    student, teacher = ([rows(5, width, 10 * width + s) for s, width in enumerate(side)] for side in widths)
+    weights = rows(5, len(student) * len(teacher)).abs().unflatten(1, (len(student), len(teacher)))
+    found = weighted_relation_error(student, teacher, weights.requires_grad_())
+    expected = (weights.detach().numpy() * naive_errors(student, teacher)).sum(2)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+    assert not found.requires_grad
+
+
+def test_layers_of_one_shape_are_taken_together_and_come_back_in_order():
+    seen: list[torch.Size] = []
+
+    def double(stacked: Tensor) -> Tensor:
+        seen.append(stacked.shape)
+        return 2 * stacked
+
+    layers = [rows(2, 3), rows(2, 4, 1), rows(2, 3, 2), rows(2, 3, 3, torch.float32)]
+    for found, layer in zip(by_shape(double, layers), layers, strict=True):
+        assert torch.equal(found, 2 * layer) and found.dtype == layer.dtype
+    assert seen == [(2, 2, 3), (1, 2, 4), (1, 2, 3)]
 
 
 def test_three_samples_by_hand():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_semckd.sampling import content_phase, spread_positions, take_positions
+from hf_semckd.sampling import content_phase, flat_positions, spread_positions
+from hf_semckd.sampling import take_positions as take_flat
 
 LIMITS = [1, 2, 3, 7, 16, 200]
 
@@ -306,6 +307,10 @@ def test_shapes_follow_from_shapes_alone():
 
 
 # Taking
+
+
+def take_positions(tokens, positions):
+    return take_flat(tokens, flat_positions(positions, tokens.shape[1]))
 
 
 def test_taken_tokens_are_those_at_the_positions():

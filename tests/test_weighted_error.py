@@ -223,18 +223,32 @@ def test_it_compiles_without_a_break():
 # With the projection inside
 
 
-def projected_problem(dtype=torch.float64):
+@pytest.fixture(params=[(4, 7), (4, 4), "together"], ids=["unlike layers", "like layers", "like layers, together"])
+def widths(request, monkeypatch):
+    """Widths of two student layers, which a GPU projects together where they are equal."""
+    if request.param != "together":
+        return request.param
+    monkeypatch.setattr(weighted_error, "UNSTACKED_DEVICES", ())
+    # The other way would go unnoticed.
+    monkeypatch.setattr(weighted_error, "_single_gradients", None)
+    return (4, 4)
+
+
+def projected_problem(widths, dtype=torch.float64):
     _, targets, weights = problem(dtype=dtype)
-    features = [normal(3, 6, 4, seed=30, dtype=dtype), normal(3, 6, 7, seed=31, dtype=dtype)]
-    linears = [(normal(5, width, seed=32 + width, dtype=dtype), normal(5, seed=33, dtype=dtype)) for width in (4, 7)]
+    features = [normal(3, 6, width, seed=30 + s, dtype=dtype) for s, width in enumerate(widths)]
+    linears = [
+        (normal(5, width, seed=32 + width + 9 * s, dtype=dtype), normal(5, seed=33 + s, dtype=dtype))
+        for s, width in enumerate(widths)
+    ]
     return features, linears, targets, weights
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_projections_inside_equal_projections_outside(mask, blocks):
+def test_projections_inside_equal_projections_outside(mask, blocks, widths):
     results = []
     for inside in (True, False):
-        features, linears, targets, weights = projected_problem()
+        features, linears, targets, weights = projected_problem(widths)
         leaves = [entry.requires_grad_() for entry in (weights, *features, *(x for pair in linears for x in pair))]
         if inside:
             value, errors = weighted_feature_error(features, targets, weights, mask, projections=linears)
@@ -246,8 +260,8 @@ def test_projections_inside_equal_projections_outside(mask, blocks):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_projections_inside_pass_gradcheck():
-    features, linears, targets, weights = projected_problem()
+def test_projections_inside_pass_gradcheck(widths):
+    features, linears, targets, weights = projected_problem(widths)
     inputs = [entry.requires_grad_() for entry in (weights, *features, *(x for pair in linears for x in pair))]
 
     def form(weights, first, second, *linear):
@@ -257,8 +271,8 @@ def test_projections_inside_pass_gradcheck():
     assert torch.autograd.gradcheck(form, inputs, fast_mode=False)
 
 
-def test_a_shared_projection_adds_up_its_gradients():
-    features, linears, targets, weights = projected_problem()
+def test_a_shared_projection_adds_up_its_gradients(widths):
+    features, linears, targets, weights = projected_problem(widths)
     weight, bias = (entry.requires_grad_() for entry in linears[0])
     both = [features[0], features[0] * 2]
     value, _ = weighted_feature_error(both, targets, weights, projections=[(weight, bias)] * 2)
@@ -268,8 +282,8 @@ def test_a_shared_projection_adds_up_its_gradients():
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_projections_inside_follow_autocast():
-    features, linears, targets, weights = projected_problem(torch.float32)
+def test_projections_inside_follow_autocast(widths):
+    features, linears, targets, weights = projected_problem(widths, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value, _ = weighted_feature_error(features, targets, weights, MASK, projections=linears)
     rounded = [
@@ -281,8 +295,8 @@ def test_projections_inside_follow_autocast():
     assert relative(value, expected) < 1e-6
 
 
-def test_nan_in_masked_features_reaches_no_gradient():
-    features, linears, targets, weights = projected_problem()
+def test_nan_in_masked_features_reaches_no_gradient(widths):
+    features, linears, targets, weights = projected_problem(widths)
     leaves = [entry.requires_grad_() for pair in linears for entry in pair]
     clean = torch.autograd.grad(
         weighted_feature_error(features, targets, weights, MASK, projections=linears)[0].sum(), leaves
@@ -294,3 +308,15 @@ def test_nan_in_masked_features_reaches_no_gradient():
     )
     for one, other in zip(clean, dirty, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_only_what_needs_a_gradient_gets_one_through_projections(widths):
+    features, linears, targets, weights = projected_problem(widths)
+    wanted = [features[1].requires_grad_(), linears[0][0].requires_grad_()]
+    value, _ = weighted_feature_error(features, targets, weights, MASK, projections=linears)
+    found = torch.autograd.grad(value.sum(), wanted)
+    outside = [x @ weight.T + bias for x, (weight, bias) in zip(features, linears, strict=True)]
+    expected = torch.autograd.grad(naive(outside, targets, weights, MASK).sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert features[0].grad is None and linears[1][0].grad is None

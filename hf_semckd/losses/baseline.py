@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration import Alignment, embedding, skip_map
+from ..calibration import Alignment, Average, embedding, skip_map
 from ..errors import InputError
 from ..features import FeatureSpec
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
@@ -136,8 +136,8 @@ class BaselineLoss(FeatureLoss):
         """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `calibration.embedding`."""
         last = len(self.teacher_specs) - 1
         return (
-            embedding(student_features[-1], self.student_specs[-1], student_mask),
-            embedding(targets[f"whole.{last}"], self.teacher_specs[last], targets.get("mask")),
+            embedding(student_features[-1], self.student_specs[-1], Average(student_mask)),
+            embedding(targets[f"whole.{last}"], self.teacher_specs[last], Average(targets.get("mask"))),
         )
 
 

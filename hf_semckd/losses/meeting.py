@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid, embedding, summary, summary_size
+from ..calibration import Alignment, Average, as_map, as_tokens, common_grid, embedding, summary, summary_size
 from ..features import FeatureSpec
 from ..functional import at_least_float32, map_to_tokens, pool_map
-from ..sampling import take_positions
+from ..sampling import flat_positions, take_positions
 from .selection import TeacherSelection, both_masks, fitting_mask
 
 
@@ -63,6 +63,9 @@ class StudentViews:
         self._maps: dict[int, Tensor] = {}
         self._decoded: dict[int, Tensor] = {}
         self._means: dict[int, Tensor] = {}
+        self._average = Average(mask)
+        # By layout and length: layers that look alike share their chosen tokens.
+        self._flat: dict[tuple[int, int], Tensor] = {}
 
     def at(self, s: int, meeting: Meeting) -> Tensor:
         """Return student layer s as tokens (B, N, C) at the positions of a meeting."""
@@ -70,11 +73,14 @@ class StudentViews:
             return self.mean(s).unsqueeze(1)
         if meeting.size is not None:
             return map_to_tokens(pool_map(self.decoded(s), meeting.size))
-        tokens = as_tokens(self.features[s])
-        positions = self.selection.positions_of(self.targets, meeting.teachers[0])
-        return (
-            tokens if positions is None else _with_late_backward(take_positions(tokens, positions), self.features[s])
-        )
+        tokens, first = as_tokens(self.features[s]), meeting.teachers[0]
+        positions = self.selection.positions_of(self.targets, first)
+        if positions is None:
+            return tokens
+        place = (self.selection.layout[first], tokens.shape[1])
+        if place not in self._flat:
+            self._flat[place] = flat_positions(positions, tokens.shape[1])
+        return _with_late_backward(take_positions(tokens, self._flat[place]), self.features[s])
 
     def map(self, s: int) -> Tensor:
         """Return student layer s as a map of the size that maps are compared at."""
@@ -97,13 +103,13 @@ class StudentViews:
     def mean(self, s: int) -> Tensor:
         """Return the average of student layer s over its positions (B, C)."""
         if s not in self._means:
-            self._means[s] = _with_late_backward(as_mean(self.features[s], self.mask), self.features[s])
+            self._means[s] = _with_late_backward(self._average(self.features[s]), self.features[s])
         return self._means[s]
 
     def embedding(self, s: int) -> Tensor:
         """Return the vector (B, C) that stands for a sample in student layer s."""
         feature = self.features[s]
-        return _with_late_backward(embedding(feature, self.specs[s], self.mask), feature)
+        return _with_late_backward(embedding(feature, self.specs[s], self._average), feature)
 
     def summary(self, s: int, shown: bool) -> Tensor:
         """Return what similarities are taken on (B, D), without gradient.
@@ -115,7 +121,7 @@ class StudentViews:
         feature, spec = self.features[s].detach(), self.specs[s]
         if spec.grid is not None and shown and self.selection.grid_size(feature, spec) == summary_size(feature, spec):
             return at_least_float32(self.map(s).detach().flatten(1))
-        return summary(feature, spec, self.mask)
+        return summary(feature, spec, self._average)
 
     def mask_at(self, s: int, meeting: Meeting) -> Tensor | None:
         """Return the mask (B, N) of the positions that count for both models, or None.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, common_grid
+from ..calibration import Alignment, Average, as_map, as_tokens, common_grid
 from ..features import FeatureSpec
 from ..functional import map_to_tokens
 from .selection import both_masks, fitting_mask
@@ -34,8 +34,8 @@ def compared_positions(
         size = common_grid(feature, spec, target, target_spec)
         return map_to_tokens(as_map(feature, spec, size)), map_to_tokens(as_map(target, target_spec, size)), None
     if alignment.kind == "mean":
-        own, theirs = fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target)
-        return as_mean(feature, own).unsqueeze(1), as_mean(target, theirs).unsqueeze(1), None
+        own, theirs = Average(student_mask)(feature), Average(teacher_mask)(target)
+        return own.unsqueeze(1), theirs.unsqueeze(1), None
     mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
     return as_tokens(feature), as_tokens(target), mask
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calibration import Alignment, as_map, as_mean, as_tokens, embedding, limited_grid, summary, summary_size
+from ..calibration import (
+    Alignment,
+    Average,
+    as_map,
+    as_tokens,
+    embedding,
+    limited_grid,
+    summary,
+    summary_size,
+)
 from ..features import FeatureSpec
 from ..functional import map_to_tokens, pool_map
-from ..sampling import spread_positions, take_positions
+from ..sampling import flat_positions, spread_positions, take_positions
 
 # What the association is computed from: summaries (similarity), mean features (learned), everything (published).
 AssociationInput = Literal["summary", "mean", "whole"] | None
+
+
+class Places(NamedTuple):
+    """Where the chosen tokens of a layout lie (B * K), and which of the places (B, K, 1) stay free; None: none."""
+
+    flat: Tensor
+    free: Tensor | None
 
 
 class TeacherSelection:
@@ -84,22 +100,22 @@ class TeacherSelection:
             phase: (B) in [0, 1), where in each sample the choice of tokens begins; None for its first token.
         """
         kept: dict[str, Tensor] = {}
+        average, places = Average(mask), dict[int, Places]()
         for t, (feature, spec) in enumerate(zip(features, self.specs, strict=True)):
             feature = feature.detach()
-            fitting = fitting_mask(mask, feature)
             if self.association == "whole" or not self.kinds[t]:
                 kept[f"whole.{t}"] = feature
             if "tokens" in self.kinds[t]:
-                self._keep_tokens(kept, t, feature, fitting, phase)
+                self._keep_tokens(kept, t, feature, fitting_mask(mask, feature), phase, places)
             if "grid" in self.kinds[t]:
                 kept[f"grid.{t}"] = as_map(feature, spec, self.grid_size(feature, spec))
             if "mean" in self.kinds[t] or self.association == "mean":
-                kept[f"mean.{t}"] = as_mean(feature, fitting)
+                kept[f"mean.{t}"] = average(feature)
             if self.relations:
                 # A first token is a view: kept as it is, it would hold on to all the others.
-                kept[f"embedding.{t}"] = embedding(feature, spec, fitting).clone()
+                kept[f"embedding.{t}"] = embedding(feature, spec, average).clone()
             if self.association == "summary":
-                self._keep_summary(kept, t, feature, fitting)
+                self._keep_summary(kept, t, feature, average)
         if mask is not None and any(name.startswith("whole.") for name in kept):
             kept["mask"] = mask
         return kept
@@ -143,34 +159,45 @@ class TeacherSelection:
         return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(targets.get("mask"), whole)
 
     def _keep_tokens(
-        self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None, phase: Tensor | None
+        self,
+        kept: dict[str, Tensor],
+        t: int,
+        feature: Tensor,
+        mask: Tensor | None,
+        phase: Tensor | None,
+        places: dict[int, Places],
     ) -> None:
         tokens, first = as_tokens(feature), self.layout[t]
-        if self.token_limit is not None:
-            if f"positions.{first}" not in kept:
-                positions, chosen = spread_positions(
-                    tokens.shape[1], self.token_limit, mask=mask, phase=phase, like=tokens
-                )
-                kept[f"positions.{first}"] = positions
-                if chosen is not None:
-                    kept[f"mask.{first}"] = chosen
-            tokens = take_positions(tokens, kept[f"positions.{first}"])
-            if f"mask.{first}" in kept:
-                # Fewer tokens than places: what stands there must not be anybody's.
-                tokens.masked_fill_(~kept[f"mask.{first}"].unsqueeze(-1), 0.0)
-        elif mask is not None:
-            kept[f"mask.{first}"] = mask
+        if self.token_limit is None:
+            kept[f"tokens.{t}"] = tokens
+            if mask is not None:
+                kept[f"mask.{first}"] = mask
+            return
+        if first not in places:
+            positions, chosen = spread_positions(
+                tokens.shape[1], self.token_limit, mask=mask, phase=phase, like=tokens
+            )
+            kept[f"positions.{first}"] = positions
+            if chosen is not None:
+                kept[f"mask.{first}"] = chosen
+            left = None if chosen is None else ~chosen.unsqueeze(-1)
+            places[first] = Places(flat_positions(positions, tokens.shape[1]), left)
+        tokens = take_positions(tokens, places[first].flat)
+        free = places[first].free
+        if free is not None:
+            # Fewer tokens than places: what stands there must not be anybody's.
+            tokens.masked_fill_(free, 0.0)
         kept[f"tokens.{t}"] = tokens
 
-    def _keep_summary(self, kept: dict[str, Tensor], t: int, feature: Tensor, mask: Tensor | None) -> None:
+    def _keep_summary(self, kept: dict[str, Tensor], t: int, feature: Tensor, average: Average) -> None:
         spec = self.specs[t]
         if spec.grid is None:
             if f"mean.{t}" not in kept:
-                kept[f"mean.{t}"] = as_mean(feature, mask)
+                kept[f"mean.{t}"] = average(feature)
             return
         grid = kept.get(f"grid.{t}")
         if grid is None or tuple(grid.shape[2:]) != summary_size(feature, spec):
-            kept[f"summary.{t}"] = summary(feature, spec, mask)
+            kept[f"summary.{t}"] = summary(feature, spec, average)
 
 
 def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import (
     MAXIMUM_SCALE,
     Alignment,
+    Average,
     FeatureEmbedding,
     SimilarityEmbedding,
-    as_mean,
     attention_weights,
     bound_of_cosine_weights,
     fixed_weights,
@@ -35,9 +36,9 @@ from ..config import (
 )
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
-from ..functional import at_least_float32, relation_errors, similarity_matrix
-from ..normalization import ChannelStatistics
-from ..weighted_error import weighted_feature_error
+from ..functional import at_least_float32, similarity_matrix
+from ..normalization import ChannelStatistics, merge_layers, observe_layers, standardisation
+from ..weighted_error import weighted_feature_error, weighted_relation_error
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
 from .meeting import StudentViews, find_meetings
 from .pairwise import pairwise_errors
@@ -256,7 +257,7 @@ class SemCKDLoss(FeatureLoss):
         last = self.association == "last"
         per_sample = weighted.sum(1) / (1 if last else self.compared)
         if self.relation_weight > 0:
-            relations = (weights.detach() * self._relation_errors(views, targets)).sum((1, 2))
+            relations = self._relation_errors(views, targets, weights).sum(1)
             per_sample = per_sample + self.relation_weight * relations / (1 if last else len(self.student_specs))
         if self.association == "learned" and self.required_batch_size is None:
             per_sample = per_sample + free_energy(weights[:, : self.compared], self.temperature).mean(1)
@@ -317,8 +318,9 @@ class SemCKDLoss(FeatureLoss):
         if not len(self.statistics):
             return
         targets = self.select(teacher_features, teacher_mask)
-        for t, entry in enumerate(self._statistics()):
-            entry.observe(*self.selection.values_of(targets, t))
+        entries = self._statistics()
+        values, masks = zip(*(self.selection.values_of(targets, t) for t in range(len(entries))), strict=True)
+        observe_layers(entries, values, masks)
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
         """Merge what was observed since the last call, summed over processes in one reduction."""
@@ -327,8 +329,7 @@ class SemCKDLoss(FeatureLoss):
             return
         pending = [entry.pending() for entry in entries]
         sums = torch.cat(pending) if reduce_sum is None else reduce_sum(torch.cat(pending))
-        for entry, part in zip(entries, sums.split([len(entry) for entry in pending]), strict=True):
-            entry.merge(part)
+        merge_layers(entries, sums.split([len(entry) for entry in pending]))
 
     def _statistics(self) -> list[ChannelStatistics]:
         return [entry for entry in self.statistics if isinstance(entry, ChannelStatistics)]
@@ -439,17 +440,21 @@ class SemCKDLoss(FeatureLoss):
 
     def _teacher_summary(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
         if f"whole.{t}" in targets:
-            return summary(targets[f"whole.{t}"], self.teacher_specs[t], targets.get("mask"))
+            return summary(targets[f"whole.{t}"], self.teacher_specs[t], Average(targets.get("mask")))
         return at_least_float32(self.selection.summary_of(targets, t))
 
     def _teacher_mean(self, targets: Mapping[str, Tensor], t: int) -> Tensor:
         whole = targets.get(f"whole.{t}")
-        mean = targets[f"mean.{t}"] if whole is None else as_mean(whole, targets.get("mask"))
+        mean = targets[f"mean.{t}"] if whole is None else Average(targets.get("mask"))(whole)
         return self._standardised(t, mean.unsqueeze(1)).squeeze(1)
 
     def _standardised(self, t: int, values: Tensor) -> Tensor:
         """Return values of teacher layer t in their statistics' units, or as they are; at least in float32."""
         return self.statistics[t](values) if len(self.statistics) else at_least_float32(values)
+
+    def _standardisation(self, teachers: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Return mean and scale (T', C) of some teacher layers of one width, or None for raw targets."""
+        return standardisation([self._statistics()[t] for t in teachers]) if len(self.statistics) else (None, None)
 
     def _shared_errors(
         self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor
@@ -458,7 +463,6 @@ class SemCKDLoss(FeatureLoss):
         errors: dict[tuple[int, int], Tensor] = {}
         for meeting, students in find_meetings(views, self.alignments[: self.compared], self.teacher_specs).items():
             teachers = meeting.teachers
-            statistics = [self._statistics()[t] for t in teachers] if len(self.statistics) else []
             features = [views.at(s, meeting) for s in students]
             linears = [self._linear(s, meeting.width) for s in students]
             projections = [(linear.weight, linear.bias) for linear in linears]
@@ -466,25 +470,34 @@ class SemCKDLoss(FeatureLoss):
                 # ZeRO-3 gathers a weight when its module is called, and not before.
                 features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
                 projections = []
+            centre, scale = self._standardisation(teachers)
             values, pairs = weighted_feature_error(
                 features,
                 [self.selection.at(targets, t, meeting.size, meeting.kind) for t in teachers],
                 _part(weights, students, teachers),
                 views.mask_at(students[0], meeting),
                 projections=projections or None,
-                centre=torch.stack([entry.mean for entry in statistics]) if statistics else None,
-                scale=torch.stack([entry.scale() for entry in statistics]) if statistics else None,
+                centre=centre,
+                scale=scale,
             )
+            if (len(students), len(teachers)) == (self.compared, len(self.teacher_specs)):
+                # All meet: nothing to put together.
+                return values, self._with_idle(pairs)
             for index, s in enumerate(students):
                 weighted[s].append(values[:, index])
                 errors |= {(s, t): pairs[:, index, position] for position, t in enumerate(teachers)}
         rows = [torch.stack([errors[s, t] for t in range(len(self.teacher_specs))], 1) for s in range(len(weighted))]
-        rows += [torch.full_like(rows[0], math.nan)] * (len(self.student_specs) - len(rows))
-        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
+        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), self._with_idle(torch.stack(rows, 1))
 
-    def _relation_errors(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+    def _with_idle(self, errors: Tensor) -> Tensor:
+        """Return errors (B, compared, T) with NaN for the layers that are not compared (B, S, T)."""
+        idle = len(self.student_specs) - self.compared
+        return F.pad(errors, (0, 0, 0, idle), value=math.nan) if idle else errors
+
+    def _relation_errors(self, views: StudentViews, targets: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         student = [views.embedding(s) for s in range(len(self.student_specs))]
-        return relation_errors(student, [targets[f"embedding.{t}"] for t in range(len(self.teacher_specs))])
+        teacher = [targets[f"embedding.{t}"] for t in range(len(self.teacher_specs))]
+        return weighted_relation_error(student, teacher, weights)
 
     def _linear(self, s: int, width: int) -> nn.Linear:
         return self.projection[self.projection_of[s]][str(width)]  # type: ignore[index]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_semckd import DistillationTrainer
-from hf_semckd.calibration import as_mean
+from hf_semckd.calibration import Average
 from hf_semckd.errors import InputError, message
 from hf_semckd.features import remove_capturing_traces
 from hf_semckd.functional import similarity_matrix
@@ -86,7 +86,7 @@ def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
     with capture.recording(student) as recorded:
         found = capture.collect(student(**inputs, **capture.request(student)), recorded)
     remove_capturing_traces(student)
-    return [as_mean(feature, inputs.get("attention_mask")) for feature in found]
+    return list(map(Average(inputs.get("attention_mask")), found))
 
 
 @torch.no_grad()
@@ -95,4 +95,4 @@ def _teacher_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
     inputs = teacher.inputs(batch)
     found = teacher.capture.collect(*teacher.forward(inputs, features=True))
     teacher.remove_traces()
-    return [as_mean(feature, inputs.get("attention_mask")) for feature in found]
+    return list(map(Average(inputs.get("attention_mask")), found))

@@ -12,7 +12,7 @@ from hf_semckd.features import FeatureSpec
 from hf_semckd.losses import SemCKDLoss, meeting
 from hf_semckd.losses.meeting import Meeting, StudentViews, find_meetings
 from hf_semckd.losses.selection import TeacherSelection
-from hf_semckd.sampling import take_positions
+from hf_semckd.sampling import flat_positions, take_positions
 
 B = 4
 MASK = (torch.arange(8) < torch.tensor([[3], [8], [1], [5]])).long()
@@ -219,19 +219,22 @@ def test_no_mask_speaks_of_a_vector(side, tokens):
 @pytest.mark.parametrize("association", ["similarity", "learned", "uniform"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_the_views_of_a_student_layer_are_made_once(layers, association, monkeypatch):
-    calls = {"as_map": [], "as_mean": []}
+    calls = {"as_map": [], "average": []}
+    original = meeting.as_map
 
-    def counting(name):
-        original = getattr(meeting, name)
+    def as_map(feature, *arguments):
+        calls["as_map"].append(feature.data_ptr())
+        return original(feature, *arguments)
 
-        def call(feature, *arguments):
-            calls[name].append(feature.data_ptr())
-            return original(feature, *arguments)
+    class Counting(meeting.Average):
+        def __call__(self, feature):
+            if any(feature is entry for entry in features):
+                # Not a detached one, of which a summary is made.
+                calls["average"].append(feature.data_ptr())
+            return super().__call__(feature)
 
-        return call
-
-    for name in calls:
-        monkeypatch.setattr(meeting, name, counting(name))
+    monkeypatch.setattr(meeting, "as_map", as_map)
+    monkeypatch.setattr(meeting, "Average", Counting)
     students, teachers, masked = LAYERS[layers]
     loss = SemCKDLoss(students, teachers, association=association, token_limit=4, grid_limit=4).double()
     features, mask = features_of(students), MASK if masked else None
@@ -277,7 +280,7 @@ def test_the_backward_of_a_layers_view_waits_for_that_of_the_layer_above():
     for layer in range(3):
         features.append(told(features[-1] * 2, f"layer {layer}"))
     states, first = features[1:], torch.zeros(2, 1, dtype=torch.long)
-    views = [meeting._with_late_backward(take_positions(state, first), state) for state in states]
+    views = [meeting._with_late_backward(take_positions(state, flat_positions(first, 9)), state) for state in states]
     views = [told(view, f"view {index}") for index, view in enumerate(views)]
     (states[-1].sum() + sum(view.sum() for view in views)).backward()
     assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]
