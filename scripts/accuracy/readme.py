@@ -50,7 +50,13 @@ STUDY = (
     "semckd-published", "semckd+crd",
 )  # fmt: skip
 # Pairs from above with other labels, wrong ones or all there are; and a student that is pretrained.
-REGIMES = ("resnet_fashion_noisy", "resnet_fashion_full", "minilm_snippets_full", "minilm_first_layers")
+REGIMES = (
+    "resnet_fashion_noisy",
+    "resnet_fashion_full",
+    "minilm_snippets_full",
+    "minilm_newsgroups_full",
+    "minilm_first_layers",
+)
 # Every way to weigh teacher layers that is known here.
 ASSOCIATIONS = "digits_association"
 # Standardised targets apart from the weights.
