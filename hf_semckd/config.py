@@ -128,8 +128,9 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "How linear projections start. zero: at zero, so that a student is pushed nowhere until its "
-            "projection reads something in it. random: as new layers do. None: zero on text, random elsewhere (it "
-            "made no difference between ViTs). Zero not with the pairwise projector."
+            "projection reads something in it. random: as new layers do. None: zero where a layer lies on no grid "
+            "of pixels, as on text; random elsewhere (it made no difference between ViTs). Zero not with the pairwise "
+            "projector."
         },
     )
     student_layers: list[str] | None = field(
@@ -374,14 +375,7 @@ class SemCKDConfig(TrainingArguments):
                 )
             )
         if self.projection_start == "zero" and self.projector == "pairwise":
-            raise ConfigurationError(
-                message(
-                    "The pairwise projector cannot start at zero",
-                    received="projection_start='zero', projector='pairwise'",
-                    expected="linear projections, or the published start",
-                    todo="leave projection_start out, or use projector='shared'",
-                )
-            )
+            raise ConfigurationError(zero_start_message())
         if self.auto_find_batch_size and self.depends_on_batch_size:
             raise ConfigurationError(
                 message(
@@ -429,6 +423,16 @@ def distillation_fields() -> tuple[str, ...]:
     """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
     return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
+
+
+def zero_start_message() -> str:
+    """Say why published projections cannot start at zero and what to do about it."""
+    return message(
+        "The pairwise projector cannot start at zero",
+        received="projection_start='zero', projector='pairwise'",
+        expected="linear projections, or the published start",
+        todo="leave projection_start out, or use projector='shared'",
+    )
 
 
 def _require_number(name: str, value: object, *, minimum: float, strict: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 IDLE_SHARES = (0.99, 1.05)
 # In fewer steps nobody expects one to have learned much.
 IDLE_STEPS = 50
+# The loss that tells is the mean over at least so many of the last steps: a window may be a single batch.
+JUDGED_STEPS = 20
 
 
 class ObservingTrainer(Trainer):
@@ -31,7 +34,7 @@ class ObservingTrainer(Trainer):
     """
 
     _association: np.ndarray | None
-    _last_terms: Mapping[str, float]
+    _task_losses: deque[tuple[int, float]]
     _probe: Probe | None
     _task: Task
     _warned_of_collapse: bool
@@ -49,15 +52,17 @@ class ObservingTrainer(Trainer):
     def start_averages(self, step: int) -> None:
         """Begin a logging window at an optimizer step, forgetting what was summed before."""
         self._meter = LossMeter()
-        self._last_terms = {}
-        self._averaged_to = step
+        self._task_losses = deque()
+        self._started_at = self._averaged_to = step
 
     def finish_averages(self) -> dict[str, float]:
         """End the logging window on all processes at once; return its terms and keep its association."""
         if self._meter.empty:
             return {}
-        averages = self._meter.average(self.state.global_step - self._averaged_to, self._sum_over_processes)
+        steps = self.state.global_step - self._averaged_to
+        averages = self._meter.average(steps, self._sum_over_processes)
         self._averaged_to = self.state.global_step
+        self._remember_task_loss(steps, averages.terms)
         if averages.association is not None:
             self._association = averages.association
         bound = None if self.feature_loss is None else self.feature_loss.upper_bound
@@ -70,22 +75,34 @@ class ObservingTrainer(Trainer):
                 "association_temperature.",
                 layer,
             )
-        self._last_terms = averages.terms
         return averages.terms
+
+    def _remember_task_loss(self, steps: int, terms: Mapping[str, float]) -> None:
+        """Keep the last windows that make up `JUDGED_STEPS` steps."""
+        if "task_loss" not in terms:
+            return
+        self._task_losses.append((steps, terms["task_loss"]))
+        while sum(count for count, _ in self._task_losses) - self._task_losses[0][0] >= JUDGED_STEPS:
+            self._task_losses.popleft()
 
     def warn_of_idle_student(self) -> None:
         """Say so when a classifier ends as it began, at chance: too strong a feature term can do that to a student.
 
-        Judged by the last logging window, which may be short. Where classes are unbalanced, chance is lower than that
-        of equal probabilities, and nothing is said.
+        Where classes are unbalanced, chance is lower than that of equal probabilities, and nothing is said. Nor is
+        there where the student is to end with the teacher's classifier: its own says nothing.
         """
         logits = None if self._probe is None else self._probe.student_logits
         classes = logits.shape[1] if logits is not None and logits.dim() == 2 else 1
         if classes < 2 or self._task != "single_label" or self.compute_loss_func is not None:
             return
-        if not {"task_loss", "feature_loss"} <= self._last_terms.keys() or self.state.global_step < IDLE_STEPS:
+        if self.feature_loss is None or self.feature_loss.reuses_teacher_head or not self._task_losses:
             return
-        loss, chance = self._last_terms["task_loss"], math.log(classes)
+        steps = self.state.global_step - self._started_at
+        if self.feature_weight == 0 or steps < IDLE_STEPS:
+            return
+        judged = sum(count for count, _ in self._task_losses)
+        loss = sum(count * value for count, value in self._task_losses) / max(judged, 1)
+        chance = math.log(classes)
         if IDLE_SHARES[0] <= loss / chance <= IDLE_SHARES[1] and self.is_world_process_zero():
             logger.warning(
                 "The student seems not to have learned its task: the task loss ended at %.3f, and equal "
@@ -97,7 +114,7 @@ class ObservingTrainer(Trainer):
                 chance,
                 self.feature_weight,
                 self.args.learning_rate,
-                self.state.global_step,
+                steps,
             )
 
     def _record(self, terms: Mapping[str, tuple[float, Tensor]], features: Any) -> None:

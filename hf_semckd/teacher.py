@@ -377,7 +377,7 @@ class Teacher:
             bad = ~torch.isfinite(values)
             if outputs.mask is not None and values.dim() == 3 and values.shape[1] == outputs.mask.shape[1]:
                 bad &= outputs.mask.bool().unsqueeze(-1)
-            samples = bad.flatten(1).any(1).nonzero().flatten().tolist()
+            samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
             if samples:
                 raise TeacherOutputError(
                     message(

@@ -143,13 +143,13 @@ def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
     """Tell the kind of head from its logits, labels and configuration.
 
     Args:
-        logits: (B, classes), (B, N, classes), or (B, classes, H, W) for segmentation.
+        logits: (B, classes), (B, N, classes), (B, classes, H, W) for segmentation, or (B) for one number a sample.
         labels: The batch's labels, or None.
         problem_type: `config.problem_type`.
     """
     if logits.dim() == 3:
         return "tokens"
-    if problem_type == "regression" or (logits.dim() == 2 and logits.shape[-1] == 1):
+    if problem_type == "regression" or logits.dim() == 1 or (logits.dim() == 2 and logits.shape[-1] == 1):
         return "regression"
     floating = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2
     return "multi_label" if problem_type == "multi_label_classification" or floating else "single_label"
@@ -177,9 +177,8 @@ def logit_loss_sum(
     if student.shape != teacher.shape:
         raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
     if task == "regression":
-        return (
-            F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="none").flatten(1).mean(1).sum()
-        )
+        error = F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="none")
+        return error.reshape(len(error), -1).mean(1).sum()
     if task == "multi_label":
         return binary_kd_loss(student, teacher, temperature).sum()
     if task == "single_label":

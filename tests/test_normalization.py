@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_semckd import normalization
 from hf_semckd.normalization import PRIOR_POSITIONS, VARIANCE_FLOOR, ChannelStatistics
 
 
@@ -256,3 +257,19 @@ def test_statistics_in_a_module_cast_to_half_precision_stay_exact(dtype):
         statistics.observe(part)
         statistics.merge(statistics.pending())
     assert_moments(statistics, rows(torch.cat(parts)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 2**20], ids=["one by one", "together"])
+def test_several_layers_are_observed_as_each_alone(limit, monkeypatch):
+    monkeypatch.setattr(normalization, "GROUP_BYTES", {"cpu": limit})
+    tokens, mask = padded(5, float("nan"))
+    # Two like layers, one of another width, one under the mask, and a map.
+    layers = [normal(3, 6, 4), normal(3, 6, 4, seed=1) * 9 + 2, normal(3, 6, 2, seed=2), tokens, data()]
+    masks = [None, None, None, mask, None]
+    entries = [ChannelStatistics(layer.shape[1 if layer.dim() == 4 else 2]).double() for layer in layers]
+    for _ in range(2):
+        normalization.observe_layers(entries, layers, masks)
+    normalization.merge_layers(entries, [entry.pending() for entry in entries])
+    for entry, layer, kept in zip(entries, layers, masks, strict=True):
+        values = rows(layer) if kept is None else layer[kept != 0].double().numpy()
+        assert_moments(entry, np.concatenate([values, values]))

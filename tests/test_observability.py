@@ -4,11 +4,12 @@ import json
 import logging
 import math
 import sys
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
-from makers import IMAGE, LABELS, bert, config, distiller, images, losses, texts, vit
+from makers import IMAGE, LABELS, bert, bert_tokens, config, distiller, gpt2, images, losses, resnet, texts, vit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -382,8 +383,14 @@ class OneOutput(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-def test_a_student_without_classes_trains_to_the_end(tmp_path, no_picture, caplog):
-    args = {"logit_weight": 0.0, "student_layers": ["body"], "teacher_layers": ["body"], "relation_weight": 0.0}
+@pytest.mark.parametrize("logit_weight", [0.0, 1.0])
+def test_a_student_without_classes_trains_to_the_end(tmp_path, no_picture, caplog, logit_weight):
+    args = {
+        "logit_weight": logit_weight,
+        "student_layers": ["body"],
+        "teacher_layers": ["body"],
+        "relation_weight": 0.0,
+    }
     args |= {"max_steps": 50, "logging_steps": 25, "learning_rate": 0.0}
     trainer = distiller(tmp_path, args=args, model=OneOutput(), teacher_model=OneOutput())
     assert trainer.train().global_step == 50
@@ -393,12 +400,53 @@ def test_a_student_without_classes_trains_to_the_end(tmp_path, no_picture, caplo
 def test_a_task_loss_above_chance_is_another_matter(tmp_path, no_picture, caplog):
     trainer = distiller(tmp_path, args={"max_steps": 1})
     trainer.train()
+    trainer.state.global_step = 50
     for share, told in ((1.0, True), (1.2, False), (0.9, False)):
         caplog.clear()
-        trainer.state.global_step = 50
-        trainer._last_terms = {"task_loss": share * math.log(LABELS), "feature_loss": 1.0}
+        trainer._task_losses = deque([(50, share * math.log(LABELS))])
         trainer.warn_of_idle_student()
         assert any("learned its task" in entry.getMessage() for entry in caplog.records) is told
+
+
+@pytest.mark.parametrize(("every", "kept"), [(1, 20), (7, 3), (30, 1)])
+def test_a_student_is_judged_by_more_than_a_batch(tmp_path, no_picture, every, kept):
+    trainer = distiller(tmp_path, args={"max_steps": 60, "logging_steps": every})
+    trainer.train()
+    windows = [row for row in trainer.state.log_history if "task_loss" in row]
+    # The last window may have ended with the training, and not with a log.
+    assert len(trainer._task_losses) in (kept, kept + 1)
+    assert sum(steps for steps, _ in trainer._task_losses) >= 20
+    assert windows[-1]["task_loss"] in [loss for _, loss in trainer._task_losses]
+
+
+def test_steps_before_a_resume_are_not_counted(tmp_path, no_picture, caplog):
+    args = {"learning_rate": 0.0, "save_strategy": "steps", "save_steps": 40, "logging_steps": 5}
+    distiller(tmp_path, args={"max_steps": 40, **args}).train()
+    distiller(tmp_path, args={"max_steps": 60, **args}).train(resume_from_checkpoint=True)
+    assert not [entry for entry in caplog.records if "learned its task" in entry.getMessage()]
+
+
+def test_a_second_training_is_told_of_by_itself(tmp_path, no_picture, caplog):
+    trainer = distiller(tmp_path, args={"max_steps": 50, "learning_rate": 0.0})
+    for _ in range(2):
+        caplog.clear()
+        trainer.train()
+        assert len([entry for entry in caplog.records if "learned its task" in entry.getMessage()]) == 1
+
+
+def test_a_student_that_gets_the_teachers_classifier_is_not_told(tmp_path, no_picture, caplog):
+    args = config(tmp_path, max_steps=50, learning_rate=0.0)
+    teacher = resnet((8, 16), seed=9)
+    DistillationTrainer(resnet(), args, teacher_model=teacher, train_dataset=images(), feature_loss="simkd").train()
+    assert not [entry for entry in caplog.records if "learned its task" in entry.getMessage()]
+
+
+@pytest.mark.parametrize(("make", "labels"), [(bert_tokens, "token"), (gpt2, "input")])
+def test_a_student_of_tokens_is_not_told(tmp_path, no_picture, caplog, make, labels):
+    args = config(tmp_path, max_steps=50, learning_rate=0.0)
+    data = texts(labels=labels, types=make is bert_tokens)
+    SemCKDTrainer(make(), args, teacher_model=make(layers=3, width=24, seed=9), train_dataset=data).train()
+    assert not [entry for entry in caplog.records if "learned its task" in entry.getMessage()]
 
 
 def test_the_last_window_counts_even_if_it_was_not_logged(tmp_path, no_picture, caplog):

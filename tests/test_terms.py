@@ -159,6 +159,13 @@ def test_multi_label_is_the_mean_of_bernoulli_divergences():
     assert float(result) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])
+def test_regression_averages_the_numbers_of_a_sample(shape):
+    student, teacher = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    expected = sum(((s - t) ** 2).mean() for s, t in zip(student, teacher, strict=True))
+    torch.testing.assert_close(logit_loss_sum(student, teacher, {}, 2.0, "regression", False), expected)
+
+
 def test_regression_is_the_squared_difference_without_temperature():
     student, teacher = random(4, 2), random(4, 2, seed=1)
     expected = sum(((student[i] - teacher[i]).numpy() ** 2).mean() for i in range(4))
@@ -296,6 +303,7 @@ def test_token_targets_prefer_labels_to_the_mask(shifted):
         ((2, 5), torch.zeros(2, 5), None, "multi_label"),
         ((2, 5), None, "multi_label_classification", "multi_label"),
         ((2, 1), torch.zeros(2), None, "regression"),
+        ((2,), torch.zeros(2), None, "regression"),
         ((2, 3), torch.zeros(2, 3), "regression", "regression"),
         ((2, 7, 5), torch.zeros(2, 7).long(), None, "tokens"),
         ((2, 5, 8, 8), torch.zeros(2, 8, 8).long(), None, "single_label"),

@@ -33,6 +33,7 @@ from ..config import (
     TargetNorm,
     default_association_temperature,
     feature_defaults,
+    zero_start_message,
 )
 from ..errors import ConfigurationError, InputError, RaggedBatchError, message
 from ..features import FeatureSpec
@@ -90,7 +91,8 @@ class SemCKDLoss(FeatureLoss):
         layers_per_projection: How many neighbouring student layers of one width share their (shared) projections.
         spared_layers: How many of the student's last layers are not projected and compared; relations still teach
             them, and their weights are still shown.
-        projection_start: How linear projections start; see `SemCKDConfig`. Pairwise ones are random, as published.
+        projection_start: How linear projections start; see `SemCKDConfig`. None: at random, as published; a trainer
+            lets them start at zero on text.
 
     Attributes:
         query, key: Networks of the learned association, one a compared student layer, one a teacher layer; else empty.
@@ -103,7 +105,8 @@ class SemCKDLoss(FeatureLoss):
     Raises:
         InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When the published association is asked for without a batch size, when convolutions would
-            have to read what is no map, or when no layer, or one that a fixed weight needs, would be left to compare.
+            have to read what is no map, when pairwise projections would have to start at zero, or when no layer, or
+            one that a fixed weight needs, would be left to compare.
     """
 
     default_weight: float = IMAGE_DEFAULTS.feature_weight
@@ -124,14 +127,14 @@ class SemCKDLoss(FeatureLoss):
         relation_weight: float = 0.0,
         layers_per_projection: int = 1,
         spared_layers: int = 0,
-        projection_start: ProjectionStart = "random",
+        projection_start: ProjectionStart | None = None,
     ):
         super().__init__()
         self.student_specs = layer_specs(student_shapes, "student")
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.association: Association = association
         self.projector: Projector = projector
-        self.projection_start: ProjectionStart = "random" if projector == "pairwise" else projection_start
+        self.projection_start: ProjectionStart = projection_start or "random"
         if association_temperature is None:
             association_temperature = default_association_temperature(association, target_norm)
         self.temperature = association_temperature
@@ -209,12 +212,14 @@ class SemCKDLoss(FeatureLoss):
         # Without logits nothing else would teach the last layer.
         taught = config.student_layers is None and config.distils_logits and len(student_specs) > 1
         spares = taught and config.association != "last"
+        projector = config.projector or defaults.projector
+        start = None if projector == "pairwise" else defaults.projection_start
         loss = cls(
             student_specs,
             teacher_specs,
             association=config.association or defaults.association,
             target_norm=config.target_norm,
-            projector=config.projector or defaults.projector,
+            projector=projector,
             association_temperature=config.resolved_association_temperature(defaults),
             batch_size=config.per_device_train_batch_size if config.depends_on_batch_size else None,
             tokens_aligned=tokens_aligned,
@@ -223,7 +228,7 @@ class SemCKDLoss(FeatureLoss):
             relation_weight=defaults.relation_weight if config.relation_weight is None else config.relation_weight,
             layers_per_projection=layers_per_projection(student_specs, teacher_specs, student_parameters),
             spared_layers=defaults.spared_layers if spares else 0,
-            projection_start=config.projection_start or defaults.projection_start,
+            projection_start=config.projection_start or start,
         )
         loss.default_weight = defaults.feature_weight
         return loss
@@ -373,6 +378,8 @@ class SemCKDLoss(FeatureLoss):
 
     def _check_choices(self, spared_layers: int) -> None:
         """Refuse what does not fit together, once the layers are known."""
+        if self.projector == "pairwise" and self.projection_start == "zero":
+            raise ConfigurationError(zero_start_message())
         kinds = {pair.kind for row in self.alignments for pair in row}
         if self.projector == "convolutional" and kinds != {"grid"}:
             raise ConfigurationError(

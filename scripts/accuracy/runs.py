@@ -174,7 +174,7 @@ class Bench:
 
     def _teacher_row(self) -> None:
         if self.record.find("teacher", {}, {}, 0, "test") is None:
-            value = accuracy(self.plain_teacher, teacher_rows(self.splits.test))
+            value = accuracy(self.plain_teacher.to(self.device), teacher_rows(self.splits.test))
             self.record.keep("teacher", {}, {}, 0, "test", value, 0.0, self.plain_teacher.num_parameters(), {})
 
     def _student(self, method: Method, settings: Mapping[str, Any], seed: int) -> tuple[Any, DistillationTrainer]:

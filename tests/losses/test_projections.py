@@ -6,6 +6,7 @@ from naive import normal
 from torch import nn
 
 from hf_semckd.config import SemCKDConfig
+from hf_semckd.errors import ConfigurationError
 from hf_semckd.features import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
 from hf_semckd.losses.projections import ZeroLinear
@@ -89,7 +90,18 @@ def test_a_layer_at_zero_returns_to_zero():
     assert not layer.weight.any() and not layer.bias.any()
 
 
-def test_pairwise_projections_start_as_published_whatever_is_asked_for():
-    loss = SemCKDLoss(*TEXT, projector="pairwise", projection_start="zero")
+def test_pairwise_projections_start_as_published():
+    loss = SemCKDLoss(*TEXT, projector="pairwise")
     assert loss.settings["projection_start"] == "random"
     assert all(parameter.any() for parameter in loss.projection.parameters() if parameter.dim() == 4)
+
+
+def test_pairwise_projections_at_zero_are_refused():
+    with pytest.raises(ConfigurationError, match="cannot start at zero"):
+        SemCKDLoss(*TEXT, projector="pairwise", projection_start="zero")
+
+
+def test_a_loss_made_by_hand_starts_at_random():
+    loss = SemCKDLoss(*TEXT)
+    assert loss.settings["projection_start"] == "random"
+    assert all(linear.weight.any() for linear in linears(loss))
