@@ -386,8 +386,8 @@ class Teacher:
                         else f"The teacher's {name} is not finite",
                         received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
                         expected="finite values",
-                        todo="check the teacher's weights and these samples, and load the teacher in float32 "
-                        "or bfloat16 when it is in float16",
+                        todo="check the teacher's weights and these samples; train with bf16 instead of fp16, in "
+                        "which the teacher runs too, and load it in float32 or bfloat16 when it is in float16",
                     )
                 )
 
