@@ -204,7 +204,7 @@ class CachingTrainer(Trainer):
     def _kept_in_cache(self) -> str:
         """Say what is stored, and under which autocast the teacher ran."""
         kept = self.feature_loss.kept if self.feature_loss is not None and self._distils_features else ""
-        return f"{kept} {self.accelerator.mixed_precision}"
+        return f"{kept} autocast {self.accelerator.mixed_precision}"
 
     def _check_cache(self, cache: TeacherCache) -> None:
         """Look at a few samples: they must stay the same, and all of them must find room."""

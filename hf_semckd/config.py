@@ -148,7 +148,8 @@ class SemCKDConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "Precision of the teacher. auto: as it was given, or saved. float32, bfloat16, float16: it is "
-            "loaded in it, or copied when it is a model object of another precision."
+            "loaded in it, or copied when it is a model object of another precision. With bf16 or fp16 it computes "
+            "in the student's mixed precision all the same."
         },
     )
     teacher_compile: bool = field(

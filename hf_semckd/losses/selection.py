@@ -100,7 +100,7 @@ class TeacherSelection:
             phase: (B) in [0, 1), where in each sample the choice of tokens begins; None for its first token.
         """
         kept: dict[str, Tensor] = {}
-        average, places = Average(mask), dict[int, Places]()
+        average, places = Average(mask), dict[tuple[int, int], Places]()
         for t, (feature, spec) in enumerate(zip(features, self.specs, strict=True)):
             feature = feature.detach()
             if self.association == "whole" or not self.kinds[t]:
@@ -165,7 +165,7 @@ class TeacherSelection:
         feature: Tensor,
         mask: Tensor | None,
         phase: Tensor | None,
-        places: dict[int, Places],
+        places: dict[tuple[int, int], Places],
     ) -> None:
         tokens, first = as_tokens(feature), self.layout[t]
         if self.token_limit is None:
@@ -173,7 +173,8 @@ class TeacherSelection:
             if mask is not None:
                 kept[f"mask.{first}"] = mask
             return
-        if first not in places:
+        place = (first, tokens.shape[1])
+        if place not in places:
             positions, chosen = spread_positions(
                 tokens.shape[1], self.token_limit, mask=mask, phase=phase, like=tokens
             )
@@ -181,9 +182,9 @@ class TeacherSelection:
             if chosen is not None:
                 kept[f"mask.{first}"] = chosen
             left = None if chosen is None else ~chosen.unsqueeze(-1)
-            places[first] = Places(flat_positions(positions, tokens.shape[1]), left)
-        tokens = take_positions(tokens, places[first].flat)
-        free = places[first].free
+            places[place] = Places(flat_positions(positions, tokens.shape[1]), left)
+        tokens = take_positions(tokens, places[place].flat)
+        free = places[place].free
         if free is not None:
             # Fewer tokens than places: what stands there must not be anybody's.
             tokens.masked_fill_(free, 0.0)

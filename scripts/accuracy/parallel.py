@@ -42,8 +42,13 @@ def run_ahead(
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for split in ("tuning", "test"):
             runs = [pool.submit(_run, place, *run) for run in bench.missing(methods, seeds, split)]
-            for run in runs:
-                run.result()
+            try:
+                for run in runs:
+                    run.result()
+            except BaseException:
+                # Else the others would be run to the end before anybody hears of it.
+                pool.shutdown(cancel_futures=True)
+                raise
             bench.read_rows()
 
 
