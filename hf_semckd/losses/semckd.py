@@ -65,9 +65,9 @@ class SemCKDLoss(FeatureLoss):
     the mean of the squared errors is over the layers that are compared, where some are spared.
 
     The relation error compares where both layers see a sample among the others of the batch
-    (`weighted_error.weighted_relation_error`). It goes through no projection, so it teaches the student itself from the
-    first step, and it is what the paper's similarity matrices say, which there only choose the weights. Learned weights
-    are not trained by it.
+    (`weighted_error.weighted_relation_error`). It goes through no projection, so it teaches the student itself from
+    the first step, and it is what the paper's similarity matrices say, which there only choose the weights. Learned
+    weights are not trained by it.
 
     The calibrated form (the default) takes any batch size. It standardises every teacher channel, projects a student
     layer once for all teacher layers of one width, and weighs by similarity, or by learned weights that cannot
