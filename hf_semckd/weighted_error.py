@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -145,10 +144,8 @@ class _WeightedFeatureError(torch.autograd.Function):
                     entry.to(dtype) if need else None
                     for entry, dtype, need in zip(towards, ctx.dtypes[1:], needed, strict=False)
                 ]
-            elif _alike(saved):
-                results = _stacked_gradients(difference, step, mask, saved, needed, ctx.narrow)
             else:
-                results = _single_gradients(difference, step, mask, saved, needed, ctx.narrow)
+                results = _gradients(difference, step, mask, saved, needed, ctx.narrow)
         return to_weights, None, None, None, None, *results, *[None] * ctx.layers
 
 
@@ -156,37 +153,34 @@ def _projector(
     features: Sequence[Tensor], linear: Sequence[Tensor], narrow: torch.dtype
 ) -> Callable[[slice, Tensor], object]:
     """Return what adds the projections of some samples to a tensor (b, S, N, C)."""
-    count = len(features)
     if not linear:
         return lambda rows, own: own.add_(torch.stack([feature[rows] for feature in features], 1))
-    if _alike([*features, *linear]):
-        weight, bias = (torch.stack(list(linear[first : first + count])).to(narrow) for first in (0, count))
+    weights, biases = linear[: len(features)], linear[len(features) :]
+    parts = [
+        (group, torch.stack(list(biases[group])).to(narrow).unsqueeze(1), torch.stack(list(weights[group])).to(narrow))
+        for group in _groups([*features, *linear])
+    ]
 
-        def together(rows: slice, own: Tensor) -> None:
-            values = torch.stack([feature[rows].to(narrow) for feature in features]).flatten(1, 2)
-            projected = torch.baddbmm(bias.unsqueeze(1), values, weight.mT)
-            own.add_(projected.unflatten(1, (len(own), -1)).transpose(0, 1))
+    def project(rows: slice, own: Tensor) -> None:
+        for group, bias, weight in parts:
+            values = torch.stack([feature[rows].to(narrow) for feature in features[group]]).flatten(1, 2)
+            projected = torch.baddbmm(bias, values, weight.mT)
+            own[:, group].add_(projected.unflatten(1, (len(own), -1)).transpose(0, 1))
 
-        return together
-    cast = [entry.to(narrow) for entry in linear]
-
-    def one_by_one(rows: slice, own: Tensor) -> None:
-        for s, feature in enumerate(features):
-            own[:, s].add_(F.linear(feature[rows].to(narrow), cast[s], cast[count + s]))
-
-    return one_by_one
+    return project
 
 
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether S features, weights and biases are taken together."""
+def _groups(tensors: Sequence[Tensor]) -> list[slice]:
+    """Return which of S layers are taken together, given their features, weights and biases: all, or each alone."""
     count = len(tensors) // 3
-    groups = (tensors[first : first + count] for first in (0, count, 2 * count))
-    return tensors[0].device.type not in UNSTACKED_DEVICES and all(
-        len({(entry.shape, entry.dtype) for entry in group}) == 1 for group in groups
-    )
+    kinds = (tensors[first : first + count] for first in (0, count, 2 * count))
+    alike = all(len({(entry.shape, entry.dtype) for entry in kind}) == 1 for kind in kinds)
+    if alike and tensors[0].device.type not in UNSTACKED_DEVICES:
+        return [slice(0, count)]
+    return [slice(s, s + 1) for s in range(count)]
 
 
-def _single_gradients(
+def _gradients(
     difference: Tensor,
     step: Tensor,
     mask: Tensor | None,
@@ -194,54 +188,28 @@ def _single_gradients(
     needed: Sequence[bool],
     narrow: torch.dtype,
 ) -> list[Tensor | None]:
-    """Return the gradients of S features, weights and biases, layer by layer; None where none is needed."""
+    """Return the gradients of S features, weights and biases; None where none is needed."""
     count = len(saved) // 3
-    results: list[Tensor | None] = [None] * len(saved)
-    for s in range(count):
-        towards = difference[:, s] * step[:, s, None, None]
-        feature, weight, bias = saved[s], saved[count + s], saved[2 * count + s]
-        cast = towards.to(narrow)
-        if needed[s]:
-            results[s] = (cast @ weight.to(narrow)).to(feature.dtype)
-        if needed[count + s]:
+    found: list[list[Tensor | None]] = [[None] * count for _ in range(3)]
+    for group in _groups(saved):
+        features, weights, biases = (saved[k * count : (k + 1) * count][group] for k in range(3))
+        wanted = [any(needed[k * count : (k + 1) * count][group]) for k in range(3)]
+        towards = difference[:, group] * step[:, group, None, None]
+        # (S', B * N, C)
+        cast = towards.transpose(0, 1).to(narrow).flatten(1, 2)
+        if wanted[0]:
+            own = (cast @ torch.stack(list(weights)).to(narrow)).unflatten(1, features[0].shape[:2])
+            found[0][group] = own.to(features[0].dtype).unbind()
+        if wanted[1]:
+            values = torch.stack(list(features))
             if mask is not None:
                 # Zero times what is masked must be zero, whatever that is.
-                feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
-            flat = cast.flatten(0, 1).T @ feature.flatten(0, 1).to(narrow)
-            results[count + s] = flat.to(weight.dtype)
-        if needed[2 * count + s]:
-            results[2 * count + s] = towards.sum((0, 1)).to(bias.dtype)
-    return results
-
-
-def _stacked_gradients(
-    difference: Tensor,
-    step: Tensor,
-    mask: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-    narrow: torch.dtype,
-) -> list[Tensor | None]:
-    """Return what `_single_gradients` returns, of layers that look alike, all at once."""
-    count = len(saved) // 3
-    features, weights, biases = saved[:count], saved[count : 2 * count], saved[2 * count :]
-    towards = difference * step[:, :, None, None]
-    # (S, b * N, C)
-    cast = towards.transpose(0, 1).to(narrow).flatten(1, 2)
-    results: list[Tensor | None] = [None] * len(saved)
-    if any(needed[:count]):
-        found = (cast @ torch.stack(list(weights)).to(narrow)).unflatten(1, features[0].shape[:2])
-        results[:count] = found.to(features[0].dtype).unbind()
-    if any(needed[count : 2 * count]):
-        values = torch.stack(list(features))
-        if mask is not None:
-            # Zero times what is masked must be zero, whatever that is.
-            values.masked_fill_(~mask[..., None], 0.0)
-        found = cast.mT @ values.flatten(1, 2).to(narrow)
-        results[count : 2 * count] = found.to(weights[0].dtype).unbind()
-    if any(needed[2 * count :]):
-        results[2 * count :] = towards.sum((0, 2)).to(biases[0].dtype).unbind()
-    return [result if need else None for result, need in zip(results, needed, strict=False)]
+                values.masked_fill_(~mask[..., None], 0.0)
+            found[1][group] = (cast.mT @ values.flatten(1, 2).to(narrow)).to(weights[0].dtype).unbind()
+        if wanted[2]:
+            found[2][group] = towards.sum((0, 2)).to(biases[0].dtype).unbind()
+    results = [entry for kind in found for entry in kind]
+    return [entry if need else None for entry, need in zip(results, needed, strict=False)]
 
 
 def _taught(
