@@ -26,7 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
-from hf_semckd.report import ModelRow, environment, format_table, write_json
+from hf_semckd.files import write_json
+from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.tables import ModelRow, format_table
 
 # Terms that are switched off for a row; the rows differ in nothing else.
 NO_TEACHER = {"logit_weight": 0.0, "feature_weight": 0.0}

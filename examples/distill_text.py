@@ -1,6 +1,6 @@
 """Distil a pretrained BERT into a much smaller one, and compare with the student alone and with plain KD.
 
-    python scripts/fetch_text_parts.py                  # once: a pretrained teacher and labelled movie snippets
+    python scripts/fetch_text_parts.py                  # once: a pretrained teacher and labeled movie snippets
     accelerate launch examples/distill_text.py
     python examples/distill_text.py --dataset_name stanfordnlp/imdb --teacher_name_or_path bert-base-uncased \
         --max_length 256

@@ -46,7 +46,7 @@ DEFAULTS = {
 }
 TEACHER_EPOCHS = 20.0
 TEACHER_LEARNING_RATE = 1e-3
-# Few labelled images, as is often the case where a student is wanted; the teacher has seen three times as many.
+# Few labeled images, as is often the case where a student is wanted; the teacher has seen three times as many.
 DIGITS_STUDENT_SAMPLES = 300
 IMAGE_SIZES = {"digits": 8, "fashion-mnist": 28}
 OTHER_IMAGE_SIZE = 64

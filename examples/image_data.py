@@ -139,7 +139,7 @@ def load_image_dataset(
 
     A folder of images holds one folder a class, or train / test folders of these. Without column names, the first
     column of images and the first column of classes are taken. There are always the splits `train` and `test`: where
-    no labelled test split exists, the validation split becomes it; where neither does, `test_share` of the training
+    no labeled test split exists, the validation split becomes it; where neither does, `test_share` of the training
     rows is split off by `seed`.
     """
     if image_folder is not None:
@@ -191,7 +191,7 @@ def prepare_images(dataset: Dataset, processors: dict[str, Any], channels: int =
     Args:
         dataset: Columns `image` and `label`.
         processors: Name of an input (`pixel_values`, `teacher_pixel_values`) -> the image processor that makes it.
-        channels: 1 for a model of grey images, otherwise 3.
+        channels: 1 for a model of gray images, otherwise 3.
 
     Returns:
         `labels`, and a column for each processor.

@@ -46,9 +46,9 @@ def load_text_dataset(
     test_share: float = 0.2,
     seed: int = 42,
 ) -> DatasetDict:
-    """Load a Hub dataset (name, optional config), a folder, or local csv files, normalised to `text` and `label`.
+    """Load a Hub dataset (name, optional config), a folder, or local csv files, normalized to `text` and `label`.
 
-    `label` is a `ClassLabel` in the result, and there are always the splits `train` and `test`. Where no labelled
+    `label` is a `ClassLabel` in the result, and there are always the splits `train` and `test`. Where no labeled
     test split exists, the validation split becomes it; where neither does, `test_share` of the training rows is split
     off by `seed`. A validation split beside a test split is kept. Rows without a text or a label are dropped.
     """
@@ -68,11 +68,11 @@ def load_text_dataset(
         raw = load_from_disk(dataset_name)
     else:
         raw = load_dataset(dataset_name, config_name)
-    return _with_test_split(_normalise(raw, text_column, label_column), test_share, seed)
+    return _with_test_split(_normalize(raw, text_column, label_column), test_share, seed)
 
 
-def _normalise(raw: DatasetDict, text_column: str, label_column: str) -> DatasetDict:
-    """Keep the labelled rows of train, validation and test, with the columns `text` and `label` (ClassLabel)."""
+def _normalize(raw: DatasetDict, text_column: str, label_column: str) -> DatasetDict:
+    """Keep the labeled rows of train, validation and test, with the columns `text` and `label` (ClassLabel)."""
     splits = {name: raw[name] for name in ("train", "validation", "test") if name in raw}
     if "train" not in splits:
         raise ValueError(

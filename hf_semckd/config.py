@@ -7,57 +7,24 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
 
-from .errors import ConfigurationError, message, nearest
+from .choices import (
+    Association,
+    CacheDtype,
+    ProjectionInit,
+    Projector,
+    TargetNorm,
+    TeacherDtype,
+    check_projection_init,
+)
+from .errors import ConfigurationError, nearest
 
-Association = Literal["similarity", "matching", "learned", "uniform", "last", "one_to_one"]
-TargetNorm = Literal["channel", "none"]
-Projector = Literal["shared", "convolutional", "pairwise"]
-ProjectionStart = Literal["zero", "random"]
-CacheDtype = Literal["auto", "float16", "bfloat16"]
-TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-# Learned weights tend to softmax(-error / temperature), and standardised errors lie between 0 and about 2: at 0.2
-# nearly all would go to one layer, at 1 little is chosen.
-DEFAULT_LEARNED_TEMPERATURE = 0.5
-PUBLISHED_TEMPERATURE = 1.0
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
-MINIMUM_CALIBRATION_LEARNING_RATE = 1e-3
-
-
-@dataclass(frozen=True)
-class FeatureDefaults:
-    """What suits SemCKD between two kinds of layers, where the user chose nothing; see `scripts/results/accuracy`.
-
-    Attributes:
-        feature_weight, relation_weight, association, projector, projection_start, grid_limit: See `SemCKDConfig`.
-        similarity_temperature: `association_temperature` of weights by similarity, matching or not.
-        spared_layers: How many of the student's last layers the projected error leaves alone.
-    """
-
-    feature_weight: float
-    relation_weight: float
-    association: Association
-    projector: Projector
-    projection_start: ProjectionStart
-    grid_limit: int
-    similarity_temperature: float
-    spared_layers: int
-
-
-# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
-# full size, and all the more the better they fit. The last layer, which logits teach already, is harmed by it, and
-# relations add nothing.
-MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "matching", "convolutional", "random", 8, 0.02, 1)
-# A transformer that sees images, on one side at least: relations teach, and how projections start makes no difference.
-IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", "random", 4, 0.2, 0)
-# Text, and whatever else has no grid: random projections push a student anywhere before they have learned to read it,
-# and a short training does not make up for that.
-SEQUENCE_DEFAULTS = FeatureDefaults(3.0, 0.0, "similarity", "shared", "zero", 4, 0.2, 0)
+MINIMUM_PROJECTION_LEARNING_RATE = 1e-3
 
 
 @dataclass
@@ -95,10 +62,10 @@ class SemCKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "How teacher layers are weighed for each student layer and sample. similarity: by how alike both "
-            "see the sample among the batch. matching: the same, but a teacher layer is shared out: student layers "
+            "see the sample among the batch. sinkhorn: the same, but a teacher layer is shared out: student layers "
             "that want the same one get others as well. learned: by small networks, trained with the student. "
             "uniform, last, one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip "
-            "map). None: matching between CNNs, similarity elsewhere."
+            "map). None: sinkhorn between CNNs, similarity elsewhere."
         },
     )
     relation_weight: float | None = field(
@@ -112,7 +79,7 @@ class SemCKDConfig(TrainingArguments):
     target_norm: TargetNorm = field(
         default="channel",
         metadata={
-            "help": "channel: every teacher channel is standardised with its running mean and variance over "
+            "help": "channel: every teacher channel is standardized with its running mean and variance over "
             "the training data. none: raw targets, as published."
         },
     )
@@ -124,7 +91,7 @@ class SemCKDConfig(TrainingArguments):
             "for every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere."
         },
     )
-    projection_start: ProjectionStart | None = field(
+    projection_init: ProjectionInit | None = field(
         default=None,
         metadata={
             "help": "How linear projections start. zero: at zero, so that a student is pushed nowhere until its "
@@ -168,14 +135,14 @@ class SemCKDConfig(TrainingArguments):
             "form."
         },
     )
-    token_limit: int = field(
+    max_tokens: int = field(
         default=16,
         metadata={
             "help": "At most this many tokens of a sample are compared, at even distances and the same ones whenever "
             "the sample comes. 0: no limit. Not with the pairwise projector."
         },
     )
-    grid_limit: int | None = field(
+    max_grid: int | None = field(
         default=None,
         metadata={
             "help": "Feature maps are pooled to at most this many rows and columns before they are compared. 0: no "
@@ -183,7 +150,7 @@ class SemCKDConfig(TrainingArguments):
             "projector."
         },
     )
-    calibration_learning_rate: float | None = field(
+    projection_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "Peak learning rate of the projections and association networks, > 0; follows the student's "
@@ -239,7 +206,7 @@ class SemCKDConfig(TrainingArguments):
             "task_weight": 1.0,
             "logit_weight": 1.0,
             "feature_weight": 400.0,
-            "association_temperature": PUBLISHED_TEMPERATURE,
+            "association_temperature": 1.0,
         }
         return cls(output_dir=output_dir, **{**settings, **arguments})
 
@@ -276,21 +243,11 @@ class SemCKDConfig(TrainingArguments):
         """Whether the association networks take whole similarity rows, as published, and so fix the batch size."""
         return self.association == "learned" and self.target_norm == "none"
 
-    def resolved_association_temperature(self, defaults: FeatureDefaults = IMAGE_DEFAULTS) -> float:
-        """Return the association temperature that is used, `defaults` being those of the layers at hand."""
-        if self.association_temperature is not None:
-            return self.association_temperature
-        return default_association_temperature(self.association, self.target_norm, defaults)
-
-    def resolved_feature_weight(self, default: float = IMAGE_DEFAULTS.feature_weight) -> float:
-        """Return the weight of the feature term; `default` is the feature loss's own, for where none was given."""
-        return default if self.feature_weight is None else self.feature_weight
-
-    def resolved_calibration_learning_rate(self) -> float:
+    def resolved_projection_learning_rate(self) -> float:
         """Return the peak learning rate of projections and association networks."""
-        if self.calibration_learning_rate is not None:
-            return self.calibration_learning_rate
-        return max(self.learning_rate, MINIMUM_CALIBRATION_LEARNING_RATE)
+        if self.projection_learning_rate is not None:
+            return self.projection_learning_rate
+        return max(self.learning_rate, MINIMUM_PROJECTION_LEARNING_RATE)
 
     def resolved_teacher_dtype(self) -> torch.dtype | None:
         """Return the precision that the teacher is wanted in; None leaves it as it is."""
@@ -306,7 +263,7 @@ class SemCKDConfig(TrainingArguments):
         What depends on the models is None where it was left open; a trainer knows it.
         """
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
-        settings["calibration_learning_rate"] = self.resolved_calibration_learning_rate()
+        settings["projection_learning_rate"] = self.resolved_projection_learning_rate()
         return settings
 
     def validate_distillation(self) -> None:
@@ -324,7 +281,7 @@ class SemCKDConfig(TrainingArguments):
             if not (optional and getattr(self, name) is None):
                 _require_number(name, getattr(self, name), minimum=0.0, strict=False)
         _require_number("temperature", self.temperature, minimum=0.0, strict=True)
-        for name in ("association_temperature", "calibration_learning_rate", "teacher_cache_limit_gb"):
+        for name in ("association_temperature", "projection_learning_rate", "teacher_cache_limit_gb"):
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name), minimum=0.0, strict=True)
         self._validate_sampling()
@@ -332,7 +289,7 @@ class SemCKDConfig(TrainingArguments):
         for name, choices in (
             ("association", get_args(Association)),
             ("projector", get_args(Projector)),
-            ("projection_start", get_args(ProjectionStart)),
+            ("projection_init", get_args(ProjectionInit)),
         ):
             if getattr(self, name) is not None:
                 _require_choice(name, getattr(self, name), choices)
@@ -342,82 +299,48 @@ class SemCKDConfig(TrainingArguments):
         self.teacher_layers = _layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
             raise ConfigurationError(
-                message(
-                    "`teacher_cache_dir` is empty",
-                    received=repr(self.teacher_cache_dir),
-                    expected="a folder, or None for no cache",
-                    todo="name a folder that can be written",
-                )
+                "`teacher_cache_dir` is empty",
+                received=repr(self.teacher_cache_dir),
+                expected="a folder, or None for no cache",
+                todo="name a folder that can be written",
             )
 
     def _validate_sampling(self) -> None:
-        for name, default in (("token_limit", 16), ("grid_limit", None)):
+        for name, default in (("max_tokens", 16), ("max_grid", None)):
             limit = getattr(self, name)
             if limit is None and default is None:
                 continue
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
                 raise ConfigurationError(
-                    message(
-                        f"`{name}` is not a number of {'tokens' if name == 'token_limit' else 'rows and columns'}",
-                        received=repr(limit),
-                        expected="a whole number >= 1, or 0 for no limit",
-                        todo=f"set {name} to {default}, or to 0 to compare everything",
-                    )
+                    f"`{name}` is not a number of {'tokens' if name == 'max_tokens' else 'rows and columns'}",
+                    received=repr(limit),
+                    expected="a whole number >= 1, or 0 for no limit",
+                    todo=f"set {name} to {default}, or to 0 to compare everything",
                 )
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distils_logits:
             raise ConfigurationError(
-                message(
-                    "`use_liger_kernel` and logit distillation exclude each other: the fused kernel returns no logits",
-                    received=f"use_liger_kernel=True, logit_weight={self.logit_weight}",
-                    expected="one of the two",
-                    todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
-                )
+                "`use_liger_kernel` and logit distillation exclude each other: the fused kernel returns no logits",
+                received=f"use_liger_kernel=True, logit_weight={self.logit_weight}",
+                expected="one of the two",
+                todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
             )
-        if self.projection_start == "zero" and self.projector == "pairwise":
-            raise ConfigurationError(zero_start_message())
+        check_projection_init(self.projector, self.projection_init)
         if self.auto_find_batch_size and self.depends_on_batch_size:
             raise ConfigurationError(
-                message(
-                    "`auto_find_batch_size` changes the batch size, which the published association is built for",
-                    received="auto_find_batch_size=True, association='learned', target_norm='none'",
-                    expected="one of the two",
-                    todo="set auto_find_batch_size=False, or target_norm='channel', whose association takes any batch",
-                )
+                "`auto_find_batch_size` changes the batch size, which the published association is built for",
+                received="auto_find_batch_size=True, association='learned', target_norm='none'",
+                expected="one of the two",
+                todo="set auto_find_batch_size=False, or target_norm='channel', whose association takes any batch",
             )
         if self.label_smoothing_factor and not self.task_weight and self.distils:
             raise ConfigurationError(
-                message(
-                    "`label_smoothing_factor` has no effect without a task loss",
-                    received=f"label_smoothing_factor={self.label_smoothing_factor}, task_weight=0",
-                    expected="task_weight > 0, or no label smoothing",
-                    todo="set label_smoothing_factor=0, or task_weight to a positive number",
-                )
+                "`label_smoothing_factor` has no effect without a task loss",
+                received=f"label_smoothing_factor={self.label_smoothing_factor}, task_weight=0",
+                expected="task_weight > 0, or no label smoothing",
+                todo="set label_smoothing_factor=0, or task_weight to a positive number",
             )
-
-
-def feature_defaults(projector: Projector | None, *, maps: bool, images: bool) -> FeatureDefaults:
-    """Return what suits SemCKD between the layers of two models.
-
-    Args:
-        projector: The projector that the user chose, if any.
-        maps: Whether both models' layers are maps.
-        images: Whether they lie on a grid: maps, or the patches of an image.
-    """
-    # What holds for maps holds behind a decoder: through a linear projection so high a weight does harm.
-    if maps and projector in (None, "convolutional"):
-        return MAP_DEFAULTS
-    return IMAGE_DEFAULTS if images else SEQUENCE_DEFAULTS
-
-
-def default_association_temperature(
-    association: Association | None, target_norm: TargetNorm, defaults: FeatureDefaults = IMAGE_DEFAULTS
-) -> float:
-    """Return the association temperature that is used when none is given."""
-    if association != "learned":
-        return defaults.similarity_temperature
-    return PUBLISHED_TEMPERATURE if target_norm == "none" else DEFAULT_LEARNED_TEMPERATURE
 
 
 def distillation_fields() -> tuple[str, ...]:
@@ -426,23 +349,13 @@ def distillation_fields() -> tuple[str, ...]:
     return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
 
 
-def zero_start_message() -> str:
-    """Say why published projections cannot start at zero and what to do about it."""
-    return message(
-        "The pairwise projector cannot start at zero",
-        received="projection_start='zero', projector='pairwise'",
-        expected="linear projections, or the published start",
-        todo="leave projection_start out, or use projector='shared'",
-    )
-
-
 def _require_number(name: str, value: object, *, minimum: float, strict: bool) -> None:
     expected = f"a finite number {'>' if strict else '>='} {minimum:g}"
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and (value > minimum or (not strict and value == minimum)):  # type: ignore[operator]
         return
     raise ConfigurationError(
-        message(f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}")
+        f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}"
     )
 
 
@@ -451,12 +364,10 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         return
     close = nearest(str(value), choices, count=1)
     raise ConfigurationError(
-        message(
-            f"`{name}` is not one of the known values",
-            received=repr(value),
-            expected=", ".join(map(repr, choices)),
-            todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
-        )
+        f"`{name}` is not one of the known values",
+        received=repr(value),
+        expected=", ".join(map(repr, choices)),
+        todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
     )
 
 
@@ -470,11 +381,8 @@ def _layer_list(name: str, layers: Any) -> list[Any] | None:
     if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
         return listed
     raise ConfigurationError(
-        message(
-            f"`{name}` is not a list of layers",
-            received=repr(layers),
-            expected="different hidden-state indices (ints), or different module names (strings), at least "
-            "one; or None",
-            todo=f"leave {name} out to use all blocks, or list either indices or names",
-        )
+        f"`{name}` is not a list of layers",
+        received=repr(layers),
+        expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
+        todo=f"leave {name} out to use all blocks, or list either indices or names",
     )

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 
 class SemCKDError(Exception):
-    """Base class of every error that this library raises on purpose."""
+    """Base class of every error that this library raises on purpose.
+
+    Args:
+        what: One clause that names the problem; the whole text where nothing else is given.
+        received, expected, todo: See `message`.
+    """
+
+    def __init__(self, what: str, *, received: object = None, expected: object = None, todo: str | None = None):
+        super().__init__(what if todo is None else message(what, received=received, expected=expected, todo=todo))
 
 
 class ConfigurationError(SemCKDError, ValueError):

@@ -37,7 +37,7 @@ import torch
 from step_cost import conditions, growth, measure, memory, pairs, picture, summary, variants
 
 from hf_semckd.errors import MissingDependencyError
-from hf_semckd.report import write_json
+from hf_semckd.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results" / "step"

@@ -4,8 +4,8 @@
     python scripts/compare_sampling.py digits --seeds 10 11 12  # some of it
     python scripts/compare_sampling.py --table-only             # the table of the rows that are there
 
-Every seed trains the same student twice from the same start: with everything compared (`token_limit=0`,
-`grid_limit=0`, a projection for every student layer) and with the library's defaults. Rows are kept in
+Every seed trains the same student twice from the same start: with everything compared (`max_tokens=0`,
+`max_grid=0`, a projection for every student layer) and with the library's defaults. Rows are kept in
 scripts/results/sampling/<protocol>.jsonl, one a run; runs that are there are not repeated. Needs scikit-learn; for
 `fashion` the Debian package dataset-fashion-mnist, for `text` what scripts/fetch_text_parts.py fetches.
 """
@@ -46,13 +46,14 @@ from transformers import (  # noqa: E402
 )
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer  # noqa: E402
-from hf_semckd.report import environment, format_markdown_table  # noqa: E402
+from hf_semckd.publishing.environment import environment  # noqa: E402
+from hf_semckd.publishing.tables import format_markdown_table  # noqa: E402
 
 RESULTS = ROOT / "scripts" / "results" / "sampling"
 FASHION = "/usr/share/datasets/fashion-mnist"
 TEXT = ROOT / "data" / "text"
 SEEDS = list(range(10, 20))
-VARIANTS: dict[str, dict[str, Any]] = {"everything": {"token_limit": 0, "grid_limit": 0}, "default": {}}
+VARIANTS: dict[str, dict[str, Any]] = {"everything": {"max_tokens": 0, "max_grid": 0}, "default": {}}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 COLUMNS = ("protocol", "seeds", "everything %", "default %", "default - everything", "95 % interval")
 
@@ -108,7 +109,7 @@ def digits(patch: int) -> Protocol:
 
 
 def make_resnet(width: int, depth: int, labels: int) -> ResNetForImageClassification:
-    """Return a ResNet of three stages for small grey images; the first keeps 14 x 14 cells of 28 x 28 pixels."""
+    """Return a ResNet of three stages for small gray images; the first keeps 14 x 14 cells of 28 x 28 pixels."""
     config = ResNetConfig(
         num_channels=1,
         embedding_size=width,
@@ -187,7 +188,7 @@ def text() -> Protocol:
             "num_train_epochs": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 32, "weight_decay": 0.01,
             "feature_weight": 10.0,
             # As when the kept rows were made; on text the default is zero now.
-            "projection_start": "random",
+            "projection_init": "random",
         },
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Fetch the real image parts that slow tests and comparisons use: a pretrained DINOv2 and labelled emoji.
+"""Fetch the real image parts that slow tests and comparisons use: a pretrained DINOv2 and labeled emoji.
 
     python scripts/fetch_image_parts.py                # into data/image
     python scripts/fetch_image_parts.py --only emoji --output_dir elsewhere
@@ -192,8 +192,8 @@ def read_image(path: Path) -> np.ndarray:
         pixels = np.asarray(image.convert("RGBA"), dtype=np.uint32)
     if pixels.shape != (64, 64, 4):
         raise FetchError(f"{path.name} has the shape {pixels.shape}, expected 64 x 64 x 4: its layout has changed.")
-    colour, opacity = pixels[..., :3], pixels[..., 3:]
-    return ((colour * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+    color, opacity = pixels[..., :3], pixels[..., 3:]
+    return ((color * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
 def unpack_emoji(archive: Path, target: Path, expected_rows: int = EMOJI_ROWS) -> None:
@@ -254,7 +254,7 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return run(PARTS, "Fetch a pretrained DINOv2 and labelled emoji.", Path("data/image"), arguments)
+    return run(PARTS, "Fetch a pretrained DINOv2 and labeled emoji.", Path("data/image"), arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetch the real text parts that the examples and the slow tests use: a pretrained BERT and labelled texts.
+"""Fetch the real text parts that the examples and the slow tests use: a pretrained BERT and labeled texts.
 
     python scripts/fetch_text_parts.py                 # into data/text
     python scripts/fetch_text_parts.py --only movie_snippets --output_dir elsewhere
@@ -96,7 +96,7 @@ def unpack_snippets(archive: Path, target: Path, expected_rows: int = SNIPPET_RO
         extract_tar(find_one(Path(scratch) / "outer", SNIPPET_ARCHIVE), Path(scratch) / "inner")
         rows = read_snippets(find_one(Path(scratch) / "inner", SNIPPET_FILE))
     if len(rows) != expected_rows:
-        raise FetchError(f"The movie snippets have {len(rows)} labelled rows, expected {expected_rows}.")
+        raise FetchError(f"The movie snippets have {len(rows)} labeled rows, expected {expected_rows}.")
     write_splits(split_rows(rows), target)
 
 
@@ -173,7 +173,7 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return run(PARTS, "Fetch a pretrained BERT and labelled texts.", Path("data/text"), arguments)
+    return run(PARTS, "Fetch a pretrained BERT and labeled texts.", Path("data/text"), arguments)
 
 
 if __name__ == "__main__":

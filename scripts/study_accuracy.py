@@ -42,12 +42,12 @@ from accuracy.studies import (  # noqa: E402
 from accuracy.study_pictures import plot_curves, plot_negative_map, save_picture  # noqa: E402
 
 from hf_semckd.errors import InputError  # noqa: E402
-from hf_semckd.visualization import plot_association  # noqa: E402
+from hf_semckd.publishing.plots import plot_association  # noqa: E402
 
 PICTURES = RESULTS / "pictures"
 # What a swept key is called below a curve.
 LABELS = {
-    "data.train": "labelled training samples",
+    "data.train": "labeled training samples",
     "data.noise": "share of wrong labels",
     "training.per_device_train_batch_size": "batch size",
     "training.feature_weight": "weight of the feature loss",

@@ -23,7 +23,7 @@ WORLD = 2
 SECONDS = 60
 # What one process does in a step: samples of a micro-batch, micro-batches.
 WHOLE, ACCUMULATED = (4, 1), (2, 2)
-EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabelled_words")]
+EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabeled_words")]
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 PUBLISHED = {"association": "learned", "target_norm": "none", "projector": "pairwise", "feature_weight": 50.0}
 

@@ -6,7 +6,7 @@ strict where the Hub is strict (tokens, LFS checksums, model-card metadata, unkn
 accepted here has a fair chance of being accepted by the Hub.
 
 Where it knowingly differs from the Hub: a new repository starts with an empty commit instead of a ``.gitattributes``;
-LFS files are served directly instead of through a redirect to a CDN; there are no pull requests, no organisations, no
+LFS files are served directly instead of through a redirect to a CDN; there are no pull requests, no organizations, no
 Xet storage, no ``.gitignore`` rules, and the listings are not paginated.
 
 The client reads ``HF_ENDPOINT`` once, at import. Client code therefore runs in a subprocess, started with

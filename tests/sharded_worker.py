@@ -19,7 +19,7 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(LAYERS))
-        self.calibration = SemCKDLoss([(TOKENS, 8)] * LAYERS, [(TOKENS, 12)] * TEACHERS, token_limit=6)
+        self.calibration = SemCKDLoss([(TOKENS, 8)] * LAYERS, [(TOKENS, 12)] * TEACHERS, max_tokens=6)
 
     def forward(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
         states = []

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_semckd.config import (
+from hf_semckd.config import SemCKDConfig, distillation_fields
+from hf_semckd.errors import ConfigurationError
+from hf_semckd.losses.semckd.defaults import (
     IMAGE_DEFAULTS,
     MAP_DEFAULTS,
     SEQUENCE_DEFAULTS,
-    SemCKDConfig,
-    distillation_fields,
+    association_temperature,
     feature_defaults,
 )
-from hf_semckd.errors import ConfigurationError
+from hf_semckd.training.options import loss_options
 
 OWN = (
     "temperature",
@@ -28,15 +29,15 @@ OWN = (
     "relation_weight",
     "target_norm",
     "projector",
-    "projection_start",
+    "projection_init",
     "student_layers",
     "teacher_layers",
     "teacher_dtype",
     "teacher_compile",
     "association_temperature",
-    "token_limit",
-    "grid_limit",
-    "calibration_learning_rate",
+    "max_tokens",
+    "max_grid",
+    "projection_learning_rate",
     "teacher_cache_dir",
     "teacher_cache_dtype",
     "teacher_cache_limit_gb",
@@ -84,7 +85,7 @@ def test_the_temperature_must_be_positive(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-3, *(value for value in NOT_NUMBERS if value is not None)])
-@pytest.mark.parametrize("name", ["association_temperature", "calibration_learning_rate"])
+@pytest.mark.parametrize("name", ["association_temperature", "projection_learning_rate"])
 def test_optional_numbers_must_be_positive_where_given(tmp_path, name, value):
     assert f"`{name}`" in refusal(tmp_path, **{name: value})
 
@@ -97,7 +98,7 @@ def test_an_unknown_choice_lists_the_known_ones(tmp_path, name, value):
         return
     text = refusal(tmp_path, **{name: value})
     known = {
-        "association": "'similarity', 'matching', 'learned', 'uniform', 'last', 'one_to_one'",
+        "association": "'similarity', 'sinkhorn', 'learned', 'uniform', 'last', 'one_to_one'",
         "target_norm": "'channel', 'none'",
     }
     assert f"received: {value!r}" in text and known.get(name, "'shared', 'convolutional', 'pairwise'") in text
@@ -153,7 +154,7 @@ def test_an_empty_cache_folder_is_refused(tmp_path, folder):
 # How much is compared and kept
 
 
-LIMITS = {"token_limit": (16, "a number of tokens"), "grid_limit": (None, "a number of rows and columns")}
+LIMITS = {"max_tokens": (16, "a number of tokens"), "max_grid": (None, "a number of rows and columns")}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -198,7 +199,7 @@ def test_an_unknown_precision_of_the_cache_lists_the_known_ones(tmp_path, value)
 
 
 def test_values_set_by_hand_are_refused_when_they_are_checked_again(tmp_path):
-    bad = {"token_limit": 0.25, "grid_limit": -2, "teacher_cache_dtype": "float8", "teacher_cache_limit_gb": -1}
+    bad = {"max_tokens": 0.25, "max_grid": -2, "teacher_cache_dtype": "float8", "teacher_cache_limit_gb": -1}
     for name, value in bad.items():
         built = config(tmp_path)
         setattr(built, name, value)
@@ -207,8 +208,8 @@ def test_values_set_by_hand_are_refused_when_they_are_checked_again(tmp_path):
 
 
 COMPARED_AND_KEPT = {
-    "token_limit": (9, "-1", "0.25"),
-    "grid_limit": (7, "-1", "2.5"),
+    "max_tokens": (9, "-1", "0.25"),
+    "max_grid": (7, "-1", "2.5"),
     "teacher_cache_dtype": ("bfloat16", None, "float32"),
     "teacher_cache_limit_gb": (1.5, "-2", "much"),
 }
@@ -231,26 +232,26 @@ def test_how_much_is_compared_and_kept_can_be_told_on_the_command_line(tmp_path,
 
 
 def test_the_pairwise_projector_does_not_start_at_zero(tmp_path):
-    text = refusal(tmp_path, projector="pairwise", projection_start="zero")
-    assert "projection_start='zero'" in text and "use projector='shared'" in text
-    assert config(tmp_path, projector="shared", projection_start="zero").projection_start == "zero"
+    text = refusal(tmp_path, projector="pairwise", projection_init="zero")
+    assert "projection_init='zero'" in text and "use projector='shared'" in text
+    assert config(tmp_path, projector="shared", projection_init="zero").projection_init == "zero"
 
 
 @pytest.mark.parametrize("value", ["zeros", "", 0, False])
 def test_an_unknown_start_of_projections_lists_the_known_ones(tmp_path, value):
-    text = refusal(tmp_path, projection_start=value)
-    assert "`projection_start`" in text and "'zero', 'random'" in text
+    text = refusal(tmp_path, projection_init=value)
+    assert "`projection_init`" in text and "'zero', 'random'" in text
 
 
 @pytest.mark.parametrize("projector", [None, "shared", "convolutional", "pairwise"])
 @pytest.mark.parametrize("target_norm", ["channel", "none"])
-@pytest.mark.parametrize("association", [None, "similarity", "matching", "learned", "uniform", "last", "one_to_one"])
+@pytest.mark.parametrize("association", [None, "similarity", "sinkhorn", "learned", "uniform", "last", "one_to_one"])
 def test_every_combination_of_choices_is_accepted(tmp_path, association, target_norm, projector):
     built = config(tmp_path, association=association, target_norm=target_norm, projector=projector)
     assert (built.association, built.target_norm, built.projector) == (association, target_norm, projector)
     assert built.depends_on_batch_size == (association == "learned" and target_norm == "none")
     defaults = {("learned", "none"): 1.0, ("learned", "channel"): 0.5}
-    assert built.resolved_association_temperature() == defaults.get((association, target_norm), 0.2)
+    assert association_temperature(loss_options(built)) == defaults.get((association, target_norm), 0.2)
 
 
 def test_liger_kernels_and_logit_distillation_exclude_each_other(tmp_path):
@@ -305,30 +306,33 @@ def test_what_suits_layers_depends_on_their_kind_and_on_a_projector_that_was_cho
     assert feature_defaults(projector, maps=maps, images=images) is expected
 
 
-@pytest.mark.parametrize("association", [None, "similarity", "matching", "one_to_one"])
+@pytest.mark.parametrize("association", [None, "similarity", "sinkhorn", "one_to_one"])
 def test_the_association_temperature_of_cnns_is_sharper(tmp_path, association):
     built = config(tmp_path, association=association)
-    assert built.resolved_association_temperature(MAP_DEFAULTS) == 0.02
-    assert built.resolved_association_temperature(IMAGE_DEFAULTS) == 0.2
-    assert config(tmp_path, association="learned").resolved_association_temperature(MAP_DEFAULTS) == 0.5
+    assert association_temperature(loss_options(built), MAP_DEFAULTS) == 0.02
+    assert association_temperature(loss_options(built), IMAGE_DEFAULTS) == 0.2
+    assert association_temperature(loss_options(config(tmp_path, association="learned")), MAP_DEFAULTS) == 0.5
 
 
 def test_a_given_association_temperature_wins(tmp_path):
-    assert config(tmp_path, association_temperature=0.7).resolved_association_temperature() == 0.7
-    assert SemCKDConfig.published(str(tmp_path), association_temperature=2.0).resolved_association_temperature() == 2.0
+    assert association_temperature(loss_options(config(tmp_path, association_temperature=0.7))) == 0.7
+    assert (
+        association_temperature(loss_options(SemCKDConfig.published(str(tmp_path), association_temperature=2.0)))
+        == 2.0
+    )
 
 
 @pytest.mark.parametrize(("rate", "given", "expected"), [(5e-5, None, 1e-3), (0.05, None, 0.05), (0.05, 1e-4, 1e-4)])
 def test_the_calibration_learning_rate_is_at_least_a_thousandth_unless_given(tmp_path, rate, given, expected):
-    built = config(tmp_path, learning_rate=rate, calibration_learning_rate=given)
-    assert built.resolved_calibration_learning_rate() == expected
+    built = config(tmp_path, learning_rate=rate, projection_learning_rate=given)
+    assert built.resolved_projection_learning_rate() == expected
 
 
 def test_settings_are_json_without_paths_and_open_where_the_models_decide(tmp_path):
     built = config(tmp_path, teacher_cache_dir=str(tmp_path), student_layers=["1", "2"])
     settings = json.loads(json.dumps(built.distillation_settings()))
     assert set(settings) == set(OWN) - {"teacher_cache_dir"}
-    assert settings["calibration_learning_rate"] == 1e-3
+    assert settings["projection_learning_rate"] == 1e-3
     assert [settings[name] for name in ("association", "association_temperature", "feature_weight")] == [None] * 3
     assert settings["student_layers"] == [1, 2] and str(tmp_path) not in json.dumps(settings)
 
@@ -355,7 +359,7 @@ def test_published_is_the_papers_setting(tmp_path):
     built = SemCKDConfig.published(output_dir=str(tmp_path))
     assert (built.association, built.target_norm, built.projector) == ("learned", "none", "pairwise")
     assert (built.temperature, built.task_weight, built.logit_weight, built.feature_weight) == (4.0, 1.0, 1.0, 400.0)
-    assert built.resolved_association_temperature() == 1.0 and built.depends_on_batch_size
+    assert association_temperature(loss_options(built)) == 1.0 and built.depends_on_batch_size
 
 
 def test_published_takes_other_fields_and_lets_them_win(tmp_path):
@@ -421,15 +425,15 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "relation_weight": 2.5,
         "target_norm": "none",
         "projector": "pairwise",
-        "projection_start": "random",
+        "projection_init": "random",
         "student_layers": [1, -1],
         "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
         "teacher_dtype": "bfloat16",
         "teacher_compile": True,
         "association_temperature": 0.3,
-        "calibration_learning_rate": 0.01,
-        "token_limit": 5,
-        "grid_limit": 2,
+        "projection_learning_rate": 0.01,
+        "max_tokens": 5,
+        "max_grid": 2,
         "teacher_cache_dir": "cache",
         "teacher_cache_dtype": "float16",
         "teacher_cache_limit_gb": 2.5,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from makers import config, distiller, images, losses, plain_arguments, vit
-from test_feature_losses import CASES, make
+from methods import CASES, make
 from tiny import PROBLEMS, assert_same, by_hand, fit, outcome, train
 from tiny import make as make_problem
 from transformers import Trainer
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
-from hf_semckd.data import untouched_random_state
+from hf_semckd.data.random_state import preserved_random_state
 from hf_semckd.errors import TeacherOutputError
 
 if not torch.cuda.is_available():
@@ -39,7 +39,7 @@ def sleep(*_: Any) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_training_equals_the_one_by_hand_on_the_cpu(problem, association, tmp_path):
     others = {"projector": "shared"} if problem == "resnet" else {}
-    if problem == "unlabelled_words":
+    if problem == "unlabeled_words":
         others["terms"] = "feature"
     done = train(problem, tmp_path, association=association, use_cpu=False, **CUT, **others)
     hand = by_hand(problem, tmp_path, micro=4, parts=2, association=association, **others)
@@ -71,7 +71,7 @@ def test_every_method_trains_every_family_in_mixed_precision(tmp_path, name, fam
 def test_building_and_probing_leave_the_gpus_randomness_alone():
     torch.cuda.manual_seed(3)
     before = torch.cuda.get_rng_state()
-    with untouched_random_state(7):
+    with preserved_random_state(7):
         torch.rand(3, device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
@@ -86,7 +86,7 @@ def test_student_and_teacher_train_compiled(tmp_path):
 # ---- The host ------------------------------------------------------------------------------------------------------
 
 
-def synchronisations(action: Callable[[], Any]) -> tuple[list[str], Any]:
+def synchronizations(action: Callable[[], Any]) -> tuple[list[str], Any]:
     """Do something; return where the host waited for the GPU meanwhile, and the result."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -108,8 +108,8 @@ def in_training(trainer: Trainer) -> tuple[list[str], int]:
         inputs = trainer._prepare_inputs(inputs)
         if isinstance(trainer, SemCKDTrainer):
             asked = trainer._teacher.inputs(inputs)
-            teacher = len(synchronisations(lambda: trainer.teacher(**asked))[0])
-        seen[:], loss = synchronisations(lambda: plain(model, inputs, *others))
+            teacher = len(synchronizations(lambda: trainer.teacher(**asked))[0])
+        seen[:], loss = synchronizations(lambda: plain(model, inputs, *others))
         return loss
 
     trainer.training_step = watched  # type: ignore[method-assign]

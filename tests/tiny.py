@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from hf_semckd import SemCKDTrainer
+from hf_semckd.losses.semckd.defaults import association_temperature
+from hf_semckd.training.options import loss_options
 
 TEMPERATURE = 2.0
 RATE, CALIBRATION_RATE = 0.05, 0.02
@@ -155,7 +157,7 @@ PROBLEMS = {
     "tokens": _text(bert_tokens, "tokens", _TOKENS, "tokens"),
     "masked_words": _text(bert_mlm, "words", _TOKENS, "tokens"),
     "next_word": _text(gpt2, "none", _NEXT, "next", **_FLOAT32),
-    "unlabelled_words": _text(gpt2, "none", _PADDING, "next"),
+    "unlabeled_words": _text(gpt2, "none", _PADDING, "next"),
     "smoothed_sentences": _text(bert, "class", _PADDING, "single", **_SMOOTH),
     "smoothed_tokens": _text(bert_tokens, "tokens", _TOKENS, "tokens", **_SMOOTH),
     "smoothed_next_word": _text(gpt2, "none", _NEXT, "next", **_SMOOTH),
@@ -183,7 +185,7 @@ def arguments(folder: Any, terms: str = "all", **changes: Any) -> Any:
         "temperature": TEMPERATURE,
         "optim": "sgd",
         "learning_rate": RATE,
-        "calibration_learning_rate": CALIBRATION_RATE,
+        "projection_learning_rate": CALIBRATION_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "max_steps": -1,
@@ -211,7 +213,7 @@ def make(
         teacher_model=problem.teacher().to(dtype),
         data_collator=problem.collator,
         # Few enough tokens for most samples to be cut.
-        args=arguments(folder, terms, **{"token_limit": 3, **problem.args, **args}),
+        args=arguments(folder, terms, **{"max_tokens": 3, **problem.args, **args}),
         **problem.parts,
         **{**defaults, **parts},
     )
@@ -250,7 +252,7 @@ def train(problem: str | Problem, folder: Any, **changes: Any) -> Outcome:
 
 def fit(trainer: SemCKDTrainer, **how: Any) -> None:
     """Train without drawing the association, which takes longer than the training."""
-    with mock.patch("hf_semckd.callbacks.save_association_plot"):
+    with mock.patch("hf_semckd.training.callbacks.save_association_plot"):
         trainer.train(**how)
 
 
@@ -302,14 +304,14 @@ class _ByHand:
     def step(self, batches: list[dict[str, Tensor]]) -> None:
         """Take one optimizer step."""
         runs = [self._run(batch) for batch in batches]
-        self._standardise([features for _, _, _, features in runs], batches)
+        self._standardize([features for _, _, _, features in runs], batches)
         sums = {name: torch.zeros((), dtype=torch.float64) for name in ("task", "logit", "feature", "entropy")}
         items = samples = 0
         for batch, (logits, states, targets, features) in zip(batches, runs, strict=True):
             task, kd, count = _head_losses(self.problem, logits, targets, batch)
             sums["task"], sums["logit"], items = sums["task"] + task, sums["logit"] + kd, items + count
             samples += len(logits)
-            if self.args.resolved_feature_weight():
+            if self.args.feature_weight != 0:
                 per_sample, weights = self._features(states, features, batch)
                 sums["feature"] = sums["feature"] + per_sample.sum()
                 sums["entropy"] = sums["entropy"] - torch.xlogy(weights, weights).sum(2).mean(1).sum().detach()
@@ -338,22 +340,23 @@ class _ByHand:
             "logit_loss": sums["logit"] / (samples if self.problem.head in heads else max(items, 1)),
             "feature_loss": sums["feature"] / samples,
         }
-        weights = dict(zip(means, (args.task_weight, args.logit_weight, args.resolved_feature_weight()), strict=True))
+        feature_weight = 3.0 if args.feature_weight is None else args.feature_weight
+        weights = dict(zip(means, (args.task_weight, args.logit_weight, feature_weight), strict=True))
         loss = sum(weights[name] * value for name, value in means.items() if weights[name])
         mine, theirs = list(self.student.parameters()), list(self.calibration.values())
         gradients = torch.autograd.grad(loss, mine + theirs, allow_unused=True)
         with torch.no_grad():
             for index, (value, gradient) in enumerate(zip(mine + theirs, gradients, strict=True)):
                 if gradient is not None:
-                    value -= (args.learning_rate if index < len(mine) else args.calibration_learning_rate) * gradient
+                    value -= (args.learning_rate if index < len(mine) else args.projection_learning_rate) * gradient
         logged = {name: float(value.detach()) for name, value in means.items() if weights[name]}
-        if args.resolved_feature_weight():
+        if args.feature_weight != 0:
             logged["association/entropy"] = float(sums["entropy"]) / samples
         self.terms.append({"loss": float(loss.detach()), **logged})
 
     # Statistics: those of all steps before this one; the first step has to do with its own.
 
-    def _standardise(self, features: list[list[Tensor]], batches: list[dict[str, Tensor]]) -> None:
+    def _standardize(self, features: list[list[Tensor]], batches: list[dict[str, Tensor]]) -> None:
         pairs = zip(features, batches, strict=True)
         compared = [[self._compared(layer, batch) for layer in layers] for layers, batch in pairs]
         self.seen.append([torch.cat([torch.cat(part) for part in layer]) for layer in zip(*compared, strict=True)])
@@ -378,15 +381,15 @@ class _ByHand:
                 values = values[kept.bool()]
             total = sum(value ^ (value >> 32) for value in values.flatten().tolist()) * 2654435761 % 2**32
             tokens = kept.nonzero().flatten().tolist()
-            count = min(len(tokens), self.args.token_limit or len(tokens))
+            count = min(len(tokens), self.args.max_tokens or len(tokens))
             phase = total // 256 / 2**24
             chosen.append([tokens[math.floor((k + phase) * len(tokens) / count)] for k in range(count)])
         return chosen
 
     def _merged(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         merged = []
-        standardised = self.calibration and self.args.target_norm == "channel"
-        for layer in range(len(self.seen[0]) if standardised else 0):
+        standardized = self.calibration and self.args.target_norm == "channel"
+        for layer in range(len(self.seen[0]) if standardized else 0):
             rows = torch.cat([step[layer] for step in self.seen[: max(len(self.seen) - 1, 1)]])
             merged.append((rows.mean(0), rows.var(0, unbiased=False), torch.tensor(float(len(rows))).double()))
         return merged
@@ -416,7 +419,7 @@ class _ByHand:
         per_sample = torch.stack(losses)
         if self.args.association == "learned":
             divergence = (weights * (weights * weights.shape[2]).log()).sum(2)
-            per_sample = per_sample + self.args.resolved_association_temperature() * divergence.mean(1)
+            per_sample = per_sample + association_temperature(loss_options(self.args)) * divergence.mean(1)
         return per_sample, weights
 
     def _relation_weight(self, images: bool) -> float:
@@ -424,7 +427,7 @@ class _ByHand:
 
     @property
     def _grid_limit(self) -> int:
-        return 4 if self.args.grid_limit is None else self.args.grid_limit
+        return 4 if self.args.max_grid is None else self.args.max_grid
 
     def _relations(self, states: list[Tensor], targets: list[Tensor], mask: Tensor | None) -> list[list[list[Tensor]]]:
         """Return how differently the layers s and t place sample i among the others: [s][t][i]."""
@@ -487,7 +490,7 @@ class _ByHand:
         if kind == "similarity":
             rows = [[_similarity_rows(_summary(x, mask)) for x in side] for side in (states, raw)]
             cosines = torch.stack([torch.stack([(one * other).sum(1) for other in rows[1]], 1) for one in rows[0]], 1)
-            return (cosines / self.args.resolved_association_temperature()).softmax(2).detach()
+            return (cosines / association_temperature(loss_options(self.args))).softmax(2).detach()
         queries = [self._embedding(f"query.{s}", _mean(x, mask)) for s, x in enumerate(states)]
         keys = [self._embedding(f"key.{t}", _mean(x, mask)) for t, x in enumerate(standard)]
         cosines = torch.stack([torch.stack([(one * other).sum(1) for other in keys], 1) for one in queries], 1)
@@ -547,5 +550,5 @@ def _similarity_rows(rows: Tensor) -> Tensor:
     """Return a unit vector for every sample: its cosines with all samples, less their mean; 0 for a single one."""
     rows = rows / rows.norm(dim=1, keepdim=True)
     cosines = rows @ rows.T
-    centred = cosines - cosines.mean(1, keepdim=True)
-    return centred if len(rows) == 1 else centred / centred.norm(dim=1, keepdim=True)
+    centered = cosines - cosines.mean(1, keepdim=True)
+    return centered if len(rows) == 1 else centered / centered.norm(dim=1, keepdim=True)

@@ -3,6 +3,6 @@
 from .base import FeatureLoss, FeatureLossOutput
 from .combined import CombinedLoss
 from .registry import FEATURE_LOSSES
-from .semckd import SemCKDLoss
+from .semckd.loss import SemCKDLoss
 
 __all__ = ["FEATURE_LOSSES", "CombinedLoss", "FeatureLoss", "FeatureLossOutput", "SemCKDLoss"]

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..config import SemCKDConfig
 from ..errors import InputError, message
-from ..features import FeatureSpec
+from ..features.layers import FeatureSpec
+from .options import LossOptions
 
 
 @dataclass
@@ -63,21 +63,21 @@ class FeatureLoss(nn.Module, ABC):
         return {}
 
     @classmethod
-    def from_config(
+    def for_layers(
         cls,
         student_specs: Sequence[FeatureSpec],
         teacher_specs: Sequence[FeatureSpec],
-        config: SemCKDConfig,
+        options: LossOptions,
         *,
         tokens_aligned: bool = True,
         student_parameters: int | None = None,
     ) -> FeatureLoss:
-        """Return the loss for the layers that a trainer found; a baseline reads nothing of the configuration.
+        """Return the loss for the layers that a trainer found; a baseline reads none of the options.
 
         Args:
             student_specs: The student's layers.
             teacher_specs: The teacher's layers.
-            config: The configuration.
+            options: What the user chose.
             tokens_aligned: Whether position n of both models stands for the same input.
             student_parameters: Number of the student's parameters, for losses that keep themselves small beside it.
 
@@ -163,7 +163,7 @@ class FeatureLoss(nn.Module, ABC):
         """
         return teacher_features
 
-    def observe(
+    def update_statistics(
         self, teacher_features: Sequence[Tensor] | Mapping[str, Tensor], teacher_mask: Tensor | None = None
     ) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
@@ -186,12 +186,10 @@ def layer_specs(shapes: Sequence[FeatureSpec | Sequence[int]], role: str) -> lis
     """
     if not len(shapes):
         raise InputError(
-            message(
-                f"There is no {role} layer",
-                received="an empty list of shapes",
-                expected="at least one",
-                todo=f"give one shape for every {role} layer",
-            )
+            f"There is no {role} layer",
+            received="an empty list of shapes",
+            expected="at least one",
+            todo=f"give one shape for every {role} layer",
         )
     return [
         shape if isinstance(shape, FeatureSpec) else FeatureSpec.from_shape(shape, f"{role} {index}")

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration import Alignment, Average, embedding, skip_map
 from ..errors import InputError
-from ..features import FeatureSpec
+from ..features.geometry import Alignment
+from ..features.layers import FeatureSpec
+from ..features.summaries import Average, embedding
 from .base import FeatureLoss, FeatureLossOutput, layer_count_message, layer_specs
 from .positions import compared_positions
 
@@ -163,3 +164,14 @@ class SkipMapLoss(BaselineLoss):
         pairing = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
         self.teacher_of = pairing
+
+
+def skip_map(students: int, teachers: int) -> list[int]:
+    """Return which teacher layer each student layer is paired with by hand: the last with the last, evenly below.
+
+    Args:
+        students: S >= 1.
+        teachers: T >= 1.
+    """
+    # ceil((s + 1) * T / S) - 1 in whole numbers.
+    return [max(-(-(s + 1) * teachers // students) - 1, 0) for s in range(students)]

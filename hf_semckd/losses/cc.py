@@ -10,24 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
 from .positions import regress
 
 # The published kernel: its width, and where its Taylor series ends.
 GAMMA = 0.4
+
 ORDER = 2
 
 
-class CorrelationCongruenceLoss(BaselineLoss):
+class CCLoss(BaselineLoss):
     """The student's samples correlate with one another as the teacher's do.
 
     total = 1 / B^2 * sum over i, j of (k(s_i, s_j) - k(t_i, t_j))^2, where s and t are embeddings, projected to one
-    width by a linear layer each and normalised to unit length, and k is the Gaussian kernel exp(-gamma * |x - y|^2) by
+    width by a linear layer each and normalized to unit length, and k is the Gaussian kernel exp(-gamma * |x - y|^2) by
     its Taylor series in <x, y> up to the second power.
 
     This is the paper's equation. The code of the benchmark of contrastive representation distillation, from which the
-    weight comes, multiplies the absolute errors of neighbours in the batch instead, which depends on its order.
+    weight comes, multiplies the absolute errors of neighbors in the batch instead, which depends on its order.
     Both linear layers are trained, as there; the teacher itself is not.
 
     Args:
@@ -78,7 +79,7 @@ def gaussian_correlations(embeddings: Tensor) -> Tensor:
     exp(-gamma * |x - y|^2) = exp(-2 gamma) * exp(2 gamma <x, y>) for vectors of unit length.
 
     Args:
-        embeddings: (B, C); they are normalised here.
+        embeddings: (B, C); they are normalized here.
 
     Returns:
         (B, B), at least in float32.

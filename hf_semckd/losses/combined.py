@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, message
+from ..errors import ConfigurationError
 from .base import FeatureLoss, FeatureLossOutput
 
 
@@ -31,12 +31,10 @@ class CombinedLoss(FeatureLoss):
         super().__init__()
         if len(losses) < 2 or any(loss.reuses_teacher_head for loss in losses):
             raise ConfigurationError(
-                message(
-                    "These feature losses cannot be joined",
-                    received=", ".join(type(loss).__name__ for loss in losses) or "nothing",
-                    expected="two or more, none of which replaces the student's classifier",
-                    todo="use one of them alone",
-                )
+                "These feature losses cannot be joined",
+                received=", ".join(type(loss).__name__ for loss in losses) or "nothing",
+                expected="two or more, none of which replaces the student's classifier",
+                todo="use one of them alone",
             )
         self.losses = nn.ModuleList(losses)
         self.default_weight = losses[0].default_weight
@@ -107,13 +105,13 @@ class CombinedLoss(FeatureLoss):
             kept |= {f"{index}/{name}": value for name, value in part.items()}
         return kept
 
-    def observe(
+    def update_statistics(
         self, teacher_features: Sequence[Tensor] | Mapping[str, Tensor], teacher_mask: Tensor | None = None
     ) -> None:
         """Let every loss collect teacher statistics."""
         targets = self.select(teacher_features, teacher_mask)
         for index, loss in enumerate(self._parts()):
-            loss.observe(_part(targets, index), teacher_mask)
+            loss.update_statistics(_part(targets, index), teacher_mask)
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
         """Let every loss take in what it observed."""

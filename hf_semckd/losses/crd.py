@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, message
-from ..functional import at_least_float32, full_precision
+from ..errors import ConfigurationError
+from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
 from .positions import regress
 
 TEMPERATURE = 0.07
 
 
-class ContrastiveLoss(BaselineLoss):
+class CRDLoss(BaselineLoss):
     """The student's embedding of a sample is told from those of other samples by the teacher's, and the reverse.
 
     Both embeddings go through a linear layer to 128 channels and to unit length. With g = <anchor, other> / 0.07 and
     h(g) = exp(g) / (exp(g) + N * c), a sample loses -log h of its own pair, minus the sum over N negatives of
     log(1 - h); once with the student's embedding as the anchor among the teacher's, once the other way round. `total`
     is the mean over the samples of both. c is the mean of exp(g) over the negatives of the first training batch with
-    any, as the published code normalises (there it is called Z, and the size of the data set cancels).
+    any, as the published code normalizes (there it is called Z, and the size of the data set cancels).
 
     Negatives are the other samples of the batch and the latest embeddings of earlier training batches, as they were
     then. They are kept in a ring in the module's state: a run that resumes goes on with them. Departures from the
@@ -76,12 +76,10 @@ class ContrastiveLoss(BaselineLoss):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         if negatives < 1:
             raise ConfigurationError(
-                message(
-                    "The ring of negatives has no room",
-                    received=f"negatives={negatives}",
-                    expected="at least 1",
-                    todo="leave negatives out for the published 16384, or choose fewer to save memory",
-                )
+                "The ring of negatives has no room",
+                received=f"negatives={negatives}",
+                expected="at least 1",
+                todo="leave negatives out for the published 16384, or choose fewer to save memory",
             )
         self.student_head = nn.Linear(self.student_specs[-1].channels, embedding_size)
         self.teacher_head = nn.Linear(self.teacher_specs[-1].channels, embedding_size)

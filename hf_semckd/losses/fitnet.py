@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, message
-from ..functional import squared_error
+from ..errors import ConfigurationError
 from .base import layer_specs
 from .baseline import BaselineLoss, Shape
 from .positions import regress
+from .reduction import squared_error
 
 
 class FitNetLoss(BaselineLoss):
@@ -74,12 +74,10 @@ def _checked(hint_layer: tuple[int, int], counts: tuple[int, int]) -> tuple[int,
     """Return the two positions counted from the front."""
     if len(hint_layer) != 2 or not all(-n <= layer < n for layer, n in zip(hint_layer, counts, strict=True)):
         raise ConfigurationError(
-            message(
-                "There is no layer at a position of hint_layer",
-                received=f"hint_layer={hint_layer} for {counts[0]} student and {counts[1]} teacher layers",
-                expected=f"a student position from 0 to {counts[0] - 1} and a teacher position from 0 to "
-                f"{counts[1] - 1}, or negative ones from the end",
-                todo="correct hint_layer, or leave it out to compare the middle layers",
-            )
+            "There is no layer at a position of hint_layer",
+            received=f"hint_layer={hint_layer} for {counts[0]} student and {counts[1]} teacher layers",
+            expected=f"a student position from 0 to {counts[0] - 1} and a teacher position from 0 to "
+            f"{counts[1] - 1}, or negative ones from the end",
+            todo="correct hint_layer, or leave it out to compare the middle layers",
         )
     return hint_layer[0] % counts[0], hint_layer[1] % counts[1]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..functional import squared_error
 from .baseline import Shape, SkipMapLoss
 from .positions import regress
+from .reduction import squared_error
 
 
 class LayerMapLoss(SkipMapLoss):

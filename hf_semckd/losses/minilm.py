@@ -8,21 +8,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Alignment
-from ..errors import ConfigurationError, message
-from ..features import FeatureSpec
-from ..functional import at_least_float32, full_precision, masked_mean
+from ..errors import ConfigurationError
+from ..features.geometry import Alignment
+from ..features.layers import FeatureSpec
+from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
+from .reduction import masked_mean
 
 # What query, key and value are called in one attention block.
 NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
+
 # Attention from one sequence to another, whose queries and keys are not of the same tokens.
 CROSS_ATTENTION = ("cross", "encoder_attn", "encdec")
+
 # The published number of relation heads for base models.
 MAXIMUM_HEADS = 48
 
 
-class AttentionRelationLoss(BaselineLoss):
+class MiniLMLoss(BaselineLoss):
     """Queries, keys and values of the student's last attention relate to one another as those of the teacher's do.
 
     For each of the three: X (B, N, C) is cut into relation heads of width d, and R = softmax(X X^T / sqrt(d)).
@@ -65,12 +68,10 @@ class AttentionRelationLoss(BaselineLoss):
             relation_heads = max(heads for heads in range(1, MAXIMUM_HEADS + 1) if common % heads == 0)
         if relation_heads < 1 or common % relation_heads:
             raise ConfigurationError(
-                message(
-                    "The layers cannot be cut into this many relation heads",
-                    received=f"relation_heads={relation_heads}",
-                    expected=f"a divisor of {common}, the greatest that all widths have in common",
-                    todo="leave relation_heads out, or choose a divisor",
-                )
+                "The layers cannot be cut into this many relation heads",
+                received=f"relation_heads={relation_heads}",
+                expected=f"a divisor of {common}, the greatest that all widths have in common",
+                todo="leave relation_heads out, or choose a divisor",
             )
         self.relation_heads = relation_heads
 
@@ -99,12 +100,10 @@ class AttentionRelationLoss(BaselineLoss):
             return found
         known = "; ".join(", ".join(names) for names in NAMES)
         raise ConfigurationError(
-            message(
-                f"The {role} has no attention block whose queries, keys and values can be read",
-                received=f"{type(model).__name__}",
-                expected=f"linear layers side by side that are called {known}",
-                todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
-            )
+            f"The {role} has no attention block whose queries, keys and values can be read",
+            received=f"{type(model).__name__}",
+            expected=f"linear layers side by side that are called {known}",
+            todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
         )
 
     def per_sample(
@@ -139,25 +138,21 @@ class AttentionRelationLoss(BaselineLoss):
         counts = len(self.student_specs), len(self.teacher_specs)
         if counts != (3, 3):
             raise ConfigurationError(
-                message(
-                    "Attention relations are those of queries, keys and values",
-                    received=f"{counts[0]} student and {counts[1]} teacher layers",
-                    expected="three each, in this order",
-                    todo="leave student_layers and teacher_layers out, or name the three modules of one attention",
-                )
+                "Attention relations are those of queries, keys and values",
+                received=f"{counts[0]} student and {counts[1]} teacher layers",
+                expected="three each, in this order",
+                todo="leave student_layers and teacher_layers out, or name the three modules of one attention",
             )
         for own, theirs in zip(self.student_specs, self.teacher_specs, strict=True):
             if Alignment.of(own, theirs, self.tokens_aligned).kind == "tokens":
                 continue
             same = "the same" if self.tokens_aligned else "another"
             raise ConfigurationError(
-                message(
-                    "Attention relations can be compared only between the same tokens",
-                    received=f"{_described(own)} for the student, {_described(theirs)} for the teacher, with {same} "
-                    "tokenisation",
-                    expected="as many tokens of the same inputs in both models",
-                    todo="use models with one tokenizer or one patch size, or choose another method",
-                )
+                "Attention relations can be compared only between the same tokens",
+                received=f"{_described(own)} for the student, {_described(theirs)} for the teacher, with {same} "
+                "tokenization",
+                expected="as many tokens of the same inputs in both models",
+                todo="use models with one tokenizer or one patch size, or choose another method",
             )
 
 

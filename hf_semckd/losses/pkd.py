@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration import skip_map
-from ..errors import ConfigurationError, message
-from ..features import FeatureSpec
-from ..functional import at_least_float32
-from .baseline import BaselineLoss, Shape
+from ..errors import ConfigurationError
+from ..features.geometry import fitting_mask
+from ..features.layers import FeatureSpec
+from ..features.precision import at_least_float32
+from .baseline import BaselineLoss, Shape, skip_map
 from .positions import regress
-from .selection import fitting_mask
 
 
-class PatientKnowledgeLoss(BaselineLoss):
+class PKDLoss(BaselineLoss):
     """The first tokens (CLS) of the student's layers follow those of teacher layers at even distances.
 
     total = mean over samples, pairs of layers and channels of (s / |s| - t / |t|)^2, where s is the first token of a
@@ -56,12 +55,10 @@ class PatientKnowledgeLoss(BaselineLoss):
         self.pairs = list(enumerate(mapped))
         if not self.pairs:
             raise ConfigurationError(
-                message(
-                    "Patient knowledge distillation has no layer to compare",
-                    received="one student layer",
-                    expected="at least two: the last does not take part",
-                    todo="name more layers in student_layers, or leave it out for all",
-                )
+                "Patient knowledge distillation has no layer to compare",
+                received="one student layer",
+                expected="at least two: the last does not take part",
+                todo="name more layers in student_layers, or leave it out for all",
             )
         for s, t in self.pairs:
             _check_first_token(self.student_specs[s], "student")
@@ -111,10 +108,8 @@ def _check_first_token(spec: FeatureSpec, role: str) -> None:
         return
     received = "a map" if spec.kind == "map" else "image patches without a token in front"
     raise ConfigurationError(
-        message(
-            "Patient knowledge distillation compares first tokens (CLS), and a layer has none",
-            received=f"{received} at {role} layer `{spec.name}`",
-            expected="layers (tokens, channels) whose first token stands for the whole",
-            todo=f"name other layers in {role}_layers, or choose another method for these models",
-        )
+        "Patient knowledge distillation compares first tokens (CLS), and a layer has none",
+        received=f"{received} at {role} layer `{spec.name}`",
+        expected="layers (tokens, channels) whose first token stands for the whole",
+        todo=f"name other layers in {role}_layers, or choose another method for these models",
     )

@@ -8,20 +8,20 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineLoss
 
 # The published code adds it to both probabilities.
 EPSILON = 1e-7
 
 
-class ProbabilisticTransferLoss(BaselineLoss):
-    """The student's samples are neighbours of one another with the probabilities that the teacher gives them.
+class PKTLoss(BaselineLoss):
+    """The student's samples are neighbors of one another with the probabilities that the teacher gives them.
 
     p[i, j] = k(x_i, x_j) / sum over l of k(x_i, x_l), where k is the cosine of two embeddings, shifted to [0, 1];
     total = 1 / B^2 * sum over i, j of p_t[i, j] * log(p_t[i, j] / p_s[i, j]).
 
-    As in the published code, the sum is averaged over all B^2 entries, and each sample is its own neighbour too. It
+    As in the published code, the sum is averaged over all B^2 entries, and each sample is its own neighbor too. It
     has no parameters and takes any widths.
 
     Args:
@@ -45,12 +45,12 @@ class ProbabilisticTransferLoss(BaselineLoss):
     ) -> Tensor:
         """Return the mean over each sample's row of the B x B divergences (B); see `BaselineLoss.per_sample`."""
         student, teacher = self.embeddings(student_features, targets, student_mask)
-        own, theirs = neighbour_probabilities(student), neighbour_probabilities(teacher)
+        own, theirs = neighbor_probabilities(student), neighbor_probabilities(teacher)
         return (theirs * ((theirs + EPSILON).log() - (own + EPSILON).log())).mean(1)
 
 
-def neighbour_probabilities(embeddings: Tensor) -> Tensor:
-    """Return how probable each sample is as a neighbour of each other one, by shifted cosines.
+def neighbor_probabilities(embeddings: Tensor) -> Tensor:
+    """Return how probable each sample is as a neighbor of each other one, by shifted cosines.
 
     Args:
         embeddings: (B, C).

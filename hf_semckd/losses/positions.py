@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..calibration import Alignment, Average, as_map, as_tokens, common_grid
-from ..features import FeatureSpec
-from ..functional import map_to_tokens
-from .selection import both_masks, fitting_mask
+from ..features.geometry import Alignment, as_map, as_tokens, both_masks, common_grid, fitting_mask, map_to_tokens
+from ..features.layers import FeatureSpec
+from ..features.summaries import Average
 
 
 def compared_positions(

@@ -7,39 +7,39 @@ from types import MappingProxyType
 
 from torch import nn
 
-from ..config import SemCKDConfig
-from ..errors import ConfigurationError, message
-from ..features import FeatureSpec
-from .attention_transfer import AttentionTransferLoss
+from ..errors import ConfigurationError
+from ..features.layers import FeatureSpec
+from .at import ATLoss
 from .base import FeatureLoss
-from .cc import CorrelationCongruenceLoss
+from .cc import CCLoss
 from .combined import CombinedLoss
-from .crd import ContrastiveLoss
+from .crd import CRDLoss
 from .fitnet import FitNetLoss
 from .layer_map import LayerMapLoss
-from .minilm import AttentionRelationLoss
-from .pkd import PatientKnowledgeLoss
-from .pkt import ProbabilisticTransferLoss
-from .rkd import RelationalLoss
-from .semckd import SemCKDLoss
-from .similarity_preserving import SimilarityPreservingLoss
-from .simkd import ReusedClassifierLoss
-from .vid import VariationalInformationLoss
+from .minilm import MiniLMLoss
+from .options import LossOptions
+from .pkd import PKDLoss
+from .pkt import PKTLoss
+from .rkd import RKDLoss
+from .semckd.loss import SemCKDLoss
+from .simkd import SimKDLoss
+from .sp import SPLoss
+from .vid import VIDLoss
 
 FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
     {
         "semckd": SemCKDLoss,
         "fitnet": FitNetLoss,
-        "at": AttentionTransferLoss,
-        "sp": SimilarityPreservingLoss,
-        "vid": VariationalInformationLoss,
-        "pkt": ProbabilisticTransferLoss,
-        "rkd": RelationalLoss,
-        "cc": CorrelationCongruenceLoss,
-        "crd": ContrastiveLoss,
-        "simkd": ReusedClassifierLoss,
-        "pkd": PatientKnowledgeLoss,
-        "minilm": AttentionRelationLoss,
+        "at": ATLoss,
+        "sp": SPLoss,
+        "vid": VIDLoss,
+        "pkt": PKTLoss,
+        "rkd": RKDLoss,
+        "cc": CCLoss,
+        "crd": CRDLoss,
+        "simkd": SimKDLoss,
+        "pkd": PKDLoss,
+        "minilm": MiniLMLoss,
         "layer_map": LayerMapLoss,
     }
 )
@@ -54,7 +54,7 @@ def make_feature_loss(
     name: str,
     student_specs: Sequence[FeatureSpec],
     teacher_specs: Sequence[FeatureSpec],
-    config: SemCKDConfig,
+    options: LossOptions,
     *,
     tokens_aligned: bool = True,
     student_parameters: int | None = None,
@@ -65,7 +65,7 @@ def make_feature_loss(
         name: See `FEATURE_LOSSES`.
         student_specs: The student's layers.
         teacher_specs: The teacher's layers.
-        config: The configuration.
+        options: What the user chose.
         tokens_aligned: Whether position n of both models stands for the same input.
         student_parameters: Number of the student's parameters.
 
@@ -73,10 +73,10 @@ def make_feature_loss(
         ConfigurationError: When a method cannot be used for these layers, or with another one.
     """
     losses = [
-        FEATURE_LOSSES[part].from_config(
+        FEATURE_LOSSES[part].for_layers(
             student_specs,
             teacher_specs,
-            config,
+            options,
             tokens_aligned=tokens_aligned,
             student_parameters=student_parameters,
         )
@@ -115,10 +115,8 @@ def find_layers(source: str | FeatureLoss, model: nn.Module, role: str) -> list[
     if all(layers == found[0] for layers in found):
         return found[0]
     raise ConfigurationError(
-        message(
-            "The joined methods compare different layers",
-            received=source,
-            expected="methods that compare the same layers of a model",
-            todo="use one of them alone",
-        )
+        "The joined methods compare different layers",
+        received=source,
+        expected="methods that compare the same layers of a model",
+        todo="use one of them alone",
     )

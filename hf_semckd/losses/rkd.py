@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineLoss, Shape
 
 # Squared distances up to this are those of identical samples, as in the published code.
 EPSILON = 1e-12
 
 
-class RelationalLoss(BaselineLoss):
+class RKDLoss(BaselineLoss):
     """The student's samples lie at the distances and under the angles of the teacher's.
 
     total = distance_weight * mean over i, j of l(d_s[i, j] - d_t[i, j])

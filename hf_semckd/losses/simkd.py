@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, message
-from ..features import FeatureSpec
-from ..functional import at_least_float32, squared_error
+from ..errors import ConfigurationError
+from ..features.layers import FeatureSpec
+from ..features.precision import at_least_float32
 from .base import FeatureLoss
 from .baseline import BaselineLoss, Shape
 from .positions import regress
+from .reduction import squared_error
 
 
-class ReusedClassifierLoss(BaselineLoss):
+class SimKDLoss(BaselineLoss):
     """The last map of the student, projected, is to equal the teacher's, so that the teacher's classifier fits it.
 
     loss = mean squared error of projection(F_s) and F_t over positions and channels, both pooled to the smaller grid.
@@ -100,12 +101,10 @@ def find_head(model: nn.Module, role: str) -> nn.Linear:
     if linears and (role == "teacher" or linears[-1].bias is not None):
         return linears[-1]
     raise ConfigurationError(
-        message(
-            f"SimKD reuses the teacher's classifier, and the {role} has no linear one with a bias",
-            received=type(model).__name__,
-            expected="a model that ends in a linear classifier",
-            todo="use another feature loss",
-        )
+        f"SimKD reuses the teacher's classifier, and the {role} has no linear one with a bias",
+        received=type(model).__name__,
+        expected="a model that ends in a linear classifier",
+        todo="use another feature loss",
     )
 
 
@@ -113,10 +112,8 @@ def _check_map(role: str, spec: FeatureSpec) -> None:
     if spec.kind == "map":
         return
     raise ConfigurationError(
-        message(
-            f"SimKD needs a classifier that reads the average of the last map, and the {role}'s last layer is no map",
-            received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
-            expected="(channels, height, width)",
-            todo="use it between convolutional networks, or choose another feature loss",
-        )
+        f"SimKD needs a classifier that reads the average of the last map, and the {role}'s last layer is no map",
+        received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
+        expected="(channels, height, width)",
+        todo="use it between convolutional networks, or choose another feature loss",
     )

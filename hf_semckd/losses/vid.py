@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import at_least_float32, masked_mean
+from ..features.precision import at_least_float32
 from .baseline import Shape, SkipMapLoss
 from .positions import regress
+from .reduction import masked_mean
 
 INITIAL_VARIANCE = 5.0
+
 SMALLEST_VARIANCE = 1e-5
 
 
-class VariationalInformationLoss(SkipMapLoss):
+class VIDLoss(SkipMapLoss):
     """The negative log-likelihood of the teacher's layers under Gaussians whose means the student's layers predict.
 
     per_sample[i] = sum over student layers s of the mean over positions n that count and teacher channels c of

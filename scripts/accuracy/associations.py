@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_semckd import DistillationTrainer
-from hf_semckd.errors import ConfigurationError, message
-from hf_semckd.functional import similarity_matrix
+from hf_semckd.errors import ConfigurationError
 from hf_semckd.losses import CombinedLoss, FeatureLoss, SemCKDLoss
-from hf_semckd.losses.meeting import StudentViews
+from hf_semckd.losses.semckd.alignment import AlignedStudent
+from hf_semckd.losses.similarity import similarity_matrix
+from hf_semckd.training.options import loss_options
 
 from .protocol import Method
 
@@ -29,7 +30,7 @@ class CenteredKernelAlignment(SemCKDLoss):
     """One weight for a whole batch: softmax over t of the CKA of layers s and t (Kornblith et al., 2019) / 0.2."""
 
     @torch.no_grad()
-    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
         student = [_centred(views.summary(s, False)) for s in range(len(self.student_specs))]
         teacher = [_centred(self._teacher_summary(targets, t)) for t in range(len(self.teacher_specs))]
         alignment = torch.stack([torch.stack([_cosine(own, theirs) for theirs in teacher]) for own in student])
@@ -39,7 +40,7 @@ class CenteredKernelAlignment(SemCKDLoss):
 class RandomWeights(SemCKDLoss):
     """Weights drawn anew for every batch, sample and student layer, uniformly from the simplex."""
 
-    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
         shape = (len(views.features[0]), len(self.student_specs), len(self.teacher_specs))
         drawn = torch.empty(shape).exponential_()
         return drawn / drawn.sum(-1, keepdim=True)
@@ -54,7 +55,7 @@ class GradientAgreement(SemCKDLoss):
 
     task_gradients: Sequence[Tensor] | None = None
 
-    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
         batch, students, teachers = len(views.features[0]), len(self.student_specs), len(self.teacher_specs)
         uniform = views.features[0].new_full((batch, students, teachers), 1.0 / teachers)
         if self.task_gradients is None or not torch.is_grad_enabled():
@@ -82,7 +83,7 @@ class LookAhead(SemCKDLoss):
         super().__init__(*args, **options)
         self.register_buffer("score", torch.zeros(len(self.student_specs), len(self.teacher_specs)))
 
-    def _weights(self, views: StudentViews, targets: Mapping[str, Tensor]) -> Tensor:
+    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
         return torch.softmax(self.score, -1).expand(len(views.features[0]), -1, -1)
 
     def look(self, agreement: Tensor) -> None:
@@ -160,12 +161,10 @@ def trainer_class(method: Method) -> type[DistillationTrainer]:
         )
     if method.association not in STUDIED:
         raise ConfigurationError(
-            message(
-                "Unknown association",
-                received=method.association,
-                expected=", ".join(STUDIED),
-                todo="correct the method",
-            )
+            "Unknown association",
+            received=method.association,
+            expected=", ".join(STUDIED),
+            todo="correct the method",
         )
     trainer, loss = STUDIED[method.association]
     return _with_loss(trainer, _study(loss))
@@ -193,10 +192,10 @@ def _made_with(options: Mapping[str, Any]) -> Callable[[Any, Any, Any], FeatureL
 
 def _study(loss: type[SemCKDLoss]) -> Callable[[Any, Any, Any], FeatureLoss]:
     def change(trainer: DistillationTrainer, made: Any, found: Any) -> FeatureLoss:
-        return loss.from_config(
+        return loss.for_layers(
             made.student_specs,
             made.teacher_specs,
-            trainer.args,
+            loss_options(trainer.args),
             tokens_aligned=found.tokens_aligned,
             student_parameters=sum(entry.numel() for entry in trainer.student.parameters()),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from hf_semckd.errors import ConfigurationError, message
+from hf_semckd.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -26,7 +26,7 @@ SPLIT_SEED = 0
 
 
 class Rows(Dataset):
-    """Labelled rows: a mapping of tensors whose first dimension is the sample.
+    """Labeled rows: a mapping of tensors whose first dimension is the sample.
 
     Args:
         columns: Inputs by name, and `labels`.
@@ -86,12 +86,10 @@ def draw(pool: Rows, count: int, seed: int, noise: float = 0.0) -> Rows:
     """
     if count > len(pool) or (noise and pool.classes < 2):
         raise ConfigurationError(
-            message(
-                "These training rows cannot be drawn",
-                received=f"{count} of {len(pool)} rows of {pool.classes} class(es), noise {noise}",
-                expected="at most as many rows as there are, and two classes to mistake",
-                todo="correct `train` or `noise` in the protocol",
-            )
+            "These training rows cannot be drawn",
+            received=f"{count} of {len(pool)} rows of {pool.classes} class(es), noise {noise}",
+            expected="at most as many rows as there are, and two classes to mistake",
+            todo="correct `train` or `noise` in the protocol",
         )
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(pool))
@@ -124,7 +122,7 @@ def load_splits(name: str, limits: tuple[tuple[str, Any], ...] = ()) -> Splits:
     """
     if name not in LOADERS:
         raise ConfigurationError(
-            message("Unknown data", received=name, expected=", ".join(LOADERS), todo="correct the protocol")
+            "Unknown data", received=name, expected=", ".join(LOADERS), todo="correct the protocol"
         )
     options = dict(limits)
     sizes = {split: options.pop(split, None) for split in ("pool", "validation", "test")}
@@ -158,12 +156,10 @@ def _digits() -> tuple[Rows, None, Rows]:
 def _fashion_mnist() -> tuple[Rows, None, Rows]:
     if not FASHION.is_dir():
         raise ConfigurationError(
-            message(
-                "Fashion-MNIST is not there",
-                received=f"no folder {FASHION}",
-                expected="the files of the Debian package dataset-fashion-mnist",
-                todo="apt install dataset-fashion-mnist",
-            )
+            "Fashion-MNIST is not there",
+            received=f"no folder {FASHION}",
+            expected="the files of the Debian package dataset-fashion-mnist",
+            todo="apt install dataset-fashion-mnist",
         )
 
     def rows(prefix: str) -> Rows:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_semckd import DistillationTrainer
-from hf_semckd.calibration import Average
-from hf_semckd.errors import InputError, message
-from hf_semckd.features import remove_capturing_traces
-from hf_semckd.functional import similarity_matrix
+from hf_semckd.errors import InputError
+from hf_semckd.features.capture import remove_capturing_traces
+from hf_semckd.features.summaries import Average
+from hf_semckd.losses.similarity import similarity_matrix
 
 from .data import Rows, collate
 
@@ -40,12 +40,10 @@ def mismatch_score(
     weights = np.asarray(association, dtype=np.float64)
     if weights.shape != expected or len(samples) != 1:
         raise InputError(
-            message(
-                "The association and the features do not belong together",
-                received=f"an association {weights.shape}, {expected} layers, batches of {sorted(samples)}",
-                expected="a weight for each pair of layers, and the same samples in all of them",
-                todo="take all of them from one run",
-            )
+            "The association and the features do not belong together",
+            received=f"an association {weights.shape}, {expected} layers, batches of {sorted(samples)}",
+            expected="a weight for each pair of layers, and the same samples in all of them",
+            todo="take all of them from one run",
         )
     own = [similarity_matrix(rows.double(), normalize=True) for rows in student_features]
     theirs = [similarity_matrix(rows.double(), normalize=True) for rows in teacher_features]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-# Multiplies an image's random projection before the sine: neighbouring images get unrelated values.
+# Multiplies an image's random projection before the sine: neighboring images get unrelated values.
 ROUGHNESS = 1e3
 
 

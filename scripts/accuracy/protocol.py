@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hf_semckd.errors import ConfigurationError, message, nearest
+from hf_semckd.errors import ConfigurationError, nearest
 
 METHODS = Path(__file__).resolve().parents[1] / "protocols" / "methods.yaml"
 REQUIRED = ("data", "teacher", "student", "training", "methods")
@@ -168,5 +168,5 @@ def _protocol(path: Path, name: str, content: Mapping[str, Any]) -> Protocol:
 
 def _refusal(path: Path, received: str, expected: str) -> ConfigurationError:
     return ConfigurationError(
-        message(f"{path.name} cannot be run", received=received, expected=expected, todo="correct the file")
+        f"{path.name} cannot be run", received=received, expected=expected, todo="correct the file"
     )

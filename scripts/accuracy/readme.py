@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_semckd.errors import InputError, message
+from hf_semckd.errors import InputError
 
 from .rows import TEACHER, Row, read_rows
 from .studies import (
@@ -59,7 +59,7 @@ REGIMES = (
 )
 # Every way to weigh teacher layers that is known here.
 ASSOCIATIONS = "digits_association"
-# Standardised targets apart from the weights.
+# Standardized targets apart from the weights.
 TARGETS = "digits_targets"
 # A teacher with its layers out of order and useless ones among them: where a map made by hand is bound to be wrong.
 PLANTED = "digits_planted"
@@ -142,12 +142,10 @@ def updated(text: str, texts: Mapping[str, str]) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
             raise InputError(
-                message(
-                    f"The page has no place for `{name}`",
-                    received="a text without the marks",
-                    expected=f"{begin.strip()} and {end}",
-                    todo="put them where the text belongs",
-                )
+                f"The page has no place for `{name}`",
+                received="a text without the marks",
+                expected=f"{begin.strip()} and {end}",
+                todo="put them where the text belongs",
             )
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}{content}\n{end}{rest.split(end, 1)[1]}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hf_semckd.errors import InputError, message
+from hf_semckd.errors import InputError
 
 try:
     import fcntl
@@ -132,12 +132,10 @@ def accuracies(
         settings = canonical(row["settings"]["tuned"])
         if tuned.setdefault((protocol, method), settings) != settings:
             raise InputError(
-                message(
-                    f"The test rows of {method} on {protocol} differ in what was tuned",
-                    received=f"{tuned[protocol, method]} and {settings}",
-                    expected="the settings that were chosen, in all of them",
-                    todo="remove the rows of the other choice",
-                )
+                f"The test rows of {method} on {protocol} differ in what was tuned",
+                received=f"{tuned[protocol, method]} and {settings}",
+                expected="the settings that were chosen, in all of them",
+                todo="remove the rows of the other choice",
             )
         found[protocol][method][row["seed"]] = row["value"]
     return found
@@ -240,5 +238,5 @@ def _plain(value: Any) -> Any:
 
 def _refusal(key: str, received: object, expected: str) -> InputError:
     return InputError(
-        message(f"Wrong {key} of a row", received=received, expected=expected, todo="correct the row and write again")
+        f"Wrong {key} of a row", received=received, expected=expected, todo="correct the row and write again"
     )

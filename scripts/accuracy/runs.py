@@ -20,10 +20,10 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import DistillationTrainer, SemCKDConfig
-from hf_semckd.config import feature_defaults
-from hf_semckd.errors import ConfigurationError, message
+from hf_semckd.errors import ConfigurationError
 from hf_semckd.losses import FEATURE_LOSSES
-from hf_semckd.report import environment
+from hf_semckd.losses.semckd.defaults import feature_defaults
+from hf_semckd.publishing.environment import environment
 
 from .associations import trainer_class
 from .data import ROOT, Splits, collate, draw, load_splits
@@ -163,12 +163,10 @@ class Bench:
         tuned = sorted(set(seeds) & set(self.protocol.tuning_seeds))
         if tuned:
             raise ConfigurationError(
-                message(
-                    "These seeds cannot be tested with",
-                    received=f"seeds {tuned}, which tune",
-                    expected="seeds that chose nothing",
-                    todo="leave them out of --seeds",
-                )
+                "These seeds cannot be tested with",
+                received=f"seeds {tuned}, which tune",
+                expected="seeds that chose nothing",
+                todo="leave them out of --seeds",
             )
         return seeds
 

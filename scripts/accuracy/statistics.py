@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from hf_semckd.errors import InputError, message
+from hf_semckd.errors import InputError
 
 ALPHA = 0.05
 # Accuracies are shares of whole samples: what differs by less than this is equal, and rounding made the difference.
@@ -81,12 +81,10 @@ def paired_differences(values_a: Mapping[int, float], values_b: Mapping[int, flo
     seeds = sorted(values_a.keys() & values_b.keys())
     if len(seeds) < 2:
         raise InputError(
-            message(
-                "There are too few common seeds to compare",
-                received=f"{len(seeds)}: of {sorted(values_a)} and {sorted(values_b)}",
-                expected="at least 2",
-                todo="run both methods with the same seeds",
-            )
+            "There are too few common seeds to compare",
+            received=f"{len(seeds)}: of {sorted(values_a)} and {sorted(values_b)}",
+            expected="at least 2",
+            todo="run both methods with the same seeds",
         )
     return np.array([values_a[seed] - values_b[seed] for seed in seeds], dtype=np.float64)
 
@@ -162,7 +160,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     if not all(0 <= p <= 1 for p in p_values):
         raise InputError(
-            message("These are no p-values", received=list(p_values), expected="all in [0, 1]", todo="check the tests")
+            "These are no p-values", received=list(p_values), expected="all in [0, 1]", todo="check the tests"
         )
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(sorted(range(len(p_values)), key=lambda entry: p_values[entry])):

@@ -1,4 +1,4 @@
-"""The studies of the SemCKD paper, computed from rows alone: negative regularisation, curves, semantic mismatch.
+"""The studies of the SemCKD paper, computed from rows alone: negative regularization, curves, semantic mismatch.
 
 Source:
     Wang et al., "SemCKD: Semantic Calibration for Cross-Layer Knowledge Distillation", TKDE 2023.
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_semckd.errors import InputError, message
-from hf_semckd.report import format_markdown_table
+from hf_semckd.errors import InputError
+from hf_semckd.publishing.tables import format_markdown_table
 
 from .protocol import PAIR
 from .rows import TEACHER, accuracies
@@ -80,12 +80,10 @@ def negative_map(rows: Rows, protocol: str, baseline: str = BASELINE) -> Negativ
     pairs = {name: tuple(map(int, found.groups())) for name in methods if (found := PAIR.fullmatch(name))}
     if not pairs or baseline not in methods:
         raise InputError(
-            message(
-                f"There is no map of {protocol} yet",
-                received=f"test rows of {', '.join(methods) or 'no method'}",
-                expected=f"{baseline} and pair-<s>-<t>",
-                todo="run the study first",
-            )
+            f"There is no map of {protocol} yet",
+            received=f"test rows of {', '.join(methods) or 'no method'}",
+            expected=f"{baseline} and pair-<s>-<t>",
+            todo="run the study first",
         )
     shape = tuple(max(layers) for layers in zip(*pairs.values(), strict=True))
     means, deviations, counts = np.full(shape, math.nan), np.full(shape, math.nan), np.zeros(shape, dtype=np.int64)
@@ -131,12 +129,10 @@ def curves(rows: Rows, name: str, methods: Sequence[str] | None = None) -> list[
     values = {protocol: _number(protocol, prefix) for protocol in named if protocol.startswith(prefix)}
     if not values:
         raise InputError(
-            message(
-                f"There is no curve of {name} yet",
-                received=f"rows of {', '.join(named) or 'no protocol'}",
-                expected=f"rows of {prefix}<value>",
-                todo="run the study first",
-            )
+            f"There is no curve of {name} yet",
+            received=f"rows of {', '.join(named) or 'no protocol'}",
+            expected=f"rows of {prefix}<value>",
+            todo="run the study first",
         )
     ordered = sorted(values, key=values.__getitem__)
     chosen = [method for method in _tested(rows, ordered) if method != TEACHER] if methods is None else methods
@@ -184,12 +180,10 @@ def mismatch_table(rows: Rows, protocols: Sequence[str]) -> str:
     found = {protocol: scores for protocol, scores in mismatches(rows, protocols).items() if scores}
     if not found:
         raise InputError(
-            message(
-                "There are no semantic mismatch scores yet",
-                received=f"rows of {', '.join(protocols) or 'no protocol'} without any",
-                expected="test rows of a method with an association",
-                todo="run the study; rows that were kept without a score have to be run anew",
-            )
+            "There are no semantic mismatch scores yet",
+            received=f"rows of {', '.join(protocols) or 'no protocol'} without any",
+            expected="test rows of a method with an association",
+            todo="run the study; rows that were kept without a score have to be run anew",
         )
     methods = dict.fromkeys(method for scores in found.values() for method in scores)
     lines = [
@@ -221,7 +215,7 @@ def _number(protocol: str, prefix: str) -> float:
     except ValueError as error:
         expected = f"{prefix}<number>"
         raise InputError(
-            message("This is no point of a curve", received=protocol, expected=expected, todo="sweep numbers")
+            "This is no point of a curve", received=protocol, expected=expected, todo="sweep numbers"
         ) from error
 
 
@@ -258,12 +252,10 @@ def mean_association(rows: Rows, protocol: str, method: str = "semckd") -> tuple
     ]
     if not weights:
         raise InputError(
-            message(
-                f"There is no association of {protocol} yet",
-                received=f"{len(rows)} rows",
-                expected=f"tests of `{method}`",
-                todo="run the study without --table-only",
-            )
+            f"There is no association of {protocol} yet",
+            received=f"{len(rows)} rows",
+            expected=f"tests of `{method}`",
+            todo="run the study without --table-only",
         )
     return np.mean(weights, axis=0), len(weights)
 

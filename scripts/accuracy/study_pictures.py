@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_semckd.errors import InputError, MissingDependencyError, message
-from hf_semckd.report import write_atomic
+from hf_semckd.errors import InputError, MissingDependencyError
+from hf_semckd.files import write_atomic
 
 from .studies import Curve, NegativeMap
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Red below zero and blue above, which any colour vision tells apart.
+# Red below zero and blue above, which any color vision tells apart.
 DIVERGING = "RdBu"
-# Okabe and Ito's colours, for the same reason; further methods take what is left, in their order.
+# Okabe and Ito's colors, for the same reason; further methods take what is left, in their order.
 COLORS = {
     "student": "#999999",
     "kd": "#E69F00",
@@ -46,7 +46,7 @@ def plot_negative_map(found: NegativeMap, *, title: str | None = None) -> tuple[
     """Draw what each forced pair of layers adds to the baseline as a heat map, in points, white at zero.
 
     Args:
-        found: Maps of (student_layer, teacher_layer); cells without a seed stay grey.
+        found: Maps of (student_layer, teacher_layer); cells without a seed stay gray.
         title: Text above the map; None: no title.
 
     Returns:
@@ -73,7 +73,7 @@ def plot_negative_map(found: NegativeMap, *, title: str | None = None) -> tuple[
     )
     for (student, teacher), count in np.ndenumerate(found.n):
         value = 100 * found.mean[student, teacher] if count else math.nan
-        # The ends of the colour map are dark.
+        # The ends of the color map are dark.
         color = "white" if abs(value) > 0.65 * limit else "black"
         text = f"{value:+.2f}" if count else "–"
         axes.text(teacher + 1, student + 1, text, ha="center", va="center", fontsize=9, color=color)
@@ -109,9 +109,7 @@ def plot_curves(found: Sequence[Curve], *, label: str = "value", title: str | No
         MissingDependencyError: When matplotlib is not installed.
     """
     if not found:
-        raise InputError(
-            message("There is nothing to draw", received="no curve", expected="at least one", todo="pass curves")
-        )
+        raise InputError("There is nothing to draw", received="no curve", expected="at least one", todo="pass curves")
     figure, axes = _figure(6.4, 4.2)
     others = [curve.method for curve in found if curve.method not in COLORS]
     for index, curve in enumerate(found):
@@ -165,12 +163,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            message(
-                "The pictures need matplotlib",
-                received="no module named matplotlib",
-                expected="the plots extra",
-                todo="pip install 'hf-semckd[plots]'; the tables are there without it",
-            )
+            "The pictures need matplotlib",
+            received="no module named matplotlib",
+            expected="the plots extra",
+            todo="pip install 'hf-semckd[plots]'; the tables are there without it",
         ) from error
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_semckd.report import environment
+from hf_semckd.publishing.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_INFORMATION = Path("/proc/cpuinfo")

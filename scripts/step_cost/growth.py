@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from hf_semckd import SemCKDConfig
-from hf_semckd.features import FeatureSpec
+from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
+from hf_semckd.training.options import loss_options
 
 from .parts import timed
 
@@ -86,7 +87,7 @@ def _action(sizes: Sizes, form: str, device: str) -> Callable[[], object]:
     specs = [
         [FeatureSpec.from_shape(shape, str(index)) for index, shape in enumerate(shapes)] for shapes in sizes.shapes()
     ]
-    loss = SemCKDLoss.from_config(*specs, config).to(device).train()
+    loss = SemCKDLoss.for_layers(*specs, loss_options(config)).to(device).train()
     student = [torch.randn(sizes.batch, *shape, device=device, requires_grad=True) for shape in student_shapes]
     teacher = [torch.randn(sizes.batch, *shape, device=device) for shape in teacher_shapes]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_semckd.functional import kd_loss
+from hf_semckd.losses.logits import kd_loss
 
 from .variants import Variant, synchronize
 
@@ -105,7 +105,7 @@ def _distillation_parts(variant: Variant, batch: Mapping[str, Tensor]) -> dict[s
         total.backward()
 
     def update_statistics() -> None:
-        loss.observe(teacher, masks[1])
+        loss.update_statistics(teacher, masks[1])
         loss.synchronize()
 
     return {

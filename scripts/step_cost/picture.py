@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_semckd.errors import MissingDependencyError, message
+from hf_semckd.errors import MissingDependencyError
 
 from .summary import STEP_TARGET, ratios_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which any colour vision tells apart.
+# Okabe and Ito's colors, which any color vision tells apart.
 COLORS = {"ce": "#999999", "cached": "#56B4E9", "kd": "#E69F00", "semckd": "#0072B2", "published": "#CC79A7"}
 LABELS = {
     "ce": "student alone",
@@ -42,12 +42,10 @@ def draw(stored: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            message(
-                "The picture needs matplotlib",
-                received="no module named matplotlib",
-                expected="the plots extra",
-                todo="pip install 'hf-semckd[plots]'; the numbers and the table are there without it",
-            )
+            "The picture needs matplotlib",
+            received="no module named matplotlib",
+            expected="the plots extra",
+            todo="pip install 'hf-semckd[plots]'; the numbers and the table are there without it",
         ) from error
     pairs = [record for record in stored["pairs"].values() if "kd" in record["seconds"]]
     figure = Figure(figsize=(8.5, 1.2 + 1.15 * len(pairs)), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from embedding_cases import MASK, SCENARIOS, HeadCases, normal, shape_of, vectors
 
-from hf_semckd.losses.cc import CorrelationCongruenceLoss, gaussian_correlations
+from hf_semckd.losses.cc import CCLoss, gaussian_correlations
 
 
 def problem(scenario, batch=8, **options):
     """Return a loss, features of both models, and the masks of both (text only)."""
     torch.manual_seed(0)
     students, teachers = SCENARIOS[scenario]
-    loss = CorrelationCongruenceLoss(students, teachers, **options).double()
+    loss = CCLoss(students, teachers, **options).double()
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (MASK[:batch], MASK[:batch]) if scenario == "text" else (None, None)
@@ -55,7 +55,7 @@ def test_the_series_is_close_to_the_gaussian_kernel_of_near_samples():
 
 
 def test_the_weight_is_the_published_one():
-    assert CorrelationCongruenceLoss.default_weight == 0.02
+    assert CCLoss.default_weight == 0.02
 
 
 class TestCorrelationCongruence(HeadCases):

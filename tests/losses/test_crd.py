@@ -9,14 +9,14 @@ import torch
 from embedding_cases import MASK, SCENARIOS, HeadCases, normal, shape_of, vectors
 
 from hf_semckd.errors import ConfigurationError
-from hf_semckd.losses.crd import ContrastiveLoss
+from hf_semckd.losses.crd import CRDLoss
 
 
 def problem(scenario, batch=8, negatives=16, **options):
     """Return a loss, features of both models, and the masks of both (text only)."""
     torch.manual_seed(0)
     students, teachers = SCENARIOS[scenario]
-    loss = ContrastiveLoss(students, teachers, negatives=negatives, **options).double()
+    loss = CRDLoss(students, teachers, negatives=negatives, **options).double()
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (MASK[:batch], MASK[:batch]) if scenario == "text" else (None, None)
@@ -80,7 +80,7 @@ def advance(loss, batch, seed, training=True):
 
 def small(negatives, **options):
     torch.manual_seed(0)
-    return ContrastiveLoss([(1, 5)], [(1, 7)], negatives=negatives, **options).double()
+    return CRDLoss([(1, 5)], [(1, 7)], negatives=negatives, **options).double()
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [7, 7], [9, 1], [20], [7, 20, 2], [14]])
@@ -141,7 +141,7 @@ def test_backward_works_after_the_ring_was_written():
 
 
 def test_matched_embeddings_have_a_lower_loss_than_shuffled_ones():
-    loss, rows = ContrastiveLoss([(1, 5)], [(1, 5)], negatives=4).double().eval(), normal(8, 1, 5)
+    loss, rows = CRDLoss([(1, 5)], [(1, 5)], negatives=4).double().eval(), normal(8, 1, 5)
     loss.teacher_head.load_state_dict(loss.student_head.state_dict())
     assert loss([rows], [rows]).total < loss([rows], [rows.roll(1, 0)]).total
 
@@ -155,7 +155,7 @@ def test_large_scores_stay_finite():
 
 
 def test_the_published_sizes_are_the_defaults():
-    loss = ContrastiveLoss([(1, 5)], [(1, 7)])
+    loss = CRDLoss([(1, 5)], [(1, 7)])
     assert loss.student_ring.shape == loss.teacher_ring.shape == (16384, 128)
     assert loss.student_head.weight.shape == (128, 5) and loss.teacher_head.weight.shape == (128, 7)
 
@@ -163,15 +163,15 @@ def test_the_published_sizes_are_the_defaults():
 @pytest.mark.parametrize("negatives", [0, -1])
 def test_a_ring_without_room_is_refused(negatives):
     with pytest.raises(ConfigurationError, match=f"(?s)negatives={negatives}.*at least 1"):
-        ContrastiveLoss([(1, 5)], [(1, 7)], negatives=negatives)
+        CRDLoss([(1, 5)], [(1, 7)], negatives=negatives)
 
 
 def test_the_weight_is_the_published_one():
-    assert ContrastiveLoss.default_weight == 0.8
+    assert CRDLoss.default_weight == 0.8
 
 
 class TestContrastive(HeadCases):
     problem = staticmethod(problem)
 
     def settle(self, loss, student, teacher, masks):
-        loss(student, teacher, *masks), loss.eval()  # a batch that fixes the normaliser
+        loss(student, teacher, *masks), loss.eval()  # a batch that fixes the normalizer

@@ -15,7 +15,7 @@ from layer_cases import (
 from hf_semckd.errors import ConfigurationError, InputError
 from hf_semckd.losses.fitnet import FitNetLoss
 
-# Student layers, teacher layers, masks of both, one tokenisation.
+# Student layers, teacher layers, masks of both, one tokenization.
 
 
 def problem(scenario, **options):

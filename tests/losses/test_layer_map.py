@@ -17,7 +17,7 @@ from layer_cases import (
 from hf_semckd.errors import InputError
 from hf_semckd.losses.layer_map import LayerMapLoss
 
-# Student layers, teacher layers, masks of both, one tokenisation.
+# Student layers, teacher layers, masks of both, one tokenization.
 
 
 def problem(scenario):

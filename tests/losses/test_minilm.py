@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from hf_semckd.errors import ConfigurationError, InputError
-from hf_semckd.features import FeatureCapture, FeatureSpec
-from hf_semckd.losses.minilm import AttentionRelationLoss
+from hf_semckd.features.capture import FeatureCapture
+from hf_semckd.features.layers import FeatureSpec
+from hf_semckd.losses.minilm import MiniLMLoss
 
 MASK = (torch.arange(6) < torch.tensor([[3], [6], [1], [5], [2], [4], [6], [2]])).long()
 OTHER_MASK = (torch.arange(6) < torch.tensor([[3], [5], [2], [5], [2], [4], [3], [6]])).long()
@@ -54,7 +55,7 @@ def shape_of(spec):
 def problem(scenario, batch=8, **options):
     """Return a loss, features of both models, and the masks of both (text only)."""
     students, teachers, _ = SCENARIOS[scenario]
-    loss = AttentionRelationLoss(students, teachers, **options)
+    loss = MiniLMLoss(students, teachers, **options)
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (None, None) if scenario == "image tokens" else (MASK[:batch], OTHER_MASK[:batch])
@@ -120,7 +121,7 @@ def test_each_relation_has_a_third_of_the_weight():
 
 def test_equal_relations_have_no_loss():
     loss, student, _, masks = problem("narrow keys", relation_heads=2)
-    same = AttentionRelationLoss(SCENARIOS["narrow keys"][0], SCENARIOS["narrow keys"][0])
+    same = MiniLMLoss(SCENARIOS["narrow keys"][0], SCENARIOS["narrow keys"][0])
     assert same(student, student, *masks).total.abs() < 1e-15
     assert loss.relation_heads == 2 and not list(loss.parameters())
 
@@ -225,19 +226,19 @@ def test_large_vectors_stay_finite():
     ("student", "teacher", "heads"), [(384, 768, 48), (768, 1024, 32), (312, 768, 24), (5, 7, 1), (192, 768, 48)]
 )
 def test_the_default_number_of_heads_is_the_largest_that_divides_both_widths(student, teacher, heads):
-    assert AttentionRelationLoss([(6, student)] * 3, [(6, teacher)] * 3).relation_heads == heads
+    assert MiniLMLoss([(6, student)] * 3, [(6, teacher)] * 3).relation_heads == heads
 
 
 @pytest.mark.parametrize("heads", [0, -1, 3, 8])
 def test_a_number_of_heads_that_does_not_divide_both_widths_is_refused(heads):
     with pytest.raises(ConfigurationError, match=rf"(?s)relation_heads={heads}\n.*a divisor of 4"):
-        AttentionRelationLoss([(6, 4)] * 3, [(6, 12)] * 3, relation_heads=heads)
+        MiniLMLoss([(6, 4)] * 3, [(6, 12)] * 3, relation_heads=heads)
 
 
 @pytest.mark.parametrize(
     ("students", "teachers", "aligned", "text"),
     [
-        ([(6, 4)] * 3, [(6, 4)] * 3, False, "with another tokenisation"),
+        ([(6, 4)] * 3, [(6, 4)] * 3, False, "with another tokenization"),
         ([(4, 6, 6)] * 3, [(6, 4)] * 3, True, "a map at `student 0`"),
         ([(6, 4)] * 3, [(4, 6, 6)] * 3, True, "a map at `teacher 0`"),
         ([(4, 6, 6)] * 3, [(4, 6, 6)] * 3, True, "a map at `student 0` for the student, a map at"),
@@ -249,7 +250,7 @@ def test_a_number_of_heads_that_does_not_divide_both_widths_is_refused(heads):
 )
 def test_layers_that_cannot_be_compared_are_refused(students, teachers, aligned, text):
     with pytest.raises(ConfigurationError, match=f"(?s){text}"):
-        AttentionRelationLoss(students, teachers, tokens_aligned=aligned)
+        MiniLMLoss(students, teachers, tokens_aligned=aligned)
 
 
 def test_another_number_of_features_is_refused():
@@ -261,7 +262,7 @@ def test_another_number_of_features_is_refused():
 
 
 def test_the_weight_is_the_published_one():
-    assert AttentionRelationLoss.default_weight == 1.0
+    assert MiniLMLoss.default_weight == 1.0
 
 
 COMMON = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -280,7 +281,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_queries_keys_and_values_of_the_last_block_are_found_and_captured(name):
     model = MODELS[name]().eval()
-    found = AttentionRelationLoss.find_layers(model, "student")
+    found = MiniLMLoss.find_layers(model, "student")
     parents, own = zip(*(entry.rsplit(".", 1) for entry in found), strict=True)
     assert len(set(parents)) == 1 and "1" in parents[0].split(".") and "0" not in parents[0].split(".")
     assert [entry[0] for entry in own] == ["q", "k", "v"]
@@ -291,14 +292,14 @@ def test_queries_keys_and_values_of_the_last_block_are_found_and_captured(name):
     features = capture.collect(outputs, recorded)
     assert [tuple(feature.shape) for feature in features] == [(2, 5, 8)] * 3
     shapes = [tuple(feature.shape[1:]) for feature in features]
-    assert float(AttentionRelationLoss(shapes, shapes)(features, features).total) == pytest.approx(0, abs=1e-6)
+    assert float(MiniLMLoss(shapes, shapes)(features, features).total) == pytest.approx(0, abs=1e-6)
 
 
 def test_attention_to_another_sequence_is_passed_over():
     settings = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     model = BartModel(BartConfig(vocab_size=20, d_model=8, max_position_embeddings=16, **settings, **heads))
-    found = AttentionRelationLoss.find_layers(model, "teacher")
+    found = MiniLMLoss.find_layers(model, "teacher")
     assert found == [f"decoder.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
@@ -311,12 +312,12 @@ class Block(nn.Module):
 
 def test_the_last_complete_three_linear_layers_side_by_side_are_taken():
     def find(*blocks):
-        return AttentionRelationLoss.find_layers(nn.Sequential(*blocks), "student")
+        return MiniLMLoss.find_layers(nn.Sequential(*blocks), "student")
 
     assert find(Block("query", "key", "value"), Block("q", "k")) == ["0.query", "0.key", "0.value"]
     assert find(Block("v", "q", "k"), Block("key", "value", "query")) == ["1.query", "1.key", "1.value"]
     assert find(Block("q_lin", "k_lin", "v_lin"), Block("q", "k", "v", kind=nn.Embedding))[0] == "0.q_lin"
-    assert AttentionRelationLoss.find_layers(Block("q", "k", "v"), "student") == ["q", "k", "v"]
+    assert MiniLMLoss.find_layers(Block("q", "k", "v"), "student") == ["q", "k", "v"]
 
 
 def test_models_without_attention_are_refused():
@@ -324,6 +325,6 @@ def test_models_without_attention_are_refused():
         ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
     )
     with pytest.raises(ConfigurationError, match="(?s)The teacher has no attention block.*ResNetForImage.*q_lin"):
-        AttentionRelationLoss.find_layers(model, "teacher")
+        MiniLMLoss.find_layers(model, "teacher")
     with pytest.raises(ConfigurationError, match="The student has no attention block"):
-        AttentionRelationLoss.find_layers(nn.Sequential(Block("q", "k"), Block("v")), "student")
+        MiniLMLoss.find_layers(nn.Sequential(Block("q", "k"), Block("v")), "student")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_semckd.errors import ConfigurationError, InputError
-from hf_semckd.features import FeatureSpec
-from hf_semckd.losses.pkd import PatientKnowledgeLoss
+from hf_semckd.features.layers import FeatureSpec
+from hf_semckd.losses.pkd import PKDLoss
 
 MASK = (torch.arange(6) < torch.tensor([[3], [6], [1], [5], [2], [4], [6], [2]])).long()
 
@@ -27,7 +27,7 @@ def image_tokens(channels, side, prefix=1):
 SCENARIOS = {
     "text": ([(6, 4), (6, 5), (6, 4)], [(6, width) for width in (7, 5, 7, 5, 5, 7)], [1, 3]),
     "text, fewer teacher layers": ([(6, 4)] * 4, [(6, 7)] * 3, [0, 1, 2]),
-    "other tokenisation": ([(6, 4)] * 2, [(9, 4)] * 4, [1]),
+    "other tokenization": ([(6, 4)] * 2, [(9, 4)] * 4, [1]),
     "image tokens": ([image_tokens(4, 2)] * 3, [image_tokens(7, 3)] * 3, [0, 1]),
 }
 
@@ -37,10 +37,10 @@ def shape_of(spec):
 
 
 def problem(scenario, batch=8):
-    """Return a loss, features of both models, and the masks of both (text of one tokenisation only)."""
+    """Return a loss, features of both models, and the masks of both (text of one tokenization only)."""
     torch.manual_seed(0)
     students, teachers, _ = SCENARIOS[scenario]
-    loss = PatientKnowledgeLoss(students, teachers, tokens_aligned=scenario != "other tokenisation").double()
+    loss = PKDLoss(students, teachers, tokens_aligned=scenario != "other tokenization").double()
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (MASK[:batch], MASK[:batch]) if scenario.startswith("text") else (None, None)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_published_code(scenario):
 
 
 def test_twelve_layers_teach_six_as_in_the_paper():
-    loss = PatientKnowledgeLoss([(6, 4)] * 6, [(6, 4)] * 12)
+    loss = PKDLoss([(6, 4)] * 6, [(6, 4)] * 12)
     # Counted from one, the layers 2, 4, 6, 8 and 10.
     assert [t + 1 for _, t in loss.pairs] == [2, 4, 6, 8, 10]
     assert set(loss.select([normal(2, 6, 4)] * 12)) == {f"whole.{t}" for t in (1, 3, 5, 7, 9)}
@@ -94,11 +94,11 @@ def test_layers_of_equal_widths_are_not_projected():
     loss, _, _, _ = problem("text")
     assert isinstance(loss.projection[0], nn.Linear) and loss.projection[0].weight.shape == (5, 4)
     assert isinstance(loss.projection[1], nn.Identity)
-    assert not list(PatientKnowledgeLoss([(6, 4)] * 3, [(6, 4)] * 3).parameters())
+    assert not list(PKDLoss([(6, 4)] * 3, [(6, 4)] * 3).parameters())
 
 
 def test_lengths_of_tokens_make_no_difference():
-    loss, student, teacher, masks = problem("other tokenisation")
+    loss, student, teacher, masks = problem("other tokenization")
     longer = [3 * feature for feature in student], [5 * feature for feature in teacher]
     torch.testing.assert_close(loss(*longer, *masks).total, loss(student, teacher, *masks).total)
 
@@ -166,7 +166,7 @@ def test_a_batch_of_one_has_the_loss_that_it_has_among_others(scenario):
 
 
 def test_zero_tokens_have_finite_gradients():
-    loss, student, teacher, masks = problem("other tokenisation")
+    loss, student, teacher, masks = problem("other tokenization")
     zeros = [torch.zeros_like(feature) for feature in student]
     out, features, _ = gradients(loss, zeros, teacher, masks)
     assert out.total.isfinite() and features[0].isfinite().all()
@@ -198,13 +198,13 @@ def test_selected_features_give_what_the_features_give():
 )
 def test_layers_without_a_first_token_and_single_layers_are_refused(students, teachers, text):
     with pytest.raises(ConfigurationError, match=f"(?s){text}"):
-        PatientKnowledgeLoss(students, teachers)
+        PKDLoss(students, teachers)
 
 
 @pytest.mark.parametrize(("students", "teachers"), [([], [(6, 4)]), ([(6, 4)] * 2, [])])
 def test_no_layer_at_all_is_refused(students, teachers):
     with pytest.raises(InputError, match="There is no (student|teacher) layer"):
-        PatientKnowledgeLoss(students, teachers)
+        PKDLoss(students, teachers)
 
 
 def test_another_number_of_features_is_refused():
@@ -216,4 +216,4 @@ def test_another_number_of_features_is_refused():
 
 
 def test_the_weight_is_the_published_one():
-    assert PatientKnowledgeLoss.default_weight == 100.0
+    assert PKDLoss.default_weight == 100.0

@@ -7,14 +7,14 @@ import pytest
 import torch
 from embedding_cases import MASK, SCENARIOS, RelationCases, normal, shape_of, vectors
 
-from hf_semckd.losses.pkt import ProbabilisticTransferLoss
+from hf_semckd.losses.pkt import PKTLoss
 
 
 def problem(scenario, batch=8, **options):
     """Return a loss, features of both models, and the masks of both (text only)."""
     torch.manual_seed(0)
     students, teachers = SCENARIOS[scenario]
-    loss = ProbabilisticTransferLoss(students, teachers, **options).double()
+    loss = PKTLoss(students, teachers, **options).double()
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (MASK[:batch], MASK[:batch]) if scenario == "text" else (None, None)
@@ -45,13 +45,13 @@ def test_the_loss_is_that_of_the_equations(scenario):
 
 def test_a_student_that_differs_by_a_rotation_and_by_lengths_has_no_loss():
     _, _, teacher, masks = problem("text")
-    same = ProbabilisticTransferLoss([(6, 7)], [(6, 7)])
+    same = PKTLoss([(6, 7)], [(6, 7)])
     rotation = torch.linalg.qr(normal(7, 7))[0]
     assert same([3 * teacher[1] @ rotation], teacher[1:], *masks).total.abs() < 1e-12
 
 
 def test_the_weight_is_the_published_one():
-    assert ProbabilisticTransferLoss.default_weight == 30000.0
+    assert PKTLoss.default_weight == 30000.0
 
 
 class TestProbabilisticTransfer(RelationCases):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from embedding_cases import MASK, SCENARIOS, RelationCases, normal, shape_of, vectors
 
-from hf_semckd.losses.rkd import RelationalLoss
+from hf_semckd.losses.rkd import RKDLoss
 
 
 def problem(scenario, batch=8, **options):
     """Return a loss, features of both models, and the masks of both (text only)."""
     torch.manual_seed(0)
     students, teachers = SCENARIOS[scenario]
-    loss = RelationalLoss(students, teachers, **options).double()
+    loss = RKDLoss(students, teachers, **options).double()
     student = [normal(batch, *shape_of(spec), seed=s) for s, spec in enumerate(students)]
     teacher = [normal(batch, *shape_of(spec), seed=50 + t) for t, spec in enumerate(teachers)]
     masks = (MASK[:batch], MASK[:batch]) if scenario == "text" else (None, None)
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_the_equations(scenario, weights):
 
 
 def test_large_errors_count_linearly():
-    loss = RelationalLoss([(1, 1)], [(1, 1)], distance_weight=1, angle_weight=0).double()
+    loss = RKDLoss([(1, 1)], [(1, 1)], distance_weight=1, angle_weight=0).double()
     student = torch.zeros(8, 1, 1, dtype=torch.float64)
     student[0] = 1.0
     teacher = torch.arange(8.0, dtype=torch.float64).view(8, 1, 1) ** 3
@@ -82,13 +82,13 @@ def test_identical_samples_have_no_distance_and_no_direction():
 
 def test_a_student_that_differs_by_a_rotation_a_shift_and_scale_has_no_loss():
     _, _, teacher, masks = problem("text")
-    same = RelationalLoss([(6, 7)], [(6, 7)])
+    same = RKDLoss([(6, 7)], [(6, 7)])
     rotation = torch.linalg.qr(normal(7, 7))[0]
     assert same([3 * teacher[1] @ rotation + 2], teacher[1:], *masks).total < 1e-12
 
 
 def test_the_weight_is_the_published_one():
-    assert RelationalLoss.default_weight == 1.0
+    assert RKDLoss.default_weight == 1.0
 
 
 class TestRelational(RelationCases):

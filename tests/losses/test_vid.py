@@ -17,15 +17,15 @@ from layer_cases import (
 )
 
 from hf_semckd.errors import InputError
-from hf_semckd.losses.vid import VariationalInformationLoss
+from hf_semckd.losses.vid import VIDLoss
 
-# Student layers, teacher layers, masks of both, one tokenisation.
+# Student layers, teacher layers, masks of both, one tokenization.
 
 
 def problem(scenario):
     students, teachers, own, theirs, aligned = SCENARIOS[scenario]
     torch.manual_seed(0)
-    loss = VariationalInformationLoss(students, teachers, tokens_aligned=aligned).double()
+    loss = VIDLoss(students, teachers, tokens_aligned=aligned).double()
     for s, gaussian in enumerate(loss.gaussian):
         # Equal variances would not tell channels apart.
         gaussian.raw_variance.data += normal(len(gaussian.raw_variance), seed=70 + s)
@@ -53,7 +53,7 @@ def oracle(loss, scenario, student, teacher):
 
 
 def test_the_published_weight_is_the_default():
-    assert VariationalInformationLoss.default_weight == 1.0
+    assert VIDLoss.default_weight == 1.0
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -79,21 +79,21 @@ def test_of_the_teacher_only_the_used_layers_are_kept():
 
 def test_no_layer_is_refused():
     with pytest.raises(InputError, match="no student layer"):
-        VariationalInformationLoss([], [(6, 4)])
+        VIDLoss([], [(6, 4)])
     with pytest.raises(InputError, match="no teacher layer"):
-        VariationalInformationLoss([(6, 4)], [])
+        VIDLoss([(6, 4)], [])
 
 
 def test_the_networks_and_variances_start_as_published():
-    loss = VariationalInformationLoss([(4, 3, 3), (7, 2, 2)], [(6, 3, 3), (5, 2, 2)])
+    loss = VIDLoss([(4, 3, 3), (7, 2, 2)], [(6, 3, 3), (5, 2, 2)])
     shapes = [[tuple(entry.shape) for entry in gaussian.mean.parameters()] for gaussian in loss.gaussian]
     assert shapes == [[(6, 4), (6, 6), (6, 6)], [(5, 7), (5, 5), (5, 5)]]
     for gaussian, channels in zip(loss.gaussian, (6, 5), strict=True):
         torch.testing.assert_close(gaussian.variance(), torch.full((channels,), 5.0))
 
 
-def test_the_variance_that_minimises_the_loss_is_the_mean_squared_error():
-    loss = VariationalInformationLoss([(6, 4)], [(6, 3)]).double()
+def test_the_variance_that_minimizes_the_loss_is_the_mean_squared_error():
+    loss = VIDLoss([(6, 4)], [(6, 3)]).double()
     student, teacher = normal(B, 6, 4), normal(B, 6, 3, seed=1) * torch.tensor([0.5, 1.0, 3.0]) + 1
     optimizer = torch.optim.Adam([loss.gaussian[0].raw_variance], lr=0.1)
     for _ in range(800):
@@ -107,7 +107,7 @@ def test_the_variance_that_minimises_the_loss_is_the_mean_squared_error():
 
 
 def test_the_variance_neither_vanishes_nor_overflows():
-    loss = VariationalInformationLoss([(6, 4)], [(6, 2)])
+    loss = VIDLoss([(6, 4)], [(6, 2)])
     loss.gaussian[0].raw_variance.data = torch.tensor([-1e4, 1e4])
     assert loss.gaussian[0].variance().tolist() == pytest.approx([1e-5, 1e4])
 

@@ -1,0 +1,1 @@
+"""Features of layers: capturing them, and bringing two layers to the same positions."""

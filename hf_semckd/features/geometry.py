@@ -1,0 +1,145 @@
+"""How two layers are brought to the same positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from .layers import FeatureSpec
+from .precision import at_least_float32, full_precision
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a student layer and a teacher layer are brought to the same positions.
+
+    Attributes:
+        kind: `tokens`: position by position; `grid`: both become maps, the larger pooled to the smaller one's grid;
+            `mean`: both are averaged over their positions (different tokenizations, or a vector).
+    """
+
+    kind: Literal["tokens", "grid", "mean"]
+
+    @classmethod
+    def of(cls, student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> Alignment:
+        """Choose the alignment of a pair.
+
+        Args:
+            student: The student layer.
+            teacher: The teacher layer.
+            tokens_aligned: Whether equal positions of both models mean the same input (one tokenization, or images).
+        """
+        both_tokens = student.kind == teacher.kind == "tokens"
+        same_layout = (student.length, student.prefix, student.grid) == (teacher.length, teacher.prefix, teacher.grid)
+        if both_tokens and same_layout and tokens_aligned:
+            return cls("tokens")
+        if student.grid is not None and teacher.grid is not None:
+            return cls("grid")
+        return cls("mean")
+
+
+def common_grid(
+    student: Tensor, student_spec: FeatureSpec, teacher: Tensor, teacher_spec: FeatureSpec
+) -> tuple[int, int]:
+    """Return the smaller height and the smaller width of two layers that are maps or have a grid."""
+    first, second = grid_of(student, student_spec), grid_of(teacher, teacher_spec)
+    return min(first[0], second[0]), min(first[1], second[1])
+
+
+def grid_of(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+    """Return the (height, width) of a map, or of the patches among image tokens."""
+    if feature.dim() == 4:
+        return int(feature.shape[2]), int(feature.shape[3])
+    assert spec.grid is not None
+    return spec.grid
+
+
+def limited_grid(feature: Tensor, spec: FeatureSpec, limit: int | None) -> tuple[int, int]:
+    """Return `grid_of` a layer, but at most `limit` rows and columns; None for no limit."""
+    height, width = grid_of(feature, spec)
+    return (height, width) if limit is None else (min(height, limit), min(width, limit))
+
+
+def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
+    """Return a layer's output as a map (B, C, *size).
+
+    Raises:
+        InputError: When there are more or fewer tokens than the layer was described with.
+    """
+    if feature.dim() == 4:
+        return pool_map(feature, size)
+    if feature.shape[1] != spec.length:
+        raise InputError(
+            f"Layer `{spec.name}` has another number of image tokens than at the start",
+            received=f"{feature.shape[1]} tokens",
+            expected=f"{spec.length}: {spec.prefix} in front of a grid of {grid_of(feature, spec)}",
+            todo="use one image size for all batches",
+        )
+    return pool_tokens(feature[:, spec.prefix :], grid_of(feature, spec), size)
+
+
+def as_tokens(feature: Tensor) -> Tensor:
+    """Return a layer's output as (B, N, C)."""
+    if feature.dim() == 4:
+        return map_to_tokens(feature)
+    return feature.unsqueeze(1) if feature.dim() == 2 else feature
+
+
+def pool_map(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool maps (B, C, H, W) to a (height, width) that is not larger; the same tensor when it is equal."""
+    if tuple(features.shape[-2:]) == tuple(size):
+        return features
+    return F.adaptive_avg_pool2d(features, size)
+
+
+def map_to_tokens(features: Tensor) -> Tensor:
+    """Turn a map (B, C, H, W) into tokens (B, H * W, C), row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Turn tokens (B, prefix + H * W, C) into a map (B, C, H, W); CLS and register tokens in front are dropped.
+
+    Raises:
+        InputError: When there are fewer tokens than cells in the grid.
+    """
+    height, width = grid
+    if features.shape[1] < height * width:
+        raise InputError(
+            "The tokens do not fill the grid",
+            received=f"{features.shape[1]} tokens for a grid of {height} x {width}",
+            expected=f"at least {height * width} tokens",
+            todo="use one image size for all batches, or name the layers to use with student_layers / teacher_layers",
+        )
+    patches = features[:, features.shape[1] - height * width :]
+    return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def pool_tokens(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Average-pool tokens (B, H * W, C) that lie on a grid (H, W) to a map (B, C, height, width) that is not larger.
+
+    One product with a matrix: moving the channels in front of the positions first would cost far more.
+    """
+    if tuple(grid) == tuple(size):
+        return tokens_to_map(features, grid)
+    cells = torch.eye(grid[0] * grid[1], dtype=at_least_float32(features[:0]).dtype, device=features.device)
+    shares = F.adaptive_avg_pool2d(cells.unflatten(1, grid).unsqueeze(1), size).flatten(1).T
+    with full_precision(features):
+        return (shares.to(features.dtype) @ features).transpose(1, 2).unflatten(2, size)
+
+
+def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return the mask of the positions that count in both masks; None where there is none."""
+    if first is None or second is None:
+        return second if first is None else first
+    return (first != 0) & (second != 0)
+
+
+def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
+    """Return the mask where it speaks of this feature's positions: tokens, not maps and not vectors."""
+    return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None

@@ -1,0 +1,218 @@
+"""Running statistics of teacher channels, exact over accumulation steps, processes and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .precision import at_least_float32
+
+# A share of the layer's mean variance is added to each channel's: dead channels stay at zero instead of exploding.
+VARIANCE_FLOOR = 1e-5
+
+# What a channel's own variance weighs against at first: a prior of this many positions.
+PRIOR_POSITIONS = 256
+
+# Layers are observed together up to this size: a layer alone is no work for a GPU, and a CPU's cache is small.
+GROUP_BYTES = {"cpu": 4 * 2**20}
+
+OTHER_GROUP_BYTES = 64 * 2**20
+
+
+class ChannelStatistics(nn.Module):
+    """Mean and variance of every channel of one teacher layer, over all samples seen so far.
+
+    A frozen teacher's features do not drift, so all samples weigh the same: there is no momentum to choose. What a
+    forward pass observes is kept aside and merged once an optimizer step, after a sum over processes; all
+    micro-batches of a step are therefore standardized alike, however a step is cut into micro-batches.
+
+    Args:
+        channels: Number of channels.
+
+    Attributes:
+        mean, variance: (channels) buffers, float32 or wider even when the module around them is cast to half
+            precision.
+        count: Number of positions behind them; 0 before the first merge.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("count", torch.zeros(()))
+        self._pending: Tensor | None = None
+
+    @torch.no_grad()
+    def update_statistics(self, features: Tensor, mask: Tensor | None = None) -> None:
+        """Keep the moments of a batch aside until the next `merge`.
+
+        Args:
+            features: (B, C, H, W) or (B, N, C).
+            mask: (B, N); positions with 0 are left out.
+        """
+        update_layer_statistics([self], [features], [mask])
+
+    def pending(self) -> Tensor:
+        """Return and forget what was observed: (1 + 2 * channels) sums that may be added over processes."""
+        pending, self._pending = self._pending, None
+        return torch.zeros(1 + 2 * len(self.mean), **self._wide()) if pending is None else pending
+
+    @torch.no_grad()
+    def merge(self, sums: Tensor) -> None:
+        """Take summed moments (of all processes) into the running mean and variance (Chan et al., 1979).
+
+        Args:
+            sums: What `pending` returned, added over processes.
+        """
+        merge_layers([self], [sums])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features with every channel standardized, in the statistics' precision or wider.
+
+        Args:
+            features: (B, C, H, W) or (B, N, C).
+        """
+        shape = (-1, 1, 1) if features.dim() == 4 else (-1,)
+        return (at_least_float32(features) - self.mean.view(shape)) * self.scale().view(shape)
+
+    def scale(self) -> Tensor:
+        """Return what each channel (channels) is multiplied by, once its mean is taken off."""
+        return standardization([self])[1][0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelStatistics:
+        # Engines cast whole modules to bfloat16, in which a count stops growing at a few hundred.
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else at_least_float32(buffer)
+        return self
+
+    def _wide(self) -> dict[str, Any]:
+        device = self.mean.device
+        return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+
+
+@torch.no_grad()
+def update_layer_statistics(
+    layers: Sequence[ChannelStatistics], features: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> None:
+    """Keep the moments of a batch aside for several layers, those that look alike together.
+
+    Args:
+        layers: Their statistics.
+        features: (B, C, H, W) or (B, N, C) of each layer.
+        masks: (B, N) for each layer; positions with 0 are left out. Layers that share a mask share the object.
+    """
+    values = [entry.flatten(2).transpose(1, 2) if entry.dim() == 4 else entry for entry in features]
+    looks = [(entry.shape, entry.dtype, id(mask)) for entry, mask in zip(values, masks, strict=True)]
+    for members in _groups(looks, values):
+        # (L, positions, C)
+        rows = torch.stack([values[index] for index in members]).flatten(1, 2)
+        found = _moments([layers[index] for index in members], rows, masks[members[0]])
+        for index, moments in zip(members, found.unbind(), strict=True):
+            before = layers[index]._pending
+            layers[index]._pending = moments if before is None else before + moments
+
+
+@torch.no_grad()
+def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) -> None:
+    """Take summed moments (of all processes) into the running mean and variance (Chan et al., 1979) of several layers.
+
+    Args:
+        layers: Their statistics.
+        sums: What `pending` returned for each, added over processes.
+    """
+    for members in _groups([(len(layer.mean), layer.mean.dtype) for layer in layers]):
+        entries = [layers[index] for index in members]
+        mean, variance, before = (values.to(**entries[0]._wide()) for values in _state(entries))
+        added, shift_sum, square_sum = (
+            torch.stack([sums[index] for index in members])
+            .to(mean.dtype)
+            .split([1, mean.shape[1], mean.shape[1]], dim=1)
+        )
+        total = (before + added).clamp(min=1)
+        # The sums are taken about the running mean, so the shift of the mean is all that has to be corrected for.
+        shift = shift_sum / total
+        squares = variance * before + square_sum - total * shift.square()
+        seen = added > 0
+        mean = torch.where(seen, mean + shift, mean)
+        variance = torch.where(seen, (squares / total).clamp(min=0), variance)
+        for name, values in (("mean", mean), ("variance", variance), ("count", (before + added).squeeze(1))):
+            buffers = [getattr(entry, name) for entry in entries]
+            torch._foreach_copy_(buffers, list(values.to(buffers[0].dtype).unbind()))
+
+
+def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean, and what it is multiplied by once that is taken off, of layers of one width.
+
+    A channel that was silent in a few samples would be blown up by the first one that wakes it. Each variance is
+    therefore drawn to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
+    are seen.
+
+    Args:
+        layers: Their statistics.
+
+    Returns:
+        (L, channels) means and scales.
+    """
+    mean, variance, count = _state(layers)
+    typical = variance.mean(1, keepdim=True)
+    shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
+    return mean, torch.rsqrt(shrunk + VARIANCE_FLOOR * typical + torch.finfo(variance.dtype).tiny)
+
+
+def _state(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means and variances (L, channels) and counts (L, 1) of layers of one width."""
+    mean, variance = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("mean", "variance"))
+    return mean, variance, torch.stack([layer.count for layer in layers]).unsqueeze(1)
+
+
+def _moments(layers: Sequence[ChannelStatistics], rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return count, sum and sum of squares about the running mean of each layer (L, 1 + 2 * channels).
+
+    Args:
+        layers: The statistics of L layers of one width.
+        rows: (L, positions, channels).
+        mask: (B, N), as many as there are positions.
+    """
+    wide = layers[0]._wide()
+    running, _, before = _state(layers)
+    rows = at_least_float32(rows).to(running.dtype)
+    if mask is None:
+        count = torch.full((), float(rows.shape[1]), **wide)
+        mean = rows.mean(1)
+    else:
+        left_out = (mask == 0).flatten().unsqueeze(1)
+        count = (mask != 0).sum().to(**wide)
+        # A masked position may hold anything, NaN included: select, do not multiply.
+        mean = rows.masked_fill(left_out, 0.0).sum(1) / count.clamp(min=1).to(rows.dtype)
+    # About the running mean, or at first about the batch's own: sums of squares about 0 would cancel on channels
+    # with an offset.
+    center = torch.where(before > 0, running, mean)
+    rows = rows - center.unsqueeze(1)
+    if mask is not None:
+        rows.masked_fill_(left_out, 0.0)
+    sums, squares = rows.sum(1).to(**wide), rows.square().sum(1).to(**wide)
+    shift = (center - running).to(**wide)
+    squares = squares + shift * (2 * sums + count * shift)
+    return torch.cat([count.expand(len(layers), 1), sums + count * shift, squares], 1)
+
+
+def _groups(looks: Sequence[object], values: Sequence[Tensor] | None = None) -> Iterator[list[int]]:
+    """Yield the places of equal entries, few enough of them for their values to be taken together."""
+    places: dict[object, list[int]] = {}
+    for index, look in enumerate(looks):
+        places.setdefault(look, []).append(index)
+    for members in places.values():
+        size = len(members)
+        if values is not None:
+            first = values[members[0]]
+            limit = GROUP_BYTES.get(first.device.type, OTHER_GROUP_BYTES)
+            size = max(limit // max(first.numel() * first.element_size(), 1), 1)
+        yield from (members[start : start + size] for start in range(0, len(members), size))

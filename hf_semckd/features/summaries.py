@@ -1,0 +1,72 @@
+"""One vector for a sample: averages, embeddings, and what similarities are taken on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .geometry import as_map, limited_grid
+from .layers import FeatureSpec
+from .precision import at_least_float32
+
+# Larger maps are pooled to this before similarities are taken: what is where matters, single pixels do not.
+SUMMARY_GRID = 4
+
+
+class Average:
+    """Averages layers' outputs over their positions; what depends on the mask alone is computed once.
+
+    Args:
+        mask: (B, N); positions with 0 do not count in features of N positions, whatever they hold. None: all count.
+    """
+
+    def __init__(self, mask: Tensor | None = None):
+        self.mask = mask
+        self._parts: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Return the average (B, C) of (B, C, H, W), (B, N, C) or (B, C); under the mask at least in float32."""
+        if feature.dim() == 4:
+            return feature.mean((2, 3))
+        if feature.dim() == 2:
+            return feature
+        if self.mask is None or self.mask.shape[1] != feature.shape[1]:
+            return feature.mean(1)
+        dtype = at_least_float32(feature[:0]).dtype
+        if self._parts is None or self._parts[1].dtype != dtype:
+            counted = self.mask != 0
+            self._parts = ~counted.unsqueeze(-1), counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
+        left_out, count = self._parts
+        # In half precision the sum of a long sequence overflows, though its mean would not.
+        return feature.masked_fill(left_out, 0.0).sum(1, dtype=dtype) / count
+
+
+def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
+    """Return the vector (B, C) that stands for a sample: what a classifier would read of its last layer.
+
+    The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
+    the tokens that count everywhere else.
+
+    Args:
+        feature: (B, C, H, W) or (B, N, C).
+        spec: What the layer looks like.
+        average: Knows the tokens that count.
+    """
+    if feature.dim() == 3 and spec.prefix > 0:
+        return feature[:, 0]
+    return average(feature)
+
+
+def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
+    """Return what similarities between samples are taken on: a small map for images, the mean token for text.
+
+    Returns:
+        (B, C * cells), at least in float32.
+    """
+    if spec.grid is None:
+        return at_least_float32(average(feature))
+    return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))
+
+
+def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+    """Return the height and width of the small map that a summary is."""
+    return limited_grid(feature, spec, SUMMARY_GRID)

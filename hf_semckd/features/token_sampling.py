@@ -1,0 +1,80 @@
+"""Which tokens of a sample are compared: a few, spread evenly, the same ones whenever the sample comes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# An odd factor near 2^32 / golden ratio: neighboring sums land far apart (Knuth's multiplicative hashing).
+SPREADING_FACTOR = 2654435761
+
+PHASES = 2**24
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def content_phase(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return a number in [0, 1) for each sample that depends on nothing but what the sample holds.
+
+    A random draw would differ between a run, its continuation, another cut into micro-batches and a cache.
+
+    Args:
+        values: (B, ...) the model's input: token ids or pixels.
+        mask: (B, N) for (B, N) values; padding does not count.
+
+    Returns:
+        (B), in float32; computed on the device of the values, without waiting for it.
+    """
+    if values.is_floating_point():
+        values = values.contiguous().view(INTEGERS[values.element_size()])
+    values = values.long()
+    # The low half of doubles that were floats once is empty.
+    values = values ^ (values >> 32)
+    if mask is not None and mask.shape == values.shape:
+        values = values * (mask != 0)
+    total = values.flatten(1).sum(1)
+    return ((total * SPREADING_FACTOR) % 2**32 // (2**32 // PHASES)).float() / PHASES
+
+
+def spread_positions(
+    length: int, limit: int, *, mask: Tensor | None = None, phase: Tensor | None = None, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Choose some of each sample's tokens at even distances (systematic sampling).
+
+    A sample with n tokens gets m = min(n, limit) of them: those of rank floor((k + phase) * n / m). Over all phases
+    every token is as likely as any other, so the mean over the chosen ones is an unbiased estimate.
+
+    Args:
+        length: N, the number of positions, padding included.
+        limit: Most tokens that are chosen of a sample, >= 1.
+        mask: (B, N); only positions with 1 are tokens. None: all are.
+        phase: (B) in [0, 1), see `content_phase`; None for 0.
+        like: Any tensor of the batch (B, ...), for its size and device.
+
+    Returns:
+        Positions (B, K), K = min(N, limit), and the mask (B, K) of those that were chosen, or None when all were. The
+        chosen ones come first. K depends on the shapes alone.
+    """
+    batch, device = len(like), like.device
+    width = min(length, limit)
+    steps = torch.arange(width, device=device)
+    tokens = torch.full((batch, 1), length, device=device) if mask is None else (mask != 0).sum(1, keepdim=True)
+    chosen = tokens.clamp(min=1, max=width)
+    # In whole numbers: rounding a rank up would choose another token, or padding.
+    offset = steps.new_zeros(batch, 1) if phase is None else (phase * PHASES).long().unsqueeze(1)
+    ranks = ((steps * PHASES + offset) * tokens // (chosen * PHASES)).clamp(max=length - 1)
+    if mask is None:
+        return ranks, None
+    order = torch.argsort((mask != 0).to(torch.uint8), dim=1, descending=True, stable=True)
+    return order.gather(1, ranks), (steps < chosen) & (tokens > 0)
+
+
+def flat_positions(positions: Tensor, length: int) -> Tensor:
+    """Return where positions (B, K) of samples of that length lie when all samples stand in one row, (B * K)."""
+    first = length * torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    return (positions + first).flatten()
+
+
+def take_positions(tokens: Tensor, flat: Tensor) -> Tensor:
+    """Return the tokens (B, K, C) of (B, N, C) at `flat_positions` (B * K), which layers of one length share."""
+    return tokens.flatten(0, 1).index_select(0, flat).view(len(tokens), -1, tokens.shape[2])

@@ -1,0 +1,139 @@
+"""Losses on logits: distillation (Hinton et al., 2015) and the task loss of models that compute none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError, message
+from ..features.precision import at_least_float32
+from ..models.tasks import IGNORED, Task, token_targets
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return the distillation loss of Hinton et al. (2015) for every item: T^2 * KL(teacher/T || student/T).
+
+    Args:
+        student_logits: (..., classes).
+        teacher_logits: Same shape; no gradient flows into it.
+        temperature: T > 0; both distributions are softened by it, and the factor T^2 keeps the size of the
+            gradient independent of it.
+
+    Returns:
+        (...) divergences in nats times T^2, at least in float32 precision.
+    """
+    log_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    log_teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1) * temperature**2
+
+
+def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return the distillation loss of independent labels: the mean over labels of T^2 * KL of two Bernoullis.
+
+    Args:
+        student_logits: (..., labels), one logit a label.
+        teacher_logits: Same shape; no gradient flows into it.
+        temperature: T > 0.
+
+    Returns:
+        (...) mean over the labels, at least in float32 precision.
+    """
+    student = at_least_float32(student_logits) / temperature
+    teacher = at_least_float32(teacher_logits.detach()) / temperature
+    positive = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    negative = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (positive + negative).mean(-1) * temperature**2
+
+
+# Logits up to this number of elements are compared at once; more of them piece by piece.
+PIECE = 2**24
+
+
+def logit_loss_sum(
+    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], temperature: float, task: Task, shifted: bool
+) -> Tensor:
+    """Return the distillation loss of the logits, summed over the items that `count_items` counts.
+
+    Token tasks count labeled positions only (all but padding without labels); causal language models predict the
+    next token, so the last position is left out. Regression compares outputs by their squared difference.
+
+    Args:
+        student: Student logits.
+        teacher: Teacher logits of the same shape.
+        batch: The micro-batch, for labels and attention mask.
+        temperature: T > 0.
+        task: The kind of head.
+        shifted: Whether position n predicts label n + 1.
+
+    Raises:
+        InputError: When the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
+    if task == "regression":
+        error = F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="none")
+        return error.reshape(len(error), -1).mean(1).sum()
+    if task == "multi_label":
+        return binary_kd_loss(student, teacher, temperature).sum()
+    if task == "single_label":
+        per_item = kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
+        return per_item.flatten(1).mean(1).sum() if per_item.dim() > 1 else per_item.sum()
+    mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted)
+    if shifted:
+        student, teacher = student[:, :-1], teacher[:, :-1]
+    if mask is None:
+        # Items are samples then: nothing tells which tokens count.
+        return kd_loss(student, teacher, temperature).mean(1).sum()
+    if mask.shape != student.shape[:2]:
+        # Prompt tuning puts tokens in front, for which there is neither label nor teacher.
+        student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
+    return _masked_divergence(student, teacher, mask, temperature)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the usual task loss for models that compute none: mean cross-entropy, or BCE / MSE for float labels."""
+    if labels.is_floating_point():
+        if labels.dim() == 2 and labels.shape == logits.shape and logits.shape[1] > 1:
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        return F.mse_loss(logits.squeeze(-1), labels)
+    return F.cross_entropy(at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> str:
+    """Say that two models do not predict the same classes and what to do about it."""
+    return message(
+        "Teacher and student logits have different shapes, so logit distillation is impossible",
+        received=f"student {student}, teacher {teacher} (the last dimension is the number of labels, or the "
+        "vocabulary)",
+        expected="the same labels, in the same order, for both",
+        todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to "
+        "distil features alone",
+    )
+
+
+def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Return the sum of the divergences at the positions of a mask (B, N).
+
+    Selecting rows by a mask would make the host wait for their number. All positions are computed instead: small
+    logits at once; large ones (a vocabulary) a few positions at a time and again in backward, so that no more is kept
+    than the logits themselves, however many positions count.
+    """
+    if student.numel() <= PIECE:
+        return _masked_sum(student, teacher, mask, temperature)
+    length = max(PIECE * student.shape[1] // student.numel(), 1)
+    pieces = zip(*(tensor.split(length, dim=1) for tensor in (student, teacher, mask)), strict=True)
+    sums = [
+        checkpoint(_masked_sum, *piece, temperature, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+    ]
+    return torch.stack(sums).sum()
+
+
+def _masked_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    # What is masked may be NaN or infinite. Masking the loss alone would leave a gradient of 0 * NaN.
+    left_out = ~mask.unsqueeze(-1)
+    return kd_loss(student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0), temperature).sum()

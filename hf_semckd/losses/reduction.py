@@ -1,0 +1,37 @@
+"""Means over the positions that count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..features.precision import at_least_float32
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average (B, N) values over the positions of each sample whose mask is 1; zero where there is none."""
+    if mask is None:
+        return values.mean(1)
+    mask = mask.to(values.dtype)
+    # A masked position may hold anything, NaN included (attention over nothing): select, do not multiply.
+    kept = torch.where(mask > 0, values, torch.zeros_like(values))
+    return kept.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def squared_error(projected: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of each sample (B), at least in float32: squares overflow half precision.
+
+    Args:
+        projected: (B, N, C).
+        target: (B, N, C).
+        mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
+    """
+    difference = at_least_float32(projected) - target
+    if mask is not None:
+        difference.masked_fill_(mask.unsqueeze(-1) == 0, 0.0)
+    return masked_mean(difference.square().mean(-1), mask)
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Return the entropy in nats of weights (..., T): log T when uniform, 0 when all lies on one layer."""
+    return torch.special.entr(weights).sum(-1)

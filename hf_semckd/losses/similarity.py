@@ -1,0 +1,116 @@
+"""How similar samples are to one another, and how alike two layers see that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..features.precision import at_least_float32, full_precision
+
+# A row whose spread is below this share of its size is constant: what is left is the rounding of float32.
+ROUNDING = 1e-6
+
+
+def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize: bool = False) -> Tensor:
+    """Return the similarity of every two samples of a batch: A = R R^T, R a sample flattened to one row.
+
+    Args:
+        features: (B, ...).
+        mask: (B, N) of ones and zeros for (B, N, C) features; positions with 0 do not take part.
+        normalize: Use cosines (rows of unit length), which neither overflow nor depend on the layer's scale.
+            The published form (SemCKD, equation 4) does not.
+
+    Returns:
+        (B, B), at least in float32: the raw form overflows half precision on ordinary maps.
+    """
+    features = at_least_float32(features)
+    if mask is not None:
+        features = features.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+    rows = features.flatten(1)
+    if normalize:
+        return cosine_matrix(rows)
+    with full_precision(rows):
+        return rows @ rows.T
+
+
+def cosine_matrix(rows: Tensor) -> Tensor:
+    """Return the cosines (..., B, B) of the rows of (..., B, C), at least in float32; 0 for a row of zeros."""
+    rows = F.normalize(at_least_float32(rows), dim=-1)
+    with full_precision(rows):
+        return rows @ rows.mT
+
+
+def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor:
+    """Return how alike two layers see each sample: the cosine of its centered rows of two similarity matrices.
+
+    The cosine of two rows does not change when the batch is reordered, and centering removes what all samples of
+    a layer share. It is the per-sample form of centered kernel alignment.
+
+    Args:
+        student_similarity: (S, B, B) similarity matrices of the student layers.
+        teacher_similarity: (T, B, B) similarity matrices of the teacher layers.
+
+    Returns:
+        (B, S, T) in [-1, 1]; zeros where a row is constant (always for B = 1), hence uniform weights.
+    """
+    dtype = torch.promote_types(student_similarity.dtype, teacher_similarity.dtype)
+    student_similarity, teacher_similarity = student_similarity.to(dtype), teacher_similarity.to(dtype)
+    student = student_similarity - student_similarity.mean(-1, keepdim=True)
+    teacher = teacher_similarity - teacher_similarity.mean(-1, keepdim=True)
+    with full_precision(student):
+        return torch.einsum("sbk,tbk->bst", _unit(student, student_similarity), _unit(teacher, teacher_similarity))
+
+
+def relative_distances(embeddings: Tensor) -> Tensor:
+    """Return the distance of every two samples, in units of the batch's mean distance between different samples.
+
+    Args:
+        embeddings: (..., B, C), a batch for each of the first dimensions.
+
+    Returns:
+        (..., B, B), at least in float32, zero on the diagonal; the gradient is zero, up to rounding, where
+        two samples coincide.
+
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
+    """
+    rows = at_least_float32(embeddings)
+    samples, limits = rows.shape[-2], torch.finfo(rows.dtype)
+    with full_precision(rows):
+        # Distances do not change when the mean is taken off, and the squares of large offsets would cancel.
+        rows = rows - rows.mean(-2, keepdim=True)
+        norms = rows.square().sum(-1)
+        squares = norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2.0 * rows @ rows.mT
+        floor = (limits.eps * norms.detach().amax(-1) + limits.tiny)[..., None, None]
+        different = ~torch.eye(samples, dtype=torch.bool, device=rows.device)
+        distances = squares.clamp(min=floor).sqrt() * ((squares > floor) & different)
+        mean = distances.sum((-2, -1), keepdim=True) / max(samples * (samples - 1), 1)
+        return distances / mean.clamp(min=limits.tiny**0.5)
+
+
+def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Apply a function to tensors that are stacked where they look alike: a GPU is as fast with many as with one.
+
+    Args:
+        function: Takes (L, ...) and returns a result for each of the L.
+        tensors: Of any shapes and precisions.
+
+    Returns:
+        Their results, in their order.
+    """
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype), []).append(index)
+    results: dict[int, Tensor] = {}
+    for members in groups.values():
+        stacked = torch.stack([tensors[index] for index in members])
+        results |= dict(zip(members, function(stacked).unbind(), strict=True))
+    return [results[index] for index in range(len(tensors))]
+
+
+def _unit(centered: Tensor, rows: Tensor) -> Tensor:
+    """Return centered rows with unit length; rows that are constant up to rounding come out as (nearly) zero."""
+    floor = (ROUNDING * rows.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return centered / torch.maximum(centered.norm(dim=-1, keepdim=True), floor)

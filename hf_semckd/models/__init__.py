@@ -1,0 +1,1 @@
+"""Loading models, the inputs that they take, and what they return."""

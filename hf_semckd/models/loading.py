@@ -1,0 +1,103 @@
+"""Loads a model by name or folder, or takes it as it is given."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from ..errors import InputError
+
+
+def load_model(
+    source: nn.Module | str | os.PathLike[str],
+    role: str,
+    like: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Return a model as it is, or load it by name or folder, without running remote code.
+
+    Args:
+        source: A module, or what `from_pretrained` takes.
+        role: `student` or `teacher`, for messages.
+        like: A model whose task head is wanted (the student, for a teacher); without it the head that the
+            configuration names.
+        dtype: The precision that is wanted; a module of another one is copied, so that it stays as it is. None: as
+            it was given, or saved.
+
+    Raises:
+        InputError: When it can be neither used nor loaded, or not be had in this precision.
+    """
+    if isinstance(source, nn.Module):
+        return source if dtype is None else _in_precision(source, role, dtype)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"The {role} is not a model",
+            received=type(source).__name__,
+            expected="a PreTrainedModel, a PEFT model, any nn.Module, or a name or folder for from_pretrained",
+            todo=f"pass the {role} itself, or where to load it from",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = _model_class(config, like)
+        how = {} if dtype is None else {"dtype": dtype}
+        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"The {role} could not be loaded",
+            received=f"{source!r} ({error})",
+            expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
+            todo=f"check the name and the connection, or load the {role} yourself and pass the object",
+        ) from error
+    if role == "teacher" and info["missing_keys"]:
+        raise InputError(
+            "The teacher would have random weights: the checkpoint lacks some of its layers",
+            received=f"{source!r} without {', '.join(sorted(map(str, info['missing_keys']))[:5])}",
+            expected=f"a checkpoint that was fine-tuned as {type(model).__name__}",
+            todo="fine-tune the teacher on the task first, or pass the model object if this is what you want",
+        )
+    return model
+
+
+def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:
+    """Return a model of a name or folder without memory for its weights, to look at.
+
+    Args:
+        source: What `from_pretrained` takes.
+        like: A model whose task head is wanted.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    kind = _model_class(config, like)
+    with torch.device("meta"):
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def _in_precision(model: nn.Module, role: str, dtype: torch.dtype) -> nn.Module:
+    """Return the model in a precision: itself when it has it, else a copy."""
+    if all(entry.dtype is dtype for entry in model.parameters() if entry.is_floating_point()):
+        return model
+    try:
+        return copy.deepcopy(model).to(dtype)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"The {role} cannot be had in {dtype}",
+            received=f"{type(model).__name__}, which said: {error}",
+            expected="a model on one device that is neither quantized nor sharded",
+            todo=f"set {role}_dtype='auto' and load the {role} in the precision that you want",
+        ) from error
+
+
+def _model_class(config: Any, like: nn.Module | None) -> Any:
+    wanted = type(like).__name__.rpartition("For")[2] if like is not None else ""
+    names = list(getattr(config, "architectures", None) or [])
+    auto = getattr(transformers, f"AutoModelFor{wanted}", None) if wanted else None
+    if auto is not None:
+        return auto
+    if not names or not hasattr(transformers, names[0]):
+        raise ValueError(f"the configuration names no known architecture: {names}")
+    return getattr(transformers, names[0])

@@ -1,0 +1,38 @@
+"""The versions that a result was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+
+def environment() -> dict[str, object]:
+    """Return what a reader needs to judge a timing or repeat a run, and nothing that tells who ran it or where.
+
+    Returns:
+        Versions under "python", "torch", "transformers", "accelerate", "hf_semckd" (None: not installed);
+        "platform" (system and processor family), "cpu_count" (logical processors), "torch_threads", and
+        "accelerator" (the first CUDA device's model, None without one). No host name, user or path.
+    """
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": _version("transformers"),
+        "accelerate": _version("accelerate"),
+        "hf_semckd": _version("hf-semckd"),
+        # Not platform.platform(): a kernel's release may carry a name that its owner gave it.
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+"""Tables for terminals and Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of a comparison of models; `dataclasses.asdict(row)` is what `format_table` takes.
+
+    Attributes:
+        name: What the model is called in the table.
+        parameters: Number of parameters, >= 0.
+        metric: The quality that is compared, in its own unit; None: not measured.
+        seconds: Wall-clock time in seconds of whatever the table compares; None: not measured.
+    """
+
+    name: str
+    parameters: int
+    metric: float | None
+    seconds: float | None
+
+
+def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """Return a plain text table, numbers to the right and text to the left.
+
+    Args:
+        rows: One mapping a line; None, and a key that only some of the rows lack, is shown as "-".
+        columns: Keys of the rows in the order of the columns, also their headings.
+
+    Returns:
+        Lines without trailing spaces, joined by newlines and without a last newline: headings, a rule, the rows.
+
+    Raises:
+        InputError: When there are no columns, or a column is in no row.
+    """
+    cells, numeric = _cells(rows, columns)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(values: Sequence[str]) -> str:
+        padded = [
+            value.rjust(width) if right else value.ljust(width)
+            for value, width, right in zip(values, widths, numeric, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+
+
+def format_markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """Return a GitHub-flavored Markdown table, numbers to the right and text to the left.
+
+    Cells stay Markdown (a link stays a link); only what would break the table, a pipe, is escaped.
+
+    Args:
+        rows: One mapping a line; None, and a key that only some of the rows lack, is shown as "-".
+        columns: Keys of the rows in the order of the columns, also their headings.
+
+    Returns:
+        Lines joined by newlines and without a last newline.
+
+    Raises:
+        InputError: When there are no columns, or a column is in no row.
+    """
+    cells, numeric = _cells(rows, columns)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+    rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cells(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> tuple[list[list[str]], list[bool]]:
+    """Return the headings and rows as text, and which columns hold numbers."""
+    if not columns:
+        raise InputError(
+            "The table has no columns", received="[]", expected="at least one", todo="name keys of the rows"
+        )
+    unknown = [column for column in columns if rows and not any(column in row for row in rows)]
+    if unknown:
+        known = sorted({str(key) for row in rows for key in row})
+        raise InputError(
+            "Some columns are in no row",
+            received=", ".join(unknown),
+            expected=f"some of {', '.join(known)}",
+            todo="check the spelling",
+        )
+    values = [[row.get(column) for column in columns] for row in rows]
+    cells = [[_cell(column) for column in columns], *([_cell(value) for value in line] for line in values)]
+    numeric = []
+    for index in range(len(columns)):
+        known_values = [line[index] for line in values if line[index] is not None]
+        numeric.append(bool(known_values) and all(_is_number(value) for value in known_values))
+    return cells, numeric
+
+
+def _is_number(value: object) -> bool:
+    # numpy's integers and float32 are no subclasses of int and float, and bool is a subclass of int.
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _cell(value: object) -> str:
+    """Return a value as one line of text."""
+    if value is None:
+        return MISSING
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return f"{int(value):,}"
+    if isinstance(value, (float, np.floating)):
+        return _decimal(float(value))
+    return " ".join(str(value).split())
+
+
+def _decimal(value: float) -> str:
+    """Return a float with the digits that matter at its size, the same number of decimals for comparable values."""
+    size = abs(value)
+    if not math.isfinite(value):
+        return str(value)
+    if size >= 1000:
+        return f"{value:,.1f}"
+    if size >= 1e-3 or size == 0:
+        return f"{value:.4f}"
+    return f"{value:.2e}"

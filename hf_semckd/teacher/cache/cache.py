@@ -1,0 +1,160 @@
+"""Teacher outputs on disk, keyed by what the teacher was given, so that no epoch and no run computes them twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.columns import CACHED, teacher_entries
+from ...errors import InputError
+from .keys import right_padded_lengths, sample_keys, token_count
+from .rows import to_batch, to_rows
+from .store import TensorStore
+
+
+@dataclass
+class Lookup:
+    """What the cache holds of a batch's samples.
+
+    Attributes:
+        keys: The key of each sample.
+        present: Whether each sample is there.
+        values: The tensors of the samples that are, stacked, by stored name.
+    """
+
+    keys: list[bytes]
+    present: list[bool]
+    values: dict[str, Tensor]
+
+
+class TeacherCache:
+    """Teacher outputs in a `TensorStore`, one row a sample, below a folder for one teacher and one choice of layers.
+
+    The key is the content of the teacher's inputs after preprocessing and augmentation, without padding. A changed
+    dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
+
+    Args:
+        folder: Where all caches live; made when needed.
+        fingerprint: What the outputs depend on besides the inputs; see `teacher_fingerprint`.
+        select_inputs: Returns the teacher's inputs of a batch.
+        dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
+        limit_bytes: Most that the folder may take; None for what the disk can spare.
+        cut: Whether outputs that are as long as the mask run along it, so that padding can be cut off; False for
+            models that pool tokens or put others in front of them.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        fingerprint: str,
+        select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]],
+        *,
+        dtype: torch.dtype | None = None,
+        limit_bytes: int | None = None,
+        cut: bool = True,
+    ):
+        self.cut = cut
+        self.store = TensorStore(Path(folder) / fingerprint, limit_bytes=limit_bytes)
+        self.select_inputs = select_inputs
+        self.dtype = dtype
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the teacher's inputs of a batch, as they were collated."""
+        return self.select_inputs(teacher_entries(batch))
+
+    def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
+        """Return the key of each sample of a batch."""
+        inputs = self.inputs(batch)
+        return sample_keys(inputs, self.lengths(inputs))
+
+    def lengths(self, inputs: Mapping[str, Any]) -> list[int] | None:
+        """Return the length of each sample where its padding is cut off, or None."""
+        return right_padded_lengths(inputs) if self.cut else None
+
+    def look_up(self, batch: Mapping[str, Any]) -> Lookup:
+        """Return what there is of a batch, on the CPU."""
+        return self.read(self.keys(batch), token_count(self.inputs(batch)))
+
+    def read(self, keys: list[bytes], width: int | None) -> Lookup:
+        """Return what there is under some keys, on the CPU.
+
+        Args:
+            keys: The keys of a batch's samples.
+            width: Number of tokens of the padded samples.
+        """
+        rows = self.store.read(keys)
+        found = [row for row in rows if row is not None]
+        return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
+
+    def rows(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """Return what is stored of each sample of the teacher's outputs.
+
+        Raises:
+            InputError: When the outputs have several rows a sample.
+        """
+        samples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        for name, value in outputs.items():
+            if len(value) != samples:
+                raise InputError(
+                    "The teacher cache cannot hold this teacher's outputs",
+                    received=f"{len(value)} rows of `{name}` for {samples} samples (multiple choice?)",
+                    expected="one row for each sample",
+                    todo="leave teacher_cache_dir out",
+                )
+        rows = to_rows(outputs, self.lengths(inputs), token_count(inputs))
+        if self.dtype is None:
+            return rows
+        return [{name: self._narrow(name, value) for name, value in row.items()} for row in rows]
+
+    def _narrow(self, name: str, value: Tensor) -> Tensor:
+        if self.dtype is None or not value.is_floating_point() or name.startswith("logits"):
+            return value
+        narrow = value.to(self.dtype)
+        if not bool(torch.isfinite(narrow).all()) and bool(torch.isfinite(value).all()):
+            raise InputError(
+                "A teacher output does not fit the precision of the cache",
+                received=f"values up to {float(value.abs().max()):.3g} with teacher_cache_dtype='{self.dtype}'",
+                expected=f"at most {torch.finfo(self.dtype).max:.3g}",
+                todo="set teacher_cache_dtype to 'bfloat16', or to 'auto' for the teacher's own precision",
+            )
+        return narrow
+
+
+class CachingCollator:
+    """A collator that also looks its samples up in the teacher cache, so that the step need not wait for the disk.
+
+    In a worker process of the data loader this runs beside the training; without workers a thread does it, while the
+    step before is computed.
+
+    Args:
+        collator: Makes the batch.
+        cache: Is asked for its samples.
+        in_thread: Whether to look up in a thread of this process.
+    """
+
+    def __init__(self, collator: Callable[[Any], Mapping[str, Any]], cache: TeacherCache, *, in_thread: bool):
+        self.collator = collator
+        self.cache = cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache") if in_thread else None
+
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        """Return the batch, with what the cache holds of it under `CACHED`."""
+        batch = dict(self.collator(samples))
+        if self._thread is not None:
+            return {**batch, CACHED: self._thread.submit(self.cache.look_up, batch)}
+        return {**batch, CACHED: vars(self.cache.look_up(batch))}
+
+
+def lookup_of(batch: Mapping[str, Any]) -> Lookup | None:
+    """Return what a `CachingCollator` left in a batch, or None."""
+    left = batch.get(CACHED)
+    if isinstance(left, Future):
+        return left.result()
+    return None if left is None else Lookup(**left)

@@ -1,0 +1,171 @@
+"""The student and the feature loss as one module while training, so that one wrapped forward holds all that learns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..features.capture import FeatureCapture
+from ..features.layers import without_hidden_states
+from ..losses import FeatureLoss
+from ..models.outputs import tokens_mask
+
+# The name under which the feature loss is a submodule of the student during training, and never after.
+FEATURE_LOSS_NAME = "distillation_feature_loss"
+
+# The forward keyword that carries the teacher's features; without it the forward is the student's own.
+TARGETS = "distillation_targets"
+
+# What accelerate notes on a model that it has prepared.
+PREPARATION = ("_is_accelerate_prepared", "_original_forward")
+
+
+@dataclass
+class DistillationTargets:
+    """What the student's forward needs from the teacher.
+
+    Attributes:
+        features: T teacher features, or what the feature loss selected of them.
+        student_mask: (B, N) mask of the student's tokens, or None.
+        teacher_mask: (B, N) mask of the teacher's tokens, or None.
+        wait: Called before they are used: the teacher may still be at work beside the student.
+    """
+
+    features: Sequence[Tensor] | Mapping[str, Tensor]
+    student_mask: Tensor | None = None
+    teacher_mask: Tensor | None = None
+    wait: Callable[[], None] | None = None
+
+    def as_keyword(self) -> dict[str, Any]:
+        """Return the forward keyword; plain containers, which every wrapper knows how to move."""
+        return {TARGETS: {entry.name: getattr(self, entry.name) for entry in fields(self)}}
+
+
+class StudentAttachment:
+    """Attaches a feature loss to a student for the time of training, and takes it off without a trace.
+
+    While attached, the loss is a submodule of the student, and the student's class is a subclass of its own that
+    runs the loss *inside* its forward. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every
+    trained parameter, synchronizes its gradient and shards it. Without the teacher's features as an extra keyword
+    the forward is unchanged, so evaluation, saving and inspection work as ever.
+
+    Args:
+        student: The module to train.
+        loss: The feature loss.
+        capture: Takes the student's features out of its forward.
+    """
+
+    def __init__(self, student: nn.Module, loss: FeatureLoss, capture: FeatureCapture):
+        self.student = student
+        self.loss = loss
+        self.capture = capture
+        self._plain_class = type(student)
+        self._bound_forward: Callable[..., Any] | None = None
+        self._training_class = _training_class(type(student), capture, self._plain_forward)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the loss is part of the student now."""
+        return FEATURE_LOSS_NAME in self.student._modules
+
+    @property
+    def removable(self) -> bool:
+        """Whether the student's class is still the one that was set; FSDP2 and others put their own on top."""
+        return type(self.student) is self._training_class
+
+    def attach(self) -> None:
+        """Make the loss part of the student; nothing happens when it already is."""
+        if self.attached:
+            return
+        forget_preparation(self.student)
+        # A forward bound to the object (by an offloading hook, say) would hide that of the training class.
+        self._bound_forward = self.student.__dict__.pop("forward", None)
+        self._put_on()
+
+    def detach(self) -> None:
+        """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
+        if not self.attached or not self.removable:
+            return
+        self._take_off()
+        for name in (*PREPARATION, "forward"):
+            self.student.__dict__.pop(name, None)
+        if self._bound_forward is not None:
+            self.student.__dict__["forward"] = self._bound_forward
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Show the plain student for a moment (to save, reload or count it), and attach again."""
+        if not self.attached or not self.removable:
+            yield
+            return
+        self._take_off()
+        try:
+            yield
+        finally:
+            self._put_on()
+
+    def _put_on(self) -> None:
+        setattr(self.student, FEATURE_LOSS_NAME, self.loss)
+        self.student.__class__ = self._training_class
+
+    def _take_off(self) -> None:
+        delattr(self.student, FEATURE_LOSS_NAME)
+        self.student.__class__ = self._plain_class
+
+    def _plain_forward(self, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._bound_forward is not None:
+            return self._bound_forward(*args, **kwargs)
+        return self._plain_class.forward(student, *args, **kwargs)
+
+
+def forget_preparation(model: nn.Module) -> None:
+    """Undo what accelerate left on a model that it prepared: a note, and a forward with autocast bound to it.
+
+    Evaluation prepares the model too, without a gradient-synchronizing wrapper; training must be free to prepare it
+    anew, or processes would drift apart.
+    """
+    kept = model.__dict__
+    original = kept.get("_original_forward")
+    if original is not None:
+        kept.pop("forward", None)
+        if getattr(original, "__func__", None) is not type(model).forward:
+            kept["forward"] = original
+    for name in PREPARATION:
+        kept.pop(name, None)
+
+
+def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the entries of the feature loss."""
+    return {key: value for key, value in state_dict.items() if FEATURE_LOSS_NAME not in key.split(".")}
+
+
+def _training_class(
+    base: type[nn.Module], capture: FeatureCapture, plain_forward: Callable[..., Any]
+) -> type[nn.Module]:
+    """Return a subclass of `base` with the same name, which runs the feature loss inside its forward."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        targets = kwargs.pop(TARGETS, None)
+        if targets is None:
+            return plain_forward(self, *args, **kwargs)
+        with capture.recording(self) as recorded:
+            outputs = plain_forward(self, *args, **{**kwargs, **capture.request(self)})
+        features = capture.collect(outputs, recorded)
+        if targets["wait"] is not None:
+            targets["wait"]()
+        result = getattr(self, FEATURE_LOSS_NAME)(
+            features, targets["features"], tokens_mask(targets["student_mask"], features), targets["teacher_mask"]
+        )
+        losses = {"per_sample": result.per_sample}
+        if result.attention is not None:
+            losses["attention"] = result.attention
+        return without_hidden_states(outputs), losses
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {"forward": forward, **names})

@@ -1,0 +1,193 @@
+"""Refuses what cannot work before the first step, and finds out what the layers look like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import SemCKDConfig
+from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
+from ..data.samples import column_names
+from ..errors import ConfigurationError, InputError
+from ..losses import FeatureLoss
+from ..losses.registry import FEATURE_LOSSES, is_known
+from ..models.inputs import forward_parameters
+from ..models.outputs import is_encoder_decoder
+
+logger = logging.getLogger(__name__)
+
+
+def check_models(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that is the student, wholly or in part: freezing it would freeze the student.
+
+    Raises:
+        InputError: When they share an object or a parameter.
+    """
+    own = {id(parameter) for parameter in student.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    if teacher is student or shared:
+        raise InputError(
+            "Teacher and student are the same object"
+            if teacher is student
+            else "Teacher and student share parameters",
+            received=f"{type(teacher).__name__}" + (f" sharing {', '.join(shared[:3])}" if shared else ""),
+            expected="two models that share nothing",
+            todo="use copy.deepcopy(student) for self-distillation, or load the teacher separately",
+        )
+
+
+def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
+    """Refuse to distil without a teacher.
+
+    Raises:
+        InputError: When there is none.
+    """
+    if teacher is None:
+        raise InputError(
+            "There is no teacher to distil from",
+            received=f"teacher_model=None, logit_weight={config.logit_weight}, feature_weight={config.feature_weight}",
+            expected="a model, or a name or folder to load one from",
+            todo="pass teacher_model=..., or set logit_weight=0 and feature_weight=0 for plain fine-tuning",
+        )
+
+
+def check_parallelizm(config: SemCKDConfig) -> None:
+    """Refuse torch's DataParallel, whose replicas share no running statistics and lose gradients of the projections.
+
+    Raises:
+        InputError: When one process would drive several GPUs.
+    """
+    if config.n_gpu > 1:
+        raise InputError(
+            "One process would drive several GPUs (DataParallel), which distillation does not support",
+            received=f"{config.n_gpu} GPUs in one process",
+            expected="one process a GPU",
+            todo="start with `accelerate launch script.py` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU",
+        )
+
+
+def check_feature_loss(source: FeatureLoss | str | None) -> FeatureLoss | str | None:
+    """Return what was given as feature loss if it can be one; None for logits alone.
+
+    Raises:
+        ConfigurationError: For an unknown name or another type.
+    """
+    if source == "kd":
+        return None
+    if source is None or isinstance(source, FeatureLoss) or (isinstance(source, str) and is_known(source)):
+        return source
+    raise ConfigurationError(
+        "`feature_loss` is not a feature loss",
+        received=repr(source),
+        expected=f"None or 'kd' (logits only), a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}, "
+        "or several joined by '+'",
+        todo="pass one of these; hf_semckd.losses.FeatureLoss is the base class for your own",
+    )
+
+
+def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
+    """Warn when both models name their labels and the names, or their order, differ."""
+    names = [_label_names(model) for model in (student, teacher)]
+    if all(names) and names[0] != names[1]:
+        logger.warning(
+            "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched "
+            "by position; give the student the teacher's id2label if the order differs.",
+            names[0],
+            names[1],
+        )
+
+
+def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:
+    """Refuse an empty dataset, and one whose columns neither model takes.
+
+    Raises:
+        InputError: In both cases.
+    """
+    size = len(dataset) if hasattr(dataset, "__len__") else None
+    if size == 0:
+        raise InputError(
+            "The training dataset is empty",
+            received="0 samples",
+            expected="at least 1",
+            todo="check how it is made",
+        )
+    columns = column_names(dataset)
+    if not columns or not remove_unused_columns:
+        return
+    taken = {name for model in models for name in forward_parameters(model)} | set(LABEL_COLUMNS)
+    useful = [name for name in columns if name in taken or name.startswith(TEACHER_PREFIX)]
+    if not [name for name in useful if name not in LABEL_COLUMNS] and not any(
+        _takes_anything(model) for model in models
+    ):
+        raise InputError(
+            "Neither student nor teacher takes any column of the training dataset",
+            received=f"columns {', '.join(map(repr, columns))}",
+            expected=f"some of {', '.join(sorted(taken - set(LABEL_COLUMNS)))}",
+            todo="tokenize or preprocess the dataset first (dataset.map(...)), or set "
+            "remove_unused_columns=False when "
+            "the collator or a transform makes the inputs",
+        )
+
+
+def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: SemCKDConfig) -> None:
+    """Refuse a batch without labels while the task loss is on.
+
+    Raises:
+        InputError: When there are none.
+    """
+    if config.task_weight > 0 and not any(name in batch for name in (*label_names, "labels")):
+        raise InputError(
+            "There are no labels, and task_weight is positive",
+            received=f"columns {', '.join(map(repr, batch))}, task_weight={config.task_weight}",
+            expected=f"a column named {', '.join(map(repr, label_names or ('labels',)))}",
+            todo="add labels, or set task_weight=0 to learn from the teacher alone",
+        )
+
+
+def check_encoder_decoder(models: Sequence[nn.Module], config: SemCKDConfig) -> None:
+    """Refuse the teacher cache for encoder-decoders, whose outputs follow the labels and not the inputs alone.
+
+    Raises:
+        ConfigurationError: When both are asked for.
+    """
+    found = [type(model).__name__ for model in models if is_encoder_decoder(model)]
+    if found and config.teacher_cache_dir is not None:
+        raise ConfigurationError(
+            "The teacher cache does not support encoder-decoder models",
+            received=f"teacher_cache_dir with {', '.join(found)}",
+            expected="an encoder or a decoder, or no cache",
+            todo="leave teacher_cache_dir out",
+        )
+
+
+def check_published_batches(config: SemCKDConfig, samples: int | None, processes: int) -> None:
+    """Refuse, before training, a ragged last batch where the published equations demand a fixed batch size.
+
+    Raises:
+        InputError: When the last batch would be smaller than the others.
+    """
+    size = config.per_device_train_batch_size
+    if samples is None or config.dataloader_drop_last or processes > 1 or samples % size == 0:
+        return
+    raise InputError(
+        "The published association takes similarity rows, whose length is the batch size; the last batch is smaller",
+        received=f"{samples} samples in batches of {size}, dataloader_drop_last=False",
+        expected="every batch of the same size",
+        todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
+        "(calibrated) form, which takes any batch",
+    )
+
+
+def _label_names(model: nn.Module) -> list[str] | None:
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return [str(names[key]) for key in sorted(names)]
+
+
+def _takes_anything(model: nn.Module) -> bool:
+    """Whether a plain module has one input of an arbitrary name, to which any single tensor is given."""
+    return not hasattr(model, "config") and len(forward_parameters(model)) == 1

@@ -1,0 +1,87 @@
+"""`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
+
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict
+from makers import images, vit
+
+from hf_semckd import SemCKDConfig, SemCKDTrainer
+from hf_semckd.cli import main
+from hf_semckd.cli.cache import load_split, load_tokenizer
+
+
+@pytest.fixture
+def parts(tmp_path):
+    vit().save_pretrained(tmp_path / "student")
+    vit(3, 24, seed=9).save_pretrained(tmp_path / "teacher")
+    rows = [
+        {key: value if key == "labels" else value.tolist() for key, value in row.items()} for row in images(9).rows
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    names = {"teacher": "teacher", "student": "student", "dataset": "data", "teacher_cache_dir": "cache"}
+    words = [word for name, folder in names.items() for word in (f"--{name}", str(tmp_path / folder))]
+    return [*words, "--use_cpu", "True", "--per_device_eval_batch_size", "4", "--disable_tqdm", "True"]
+
+
+def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, capsys):
+    assert main(["cache", *parts]) == 0
+    out = capsys.readouterr().out
+    assert "9 samples are cached" in out and f"teacher_cache_dir={str(tmp_path / 'cache')!r}" in out
+    teacher = vit(3, 24, seed=9)
+    calls = []
+    args = SemCKDConfig(
+        str(tmp_path / "out"),
+        use_cpu=True,
+        report_to="none",
+        max_steps=3,
+        per_device_train_batch_size=3,
+        save_strategy="no",
+        teacher_cache_dir=str(tmp_path / "cache"),
+    )
+    data = load_split(str(tmp_path / "data"), "train")
+    trainer = SemCKDTrainer(vit(), args, teacher_model=teacher, train_dataset=data)
+    handle = teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    handle.remove()
+    assert not calls and trainer.state.global_step == 3
+
+
+def test_it_runs_as_a_module(parts):
+    done = subprocess.run([sys.executable, "-m", "hf_semckd.cli", "cache", *parts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "9 samples are cached" in done.stdout
+
+
+def test_without_words_it_explains_itself(capsys):
+    assert main([]) == 0 == main(["--help"])
+    assert "teacher_cache_dir" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused(capsys):
+    assert main(["cahce"]) == 2
+    assert "'cahce'" in capsys.readouterr().err
+
+
+def test_what_cannot_work_is_one_message_and_no_traceback(parts, tmp_path, capsys):
+    words = parts.copy()
+    words[words.index(str(tmp_path / "data"))] = str(tmp_path / "nowhere")
+    assert main(["cache", *words]) == 2
+    assert "save_to_disk" in capsys.readouterr().err
+    without = [word for word in parts if word not in ("--teacher_cache_dir", str(tmp_path / "cache"))]
+    assert main(["cache", *without]) == 2
+    assert "set teacher_cache_dir" in capsys.readouterr().err
+
+
+def test_splits_are_named(tmp_path):
+    DatasetDict({"train": Dataset.from_dict({"x": [1]}), "test": Dataset.from_dict({"x": [1, 2]})}).save_to_disk(
+        tmp_path
+    )
+    assert len(load_split(str(tmp_path), "test")) == 2
+    with pytest.raises(Exception, match="train, test"):
+        load_split(str(tmp_path), "dev")
+
+
+def test_a_model_without_a_tokenizer_has_none(parts, tmp_path):
+    assert load_tokenizer(str(tmp_path / "student")) is None

@@ -1,0 +1,440 @@
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_semckd.errors import InputError
+from hf_semckd.publishing.card import create_model_card, looks_like_hub_id
+
+TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT" + "1vW4xY7z"
+
+MINIMAL = {
+    "repo_name": "alice/vit",
+    "student_class": "AutoModelForImageClassification",
+    "pipeline_tag": None,
+    "base_model": None,
+    "teacher": None,
+    "dataset": None,
+    "metrics": {},
+    "configuration": {},
+    "parameters": 10,
+    "teacher_parameters": None,
+}
+
+GOLDEN = """\
+---
+base_model: WinKawaks/vit-tiny-patch16-224
+datasets:
+- AI-Lab-Makerere/beans
+language:
+- en
+library_name: transformers
+license: apache-2.0
+metrics:
+- accuracy
+pipeline_tag: image-classification
+tags:
+- knowledge-distillation
+- semckd
+- generated_from_trainer
+- vision
+model-index:
+- name: alice/vit-tiny-beans
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      name: AI-Lab-Makerere/beans
+      type: AI-Lab-Makerere/beans
+    metrics:
+    - type: accuracy
+      value: 0.96875
+---
+
+# alice/vit-tiny-beans
+
+`alice/vit-tiny-beans` is a student of 5,526,346 parameters, started from \
+[WinKawaks/vit-tiny-patch16-224](https://huggingface.co/WinKawaks/vit-tiny-patch16-224) \
+and trained by knowledge distillation (SemCKD) from \
+[google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224) \
+of 85,800,963 parameters (15.5 times as many) on \
+[AI-Lab-Makerere/beans](https://huggingface.co/datasets/AI-Lab-Makerere/beans).
+
+## How to load
+
+With plain `transformers`; the library that trained it (`hf_semckd`) is not needed:
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("alice/vit-tiny-beans")
+model = AutoModelForImageClassification.from_pretrained("alice/vit-tiny-beans")
+```
+
+## Evaluation
+
+On the evaluation part of [AI-Lab-Makerere/beans](https://huggingface.co/datasets/AI-Lab-Makerere/beans):
+
+| metric | value |
+|---|---:|
+| `loss` | 0.2513 |
+| `accuracy` | 0.9688 |
+
+## How it was distilled
+
+With `hf_semckd` and these settings:
+
+| setting | value |
+|---|---|
+| `association` | `similarity` |
+| `temperature` | `4` |
+| `student_layers` | `None` |
+| `teacher_layers` | `3, 6, 9, 12` |
+
+## Citation
+
+```bibtex
+@inproceedings{chen2021semckd,
+  title     = {Cross-Layer Distillation with Semantic Calibration},
+  author    = {Chen, Defang and Mei, Jian-Ping and Zhang, Yuan and Wang, Can and Wang, Zhe and Feng, Yan
+               and Chen, Chun},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  volume    = {35},
+  number    = {8},
+  pages     = {7028--7036},
+  year      = {2021}
+}
+
+@article{wang2023semckd,
+  title   = {{SemCKD}: Semantic Calibration for Cross-Layer Knowledge Distillation},
+  author  = {Wang, Can and Chen, Defang and Mei, Jian-Ping and Zhang, Yuan and Feng, Yan and Chen, Chun},
+  journal = {IEEE Transactions on Knowledge and Data Engineering},
+  volume  = {35},
+  number  = {6},
+  year    = {2023},
+  doi     = {10.1109/TKDE.2022.3171571}
+}
+
+@misc{hinton2015distilling,
+  title         = {Distilling the Knowledge in a Neural Network},
+  author        = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  year          = {2015},
+  eprint        = {1503.02531},
+  archivePrefix = {arXiv}
+}
+```
+"""
+
+
+def card(**changes):
+    return create_model_card(**{**MINIMAL, **changes})
+
+
+def metadata(content):
+    """The YAML block, read by the plain YAML parser."""
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", content, re.DOTALL).group(1))
+
+
+def test_golden_card():
+    content = create_model_card(
+        repo_name="alice/vit-tiny-beans",
+        student_class="AutoModelForImageClassification",
+        pipeline_tag="image-classification",
+        base_model="WinKawaks/vit-tiny-patch16-224",
+        teacher="google/vit-base-patch16-224",
+        dataset="AI-Lab-Makerere/beans",
+        metrics={"eval_loss": 0.2513, "eval_accuracy": np.float32(0.96875), "eval_runtime": 3.2, "epoch": 3.0},
+        configuration={
+            "association": "similarity",
+            "temperature": 4.0,
+            "student_layers": None,
+            "teacher_layers": [3, 6, 9, 12],
+        },
+        parameters=5_526_346,
+        teacher_parameters=85_800_963,
+        license="apache-2.0",
+        language="en",
+        processor="AutoImageProcessor",
+        tags=["vision", "semckd"],
+    )
+    assert content == GOLDEN
+
+
+def test_the_hub_client_reads_the_card_back():
+    read = ModelCard(GOLDEN)
+    assert str(read) == GOLDEN
+    assert read.data.base_model == "WinKawaks/vit-tiny-patch16-224"
+    assert read.data.library_name == "transformers"
+    assert read.data.model_name == "alice/vit-tiny-beans"
+    (result,) = read.data.eval_results
+    assert (result.task_type, result.dataset_type) == ("image-classification", "AI-Lab-Makerere/beans")
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.96875)
+
+
+def test_a_card_of_what_little_is_known():
+    content = card()
+    assert metadata(content) == {
+        "library_name": "transformers",
+        "tags": ["knowledge-distillation", "semckd", "generated_from_trainer"],
+    }
+    assert "`alice/vit` is a student of 10 parameters and trained by knowledge distillation (SemCKD).\n" in content
+    assert "No evaluation was run." in content and "The settings were not recorded." in content
+    assert "None" not in content
+    assert str(ModelCard(content)) == content
+
+
+@pytest.mark.parametrize("processor", ["AutoTokenizer", "AutoImageProcessor", None])
+def test_the_example_is_python_that_needs_transformers_only(processor):
+    code = re.search(r"```python\n(.*?)```", card(processor=processor), re.DOTALL).group(1)
+    tree = ast.parse(code)
+    (imported,) = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert imported.module == "transformers"
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    names = {alias.name for alias in imported.names}
+    assert names == {"AutoModelForImageClassification", *([processor] if processor else [])}
+    called = {node.func.value.id for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert called == names
+    assert {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} == {"alice/vit"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/mallory/models/vit",
+        "/vit",
+        "~/vit",
+        "./vit",
+        "../vit",
+        "mallory/runs/vit",
+        "runs/vit",
+        "out/checkpoint-500",
+        "mallory/checkpoint-500",
+        "C:\\Users\\mallory\\vit",
+        "C:/Users/mallory/vit",
+        "\\\\server\\mallory\\vit",
+        "mallory\\vit",
+        "file:///home/mallory/vit",
+        "s3://mallory/vit",
+        "mallory/vit.safetensors",
+        "/home/mallory/my models/vit",
+    ],
+)
+def test_no_path_gets_into_the_card(path):
+    content = card(
+        repo_name=path,
+        base_model=path,
+        teacher=path,
+        dataset=path,
+        pipeline_tag=path,
+        license=path,
+        language=[path],
+        tags=[path],
+        metrics={path: 1.0},
+        configuration={
+            "cache": path,
+            "folder": Path(path),
+            "bare": Path("mallory"),
+            "nested": {"a": [path]},
+            f"key {path}": 1,
+            "text": f"see {path} there",
+        },
+        method=path,
+    )
+    assert path not in content
+    for part in ("mallory", "runs", "home", "server", "Users"):
+        assert part not in content
+    assert "started from a local model" in content and "from a local model on a local data set" in content
+    assert set(metadata(content)) == {"library_name", "tags", "metrics"}
+    title = re.search(r"^# (.*)$", content, re.MULTILINE).group(1)
+    assert title in ("vit", "checkpoint-500", "vit.safetensors")
+
+
+def test_what_is_on_this_disk_is_local(tmp_path, monkeypatch):
+    names = {"teacher": "mallory/teacher", "base_model": "mallory/base-1", "dataset": "mallory/data"}
+    assert all(looks_like_hub_id(name) for name in names.values())
+    for name in names.values():
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    content = card(**names, configuration={"x": "mallory/teacher", "y": "in mallory/data, there"})
+    assert "mallory" not in content
+    assert "base_model" not in metadata(content) and "datasets" not in metadata(content)
+
+
+def test_the_run_s_own_folder_may_have_the_name_of_the_repository(tmp_path, monkeypatch):
+    (tmp_path / "alice" / "vit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "# alice/vit\n" in card()
+
+
+def test_no_secret_gets_into_the_card():
+    content = card(
+        repo_name=f"alice/{TOKEN}",
+        base_model=TOKEN,
+        teacher=f"alice/{TOKEN}",
+        dataset=f"data with {TOKEN}",
+        tags=[TOKEN],
+        license=TOKEN,
+        metrics={TOKEN: 1.0},
+        configuration={
+            "x": TOKEN,
+            "y": {"deep": [f"a {TOKEN}"]},
+            "hub_token": "swordfish",
+            "nested": {"password": "swordfish"},
+            "url": "https://mallory:swordfish@example.org/",
+            "pad_token": 3,
+        },
+    )
+    assert TOKEN not in content and "swordfish" not in content
+    assert "| `pad_token` | `3` |" in content
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("google/vit-base-patch16-224", True),
+        ("gpt2", True),
+        ("alice/hf_semckd_student", True),
+        ("", False),
+        (".", False),
+        ("a/b/c", False),
+        ("alice/ä", False),
+        ("alice/two words", False),
+        ("alice/x--y", False),
+        ("outputs", False),
+        ("alice/train.csv", False),
+        (TOKEN, False),
+    ],
+)
+def test_hub_ids(name, expected):
+    assert looks_like_hub_id(name) is expected
+
+
+@pytest.mark.parametrize(
+    ("base_model", "shown", "in_metadata"),
+    [
+        ("gpt2", "`gpt2`", True),
+        ("bert-base-uncased", "`bert-base-uncased`", True),
+        ("google/vit", "[google/vit](https://huggingface.co/google/vit)", True),
+        ("ViTForImageClassification", "`ViTForImageClassification`", False),
+        ("student", "`student`", False),
+    ],
+)
+def test_only_a_hub_id_becomes_a_base_model(base_model, shown, in_metadata):
+    content = card(base_model=base_model)
+    assert f"started from {shown} and" in content
+    assert metadata(content).get("base_model") == (base_model if in_metadata else None)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown", "in_metadata"),
+    [
+        ("uoft-cs/cifar100", "[uoft-cs/cifar100](https://huggingface.co/datasets/uoft-cs/cifar100)", True),
+        ("imdb", "[imdb](https://huggingface.co/datasets/imdb)", True),
+        ("CIFAR-100", "CIFAR-100", False),
+        ("CIFAR-100, 10 % of it", "CIFAR-100, 10 % of it", False),
+        ("images in /home/mallory", "a local data set", False),
+        ("train.csv", "a local data set", False),
+    ],
+)
+def test_data_sets(dataset, shown, in_metadata):
+    content = card(dataset=dataset, pipeline_tag="image-classification", metrics={"accuracy": 0.5})
+    assert f" on {shown}.\n" in content and f"On the evaluation part of {shown}:\n" in content
+    assert metadata(content).get("datasets") == ([dataset] if in_metadata else None)
+    assert ("model-index" in metadata(content)) is in_metadata
+
+
+def test_without_a_task_there_is_no_index():
+    assert "model-index" not in metadata(card(dataset="imdb", metrics={"accuracy": 0.5}))
+
+
+def test_numbers_that_are_none_stay_out_of_the_index():
+    metrics = {"eval_accuracy": float("nan"), "eval_f1": 0.123456789, "eval_samples_per_second": 3.0}
+    content = card(dataset="imdb", pipeline_tag="text-classification", metrics=metrics)
+    (entry,) = metadata(content)["model-index"]
+    assert entry["results"][0]["metrics"] == [{"type": "f1", "value": 0.123457}]
+    assert "| `accuracy` | nan |" in content and "samples" not in content
+
+
+HOSTILE = "a: [b] | `c` \\| *d* <script>e</script>\n---\n# f \x00\u202e & {g} ![h](i) ```"
+
+
+def test_text_that_would_break_yaml_or_markdown_does_not():
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    # Rows with every hostile text in a cell, and a tail that must still be two sections of its own.
+    content = card(
+        dataset=HOSTILE,
+        method=HOSTILE,
+        license=HOSTILE,
+        tags=[HOSTILE, "- x: y", "no", "1.0"],
+        metrics={HOSTILE: 0.5, "plain": 0.25},
+        configuration={HOSTILE: HOSTILE, "pipe": "a|b", "backslash": "a\\", "tick": "a`b", "empty": ""},
+    )
+    read = metadata(content)
+    assert read["tags"][-3:] == ["- x: y", "no", "1.0"] and read["license"] == HOSTILE
+    assert ModelCard(content).data.to_dict() == read
+    body = content.split("---\n", 2)[2]
+    html = markdown.render(body)
+    rows = re.findall(r"<tr>\n(.*?)</tr>", html, re.DOTALL)
+    assert [len(re.findall("<t[dh]", row)) for row in rows] == [2] * 9
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["How to load", "Evaluation", "How it was distilled", "Citation"]
+    assert html.count("<h1>") == 1 and html.count("<pre>") == 2
+    assert "<script" not in html and "<em>" not in html and "<img" not in html and "<hr" not in html
+    # The reader sees what was given, on one line and without invisible characters.
+    cells = re.findall(r"<td>(.*?)</td>", html)
+    text = "a: [b] | `c` \\| *d* &lt;script&gt;e&lt;/script&gt; --- # f &amp; {g} ![h](i) ```"
+    assert text in cells and {"a|b", "a\\", "a`b"} <= set(cells)
+    assert not re.search("[\x00\u202e]", body)
+
+
+def test_long_values_are_shortened():
+    line = next(line for line in card(configuration={"x": "y" * 1000}).splitlines() if "yyy" in line)
+    assert line == f"| `x` | `{'y' * 199}…` |"
+
+
+def test_values_of_settings():
+    content = card(configuration={"a": True, "b": 5e-5, "c": ("x.0", None), "d": {"k": 400.0}, "e": np.float32(0.1)})
+    rows = dict(re.findall(r"^\| `(\w)` \| `(.*)` \|$", content, re.MULTILINE))
+    assert rows == {"a": "True", "b": "5e-05", "c": "x.0, None", "d": "k=400", "e": "0.1"}
+
+
+def test_a_baseline_is_not_called_semckd():
+    content = card(method="FitNet", configuration={"feature_loss": "fitnet"})
+    assert "knowledge distillation (FitNet)" in content
+    assert metadata(content)["tags"] == ["knowledge-distillation", "generated_from_trainer"]
+    # The library's name stays: it is what was used.
+    assert "SemCKD" not in content and "chen2021" not in content and "hinton2015distilling" in content
+
+
+def test_the_papers_are_cited():
+    block = re.search(r"```bibtex\n(.*?)```", card(), re.DOTALL).group(1)
+    assert re.findall(r"@(\w+)\{", block) == ["inproceedings", "article", "misc"]
+    assert block.count("{") == block.count("}")
+    for fact in ("10.1109/TKDE.2022.3171571", "1503.02531", "AAAI", "7028--7036"):
+        assert fact in block
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        ({"student_class": "torch.nn.Module"}, "torch.nn.Module"),
+        ({"processor": 'x"; import os'}, "import os"),
+        ({"student_class": "/home/mallory/x"}, "local path"),
+        ({"parameters": 0}, "0"),
+        ({"teacher_parameters": -1}, "-1"),
+        ({"metrics": {"confusion": [[1, 0]]}}, "list"),
+        ({"metrics": {"ok": True}}, "bool"),
+    ],
+)
+def test_what_makes_no_card_is_refused(change, received):
+    with pytest.raises(InputError, match=f"received: .*{received}"):
+        card(**change)
+
+
+def test_arguments_are_left_as_they_were():
+    metrics, configuration, tags = {"eval_loss": 1.0}, {"layers": [1, 2]}, ["a"]
+    card(metrics=metrics, configuration=configuration, tags=tags)
+    assert (metrics, configuration, tags) == ({"eval_loss": 1.0}, {"layers": [1, 2]}, ["a"])

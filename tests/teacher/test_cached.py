@@ -1,0 +1,157 @@
+"""A teacher that was cached is not loaded again: the same losses, and loading as soon as a sample is missing."""
+
+from unittest import mock
+
+import pytest
+import torch
+from makers import LABELS, bert, config, gpt2, images, texts, vit
+from tiny import fit
+
+from hf_semckd import DistillationTrainer, SemCKDTrainer
+from hf_semckd.features.layers import FeatureSpec
+from hf_semckd.teacher.notes import TeacherNote, describe_extra_tokens, read_note, source_digest, write_note
+from hf_semckd.training import trainer as trainer_module
+
+
+def distil(folder, source, *, text=False, rows=None, **args):
+    rows = rows or (texts(8) if text else images(8))
+    settings = {"teacher_cache_dir": str(folder / "cache"), "max_steps": 3, "logging_steps": 1, **args}
+    trainer = SemCKDTrainer(
+        bert() if text else vit(), config(folder / "out", **settings), teacher_model=str(source), train_dataset=rows
+    )
+    return trainer
+
+
+def run(*args, **kwargs):
+    """Train; return the losses and how often a teacher was loaded."""
+    with mock.patch.object(trainer_module, "load_model", wraps=trainer_module.load_model) as load:
+        trainer = distil(*args, **kwargs)
+        fit(trainer)
+    loads = sum(call.args[1] == "teacher" for call in load.call_args_list)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], loads, trainer
+
+
+@pytest.fixture(params=["image", "text"])
+def text(request):
+    return request.param == "text"
+
+
+@pytest.fixture
+def source(tmp_path, text):
+    model = bert(3, 24, seed=9) if text else vit(3, 24, seed=9)
+    model.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_a_cached_teacher_is_not_loaded_and_gives_the_same_losses(tmp_path, source, text):
+    live, _, _ = run(tmp_path, source, text=text, teacher_cache_dir=None)
+    filled, first, _ = run(tmp_path, source, text=text)
+    cached, second, trainer = run(tmp_path, source, text=text)
+    assert (first, second) == (1, 0)
+    assert filled == pytest.approx(live, rel=1e-5) and cached == pytest.approx(live, rel=1e-5)
+    assert all(entry.is_meta for entry in trainer._teacher_model.parameters())
+    assert not any(entry.is_meta for entry in trainer.teacher.parameters())
+
+
+def test_a_missing_sample_loads_the_teacher(tmp_path, source, text):
+    run(tmp_path, source, text=text)
+    rows = texts(8, seed=77) if text else images(8, seed=77)
+    live, _, _ = run(tmp_path, source, text=text, rows=rows, teacher_cache_dir=None)
+    loss, loads, trainer = run(tmp_path, source, text=text, rows=rows)
+    assert loads == 1 and not any(entry.is_meta for entry in trainer.teacher.parameters())
+    assert loss == pytest.approx(live, rel=1e-5)
+
+
+def test_other_weights_or_other_questions_load_the_teacher(tmp_path, source, text):
+    run(tmp_path, source, text=text)
+    assert run(tmp_path, source, text=text, teacher_layers=[1, 3])[1] == 1
+    assert run(tmp_path, source, text=text, logit_weight=0.0)[1] == 1
+    changed = bert(3, 24, seed=10) if text else vit(3, 24, seed=10)
+    changed.save_pretrained(source)
+    assert run(tmp_path, source, text=text)[1] == 1
+
+
+def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
+    specs = [FeatureSpec("1", "tokens", 8, 17, (4, 4), 1), FeatureSpec("2", "map", 8, 4, (2, 2))]
+    note = TeacherNote("abc", [1, 2], specs, [None, None], (3,))
+    write_note(tmp_path, "digest", "asked", note)
+    write_note(tmp_path, "digest", "else", note)
+    assert read_note(tmp_path, "digest", "asked") == note == read_note(tmp_path, "digest", "else")
+    assert read_note(tmp_path, "digest", "other") is None and read_note(tmp_path, "nothing", "asked") is None
+    next(tmp_path.rglob("manifest.json")).write_text('{"asked": {"specs": 3}}')
+    assert read_note(tmp_path, "digest", "asked") is None
+
+
+def test_sequences_take_the_length_of_the_batch():
+    specs = [FeatureSpec("1", "tokens", 8, 12), FeatureSpec("2", "tokens", 8, 1)]
+    mask = torch.ones(2, 10)
+    extra = describe_extra_tokens(specs, {"attention_mask": mask})
+    assert extra == [2, None]
+    note = TeacherNote("abc", [1, 2], specs, extra, None)
+    assert [spec.length for spec in note.specs_for({"attention_mask": torch.ones(2, 7)})] == [9, 1]
+
+
+def test_a_digest_follows_the_files_and_only_they(tmp_path):
+    vit().save_pretrained(tmp_path / "one")
+    vit().save_pretrained(tmp_path / "two")
+    vit(seed=5).save_pretrained(tmp_path / "three")
+    one, two, three = (source_digest(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two != three
+    assert source_digest(vit()) is None and source_digest("nobody/nothing") is None
+    assert source_digest(tmp_path) is None
+
+
+def test_a_known_teacher_is_there_when_it_is_asked_for(tmp_path, source, text):
+    run(tmp_path, source, text=text)
+    _, loads, trainer = run(tmp_path, source, text=text)
+    assert loads == 0
+    with torch.no_grad():
+        logits = trainer.teacher(**{k: v[None] for k, v in (texts if text else images)(1)[0].items() if k != "labels"})
+    assert logits.logits.shape == (1, LABELS) and logits.logits.isfinite().all()
+
+
+def blocks(length):
+    """Return texts without padding and without a mask, all of one length."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 30, (length,), generator=generator) for _ in range(8)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_another_length_without_a_mask_is_looked_at_anew(tmp_path):
+    gpt2(3, 24, seed=9).save_pretrained(tmp_path / "teacher")
+    losses = {}
+    for cached in (False, True):
+        for length in (9, 12, 9):
+            settings = {"teacher_cache_dir": str(tmp_path / "cache") if cached else None, "max_steps": 2}
+            args = config(tmp_path / "out", logging_steps=1, **settings)
+            teacher = str(tmp_path / "teacher")
+            trainer = SemCKDTrainer(gpt2(), args, teacher_model=teacher, train_dataset=blocks(length))
+            fit(trainer)
+            losses[cached, length] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    for length in (9, 12):
+        assert losses[True, length] == pytest.approx(losses[False, length], rel=1e-5)
+
+
+def test_switching_features_on_asks_anew(tmp_path, source, text):
+    run(tmp_path, source, text=text, feature_weight=0.0)
+    trainer = distil(tmp_path, source, text=text, feature_weight=0.0)
+    trainer.args.feature_weight = 1.0
+    trainer._build()
+    assert trainer.feature_loss is not None and len(trainer.teacher_layer_names) == 3
+
+
+def test_a_method_with_layers_of_its_own_does_not_take_the_note_of_one_with_blocks(tmp_path):
+    """Both leave the teacher to the cache; the second must look at attention modules all the same."""
+    bert(3, 24, seed=9).save_pretrained(tmp_path / "teacher")
+
+    def train(name):
+        args = config(tmp_path / "out", logging_steps=1, max_steps=2, teacher_cache_dir=str(tmp_path / "cache"))
+        trainer = DistillationTrainer(
+            bert(), args, teacher_model=str(tmp_path / "teacher"), train_dataset=texts(8), feature_loss=name
+        )
+        fit(trainer)
+        return trainer
+
+    assert train("semckd").teacher_layer_names == ["1", "2", "3"]
+    assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]
+    assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]

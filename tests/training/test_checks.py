@@ -1,0 +1,417 @@
+"""What cannot work is refused before the first step; what breaks later costs neither weights nor checkpoints."""
+
+import pytest
+import torch
+from datasets import Dataset as HubDataset
+from makers import (
+    Samples,
+    assert_same_weights,
+    bert,
+    bert_mlm,
+    config,
+    distiller,
+    images,
+    losses,
+    texts,
+    vit,
+    weights,
+)
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForImageClassification, BertConfig
+
+from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
+from hf_semckd.errors import (
+    ConfigurationError,
+    InputError,
+    LayerNotFoundError,
+    NonFiniteLossError,
+    SemCKDError,
+    TeacherOutputError,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing takes longer than training."""
+    monkeypatch.setattr("hf_semckd.training.callbacks.save_association_plot", lambda *_, **__: None)
+
+
+def assert_helpful(error, facts):
+    """Check that an error says what came, what was expected, what to do, and the facts of the case."""
+    text = str(error)
+    for part in ("received:", "expected:", "what to do:", *facts):
+        assert part in text, f"{part!r} is not in:\n{text}"
+
+
+def refuse(folder, kind, *facts, **parts):
+    """Check that a training is refused before its first step."""
+    student = parts.setdefault("model", vit())
+    before = weights(student) if isinstance(student, nn.Module) else None
+    with pytest.raises(SemCKDError) as caught:
+        distiller(folder, **parts).train()
+    assert type(caught.value) is kind
+    assert_helpful(caught.value, facts)
+    if before is not None:
+        assert_same_weights(weights(student), before)
+
+
+def blocks(model):
+    """Return the transformer blocks, wherever a version keeps them."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+# ---- Models that do not fit --------------------------------------------------------------------------------------
+
+
+def test_other_numbers_of_labels(tmp_path):
+    facts = ("student (2, 3)", "teacher (2, 5)", "num_labels", "logit_weight=0")
+    refuse(tmp_path, InputError, *facts, teacher_model=vit(3, 24, labels=5))
+
+
+def test_other_vocabularies(tmp_path):
+    rows = texts(labels="input", types=False)
+    teacher = bert_mlm(layers=3, seed=9, vocab_size=50)
+    facts = ("10, 40)", "10, 50)", "vocabulary", "logit_weight=0")
+    refuse(tmp_path, InputError, *facts, model=bert_mlm(), teacher_model=teacher, train_dataset=rows)
+
+
+def test_other_numbers_of_labels_do_not_matter_to_features(tmp_path):
+    trainer = distiller(tmp_path, teacher_model=vit(3, 24, labels=5), args={"logit_weight": 0.0})
+    trainer.train()
+    assert len(losses(trainer, "feature_loss")) == 3
+
+
+class Classifier(nn.Module):
+    """Logits, and no hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classifier = nn.Conv2d(3, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, pixel_values):
+        return self.classifier(self.features(pixel_values).mean((2, 3)))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_no_hidden_states_and_no_names(tmp_path, role):
+    parts = {"teacher_model": Classifier()} if role == "teacher" else {"model": Classifier()}
+    refuse(tmp_path, InputError, f"{role} returns no hidden states", f"{role}_layers", "feature_weight=0", **parts)
+
+
+def test_without_features_no_hidden_states_are_needed(tmp_path):
+    trainer = distiller(tmp_path, teacher_model=Classifier(), args={"feature_weight": 0.0})
+    trainer.train()
+    assert len(losses(trainer, "logit_loss")) == 3
+
+
+@pytest.mark.parametrize(("index", "nearest"), [(7, 3), (-5, 0)])
+def test_a_layer_index_that_is_not_there(tmp_path, index, nearest):
+    facts = (f"teacher has no hidden state {index}", "from 0", "to 3", f"nearest is {nearest}")
+    refuse(tmp_path, LayerNotFoundError, *facts, args={"teacher_layers": [1, index]})
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_layer_name_that_is_not_there(tmp_path, role):
+    facts = (f"{role} has no module `vit.layernom`", "'vit.layernorm'", "named_modules")
+    refuse(tmp_path, LayerNotFoundError, *facts, args={f"{role}_layers": ["vit.layernom"]})
+
+
+def test_a_layer_that_never_runs(tmp_path):
+    student = Classifier()
+    student.unused = nn.Linear(2, 2)
+    facts = ("Module `unused` of the student", "student_layers")
+    refuse(tmp_path, InputError, *facts, model=student, args={"student_layers": ["unused"]})
+
+
+def test_the_student_as_its_own_teacher(tmp_path):
+    student = vit()
+    facts = ("the same object", "ViTForImageClassification", "copy.deepcopy(student)")
+    refuse(tmp_path, InputError, *facts, model=student, teacher_model=student)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_a_teacher_that_shares_parameters(tmp_path):
+    student, teacher = vit(), vit(seed=9)
+    teacher.classifier = student.classifier
+    facts = ("share parameters", "classifier.weight", "load the teacher separately")
+    refuse(tmp_path, InputError, *facts, model=student, teacher_model=teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_no_teacher(tmp_path):
+    facts = ("no teacher", "teacher_model=None", "logit_weight=1.0", "feature_weight=0 for plain")
+    refuse(tmp_path, InputError, *facts, teacher_model=None)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_folder_that_is_not_there(tmp_path, role):
+    name = str(tmp_path / "models" / "not-there")
+    key = "model" if role == "student" else "teacher_model"
+    refuse(tmp_path, InputError, f"{role} could not be loaded", "not-there", "config.json", **{key: name})
+
+
+def test_a_name_that_is_not_on_the_hub(tmp_path):
+    """Without a connection, as here, it is the same to the user."""
+    facts = ("teacher could not be loaded", "'no-such-user/no-such-model'", "check the name and the connection")
+    refuse(tmp_path, InputError, *facts, teacher_model="no-such-user/no-such-model")
+
+
+def test_a_folder_without_weights(tmp_path):
+    vit().config.save_pretrained(tmp_path)
+    refuse(tmp_path, InputError, "teacher could not be loaded", "safetensors", teacher_model=str(tmp_path))
+
+
+def test_something_that_is_no_model(tmp_path):
+    refuse(tmp_path, InputError, "teacher is not a model", "BertConfig", teacher_model=BertConfig())
+
+
+def test_a_teacher_of_another_kind(tmp_path):
+    facts = ("BertForSequenceClassification takes nothing of the batch", "'pixel_values'", "'input_ids'", "teacher_")
+    refuse(tmp_path, InputError, *facts, teacher_model=bert(3, 24, seed=9))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_image_size_that_a_model_cannot_take(tmp_path, role):
+    parts = {"model": vit(image_size=32)} if role == "student" else {"teacher_model": vit(3, 24, image_size=32)}
+    facts = (f"{role} cannot take the training data", "(2, 3, 16, 16)", "32*32", "teacher_pixel_values")
+    refuse(tmp_path, InputError, *facts, **parts)
+
+
+def test_tokens_outside_the_vocabulary(tmp_path):
+    parts = {"teacher_model": bert(3, 24, vocab_size=20), "train_dataset": texts()}
+    facts = ("teacher cannot take the training data", "vocabulary", "teacher_input_ids")
+    refuse(tmp_path, InputError, *facts, model=bert(), **parts)
+
+
+def spoil(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
+
+
+def test_nan_in_the_teachers_weights(tmp_path):
+    """The first broken layer is named, not what follows from it."""
+    teacher = vit(3, 24, seed=9)
+    spoil(blocks(teacher)[1])
+    facts = ("teacher's layer 2 is not finite", "batch index 0, 1", "teacher's weights")
+    refuse(tmp_path, TeacherOutputError, *facts, teacher_model=teacher)
+
+
+def test_nan_in_the_teachers_head(tmp_path):
+    teacher = vit(3, 24, seed=9)
+    spoil(teacher.classifier)
+    refuse(tmp_path, TeacherOutputError, "teacher's logits are not finite", "batch index 0, 1", teacher_model=teacher)
+
+
+# ---- Data that do not fit ----------------------------------------------------------------------------------------
+
+
+def test_columns_that_neither_takes(tmp_path):
+    data = HubDataset.from_dict({"sentence": ["a", "b"], "idx": [0, 1], "labels": [0, 1]})
+    facts = ("'sentence', 'idx'", "pixel_values", "remove_unused_columns=False")
+    refuse(tmp_path, InputError, *facts, train_dataset=data)
+
+
+def test_samples_without_column_names_that_neither_takes(tmp_path):
+    data = Samples([{"sentence": torch.zeros(3), "labels": 0}] * 8)
+    refuse(tmp_path, InputError, "sentence", "pixel_values", train_dataset=data)
+
+
+@pytest.mark.parametrize("data", [Samples([]), HubDataset.from_dict({"pixel_values": [], "labels": []})])
+def test_an_empty_dataset(tmp_path, data):
+    refuse(tmp_path, InputError, "dataset is empty", "0 samples", train_dataset=data)
+
+
+def test_labels_that_are_missing(tmp_path):
+    facts = ("no labels", "'pixel_values'", "task_weight=1.0", "'labels'", "set task_weight=0")
+    refuse(tmp_path, InputError, *facts, train_dataset=images(labels=None))
+
+
+def test_without_a_task_loss_no_labels_are_needed(tmp_path):
+    trainer = distiller(tmp_path, train_dataset=images(labels=None), args={"task_weight": 0.0})
+    before = weights(trainer.student)
+    trainer.train()
+    assert not torch.equal(trainer.student.classifier.weight, before["classifier.weight"])
+    assert losses(trainer, "logit_loss") and not losses(trainer, "task_loss")
+
+
+def test_without_a_task_loss_labels_of_other_classes_do_no_harm(tmp_path):
+    """The student would raise if it saw them."""
+    data = Samples([{**row, "labels": 7} for row in images()])
+    trainer = distiller(tmp_path, train_dataset=data, args={"task_weight": 0.0})
+    trainer.train()
+    assert len(losses(trainer, "logit_loss")) == 3
+
+
+def published(folder, samples, **changes):
+    args = SemCKDConfig.published(
+        output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=5, max_steps=2, **changes
+    )
+    return SemCKDTrainer(vit(), args, teacher_model=vit(3, 24, seed=9), train_dataset=images(samples))
+
+
+def test_a_ragged_last_batch_in_the_published_form(tmp_path):
+    with pytest.raises(InputError) as caught:
+        published(tmp_path, 12)
+    facts = ("12 samples in batches of 5", "dataloader_drop_last=True", "calibrated")
+    assert_helpful(caught.value, facts)
+
+
+@pytest.mark.parametrize(("samples", "changes"), [(12, {"dataloader_drop_last": True}), (10, {})])
+def test_whole_batches_in_the_published_form(tmp_path, samples, changes):
+    trainer = published(tmp_path, samples, **changes)
+    trainer.train()
+    assert trainer.association().shape == (2, 3)
+
+
+# ---- Arguments that cannot work ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("task_weight", -1.0),
+        ("logit_weight", float("nan")),
+        ("feature_weight", float("inf")),
+        ("feature_weight", "much"),
+        ("temperature", 0.0),
+        ("temperature", -4.0),
+        ("association_temperature", 0.0),
+        ("association", "similar"),
+        ("student_layers", []),
+        ("teacher_layers", [1, "vit.layernorm"]),
+    ],
+)
+def test_values_out_of_range(tmp_path, name, value):
+    with pytest.raises(ConfigurationError) as caught:
+        config(tmp_path, **{name: value})
+    assert_helpful(caught.value, (f"`{name}`", repr(value)))
+
+
+@pytest.mark.parametrize("nonsense", ["semkcd", 3, nn.MSELoss()])
+def test_a_feature_loss_that_is_none(tmp_path, nonsense):
+    with pytest.raises(ConfigurationError) as caught:
+        DistillationTrainer(vit(), config(tmp_path), teacher_model=vit(3), feature_loss=nonsense)
+    assert_helpful(caught.value, ("`feature_loss`", repr(nonsense), "'semckd'", "hf_semckd.losses.FeatureLoss"))
+
+
+# ---- What breaks during training ---------------------------------------------------------------------------------
+
+
+class Ordered(SemCKDTrainer):
+    """Takes the samples in their order."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def ordered(folder, rows=None, callbacks=None, **changes):
+    """Return a trainer that writes a checkpoint after every step of four samples."""
+    args = config(folder, save_strategy="steps", save_steps=1, max_steps=5, **changes)
+    return Ordered(
+        vit(), args, teacher_model=vit(3, 24, seed=9), train_dataset=rows or images(20), callbacks=callbacks
+    )
+
+
+def stop(trainer, kind, *facts):
+    """Train, and check that it stops with a helpful error after two steps, whose weights are in the checkpoint."""
+    with pytest.raises(SemCKDError) as caught:
+        trainer.train()
+    assert type(caught.value) is kind
+    assert_helpful(caught.value, facts)
+    folder = f"{trainer.args.output_dir}/checkpoint-2"
+    loaded, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(bool(value.isfinite().all()) for value in weights(loaded).values())
+    assert_same_weights(weights(loaded), weights(trainer.student))
+    assert trainer.state.global_step == 2 and len(losses(trainer)) == 2
+
+
+def at_call(number, spoil_output):
+    """Return a forward hook that spoils a module's output, from its `number`-th call on (in training, say)."""
+    calls = []
+
+    def hook(_module, _inputs, output):
+        calls.append(1)
+        return spoil_output(output) if len(calls) >= number else output
+
+    return hook
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_student_that_overflows(tmp_path, value):
+    trainer = ordered(tmp_path)
+    trainer.student.classifier.register_forward_hook(at_call(3, lambda output: output * value))
+    stop(trainer, NonFiniteLossError, "in step 3", "task_loss = nan", "logit_loss = nan", "resume_from_checkpoint")
+
+
+def test_a_feature_term_alone(tmp_path):
+    def spoil_output(output):
+        output.per_sample = output.per_sample * torch.nan
+        return output
+
+    trainer = ordered(tmp_path)
+    trainer.feature_loss.register_forward_hook(at_call(3, spoil_output))
+    stop(trainer, NonFiniteLossError, "in step 3", "received: feature_loss = nan\n")
+
+
+def test_the_second_micro_batch_of_a_step(tmp_path):
+    """The first one's gradient is there already, and must not reach a weight."""
+    trainer = ordered(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer.student.classifier.register_forward_hook(at_call(6, lambda output: output * torch.nan))
+    stop(trainer, NonFiniteLossError, "in step 3")
+
+
+def test_finite_terms_whose_sum_overflows(tmp_path):
+    student = vit()
+    before = weights(student)
+    trainer = distiller(tmp_path, model=student, args={"task_weight": 3e38, "feature_weight": 3e38})
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.train()
+    assert_helpful(caught.value, ("in step 1", "a sum of finite terms that overflows"))
+    assert_same_weights(weights(student), before)
+
+
+def nan_rows(index):
+    def spoil_output(output):
+        spoiled = output.clone()
+        spoiled[index] = torch.nan
+        return spoiled
+
+    return spoil_output
+
+
+def test_a_teacher_whose_layer_breaks(tmp_path):
+    trainer = ordered(tmp_path)
+    inside = [module for module in blocks(trainer.teacher)[1].modules() if isinstance(module, nn.Linear)]
+    # One call for the first step's statistics, and one a step.
+    inside[-1].register_forward_hook(at_call(4, nan_rows([1, 2])))
+    stop(trainer, TeacherOutputError, "teacher's layer 2 is not finite", "batch index 1, 2")
+
+
+def test_a_teacher_whose_logits_break(tmp_path):
+    trainer = ordered(tmp_path, feature_weight=0.0)
+    trainer.teacher.classifier.register_forward_hook(at_call(3, nan_rows([3])))
+    stop(trainer, TeacherOutputError, "teacher's logits are not finite", "batch index 3\n")
+
+
+def test_a_sample_with_nan(tmp_path):
+    """Both models break by it; the teacher tells which sample it was."""
+    rows = images(20)
+    rows.rows[9]["pixel_values"][0, 0, 0] = torch.nan
+    trainer = ordered(tmp_path, rows)
+    stop(trainer, TeacherOutputError, "batch index 1\n", "these samples")
+
+
+def test_training_goes_on_from_the_checkpoint_when_the_sample_is_mended(tmp_path):
+    rows, mended = images(20), images(20)
+    rows.rows[9]["pixel_values"][0, 0, 0] = torch.nan
+    stop(ordered(tmp_path, rows), TeacherOutputError)
+    resumed = ordered(tmp_path, mended)
+    resumed.train(resume_from_checkpoint=True)
+    whole = ordered(tmp_path / "whole", mended)
+    whole.train()
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(weights(resumed.student), weights(whole.student))

@@ -1,0 +1,321 @@
+"""A training that was interrupted and resumed is the training that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from makers import bert, config, images, resnet, texts, vit, weights
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from hf_semckd import SemCKDTrainer
+from hf_semckd.errors import CheckpointError
+from hf_semckd.publishing.hub import FEATURE_LOSS_FILE
+
+HALF, WHOLE = 3, 6
+TESTS = Path(__file__).parents[1]
+DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+# Student, teacher, data: 20 samples are five steps, so that a training resumes in the middle of an epoch.
+FAMILIES = {
+    "vit": (partial(vit, **DROPOUT), partial(vit, 3, 24, seed=9), partial(images, 20)),
+    "bert": (partial(bert, **DROPOUT), partial(bert, 3, 24, seed=9), partial(texts, 20)),
+    "resnet": (resnet, partial(resnet, (8, 16), seed=9), partial(images, 20)),
+}
+ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+class Stop(TrainerCallback):
+    """Ends the training after a step: regularly, or as a power cut does."""
+
+    def __init__(self, step: int, dead: bool = False):
+        self.step, self.dead = step, dead
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.dead:
+                os._exit(9)
+            control.should_training_stop = True
+
+
+def trainer_of(
+    family: str, folder: Path, callbacks: Any = (), student: Any = None, optimizers: Any = (None, None), **args: Any
+) -> SemCKDTrainer:
+    """Return a trainer of fresh objects that takes `WHOLE` steps."""
+    make_student, teacher, data = FAMILIES[family]
+    settings = {"max_steps": WHOLE, "save_strategy": "steps", "save_steps": HALF, **args}
+    return SemCKDTrainer(
+        model=make_student() if student is None else student,
+        teacher_model=teacher(),
+        args=config(folder, **settings),
+        train_dataset=data(),
+        callbacks=list(callbacks),
+        optimizers=optimizers,
+    )
+
+
+def fit(trainer: SemCKDTrainer, checkpoint: Any = None) -> SemCKDTrainer:
+    """Train without drawing the association."""
+    with mock.patch("hf_semckd.training.callbacks.save_association_plot"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries and lists by their path."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    )
+    if entries is None:
+        return {name: value}
+    return {path: leaf for key, entry in entries for path, leaf in flat(entry, f"{name}/{key}").items()}
+
+
+def checkpoint(folder: Path, step: int = WHOLE) -> dict[str, Any]:
+    """Return all that a checkpoint holds: tensors, states, random states, and the log."""
+    place = folder / f"checkpoint-{step}"
+    held = {path.name: load_file(path) for path in sorted(place.glob("*.safetensors"))}
+    for name in ("optimizer.pt", "scheduler.pt"):
+        held[name] = torch.load(place / name, weights_only=True)
+    held["random"] = torch.load(place / "rng_state.pth", weights_only=False)["cpu"]
+    state = json.loads((place / "trainer_state.json").read_text())
+    held["log"] = [row for row in state["log_history"] if "loss" in row]
+    held["step"] = state["global_step"]
+    return flat(held)
+
+
+def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Compare leaves, bit for bit."""
+    assert first.keys() == second.keys()
+    different = [
+        name
+        for name, value in first.items()
+        if not (torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name])
+    ]
+    assert not different
+
+
+# ---- Invariant 4: resume is exact ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [{}, ACCUMULATED], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("association", ["similarity", "learned"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_resuming_equals_not_stopping(family, association, cut, tmp_path):
+    settings = {**cut, "association": association}
+    fit(trainer_of(family, tmp_path / "once", save_steps=WHOLE, **settings))
+    fit(trainer_of(family, tmp_path / "twice", [Stop(HALF)], **settings))
+    assert not (tmp_path / "twice" / f"checkpoint-{WHOLE}").exists()
+    fit(trainer_of(family, tmp_path / "twice", **settings), str(tmp_path / "twice" / f"checkpoint-{HALF}"))
+    once = checkpoint(tmp_path / "once")
+    assert_equal(once, checkpoint(tmp_path / "twice"))
+    # All that has to be equal is there, the statistics among it.
+    assert once[f"/{FEATURE_LOSS_FILE}/statistics.0.count"] > 0
+    assert sum("feature_loss" in name for name in once) == WHOLE
+    assert any(name.startswith("/optimizer.pt/state") for name in once)
+
+
+def killed(folder: str) -> None:
+    """Train until one step after the checkpoint, and die; runs in a process of its own."""
+    torch.set_num_threads(1)
+    fit(trainer_of("vit", Path(folder), [Stop(HALF + 1, dead=True)]))
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(tmp_path):
+    paths = os.pathsep.join([str(TESTS / "training"), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    code = f"import test_resume; test_resume.killed({str(tmp_path / 'twice')!r})"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=300, check=False)
+    assert done.returncode == 9
+    assert sorted(path.name for path in (tmp_path / "twice").glob("checkpoint-*")) == [f"checkpoint-{HALF}"]
+    resumed = fit(trainer_of("vit", tmp_path / "twice"), True)
+    assert resumed.state.global_step == WHOLE
+    fit(trainer_of("vit", tmp_path / "once", save_steps=WHOLE))
+    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
+
+
+def test_the_first_log_after_resuming_averages_only_the_steps_since(tmp_path):
+    """Logs at steps 2, 4, 6, and a resume at 3: the log at 4 is that of step 4 alone."""
+    each = fit(trainer_of("vit", tmp_path / "each", [Stop(HALF)])).state.log_history
+    resumed = fit(trainer_of("vit", tmp_path / "each", logging_steps=2), True)
+    single = fit(trainer_of("vit", tmp_path / "once", save_strategy="no")).state.log_history
+    assert [row["step"] for row in each if "loss" in row] == [1, 2, 3]
+    (found,) = [row for row in resumed.state.log_history if row["step"] == HALF + 1]
+    (expected,) = [row for row in single if row["step"] == HALF + 1]
+    for name in ("loss", "task_loss", "logit_loss", "feature_loss", "association/entropy"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def momentum(folder: Path, callbacks: Any = ()) -> SemCKDTrainer:
+    """Return a trainer with an optimizer of the user's, whose rate falls."""
+    student = FAMILIES["vit"][0]()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    return trainer_of("vit", folder, callbacks, student=student, optimizers=(optimizer, scheduler))
+
+
+def test_an_optimizer_of_the_user_is_resumed_with_its_momentum(tmp_path):
+    fit(momentum(tmp_path / "once"))
+    fit(momentum(tmp_path / "twice", [Stop(HALF)]))
+    resumed = fit(momentum(tmp_path / "twice"), True)
+    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
+    assert len(resumed.optimizer.param_groups) == 1
+
+
+# ---- Checkpoints that cannot be gone on from -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def halfway(tmp_path):
+    """Return the checkpoint of an interrupted training."""
+    fit(trainer_of("vit", tmp_path, [Stop(HALF)]))
+    return tmp_path / f"checkpoint-{HALF}"
+
+
+def resume_with(student: nn.Module, place: Path) -> None:
+    """Resume another student, of which nothing may be left changed."""
+    before = weights(student)
+    try:
+        fit(trainer_of("vit", place.parent, student=student), str(place))
+    finally:
+        assert before.keys() == student.state_dict().keys()
+        assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_checkpoint_without_calibration_is_refused(halfway):
+    (halfway / FEATURE_LOSS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=FEATURE_LOSS_FILE):
+        fit(trainer_of("vit", halfway.parent), str(halfway))
+
+
+def test_a_calibration_of_another_kind_is_refused(halfway):
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        fit(trainer_of("vit", halfway.parent, association="learned"), str(halfway))
+
+
+@pytest.mark.parametrize(
+    "student", [partial(vit, width=32), partial(vit, layers=3), partial(vit, layers=1), partial(vit, patch_size=8)]
+)
+def test_a_student_of_another_shape_is_refused(halfway, student):
+    with pytest.raises(CheckpointError, match="does not fit the student"):
+        resume_with(student(), halfway)
+
+
+def test_a_student_of_another_family_is_refused(halfway):
+    with pytest.raises(CheckpointError):
+        resume_with(resnet(), halfway)
+
+
+# ---- The best checkpoint -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_best_model_is_loaded_whole(family, tmp_path):
+    """The first evaluation is the best one here; a lenient reload would leave most of a ViT at the last step."""
+    scores = iter([3.0, 2.0, 1.0, 0.0])
+    student, teacher, data = FAMILIES[family]
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    trainer = SemCKDTrainer(
+        model=student(),
+        teacher_model=teacher(),
+        args=config(tmp_path, **settings, **best),
+        train_dataset=data(),
+        eval_dataset=data(),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
+    fit(trainer)
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    first, last = [
+        AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}").state_dict()
+        for step in (1, 3)
+    ]
+    now = trainer.student.state_dict()
+    assert now.keys() == first.keys()
+    assert not [name for name, value in now.items() if not torch.equal(value, first[name])]
+    same = [name for name, value in last.items() if value.is_floating_point() and torch.equal(value, first[name])]
+    assert not same
+
+
+def test_a_moved_checkpoint_can_be_resumed(halfway, tmp_path_factory):
+    """Nothing in it depends on where it was written."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(halfway, folder / halfway.name)
+    fit(trainer_of("vit", folder), True)
+    fit(trainer_of("vit", folder / "once", save_steps=WHOLE))
+    assert_equal(checkpoint(folder / "once"), checkpoint(folder))
+
+
+# ---- Adapters ------------------------------------------------------------------------------------------------------
+
+
+def adapted(bias: str = "none") -> Any:
+    """Return a BERT with LoRA adapters and a head that is trained whole."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        lora_dropout=0.1,
+        bias=bias,
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    student = bert()
+    torch.manual_seed(1)
+    return peft.get_peft_model(student, lora)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_adapter_trains_and_is_saved_alone(bias, tmp_path):
+    student = adapted(bias)
+    before = weights(student)
+    trainer = fit(trainer_of("bert", tmp_path, student=student, save_strategy="no", learning_rate=0.1))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert before.keys() == student.state_dict().keys()
+    assert any("lora_B" in name for name in moved)
+    assert moved <= {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    trainer.save_model(str(tmp_path / "saved"))
+    written = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert written.keys() == expected_adapter(student, tmp_path / "plain").keys()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def expected_adapter(student: Any, folder: Path) -> dict[str, Tensor]:
+    """Return what peft writes of the student without any trainer."""
+    student.save_pretrained(str(folder))
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_saved_adapter_is_the_student_again(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = fit(trainer_of("bert", tmp_path, student=adapted(), save_strategy="no", learning_rate=0.1))
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "saved")).eval()
+    rows = texts(4)
+    batch = {key: torch.stack([rows[index][key] for index in range(4)]) for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, trainer.student.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_resuming_an_adapter_equals_not_stopping(bias, tmp_path):
+    fit(trainer_of("bert", tmp_path / "once", student=adapted(bias), save_steps=WHOLE))
+    fit(trainer_of("bert", tmp_path / "twice", [Stop(HALF)], student=adapted(bias)))
+    fit(trainer_of("bert", tmp_path / "twice", student=adapted(bias)), True)
+    once = checkpoint(tmp_path / "once")
+    assert_equal(once, checkpoint(tmp_path / "twice"))
+    assert {name.split("/")[1] for name in once if "safetensors" in name} == {
+        "adapter_model.safetensors",
+        FEATURE_LOSS_FILE,
+    }
+    assert not [name for name in once if "adapter_model" in name and "calibration" in name.split("/", 2)[2]]
