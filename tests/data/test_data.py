@@ -5,23 +5,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from paired import STUDENT, TEACHER, collator, dataset
+from paired import STUDENT, collator, dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.data.collators import TeacherStudentCollator
 from hf_semckd.data.random_state import preserved_random_state
 from hf_semckd.data.views import RepeatableViews
 from hf_semckd.errors import InputError
+
 
 def trainer(tmp_path, data_collator) -> SemCKDTrainer:
     torch.manual_seed(0)

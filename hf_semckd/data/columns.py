@@ -1,0 +1,21 @@
+"""Which columns of a batch are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Columns with this prefix are the teacher's own inputs, under the name that follows it.
+TEACHER_PREFIX = "teacher_"
+
+
+def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
+    own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
+    return own or batch
+
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+# The entry of a batch in which a collator leaves what the cache holds of its samples.
+CACHED = "cached_teacher"
