@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -15,40 +14,24 @@ from torch import Tensor, nn
 from ..data.columns import TEACHER_PREFIX, teacher_entries
 from ..errors import InputError, TeacherOutputError
 from ..features.capture import FeatureCapture, remove_capturing_traces
+from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
 from ..models.inputs import InputSelector
 from ..models.outputs import logits_of, token_attention, tokens_mask
 from .cache.cache import TeacherCache, lookup_of
 from .cache.keys import teacher_fingerprint, token_count, weights_digest
-from .cache.rows import plain_names, to_batch
+from .cache.rows import to_batch, to_outputs
 from .cache.shard import ALIGNMENT
 from .notes import TeacherNote
+from .outputs import TeacherOutputs
 
 logger = logging.getLogger(__name__)
 
-# Takes features, their mask and what gives the phases of their samples.
-FeatureSelector = Callable[[Any, Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | Mapping[str, Tensor]]
+# Takes features, their mask and a function that returns the phases of their samples.
+FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
 
 # What a cache keeps of a sample besides its tensors, in bytes: key, place, checksum, kind.
 ROW_OVERHEAD = 52
-
-# What features are called in a cache where all of them are kept.
-WHOLE_FEATURE = "feature_"
-
-
-@dataclass
-class TeacherOutputs:
-    """What the teacher gave for one batch.
-
-    Attributes:
-        logits: (B, ...), or None when they were not asked for.
-        features: T features, or what the feature loss selected of them; empty when they were not asked for.
-        mask: (B, N) mask of the teacher's tokens, or None.
-    """
-
-    logits: Tensor | None = None
-    features: Sequence[Tensor] | Mapping[str, Tensor] = field(default_factory=list)
-    mask: Tensor | None = None
 
 
 class Teacher:
@@ -193,11 +176,9 @@ class Teacher:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outputs = compute()
-        features: Any = outputs.features.values() if isinstance(outputs.features, Mapping) else outputs.features
-        for tensor in (outputs.logits, outputs.mask, *features):
-            if tensor is not None:
-                # Its memory must not be given away before the student's stream is done with it.
-                tensor.record_stream(current)
+        for tensor in outputs.tensors():
+            # Its memory must not be given away before the student's stream is done with it.
+            tensor.record_stream(current)
         return outputs
 
     def wait(self) -> None:
@@ -241,18 +222,15 @@ class Teacher:
             batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
-            select: Takes what is needed out of the features, given their mask and the samples' `phases`; None keeps
-                all.
+            select: Returns what is kept of the features, given their mask and the samples' `phases`; None keeps all.
         """
         if self.cache is not None:
             return self._cached(self.cache, batch, logits=logits, features=features, select=select)
         self.materialize()
         own = any(key.startswith(TEACHER_PREFIX) for key in batch)
         labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
-        outputs = self._live(self.inputs(batch), labels, logits=logits, features=features)
-        if select is not None:
-            outputs.features = select(outputs.features, outputs.mask, lambda: self.phases(batch))
-        return outputs
+        chosen = _kept_by(select, lambda: self.phases(batch))
+        return self._live(self.inputs(batch), labels, logits=logits, features=features, select=chosen)
 
     def stored_bytes(self, batch: Mapping[str, Any], run: Callable[[Mapping[str, Any]], TeacherOutputs]) -> float:
         """Return how many bytes the cache would take for a sample of a batch, on average.
@@ -269,19 +247,28 @@ class Teacher:
         finally:
             self.cache = cache
         self.wait()
-        rows = cache.rows(_stored_names(outputs), self.inputs(batch))
+        rows = cache.rows(outputs, self.inputs(batch))
         return (
             sum(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for row in rows for value in row.values()) / len(rows)
             + ROW_OVERHEAD
         )
 
-    def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
+    def _live(
+        self,
+        inputs: Mapping[str, Any],
+        labels: Any,
+        *,
+        logits: bool,
+        features: bool,
+        select: Callable[[Sequence[Tensor], Tensor | None], TeacherTargets],
+    ) -> TeacherOutputs:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
+        mask = tokens_mask(token_attention(inputs, labels, self.model), taken)
         return TeacherOutputs(
             logits=logits_of(outputs, "teacher").detach() if logits else None,
-            features=taken,
-            mask=tokens_mask(token_attention(inputs, labels, self.model), taken),
+            features=select(taken, mask) if features else TeacherTargets(),
+            mask=mask,
         )
 
     def _cached(
@@ -308,20 +295,14 @@ class Teacher:
                 self.materialize()
                 inputs = self.inputs(batch)
             part = {name: value[missing] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            outputs = self._live(part, None, logits=logits, features=features)
-            if select is not None:
-                outputs.features = select(outputs.features, outputs.mask, lambda: self.phases(batch)[missing])
-            rows = cache.rows(_stored_names(outputs), part)
+            chosen = _kept_by(select, lambda: self.phases(batch)[missing])
+            rows = cache.rows(self._live(part, None, logits=logits, features=features, select=chosen), part)
             cache.store.write([lookup.keys[index] for index in missing], rows)
             # As stored, in the stored precision: a sample is the same when it is met again.
             stored = to_batch(_merged(stored, lookup.present, rows, device), width)
-        named = plain_names(stored)
-        mask = inputs.get("attention_mask")
-        logit_values = named.pop("logits", None)
-        kept: Any = named
-        if named and all(name.startswith(WHOLE_FEATURE) for name in named):
-            kept = [named[f"{WHOLE_FEATURE}{layer}"] for layer in range(len(named))]
-        return TeacherOutputs(logit_values, kept or [], tokens_mask(mask, kept if isinstance(kept, list) else []))
+        outputs = to_outputs(stored, len(self.capture.layers or ()))
+        outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
+        return outputs
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.
@@ -361,10 +342,10 @@ class Teacher:
         Raises:
             TeacherOutputError: When there are any outside the padding.
         """
-        for name, values in self._named(outputs):
+        for name, values, mask in self._named(outputs):
             bad = ~torch.isfinite(values)
-            if outputs.mask is not None and values.dim() == 3 and values.shape[1] == outputs.mask.shape[1]:
-                bad &= outputs.mask.bool().unsqueeze(-1)
+            if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
+                bad &= mask.bool().unsqueeze(-1)
             samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
             if samples:
                 raise TeacherOutputError(
@@ -377,24 +358,21 @@ class Teacher:
                     "which the teacher runs too, and load it in float32 or bfloat16 when it is in float16",
                 )
 
-    def _named(self, outputs: TeacherOutputs) -> list[tuple[str, Tensor]]:
-        """Return the outputs with what messages call them: the first broken layer is the cause, logits follow."""
-        layers, features = self.capture.names(), outputs.features
-        if isinstance(features, Mapping):
-            numbered = [(name.partition(".")[2], value) for name, value in features.items()]
-            kept = [(int(layer), value) for layer, value in numbered if layer and value.is_floating_point()]
-            named = [(f"layer {layers[layer]}", value) for layer, value in sorted(kept, key=itemgetter(0))]
-        else:
-            named = [(f"layer {name}", value) for name, value in zip(layers, features, strict=False)]
-        return named + ([("logits", outputs.logits)] if outputs.logits is not None else [])
+    def _named(self, outputs: TeacherOutputs) -> list[tuple[str, Tensor, Tensor | None]]:
+        """Return the outputs with their names in messages and masks: the first broken layer is the cause."""
+        layers = self.capture.names()
+        values = sorted(outputs.features.values(), key=itemgetter(0))
+        named = [(f"layer {layers[t]}", value, mask) for t, value, mask in values]
+        return named if outputs.logits is None else [*named, ("logits", outputs.logits, outputs.mask)]
 
 
-def _stored_names(outputs: TeacherOutputs) -> dict[str, Tensor]:
-    """Return all tensors of the outputs that a cache keeps, by name."""
-    features = outputs.features
-    if not isinstance(features, Mapping):
-        features = {f"{WHOLE_FEATURE}{layer}": feature for layer, feature in enumerate(features)}
-    return dict(features) if outputs.logits is None else {**features, "logits": outputs.logits}
+def _kept_by(
+    select: FeatureSelector | None, phases: Callable[[], Tensor]
+) -> Callable[[Sequence[Tensor], Tensor | None], TeacherTargets]:
+    """Return a selector that knows the phases of its samples; without one, all is kept."""
+    if select is None:
+        return TeacherTargets.of_whole
+    return lambda features, mask: select(features, mask, phases)
 
 
 def _merged(
@@ -413,6 +391,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def runs_by_itself(model: nn.Module) -> bool:
     """Whether a model is on one device, whole: not dispatched over several, offloaded, or sharded."""
     wrapped = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
-    # DTensor (FSDP2, tensor parallelizm) and ZeRO-3 mark the parameters that they shard.
+    # DTensor (FSDP2, tensor parallelism) and ZeRO-3 mark the parameters that they shard.
     sharded = any(hasattr(entry, "placements") or hasattr(entry, "ds_id") for entry in model.parameters())
     return getattr(model, "hf_device_map", None) is None and not wrapped and not sharded

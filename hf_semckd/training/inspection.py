@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.capture import FeatureCapture
 from ..features.layers import FeatureSpec, describe
+from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
 from ..losses.logits import logit_shape_message
 from ..losses.simkd import find_head
 from ..models.inputs import select_inputs
 from ..models.outputs import is_encoder_decoder, logits_of
-from ..teacher.teacher import Teacher, TeacherOutputs
+from ..teacher.outputs import TeacherOutputs
+from ..teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,8 @@ def _check_teacher_values(
 ) -> None:
     logits = logits_of(outputs, "teacher") if needs_logits else None
     mask = teacher.inputs(batch).get("attention_mask")
-    teacher.check_finite(
-        TeacherOutputs(logits, features, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-    )
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    teacher.check_finite(TeacherOutputs(logits, TeacherTargets.of_whole(features, mask), mask))
 
 
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:

@@ -122,8 +122,8 @@ class ObservingTrainer(Trainer):
     def _record(self, terms: Mapping[str, tuple[float, Tensor]], features: Any) -> None:
         for name, (_, value) in terms.items():
             self._meter.add_term(name, value / self._counts.processes)
-        if features is not None and "attention" in features:
-            self._meter.add_association(features["attention"])
+        if features is not None and "association" in features:
+            self._meter.add_association(features["association"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what `Trainer` logs, with the terms of the window and the association's entropy beside the loss."""

@@ -16,7 +16,7 @@ from ..errors import NonFiniteLossError, SemCKDError
 from ..losses.logits import cross_entropy, logit_loss_sum
 from ..models.outputs import logits_of, token_attention
 from ..models.tasks import batch_size
-from ..teacher.teacher import TeacherOutputs
+from ..teacher.outputs import TeacherOutputs
 from .attachment import DistillationTargets
 from .counts import count_step, safe_labels, scaled
 
@@ -131,7 +131,7 @@ class ObjectiveTrainer(Trainer):
             for batch in batches:
                 outputs = self._run_teacher(self._prepare_input(batch))
                 self._teacher.wait()
-                loss.update_statistics(outputs.features, outputs.mask)
+                loss.update_statistics(outputs.features)
             loss.collecting = False
         loss.synchronize(self._sum_over_processes)
 
@@ -175,7 +175,7 @@ class ObjectiveTrainer(Trainer):
         keyword = {}
         if self._distils_features:
             mask = token_attention(student_inputs, labels, self.student)
-            keyword = DistillationTargets(targets.features, mask, targets.mask, self._teacher.wait).as_keyword()
+            keyword = DistillationTargets(targets.features, mask, self._teacher.wait).as_keyword()
         outputs = model(**student_inputs, **keyword)
         self._teacher.wait()
         outputs, features = self._split(outputs) if keyword else (outputs, None)
