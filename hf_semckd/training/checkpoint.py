@@ -18,10 +18,11 @@ from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.environment import environment
-from ..publishing.hub import FEATURE_LOSS_FILE
 from .attachment import without_feature_loss
 
 logger = logging.getLogger(__name__)
+
+FEATURE_LOSS_FILE = "feature_loss.safetensors"
 
 SETTINGS_FILE = "distillation_config.json"
 

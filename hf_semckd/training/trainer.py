@@ -24,7 +24,6 @@ from ..losses.registry import find_layers, make_feature_loss, names_layers, reus
 from ..models.inputs import InputSelector, forward_parameters
 from ..models.loading import empty_model, load_model
 from ..models.tasks import Task, task_of
-from ..publishing.hub import PublishingTrainer
 from ..teacher.teacher import Teacher
 from .attachment import StudentAttachment, forget_preparation
 from .caching import CacheCallback, CachingTrainer
@@ -47,6 +46,7 @@ from .monitor import ObservingTrainer
 from .objective import ObjectiveTrainer
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
 from .options import loss_options
+from .publishing_hooks import PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
