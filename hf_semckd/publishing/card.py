@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,22 @@ def _metadata(facts: StudentFacts, repo: str, results: Mapping[str, float]) -> M
         base_model=facts.base_model if facts.base_model and is_model_id(facts.base_model) else None,
         datasets=[dataset] if dataset else None,
         eval_results=evaluations or None,
-        language=list(filter(is_plain_text, facts.language)) or None,
+        language=[*filter(is_plain_text, _listed(facts.language))] or None,
         library_name="transformers",
         license=license,
         metrics=metrics or None,
         model_name=repo if evaluations else None,
         pipeline_tag=task,
-        tags=[*own, *filter(is_plain_text, facts.tags)],
+        tags=[*own, *filter(is_plain_text, _listed(facts.tags))],
     )
 
 
 def _is_semckd(method: str) -> bool:
     return "semckd" in method.lower().split(" + ")
+
+
+def _listed(value: str | Sequence[str] | None) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value or ()
 
 
 def _plain(text: str | None) -> str | None:

@@ -39,35 +39,8 @@ _BOOKKEEPING = frozenset(
 
 
 @dataclass(frozen=True)
-class CardOptions:
-    """What only the user can tell about a student: the arguments of `Trainer.create_model_card`, None where unknown.
-
-    Attributes:
-        language: ISO 639 code or codes.
-        license: The Hub's name of the license.
-        tags: Further tags.
-        model_name: Title of the card, in place of the repository's id.
-        finetuned_from: What the student was initialized from, in place of what its configuration remembers.
-        tasks: Not used; the student's class tells its task.
-        dataset_tags: Hub id of the data set; the first one counts.
-        dataset: Used without `dataset_tags`; also a description in words.
-        dataset_args: Not used.
-    """
-
-    language: str | Sequence[str] | None = None
-    license: str | None = None
-    tags: str | Sequence[str] | None = None
-    model_name: str | None = None
-    finetuned_from: str | None = None
-    tasks: str | Sequence[str] | None = None
-    dataset_tags: str | Sequence[str] | None = None
-    dataset: str | Sequence[str] | None = None
-    dataset_args: str | Sequence[str] | None = None
-
-
-@dataclass(frozen=True)
 class StudentFacts:
-    """A student, its teacher and its training, before redaction.
+    """A student, its teacher and its training, before redaction; None or empty where unknown.
 
     Attributes:
         repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
@@ -75,14 +48,16 @@ class StudentFacts:
         parameters: Number of the student's parameters, >= 1.
         pipeline_tag: The Hub's name of the task.
         processor: The auto class of the processor saved beside the student.
-        base_model: Hub id or class name of the model that the student was initialized from; None: from scratch.
+        base_model: Hub id or class name of the model that the student was initialized from.
         teacher: Hub id or class name.
         teacher_parameters: Number of the teacher's parameters, >= 1.
         dataset: Hub id, or a description in words.
         method: Name of the feature loss, or of several joined by " + ".
         settings: Distillation settings in the order in which they are shown.
         metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
-        license, language, tags: As in `CardOptions`.
+        license: The Hub's name of the license.
+        language: ISO 639 code or codes.
+        tags: Further tag or tags.
 
     Raises:
         InputError: When a class is not a Python name, a number of parameters is below 1, or a metric not a number.
@@ -101,8 +76,8 @@ class StudentFacts:
     settings: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     license: str | None = None
-    language: Sequence[str] = ()
-    tags: Sequence[str] = ()
+    language: str | Sequence[str] | None = None
+    tags: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("student_class", "processor"):
@@ -124,22 +99,11 @@ class StudentFacts:
         return {name: value for name, value in named.items() if name not in _BOOKKEEPING}
 
 
-def student_facts(
-    repo_name: str,
-    options: CardOptions,
-    *,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    processing_class: Any,
-    method: str,
-    settings: Mapping[str, object],
-    metrics: Mapping[str, float],
-) -> StudentFacts:
-    """Return the facts of a student, as far as its models and the user know them.
+def model_facts(repo_name: str, student: nn.Module, teacher: nn.Module | None, processing_class: Any) -> StudentFacts:
+    """Return the facts that the models tell.
 
     Args:
-        repo_name: See `StudentFacts`, like `method`, `settings` and `metrics`.
-        options: What the user told.
+        repo_name: As in `StudentFacts`.
         student: The plain student.
         teacher: The teacher, loaded or on the meta device; None without distillation.
         processing_class: The processor saved beside the student, or None.
@@ -151,16 +115,9 @@ def student_facts(
         parameters=count_parameters(student),
         pipeline_tag=pipeline_tag,
         processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
-        base_model=options.finetuned_from or hub_source(student),
+        base_model=hub_source(student),
         teacher=None if teacher is None else hub_source(teacher) or type(teacher).__name__,
         teacher_parameters=None if teacher is None else count_parameters(teacher),
-        dataset=next(iter(_listed(options.dataset_tags) or _listed(options.dataset)), None),
-        method=method,
-        settings=settings,
-        metrics=metrics,
-        license=options.license,
-        language=_listed(options.language),
-        tags=_listed(options.tags),
     )
 
 
@@ -191,10 +148,6 @@ def hub_source(model: nn.Module) -> str | None:
     """Return the Hub id that a model was loaded from; None for a folder or a new model."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if name and is_hub_id(name) else None
-
-
-def _listed(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _invalid(name: str, received: object, expected: str) -> InputError:

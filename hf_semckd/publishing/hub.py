@@ -19,7 +19,8 @@ from transformers.trainer_utils import HubStrategy
 
 from ..errors import HubPushError, SemCKDError
 from ..files import write_atomic
-from .facts import CardOptions
+from .card import create_model_card
+from .facts import StudentFacts
 
 logger = logging.getLogger(__name__)
 
@@ -31,38 +32,26 @@ STAGING_PREFIX = "hf_semckd_push_"
 
 
 class Publisher:
-    """Uploads the plain student, and never loses training results to a failing upload.
+    """Uploads the plain student; a failing upload loses nothing.
 
-    Everything is uploaded from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the
-    output folder stay there.
+    Uploads come from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the output
+    folder stay private.
 
     Args:
-        args: The training arguments; read are `output_dir` and those about the Hub.
-        save_student: Saves the plain student and its processor to a folder; runs on every process.
-        card_text: Returns the model card for a title and the user's options.
+        args: The training arguments; only `output_dir` and those about the Hub are read.
         is_main: Whether this process uploads.
-        training_state: Glob patterns of a checkpoint's files that are needed to resume and are not published.
+        training_state: Glob patterns of a checkpoint's files that only resuming needs; they are not published.
 
     Attributes:
         repo_id: The repository, once it is created or found.
     """
 
-    def __init__(
-        self,
-        args: TrainingArguments,
-        save_student: Callable[[str], None],
-        card_text: Callable[[str, CardOptions], str],
-        *,
-        is_main: bool,
-        training_state: Sequence[str] = (),
-    ):
+    def __init__(self, args: TrainingArguments, *, is_main: bool, training_state: Sequence[str] = ()):
         self.args = args
         self.repo_id: str | None = None
-        self._save_student = save_student
-        self._card_text = card_text
         self._is_main = is_main
         self._training_state = training_state
-        # One client for all background uploads runs them one after another, in order.
+        # One client runs all background uploads in order, one at a time.
         self._api = HfApi()
         self._jobs: list[Future[Any]] = []
 
@@ -70,6 +59,10 @@ class Publisher:
     def name(self) -> str:
         """The repository's id, or the name that it is created under."""
         return self.repo_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    @property
+    def _card(self) -> Path:
+        return Path(self.args.output_dir) / CARD
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it.
@@ -98,9 +91,10 @@ class Publisher:
 
     def push(
         self,
-        commit_message: str = "End of training",
-        options: CardOptions | None = None,
+        save_student: Callable[[str], None],
+        write_card: Callable[[], None],
         *,
+        commit_message: str = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -109,8 +103,9 @@ class Publisher:
         """Save the student to the output folder and upload it with its processor and a model card.
 
         Args:
+            save_student: Saves the plain student and its processor to a folder; called on every process.
+            write_card: Writes the model card to the output folder; called once `repo_id` is known.
             commit_message: Title of the commit.
-            options: What the user tells for the card.
             blocking: Whether to wait for the upload.
             token: With write permission; None: `args.hub_token`.
             revision: Branch to commit to; None: `args.hub_revision`.
@@ -122,28 +117,29 @@ class Publisher:
         Raises:
             HubPushError: When the upload fails; the student is saved in the output folder by then.
         """
-        self._save_student(self.args.output_dir)
+        save_student(self.args.output_dir)
         if self.repo_id is None:
             self.create_repository(token, private)
         with ExitStack() as staged:
             folder = _staging_folder(staged)
-            self._save_student(str(folder))
+            save_student(str(folder))
             if not self._is_main:
                 return None
-            shutil.copy(self.write_card(options), folder / CARD)
+            self._add_card(write_card, folder)
             self.wait()
             upload = partial(self._upload, staged.pop_all(), folder, commit_message, token, revision)
             return upload() if blocking else self._api.run_as_future(upload)
 
-    def push_checkpoint(self, checkpoint: Path, moment: str) -> None:
+    def push_checkpoint(self, checkpoint: Path, moment: str, write_card: Callable[[], None]) -> None:
         """Upload a checkpoint's student in the background, as `args.hub_strategy` says.
 
-        A failure is logged and training goes on. A checkpoint that comes while another one is being uploaded is
-        skipped, unless `args.hub_always_push`.
+        A failure is logged and training goes on. While another upload is running, the checkpoint is skipped unless
+        `args.hub_always_push` is set.
 
         Args:
-            checkpoint: Its folder.
+            checkpoint: The checkpoint's folder.
             moment: "step 500" or "epoch 3", for the commit's title.
+            write_card: As in `push`.
         """
         if not self._is_main or self.args.hub_strategy == HubStrategy.END:
             return
@@ -154,17 +150,16 @@ class Publisher:
             folder = _staging_folder(staged)
             try:
                 self._stage_checkpoint(checkpoint, folder)
+                self._add_card(write_card, folder)
             except (OSError, SemCKDError) as error:
                 logger.error("A checkpoint could not be prepared for the Hub, and training goes on. %s", error)
                 return
             message = f"Training in progress, {moment}"
             self._jobs.append(self._api.run_as_future(self._upload_or_log, staged.pop_all(), folder, message))
 
-    def write_card(self, options: CardOptions | None = None) -> Path:
-        """Write the student's model card to the output folder and return its path."""
-        options = options or CardOptions()
-        text = self._card_text(options.model_name or self.name, options)
-        return write_atomic(Path(self.args.output_dir) / CARD, text.encode())
+    def write_card(self, facts: StudentFacts) -> None:
+        """Write the student's model card to the output folder."""
+        write_atomic(self._card, create_model_card(facts).encode())
 
     def wait(self) -> None:
         """Wait until no checkpoint is being uploaded."""
@@ -178,7 +173,10 @@ class Publisher:
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
             _hide_local_path(folder / name / TRAINER_STATE)
-        shutil.copy(self.write_card(), folder / CARD)
+
+    def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
+        write_card()
+        shutil.copy(self._card, folder / CARD)
 
     def _upload(
         self, staged: ExitStack, folder: Path, message: str, token: str | None = None, revision: str | None = None

@@ -75,12 +75,7 @@ def plot_association(
     if layers <= LARGEST_ANNOTATED:
         _annotate(axes, mesh, weights, fontsize=min(9.0, 16 * cell))
     _add_color_bar(axes, mesh, matplotlib.ticker.MaxNLocator, len(columns), width, height)
-    # matplotlib's layouts fit the content into a given size and clip long names; here the figure fits the content.
-    box = figure.get_tightbbox(canvas.get_renderer())
-    full_width, full_height = box.width + 2 * MARGIN_INCHES, box.height + 2 * MARGIN_INCHES
-    left, bottom = (MARGIN_INCHES - box.x0) / full_width, (MARGIN_INCHES - box.y0) / full_height
-    figure.set_size_inches(full_width, full_height)
-    axes.set_position((left, bottom, width / full_width, height / full_height))
+    _fit_figure(figure, axes, figure.get_tightbbox(canvas.get_renderer()), width, height)
     return figure, axes
 
 
@@ -263,3 +258,14 @@ def _add_color_bar(axes: Any, mesh: Any, locator: Any, teachers: int, width: flo
     bar_axes.tick_params(length=2, colors=INK)
     line_color = _legible_on(mesh.to_rgba(np.array([uniform]))[0, :3])
     bar_axes.plot([0, 1], [uniform, uniform], color=line_color, lw=1.6, solid_capstyle="butt", label="uniform level")
+
+
+def _fit_figure(figure: Any, axes: Any, box: Any, width: float, height: float) -> None:
+    """Give the figure the size of its content's box plus a margin; the map keeps its width and height in inches.
+
+    matplotlib's own layouts fit the content into a given size, which clips long names.
+    """
+    full_width, full_height = box.width + 2 * MARGIN_INCHES, box.height + 2 * MARGIN_INCHES
+    left, bottom = (MARGIN_INCHES - box.x0) / full_width, (MARGIN_INCHES - box.y0) / full_height
+    figure.set_size_inches(full_width, full_height)
+    axes.set_position((left, bottom, width / full_width, height / full_height))

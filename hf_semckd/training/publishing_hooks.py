@@ -1,16 +1,16 @@
-"""Trainer's hooks about the Hub, and what `Publisher` needs of a trainer."""
+"""Trainer's hooks that publish."""
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from ..publishing.card import create_model_card
-from ..publishing.facts import CardOptions, last_evaluation, student_facts
+from ..publishing.facts import last_evaluation, model_facts
 from ..publishing.hub import TRAINER_STATE, Publisher
 from .checkpoint import FEATURE_LOSS_FILE
 
@@ -33,13 +33,7 @@ class PublishingTrainer(Trainer):
 
     @cached_property
     def _publisher(self) -> Publisher:
-        return Publisher(
-            self.args,
-            save_student=lambda folder: self.save_model(folder, _internal_call=True),
-            card_text=self._card_text,
-            is_main=self.is_world_process_zero(),
-            training_state=TRAINING_STATE,
-        )
+        return Publisher(self.args, is_main=self.is_world_process_zero(), training_state=TRAINING_STATE)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it; see `Publisher.create_repository`."""
@@ -55,11 +49,16 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        """Upload the student with its processor and a model card; see `Publisher.push`. `card`: see `CardOptions`."""
+        """Upload the student, its processor and its card; see `Publisher.push`. `card` goes to `create_model_card`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        where: dict[str, Any] = {"token": token, "revision": revision, "private": private}
         result = self._publisher.push(
-            commit_message or "End of training", CardOptions(**card), blocking=blocking, **where
+            partial(self.save_model, _internal_call=True),
+            partial(self.create_model_card, **card),
+            commit_message=commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
         )
         self.hub_model_id = self._publisher.repo_id
         return result
@@ -77,27 +76,28 @@ class PublishingTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
-        if self.is_world_process_zero():
-            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
-            self._publisher.write_card(CardOptions(*given))
+        if not self.is_world_process_zero():
+            return
+        name = model_name or self._publisher.name
+        known = model_facts(name, self.student, self._teacher_model, self.processing_class)
+        data = dataset_tags or dataset
+        facts = replace(
+            known,
+            base_model=finetuned_from or known.base_model,
+            dataset=data[0] if isinstance(data, list) else data,
+            method="KD" if self.feature_loss is None else self.feature_loss.title,
+            settings=self.distillation_settings(),
+            metrics=last_evaluation(self.state.log_history),
+            license=license,
+            language=language,
+            tags=tags,
+        )
+        self._publisher.write_card(facts)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
-        self._publisher.push_checkpoint(Path(checkpoint_folder), moment)
+        self._publisher.push_checkpoint(Path(checkpoint_folder), moment, self.create_model_card)
 
     def _finish_current_push(self) -> None:
         self._publisher.wait()
-
-    def _card_text(self, title: str, options: CardOptions) -> str:
-        facts = student_facts(
-            title,
-            options,
-            student=self.student,
-            teacher=self._teacher_model,
-            processing_class=self.processing_class,
-            method="KD" if self.feature_loss is None else self.feature_loss.title,
-            settings=self.distillation_settings(),
-            metrics=last_evaluation(self.state.log_history),
-        )
-        return create_model_card(facts)
