@@ -18,15 +18,29 @@ from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.environment import environment
-from ..publishing.hub import FEATURE_LOSS_FILE
 
 logger = logging.getLogger(__name__)
+
+FEATURE_LOSS_FILE = "feature_loss.safetensors"
 
 SETTINGS_FILE = "distillation_config.json"
 
 PICKLED_ARGUMENTS = "training_args.bin"
 
 OPTIMIZER_FILE = "optimizer.pt"
+
+# A checkpoint's files that only resuming needs; they are not published.
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    PICKLED_ARGUMENTS,
+    FEATURE_LOSS_FILE,
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
 
 RECORDED_ARGUMENTS = (
     "learning_rate",

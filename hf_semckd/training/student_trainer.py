@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from ..config import SemCKDConfig
 from ..losses import FeatureLoss
-from ..publishing.hub import PublishingTrainer
+from ..publishing.facts import last_evaluation, model_facts
+from ..publishing.hub import Publisher
 from .attachment import without_feature_loss
-from .checkpoint import finish_folder, reload_student, resume_feature_loss, save_feature_loss
+from .checkpoint import TRAINING_STATE, finish_folder, reload_student, resume_feature_loss, save_feature_loss
 from .distillation import Distillation
 from .pair import Pair
 
 
-class StudentTrainer(PublishingTrainer):
+class StudentTrainer(Trainer):
     """`transformers.Trainer` that saves, reloads and publishes the student without what it is trained with.
 
     Attributes:
@@ -44,10 +48,6 @@ class StudentTrainer(PublishingTrainer):
     def distillation_settings(self) -> dict[str, Any]:
         """Return the settings of the distillation, with what is used where they were left open, ready for JSON."""
         return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
-
-    @property
-    def _teacher_model(self) -> nn.Module | None:
-        return None if self.pair is None else self.pair.teacher.model
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""
@@ -117,3 +117,77 @@ class StudentTrainer(PublishingTrainer):
     def _reloads_here(self) -> bool:
         """Whether checkpoints hold whole tensors; FSDP and DeepSpeed carry the feature loss in their own state."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- The Hub -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _publisher(self) -> Publisher:
+        return Publisher(self.args, is_main=self.is_world_process_zero(), training_state=TRAINING_STATE)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it; see `Publisher.create_repository`."""
+        self._publisher.create_repository(token, private)
+        self.hub_model_id = self._publisher.repo_id
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Upload the student, its processor and its card; see `Publisher.push`. `card` goes to `create_model_card`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        result = self._publisher.push(
+            partial(self.save_model, _internal_call=True),
+            partial(self.create_model_card, **card),
+            commit_message=commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+        )
+        self.hub_model_id = self._publisher.repo_id
+        return result
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or self._publisher.name
+        teacher = None if self.pair is None else self.pair.teacher.model
+        known = model_facts(name, self.student, teacher, self.processing_class)
+        data = dataset_tags or dataset
+        facts = replace(
+            known,
+            base_model=finetuned_from or known.base_model,
+            dataset=data[0] if isinstance(data, list) else data,
+            method="KD" if self.feature_loss is None else self.feature_loss.title,
+            settings=self.distillation_settings(),
+            metrics=last_evaluation(self.state.log_history),
+            license=license,
+            language=language,
+            tags=tags,
+        )
+        self._publisher.write_card(facts)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
+        self._publisher.push_checkpoint(Path(checkpoint_folder), moment, self.create_model_card)
+
+    def _finish_current_push(self) -> None:
+        self._publisher.wait()

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.errors import CheckpointError
-from hf_semckd.publishing.hub import FEATURE_LOSS_FILE
+from hf_semckd.training.checkpoint import FEATURE_LOSS_FILE
 
 HALF, WHOLE = 3, 6
 TESTS = Path(__file__).parents[1]
