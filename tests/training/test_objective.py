@@ -5,14 +5,12 @@ import dataclasses
 import functools
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 from makers import (
     assert_same_weights,
     bert,
@@ -80,9 +78,8 @@ def test_an_evaluation_first_changes_nothing(tmp_path: Path, bf16: bool) -> None
 
 
 WORKER = """
-import sys, json, torch
+import json, torch
 import torch.distributed as dist
-sys.path[:0] = [{tests!r}]
 from makers import distiller, images
 trainer = distiller({folder!r}, {{"max_steps": 3, "per_device_train_batch_size": 2}}, eval_dataset=images(4))
 trainer.evaluate(); trainer.train(); trainer.evaluate(); trainer.train()
@@ -100,15 +97,8 @@ dist.destroy_process_group()
 
 def test_processes_do_not_drift_apart_when_evaluation_comes_between(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "out")))
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
+    script.write_text(WORKER.format(folder=str(tmp_path / "out")))
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     world, difference, norm = json.loads(line.removeprefix("RESULT "))
