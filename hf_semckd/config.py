@@ -193,6 +193,13 @@ class SemCKDConfig(TrainingArguments):
         return cls(output_dir=output_dir, **{**settings, **arguments})
 
     @classmethod
+    def of(cls, args: TrainingArguments | None) -> SemCKDConfig:
+        """Return the arguments as a configuration; where there are none, the one that `Trainer` would start from."""
+        if args is None:
+            return cls(output_dir="tmp_trainer")
+        return args if isinstance(args, SemCKDConfig) else cls.from_training_arguments(args)
+
+    @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> SemCKDConfig:
         """Return a configuration with the values of plain training arguments and the distillation's defaults.
 

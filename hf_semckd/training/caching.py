@@ -11,12 +11,14 @@ from typing import Any
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..config import SemCKDConfig
 from ..data.samples import collate, is_map_style, spread_samples
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import ALIGNMENT
 from ..teacher.cache.store import check_space
 from ..teacher.cached import CachedTeacher, _stored_names
 from ..teacher.runner import TeacherRunner
+from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,22 @@ class TrainingData:
 
     dataset: Any
     collator: Callable[[Any], Any]
+
+
+def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
+    """Return the teacher with its cache.
+
+    Raises:
+        ConfigurationError: When it has none.
+    """
+    if pair is not None and pair.cached_teacher is not None:
+        return pair.cached_teacher
+    raise ConfigurationError(
+        "There is no teacher cache to fill",
+        received=f"teacher_cache_dir={config.teacher_cache_dir!r}",
+        expected="a folder, and a distillation term that is on",
+        todo="set teacher_cache_dir",
+    )
 
 
 def check_cache(

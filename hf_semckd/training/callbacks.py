@@ -82,15 +82,23 @@ class CacheCallback(TrainerCallback):
     """Writes to disk what an epoch added to the teacher cache, where other processes and runs see it.
 
     Args:
-        teacher: The teacher, cached or not.
+        teacher: The teacher whose cache it is.
     """
 
-    def __init__(self, teacher: Teacher | CachedTeacher):
+    def __init__(self, teacher: CachedTeacher):
         self.teacher = teacher
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what is waiting."""
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.flush()
+        self.teacher.flush()
+
+
+def install_callbacks(handler: CallbackHandler, monitor: Monitor, teacher: Teacher | CachedTeacher) -> None:
+    """Put the callbacks of a distillation in front of the reporting integrations, in place of an earlier one's."""
+    others = [entry for entry in handler.callbacks if not isinstance(entry, (MonitorCallback, CacheCallback))]
+    own: list[TrainerCallback] = [MonitorCallback(monitor, handler)]
+    if isinstance(teacher, CachedTeacher):
+        own.append(CacheCallback(teacher))
+    handler.callbacks = [*own, *others]

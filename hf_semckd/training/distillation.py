@@ -80,8 +80,8 @@ class Distillation:
         self.loss = loss
         self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distils_logits, autocast=services.autocast)
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
-        names = ([], []) if loss is None else (pair.capture.names(), pair.teacher.layer_names)
-        self.monitor = Monitor(plan, loss, services, *names, custom_loss=user.loss is not None)
+        layers = pair.student_layer_names, pair.teacher_layer_names
+        self.monitor = Monitor(plan, loss, services, *layers, custom_loss=user.loss is not None)
         self.objective = Objective(
             plan,
             pair.student,
@@ -106,7 +106,6 @@ class Distillation:
     def build(
         cls,
         pair: Pair,
-        source: FeatureLoss | str | None,
         batch: Mapping[str, Any],
         data: TrainingData | None,
         args: SemCKDConfig,
@@ -118,7 +117,6 @@ class Distillation:
 
         Args:
             pair: Student and teacher.
-            source: The feature loss, or its name; None for logits alone.
             batch: A small training batch, on the device.
             data: The training samples, where they can be read ahead of training.
             args: The configuration.
@@ -131,11 +129,11 @@ class Distillation:
             ConfigurationError: When a method cannot be used for these layers.
         """
         try:
-            found = inspect_pair(pair, batch, logits=args.distils_logits, features=source is not None)
-            loss = None if source is None else _make_loss(source, pair, found, batch, data, args, services)
+            found = inspect_pair(pair, batch, logits=args.distils_logits, features=pair.source is not None)
+            loss = None if pair.source is None else _make_loss(pair.source, pair, found, batch, data, args, services)
             distillation = cls(pair, _make_plan(pair, found, loss, batch, args, user), loss, args, services, user)
-            if isinstance(pair.teacher, CachedTeacher):
-                distillation._open_cache(pair.teacher, found, batch, data, services, prepare)
+            if pair.cached_teacher is not None:
+                distillation._open_cache(pair.cached_teacher, found, batch, data, services, prepare)
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)
@@ -189,8 +187,8 @@ class Distillation:
             self.loss.automatic_synchronization = True
         self.guard.reset()
         self.pair.teacher.remove_traces()
-        if isinstance(self.pair.teacher, CachedTeacher):
-            self.pair.teacher.flush()
+        if self.pair.cached_teacher is not None:
+            self.pair.cached_teacher.flush()
         if self.attachment is not None and self.attachment.removable:
             self.attachment.detach()
             remove_capturing_traces(self.pair.student)

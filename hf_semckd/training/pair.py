@@ -32,12 +32,29 @@ class Pair:
         teacher: The teacher.
         capture: Takes the student's features out of its forward.
         router: Tells what of a batch the student takes.
+        source: The feature loss as it was given, or its name; None where features are not distilled.
     """
 
     student: nn.Module
     teacher: Teacher | CachedTeacher
     capture: FeatureCapture
     router: InputRouter
+    source: FeatureLoss | str | None
+
+    @property
+    def cached_teacher(self) -> CachedTeacher | None:
+        """The teacher, where a cache answers for it."""
+        return self.teacher if isinstance(self.teacher, CachedTeacher) else None
+
+    @property
+    def student_layer_names(self) -> list[str]:
+        """Names of the student's captured layers; none where features are not distilled."""
+        return [] if self.source is None else self.capture.names()
+
+    @property
+    def teacher_layer_names(self) -> list[str]:
+        """Names of the teacher's captured layers; none where features are not distilled."""
+        return [] if self.source is None else self.teacher.layer_names
 
     @classmethod
     def of(
@@ -49,7 +66,8 @@ class Pair:
             LayerNotFoundError: When a chosen layer does not exist.
         """
         layers = chosen_layers(args.student_layers, source, student, "student")
-        return cls(student, teacher, FeatureCapture(student, layers, "student"), InputRouter(student, teacher.model))
+        capture, router = FeatureCapture(student, layers, "student"), InputRouter(student, teacher.model)
+        return cls(student, teacher, capture, router, source)
 
     @classmethod
     def open(

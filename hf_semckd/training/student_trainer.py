@@ -9,11 +9,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import SemCKDConfig
+from ..data.samples import column_names
 from ..losses import FeatureLoss
 from ..publishing.facts import last_evaluation, model_facts
 from ..publishing.hub import Publisher
@@ -34,6 +36,7 @@ class StudentTrainer(Trainer):
     args: SemCKDConfig
     pair: Pair | None
     distillation: Distillation | None
+    _signature_columns: list[str] | None
 
     @property
     def student(self) -> Any:
@@ -41,13 +44,64 @@ class StudentTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
+    def teacher(self) -> Any:
+        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
+        if self.pair is None:
+            return None
+        cached = self.pair.cached_teacher
+        return self.pair.teacher.model if cached is None else cached.load().model
+
+    @property
+    def student_layer_names(self) -> list[str]:
+        """Names of the student layers that are captured: hidden-state indices or module names.
+
+        Between CNNs SemCKD leaves the last one to the logits (`feature_loss.compared` tells how many learn).
+        """
+        return [] if self.pair is None else self.pair.student_layer_names
+
+    @property
+    def teacher_layer_names(self) -> list[str]:
+        """Names of the teacher layers that are learned from."""
+        return [] if self.pair is None else self.pair.teacher_layer_names
+
+    @property
     def feature_loss(self) -> FeatureLoss | None:
         """The feature loss that is trained with the student, or None."""
         return None if self.distillation is None else self.distillation.loss
 
+    def association(self) -> np.ndarray | None:
+        """Return the mean association weights of the last logging window.
+
+        Returns:
+            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
+            from, or would if it were not left to the logits; None when nothing was logged yet or there is no
+            association.
+        """
+        found = None if self.distillation is None else self.distillation.monitor.last_association
+        return None if found is None else found.copy()
+
     def distillation_settings(self) -> dict[str, Any]:
         """Return the settings of the distillation, with what is used where they were left open, ready for JSON."""
         return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first and self.pair is not None and self._signature_columns is not None:
+            columns = column_names(self.train_dataset)
+            extra = self.pair.router.extra_columns(self._signature_columns, columns)
+            self._signature_columns = [*self._signature_columns, *extra]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.pair is None or self.model.training else self.pair.router.student_inputs(inputs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count the student's operations alone: neither the teacher nor the feature loss stays."""
+        if self.distillation is None or not self.distillation.attached:
+            return super().floating_point_ops(inputs)
+        return self.distillation.student_operations(inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""

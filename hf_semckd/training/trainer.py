@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,15 +13,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SemCKDConfig
 from ..data.random_state import preserved_random_state
-from ..data.samples import collate, column_names, first_samples, is_map_style
+from ..data.samples import collate, first_samples, is_map_style
 from ..data.views import all_versions
-from ..errors import ConfigurationError
 from ..losses import FeatureLoss
 from ..models.loading import load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
-from .caching import TrainingData, check_filled, fill_cache
-from .callbacks import CacheCallback, MonitorCallback
+from .attachment import forget_wrappers
+from .caching import TrainingData, check_filled, fill_cache, require_cache
+from .callbacks import install_callbacks
 from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
 from .distillation import Distillation, UserFunctions
 from .pair import ModelSource, Pair
@@ -57,7 +56,6 @@ class DistillationTrainer(StudentTrainer):
     default_feature_loss: ClassVar[str | None] = None
     data_collator: Any
     label_names: list[str]
-    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class DistillationTrainer(StudentTrainer):
         self._source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
-            args=_as_config(args),
+            args=SemCKDConfig.of(args),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -101,40 +99,6 @@ class DistillationTrainer(StudentTrainer):
         if self._distils:
             self._open_pair(teacher_model)
 
-    # ---- What a user may ask -----------------------------------------------------------------------------------
-
-    @property
-    def teacher(self) -> Any:
-        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
-        if self.pair is None:
-            return None
-        teacher = self.pair.teacher
-        return teacher.load().model if isinstance(teacher, CachedTeacher) else teacher.model
-
-    @property
-    def student_layer_names(self) -> list[str]:
-        """Names of the student layers that are captured: hidden-state indices or module names.
-
-        Between CNNs SemCKD leaves the last one to the logits (`feature_loss.compared` tells how many learn).
-        """
-        return self.pair.capture.names() if self.pair is not None and self._feature_source is not None else []
-
-    @property
-    def teacher_layer_names(self) -> list[str]:
-        """Names of the teacher layers that are learned from."""
-        return self.pair.teacher.layer_names if self.pair is not None and self._feature_source is not None else []
-
-    def association(self) -> np.ndarray | None:
-        """Return the mean association weights of the last logging window.
-
-        Returns:
-            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
-            from, or would if it were not left to the logits; None when nothing was logged yet or there is no
-            association.
-        """
-        found = None if self.distillation is None else self.distillation.monitor.last_association
-        return None if found is None else found.copy()
-
     def fill_teacher_cache(self) -> int:
         """Run the teacher on every training sample that the cache lacks, ahead of training.
 
@@ -147,14 +111,7 @@ class DistillationTrainer(StudentTrainer):
             ConfigurationError: Without `teacher_cache_dir`.
             InputError: When the cache would not fit, or samples change whenever they are read.
         """
-        teacher = None if self.pair is None else self.pair.teacher
-        if not isinstance(teacher, CachedTeacher):
-            raise ConfigurationError(
-                "There is no teacher cache to fill",
-                received=f"teacher_cache_dir={self.args.teacher_cache_dir!r}",
-                expected="a folder, and a distillation term that is on",
-                todo="set teacher_cache_dir",
-            )
+        teacher = require_cache(self.pair, self.args)
         run_teacher = self._built().run_teacher
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with preserved_random_state(self.args.seed), self._looking_up(teacher):
@@ -196,7 +153,7 @@ class DistillationTrainer(StudentTrainer):
 
     def _build(self) -> Distillation:
         assert self.pair is not None
-        if self.pair.student is not self.student:
+        if self.distillation is not None or self.pair.student is not self.student:
             self.pair = Pair.of(self.student, self.pair.teacher, self.args, self._feature_source)
         with preserved_random_state(self.args.seed):
             data = self._training_data()
@@ -205,14 +162,9 @@ class DistillationTrainer(StudentTrainer):
             self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
             user = UserFunctions(tuple(self.label_names), self.compute_loss_func, self.label_smoother)
             services = Services.of(self.accelerator, self.args.device)
-            built = Distillation.build(
-                self.pair, self._feature_source, batch, data, self.args, services, user, self._prepare_input
-            )
+            built = Distillation.build(self.pair, batch, data, self.args, services, user, self._prepare_input)
         self.distillation = built
-        handler = self.callback_handler
-        others = [entry for entry in handler.callbacks if not isinstance(entry, (MonitorCallback, CacheCallback))]
-        # In front of the reporting integrations.
-        handler.callbacks = [MonitorCallback(built.monitor, handler), CacheCallback(self.pair.teacher), *others]
+        install_callbacks(self.callback_handler, built.monitor, self.pair.teacher)
         return built
 
     def _training_data(self) -> TrainingData | None:
@@ -234,8 +186,8 @@ class DistillationTrainer(StudentTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
-        teacher = None if self.pair is None else self.pair.teacher
-        if not isinstance(teacher, CachedTeacher) or not teacher.is_open or not is_map_style(self.train_dataset):
+        teacher = None if self.pair is None else self.pair.cached_teacher
+        if teacher is None or not teacher.is_open or not is_map_style(self.train_dataset):
             return super().get_train_dataloader()
         with self._looking_up(teacher):
             return super().get_train_dataloader()
@@ -257,19 +209,6 @@ class DistillationTrainer(StudentTrainer):
         if self.distillation is not None and batches:
             batches = self.distillation.objective.begin_step(batches, self._prepare_input)
         return batches, items
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
-        first = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if first and self.pair is not None and self._signature_columns is not None:
-            columns = column_names(self.train_dataset)
-            extra = self.pair.router.extra_columns(self._signature_columns, columns)
-            self._signature_columns = [*self._signature_columns, *extra]
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        return inputs if self.pair is None or self.model.training else self.pair.router.student_inputs(inputs)
 
     # ---- Trainer's hooks: training -----------------------------------------------------------------------------
 
@@ -337,11 +276,12 @@ class DistillationTrainer(StudentTrainer):
         if trial is None:
             return
         self._detach_student()
-        self.distillation = None
-        if self._distils:
-            self.args.validate_distillation()
-            check_teacher_given(self.pair, self.args)
-            self._attach(self._build())
+        if not self._distils:
+            self.distillation = None
+            return
+        self.args.validate_distillation()
+        check_teacher_given(self.pair, self.args)
+        self._attach(self._build())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the student's optimizer as `Trainer` does, and append the feature loss's parameters."""
@@ -370,12 +310,6 @@ class DistillationTrainer(StudentTrainer):
             # Kept in the history, not printed: S * T numbers would bury the others.
             self.state.log_history[-1]["association"] = distillation.monitor.last_association.tolist()
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count the student's operations alone: neither the teacher nor the feature loss stays."""
-        if self.distillation is None or not self.distillation.attached:
-            return super().floating_point_ops(inputs)
-        return self.distillation.student_operations(inputs)
-
     def _attach(self, distillation: Distillation) -> None:
         distillation.attach()
         self._forget_wrappers()
@@ -392,11 +326,9 @@ class DistillationTrainer(StudentTrainer):
             self.distillation.attachment.detach()
 
     def _forget_wrappers(self) -> None:
-        """Drop wrappers made for the student in another state; the next training wraps it again."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        self.model_wrapped = self.model
-        self.accelerator._models = [entry for entry in self.accelerator._models if not _wraps(entry, self.model)]
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model_wrapped = self.model
+            forget_wrappers(self.accelerator, self.model)
 
 
 class SemCKDTrainer(DistillationTrainer):
@@ -410,12 +342,6 @@ class SemCKDTrainer(DistillationTrainer):
     default_feature_loss = "semckd"
 
 
-def _as_config(args: TrainingArguments | None) -> SemCKDConfig:
-    if args is None:
-        return SemCKDConfig(output_dir="tmp_trainer")
-    return args if isinstance(args, SemCKDConfig) else SemCKDConfig.from_training_arguments(args)
-
-
 @contextmanager
 def _every_batch(args: TrainingArguments) -> Iterator[None]:
     """Keep the last, smaller batch of a data loader that is made meanwhile."""
@@ -424,7 +350,3 @@ def _every_batch(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.dataloader_drop_last = drops
-
-
-def _wraps(wrapper: nn.Module, model: nn.Module) -> bool:
-    return any(module is model for module in wrapper.modules())
