@@ -21,16 +21,13 @@ from ..models.outputs import logits_of, token_attention, tokens_mask
 from .cache.cache import TeacherCache, lookup_of
 from .cache.keys import teacher_fingerprint, token_count, weights_digest
 from .cache.rows import plain_names, to_batch
-from .cache.shard import ALIGNMENT
+from .cache.shard import row_bytes
 from .notes import TeacherNote
 
 logger = logging.getLogger(__name__)
 
 # Takes features, their mask and what gives the phases of their samples.
 FeatureSelector = Callable[[Any, Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | Mapping[str, Tensor]]
-
-# What a cache keeps of a sample besides its tensors, in bytes: key, place, checksum, kind.
-ROW_OVERHEAD = 52
 
 # What features are called in a cache where all of them are kept.
 WHOLE_FEATURE = "feature_"
@@ -270,10 +267,7 @@ class Teacher:
             self.cache = cache
         self.wait()
         rows = cache.rows(_stored_names(outputs), self.inputs(batch))
-        return (
-            sum(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for row in rows for value in row.values()) / len(rows)
-            + ROW_OVERHEAD
-        )
+        return sum(map(row_bytes, rows)) / len(rows)
 
     def _live(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
         outputs, recorded = self.forward(inputs, features=features)
