@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from ..config import SemCKDConfig
 from ..data.samples import collate, is_map_style, spread_samples
 from ..errors import ConfigurationError, InputError
-from ..teacher.cache.shard import ALIGNMENT
-from ..teacher.cache.store import check_space
+from ..teacher.cache.shard import row_bytes
+from ..teacher.cache.space import check_space
 from ..teacher.cached import CachedTeacher, _stored_names
 from ..teacher.runner import TeacherRunner
 from .pair import Pair
@@ -137,5 +137,4 @@ def _stored_bytes(teacher: CachedTeacher, live: TeacherRunner, batch: Mapping[st
     outputs = live(batch)
     live.wait()
     rows = teacher.cache.rows(_stored_names(outputs), teacher.inputs(batch))
-    total = sum(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for row in rows for value in row.values())
-    return total / len(rows) + 52
+    return sum(map(row_bytes, rows)) / len(rows)

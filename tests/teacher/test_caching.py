@@ -175,7 +175,7 @@ def watch(model: nn.Module) -> list[str]:
 
 def stored_bytes(cache: Path) -> int:
     """Return what the rows take on the disk."""
-    return sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in cache.rglob("*.arrow"))
 
 
 # ---- Invariant 9: cached == filling == live ------------------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_a_damaged_file_is_made_again_and_changes_nothing(damage, again, tmp_pat
     cache = {"teacher_cache_dir": str(tmp_path / "cache"), **args}
     live = train("vit", tmp_path, **args)
     train("vit", tmp_path, **cache)
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    (shard,) = (tmp_path / "cache").rglob("*.arrow")
     damage(shard)
     trainer = make("vit", tmp_path, **cache)
     rows = count_rows(trainer.teacher)
