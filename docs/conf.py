@@ -18,7 +18,7 @@ author = "the hf-semckd authors"
 copyright = "the hf-semckd authors, Apache-2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_fields", "docstrings", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_fields", "docstrings", "mathml", "wide_tables"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 
@@ -32,6 +32,9 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source"]
 # Several names may share a description.
 napoleon_use_param = False
+
+# A double hyphen is an option of a command, and no dash.
+smartquotes = False
 
 html_theme = "furo"
 html_title = "hf-semckd"
