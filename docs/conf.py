@@ -1,8 +1,9 @@
 """How `make docs` builds these pages.
 
-Sphinx with MyST was chosen over MkDocs in November 2026: Sphinx, MyST and Furo have regular releases, whereas MkDocs 1.x
-has had none since August 2024 and Material for MkDocs reaches its end of life in May 2027. The pages are Markdown, so
-that a later move stays cheap. Nothing is fetched while building or reading: no intersphinx, web fonts or CDN.
+Sphinx with MyST was chosen over MkDocs in November 2026: Sphinx, MyST and Furo have regular
+releases, whereas MkDocs 1.x has had none since August 2024 and Material for MkDocs reaches its
+end of life in May 2027. The pages are Markdown, so that a later move stays cheap. Nothing is
+fetched while building or reading: no intersphinx, web fonts or CDN.
 """
 
 import sys
@@ -18,7 +19,15 @@ author = "the hf-semckd authors"
 copyright = "the hf-semckd authors, Apache-2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_fields", "docstrings", "mathml", "wide_tables"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "config_fields",
+    "docstrings",
+    "mathml",
+    "wide_tables",
+]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 
@@ -44,8 +53,14 @@ html_show_sphinx = False
 html_copy_source = False
 html_math_renderer = "mathml"
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#1f5f8b", "color-brand-content": "#1f5f8b"},
-    "dark_css_variables": {"color-brand-primary": "#7cb8e0", "color-brand-content": "#7cb8e0"},
+    "light_css_variables": {
+        "color-brand-primary": "#1f5f8b",
+        "color-brand-content": "#1f5f8b",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#7cb8e0",
+        "color-brand-content": "#7cb8e0",
+    },
 }
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import compare_sampling  # noqa: E402
 import run_demo_seeds  # noqa: E402
 from accuracy.regions import GAINING, accuracy_regions, read_shown  # noqa: E402
 from step_cost.regions import step_regions  # noqa: E402
 
-from hf_semckd.errors import InputError, message, nearest  # noqa: E402
+from hf_semckd.errors import InputError, nearest  # noqa: E402
 
 REGION = re.compile(
     r"<!-- (?P<name>[\w-]+)(?P<arguments>(?: [\w.+-]+)*) -->(?P<text>.*?)<!-- /(?P=name) -->", re.DOTALL
@@ -38,8 +39,6 @@ def pages() -> list[Path]:
 
 def regions() -> dict[str, Callable[..., str]]:
     """Return what computes a region's text, by the region's name."""
-    import compare_sampling  # imports the examples and torch, which --help does not need
-
     found = {
         **accuracy_regions(read_shown(SCRIPTS / "results" / "accuracy")),
         **step_regions(SCRIPTS / "results" / "step"),
@@ -86,12 +85,10 @@ def fill(text: str, found: Mapping[str, Callable[..., str]]) -> str:
         name, arguments = region["name"], region["arguments"].split()
         if name not in found:
             raise InputError(
-                message(
-                    "Nothing computes this region",
-                    received=f"<!-- {name} -->",
-                    expected=f"a region such as {', '.join(nearest(name, found))}",
-                    todo="correct its name",
-                )
+                "Nothing computes this region",
+                received=f"<!-- {name} -->",
+                expected=f"a region such as {', '.join(nearest(name, found))}",
+                todo="correct its name",
             )
         content = found[name](*arguments)
         content = f"\n{content}\n" if region["text"].startswith("\n") else content

@@ -13,16 +13,20 @@ NAMES = re.compile(r"(\n +)(\w+(?:, \w+)*),\n +(?=(?:\w+, )*\w+:)")
 
 
 def to_rest(line: str) -> str:
-    """Return a line of a docstring as reStructuredText: code as literals, everything else without a special meaning."""
+    """Return a line of a docstring as reStructuredText: code as literals, the rest escaped."""
     if line.lstrip().startswith((">>>", "...")):
         return line
     parts = CODE.split(line)
     parts[0::2] = [MARKUP.sub(r"\\\1", text) for text in parts[0::2]]
-    parts[1::2] = [code if code.startswith(("``", ":")) else f"`{code}`" for code in parts[1::2]]
+    parts[1::2] = [
+        code if code.startswith(("``", ":")) else f"`{code}`" for code in parts[1::2]
+    ]
     return "".join(parts)
 
 
-def convert(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+def convert(
+    _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
+) -> None:
     """Convert a docstring in place, before napoleon reads its sections."""
     # Names that share a description may take more than one line; napoleon wants them on one.
     text = NAMES.sub(r"\1\2, ", "\n".join(lines))

@@ -10,8 +10,6 @@ from stand_ins import with_stand_ins
 from hf_semckd.cli import main
 
 ALL = [block for page in PAGES for block in blocks(page)]
-# What a reader sees of a line of code without scrolling.
-WIDTH = 92
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=name)
@@ -32,17 +30,6 @@ def test_few_blocks_are_not_run_and_all_for_a_known_reason():
 def test_every_block_names_its_language():
     languages = {block.language for block in ALL if not block.language.startswith("{")}
     assert languages <= {"python", "bash", "text", "bibtex"}
-
-
-def test_code_fits_the_page():
-    wide = [
-        (name(block.page), line)
-        for block in ALL
-        if block.language in ("python", "bash", "text") and block.page.parent != ROOT
-        for line in block.code.splitlines()
-        if len(line) > WIDTH
-    ]
-    assert not wide
 
 
 def test_the_script_of_the_readme_is_short():

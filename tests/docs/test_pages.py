@@ -55,7 +55,6 @@ def test_every_region_is_up_to_date(generator):
 
 def test_the_pages_have_the_regions_that_they_are_for(generator):
     regions = {found[1] for page in generator.pages() for found in REGION.finditer(page.read_text())}
-    # `verdict` and the like are for sentences; what is a table or a sentence of its own must be shown somewhere.
     assert regions == set(generator.regions())
     assert {"headline", "summary"} <= {found[1] for found in REGION.finditer(README.read_text())}
 

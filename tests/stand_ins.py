@@ -1,4 +1,4 @@
-"""Tiny models and data on disk in the place of those that the pages name on the Hub: the only thing that is replaced."""
+"""Tiny models and data on disk, which take the place of those that README.md and docs name on the Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
