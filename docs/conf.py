@@ -41,9 +41,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source"]
 # Several names may share a description.
 napoleon_use_param = False
-
-# A double hyphen is an option of a command, and no dash.
-smartquotes = False
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "hf-semckd"

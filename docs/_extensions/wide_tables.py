@@ -3,7 +3,7 @@
 from docutils import nodes
 from sphinx.application import Sphinx
 
-COLUMNS = 6
+COLUMNS = 7
 
 
 def mark(_app: Sphinx, doctree: nodes.document) -> None:

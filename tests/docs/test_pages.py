@@ -8,6 +8,7 @@ import pytest
 from doc_pages import PAGES, ROOT, name
 
 from hf_semckd.losses import FEATURE_LOSSES
+from hf_semckd.losses.semckd.defaults import IMAGE_DEFAULTS, MAP_DEFAULTS, SEQUENCE_DEFAULTS
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[\w-]+))?\)")
@@ -83,3 +84,13 @@ def test_every_method_has_a_line(page):
         if found:
             loss = FEATURE_LOSSES[method]
             assert (loss.__name__, loss.default_weight) == (found[1], float(found[2]))
+
+
+def test_the_defaults_are_those_of_the_code():
+    table = (ROOT / "docs" / "methods.md").read_text().split("| option |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.M)
+    assert len(rows) == 7
+    for name, cells in rows:
+        field = {"association_temperature": "similarity_temperature"}.get(name, name)
+        values = [getattr(defaults, field) for defaults in (MAP_DEFAULTS, IMAGE_DEFAULTS, SEQUENCE_DEFAULTS)]
+        assert cells == " | ".join(f'`"{value}"`' if isinstance(value, str) else f"{value:g}" for value in values)
