@@ -8,8 +8,11 @@ from sphinx.application import Sphinx
 CODE = re.compile(r"(``[^`]+``|`[^`]+`|:\w+:`[^`]+`)")
 # What reStructuredText would take for emphasis, substitutions and references.
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?!\w))")
-
+# Names that share a description and take more than one line, where napoleon expects one.
 NAMES = re.compile(r"(\n +)(\w+(?:, \w+)*),\n +(?=(?:\w+, )*\w+:)")
+SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Source|Yields):")
+# Stands for a colon that napoleon would take for the end of a type.
+COLON = "\N{RATIO}"
 
 
 def to_rest(line: str) -> str:
@@ -24,16 +27,29 @@ def to_rest(line: str) -> str:
     return "".join(parts)
 
 
-def convert(
+def before_napoleon(
     _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
 ) -> None:
-    """Convert a docstring in place, before napoleon reads its sections."""
-    # Names that share a description may take more than one line; napoleon wants them on one.
-    text = NAMES.sub(r"\1\2, ", "\n".join(lines))
-    lines[:] = [to_rest(line) for line in text.split("\n")]
+    """Convert a docstring in place, and hide the colons that end no type."""
+    section = ""
+    converted = []
+    for line in NAMES.sub(r"\1\2, ", "\n".join(lines)).split("\n"):
+        header = SECTION.fullmatch(line.strip())
+        section = header[1] if header else section
+        typed = header or section not in ("", "Returns", "Yields")
+        converted.append(to_rest(line if typed else line.replace(": ", f"{COLON} ")))
+    lines[:] = converted
+
+
+def after_napoleon(
+    _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]
+) -> None:
+    """Show the colons again."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect to autodoc."""
-    app.connect("autodoc-process-docstring", convert, priority=100)
+    """Connect to autodoc, around napoleon."""
+    app.connect("autodoc-process-docstring", before_napoleon, priority=100)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
