@@ -61,7 +61,7 @@ REGIMES = (
     "minilm_newsgroups_full",
     "minilm_first_layers",
 )
-# Every way to weigh teacher layers that is known here.
+# Every way to weight teacher layers that was tried.
 ASSOCIATIONS = "digits_association"
 # Standardized targets apart from the weights.
 TARGETS = "digits_targets"

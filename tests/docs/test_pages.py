@@ -1,4 +1,4 @@
-"""README.md and docs: short where that was promised, up to date, and with links that lead somewhere."""
+"""README.md and docs are short where that was promised, up to date, and have links that lead somewhere."""
 
 import importlib
 import re
