@@ -90,7 +90,7 @@ def test_the_defaults_are_those_of_the_code():
     table = (ROOT / "docs" / "methods.md").read_text().split("| option |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.M)
     assert len(rows) == 7
-    for name, cells in rows:
-        field = {"association_temperature": "similarity_temperature"}.get(name, name)
+    for option, cells in rows:
+        field = {"association_temperature": "similarity_temperature"}.get(option, option)
         values = [getattr(defaults, field) for defaults in (MAP_DEFAULTS, IMAGE_DEFAULTS, SEQUENCE_DEFAULTS)]
         assert cells == " | ".join(f'`"{value}"`' if isinstance(value, str) else f"{value:g}" for value in values)
