@@ -1,12 +1,15 @@
-"""What a teacher gives for one batch."""
+"""What the teacher gave for one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from ..errors import TeacherOutputError
+from ..features.layers import FeatureSpec
 from ..features.targets import TeacherTargets
 
 
@@ -15,8 +18,8 @@ class TeacherOutputs:
     """What the teacher gave for one batch.
 
     Attributes:
-        logits: (B, ...), or None when they are not needed.
-        features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
+        logits: (B, ...), or None when they were not needed.
+        features: What the feature loss keeps of the layers' outputs; empty when they were not needed.
         mask: (B, N) mask of the teacher's tokens, or None.
     """
 
@@ -28,3 +31,49 @@ class TeacherOutputs:
         """Yield every tensor."""
         yield from (tensor for tensor in (self.logits, self.mask) if tensor is not None)
         yield from self.features.tensors()
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What a small batch tells of a teacher.
+
+    Attributes:
+        logits: Shape of the logits, or None when they are not needed; without the batch (and without the tokens) for
+            a teacher that is known from an earlier run alone.
+        specs: The chosen layers; empty when features are not distilled.
+        features: What they gave; empty for a teacher that is known from an earlier run alone.
+    """
+
+    logits: tuple[int, ...] | None
+    specs: list[FeatureSpec]
+    features: list[Tensor]
+
+
+def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
+    """Refuse NaN and infinite teacher outputs, naming the layer and the sample.
+
+    Args:
+        outputs: The outputs.
+        layers: Names of the teacher's layers.
+
+    Raises:
+        TeacherOutputError: When there are any outside the padding.
+    """
+    values = sorted(outputs.features.values(), key=lambda entry: entry[0])
+    named = [(f"layer {layers[t]}", value, mask) for t, value, mask in values]
+    if outputs.logits is not None:
+        # The first broken layer is the cause, logits follow.
+        named.append(("logits", outputs.logits, outputs.mask))
+    for name, value, mask in named:
+        bad = ~torch.isfinite(value)
+        if mask is not None and value.dim() == 3 and value.shape[1] == mask.shape[1]:
+            bad &= mask.bool().unsqueeze(-1)
+        samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
+        if samples:
+            raise TeacherOutputError(
+                f"The teacher's {name} {'are' if name == 'logits' else 'is'} not finite",
+                received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
+                expected="finite values",
+                todo="check the teacher's weights and these samples; train with bf16 instead of fp16, in "
+                "which the teacher runs too, and load it in float32 or bfloat16 when it is in float16",
+            )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features.capture import FeatureCapture
@@ -136,6 +137,12 @@ def forget_preparation(model: nn.Module) -> None:
             kept["forward"] = original
     for name in PREPARATION:
         kept.pop(name, None)
+
+
+def forget_wrappers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Drop wrappers that accelerate made for a student in another state; the next training wraps it again."""
+    wraps = [entry for entry in accelerator._models if any(module is model for module in entry.modules())]
+    accelerator._models = [entry for entry in accelerator._models if entry not in wraps]
 
 
 def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
