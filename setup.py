@@ -62,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["knowledge distillation", "model compression", "SemCKD", "transformers", "pytorch"],
     packages=find_packages(include=["hf_semckd", "hf_semckd.*"]),
-    package_data={"hf_semckd": ["py.typed"], "hf_semckd.publishing": ["*.jinja"]},
+    package_data={"hf_semckd": ["*.pyi", "py.typed"], "hf_semckd.publishing": ["*.jinja"]},
     entry_points={"console_scripts": ["hf-semckd = hf_semckd.cli:main"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,

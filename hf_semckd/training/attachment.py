@@ -164,7 +164,7 @@ def _training_class(
         )
         losses = {"per_sample": result.per_sample}
         if result.attention is not None:
-            losses["attention"] = result.attention
+            losses["association"] = result.attention
         return without_hidden_states(outputs), losses
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -54,7 +54,7 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
         )
 
 
-def check_parallelizm(config: SemCKDConfig) -> None:
+def check_parallelism(config: SemCKDConfig) -> None:
     """Refuse torch's DataParallel, whose replicas share no running statistics and lose gradients of the projections.
 
     Raises:

@@ -1,10 +1,8 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
-import subprocess
-import sys
-
 import pytest
 from datasets import Dataset, DatasetDict
+from launching import python
 from makers import images, vit
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
@@ -49,7 +47,7 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
 
 
 def test_it_runs_as_a_module(parts):
-    done = subprocess.run([sys.executable, "-m", "hf_semckd.cli", "cache", *parts], capture_output=True, text=True)
+    done = python("-m", "hf_semckd.cli", "cache", *parts)
     assert done.returncode == 0, done.stderr
     assert "9 samples are cached" in done.stdout
 

@@ -1,11 +1,10 @@
 import itertools
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import python
 
 from hf_semckd.errors import InputError, MissingDependencyError
 from hf_semckd.publishing.plots import figure_to_array, plot_association, save_association_plot
@@ -227,9 +226,7 @@ assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps figures and may ope
 
 
 def test_without_a_display_and_without_pyplot(tmp_path):
-    environment = {**os.environ, "MPLBACKEND": "tkagg", "MPLCONFIGDIR": str(tmp_path), "DISPLAY": ""}
-    command = [sys.executable, "-c", HEADLESS, str(tmp_path / "map.png")]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
+    changes = {"MPLBACKEND": "tkagg", "MPLCONFIGDIR": str(tmp_path), "DISPLAY": ""}
+    done = python("-c", HEADLESS, tmp_path / "map.png", **changes)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "map.png").stat().st_size > 0
