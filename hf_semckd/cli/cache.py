@@ -72,11 +72,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def load_split(folder: str, split: str) -> Dataset:
-    """Return a split of a saved dataset.
-
-    Raises:
-        InputError: When the folder holds no dataset, or not this split.
-    """
+    """Return a split of a saved dataset. Raises `InputError` when the folder holds no dataset, or not this split."""
     try:
         data = load_from_disk(folder)
     except (FileNotFoundError, ValueError) as error:

@@ -21,7 +21,6 @@ from .execution import CompiledForward, TeacherStream, runs_by_itself
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
-
 # Takes features, their mask and what gives the phases of their samples.
 FeatureSelector = Callable[[list[Tensor], Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | TeacherTargets]
 

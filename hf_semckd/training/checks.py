@@ -40,11 +40,7 @@ def check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
-    """Refuse to distil without a teacher.
-
-    Raises:
-        InputError: When there is none.
-    """
+    """Refuse to distil without a teacher (`InputError`)."""
     if teacher is None:
         raise InputError(
             "There is no teacher to distil from",
@@ -102,11 +98,7 @@ def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:
-    """Refuse an empty dataset, and one whose columns neither model takes.
-
-    Raises:
-        InputError: In both cases.
-    """
+    """Refuse an empty dataset, and one whose columns neither model takes (`InputError`)."""
     size = len(dataset) if hasattr(dataset, "__len__") else None
     if size == 0:
         raise InputError(
@@ -134,11 +126,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
 
 
 def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: SemCKDConfig) -> None:
-    """Refuse a batch without labels while the task loss is on.
-
-    Raises:
-        InputError: When there are none.
-    """
+    """Refuse a batch without labels while the task loss is on (`InputError`)."""
     if config.task_weight > 0 and not any(name in batch for name in (*label_names, "labels")):
         raise InputError(
             "There are no labels, and task_weight is positive",
