@@ -84,11 +84,7 @@ def _plain_forward(model: nn.Module) -> Any:
 
 
 def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse a batch without decoder inputs for a model that has a decoder.
-
-    Raises:
-        InputError: When there are none.
-    """
+    """Refuse a batch without decoder inputs for a model that has a decoder (`InputError`)."""
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         raise InputError(
             f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",

@@ -11,7 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import InputError
 
 IGNORED = -100
-
 Task = Literal["single_label", "multi_label", "regression", "tokens"]
 
 

@@ -17,11 +17,8 @@ from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, rep
 from .tables import format_markdown_table
 
 TEMPLATE = "card.md.jinja"
-
 LOCAL_MODEL = "a local model"
-
 LOCAL_DATA = "a local data set"
-
 LONGEST_VALUE = 200
 
 

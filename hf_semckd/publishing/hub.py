@@ -23,11 +23,8 @@ from .card import create_model_card
 from .facts import StudentFacts
 
 logger = logging.getLogger(__name__)
-
 CARD = "README.md"
-
 TRAINER_STATE = "trainer_state.json"
-
 STAGING_PREFIX = "hf_semckd_push_"
 
 

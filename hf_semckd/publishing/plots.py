@@ -15,17 +15,11 @@ from ..files import write_atomic
 
 # Perceptually uniform, readable with any color vision and in gray.
 COLOR_MAP = "magma_r"
-
 INK = "#24292f"
-
 LARGEST_ANNOTATED = 12
-
 MOST_TICKS = 24
-
 DOTS_PER_INCH = 150
-
 MARGIN_INCHES = 0.12
-
 # Weights averaged in bfloat16 may leave [0, 1] by a few thousandths; scores or logits leave it by far more.
 ROUNDING = 1e-2
 

@@ -15,19 +15,14 @@ from huggingface_hub.utils import validate_repo_id
 from .. import choices
 
 HIDDEN = "(not shown)"
-
 # The only words that a setting may have as its value, apart from the layers' names.
 CHOICES = frozenset(
     word for alias in vars(choices).values() if get_origin(alias) is Literal for word in get_args(alias)
 )
-
 LAYER_SETTINGS = frozenset({"student_layers", "teacher_layers"})
-
 # No slash, backslash or control character, and nothing that Markdown or HTML treats as markup.
 _PLAIN_TEXT = re.compile(r"[\w .,:%+()-]+")
-
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])((hf|api_org|gh[pousr]|github_pat)_\w{20,}|sk-[\w-]{20,})")
-
 # "runs/vit" is spelled like a Hub id; under these first names it is far more often a folder.
 _FOLDER_NAMES = frozenset(
     {"checkpoints", "data", "datasets", "local", "models", "out", "output", "outputs", "results", "runs", "tmp"}

@@ -18,7 +18,7 @@ from .cache.rows import to_batch, to_outputs
 from .execution import TeacherStream
 from .notes import TeacherNote, TeacherRequest, describe_extra_tokens, describe_inputs, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher
+from .teacher import FeatureSelector, Teacher, keeping
 
 logger = logging.getLogger(__name__)
 
@@ -198,19 +198,12 @@ class CachedTeacher:
             teacher = self.load()
             inputs = teacher.inputs(batch)
             part = {name: value[missing] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            outputs = teacher.compute(
-                part,
-                None,
-                logits=logits,
-                features=features,
-                select=select,
-                phases=lambda: teacher.phases(batch)[missing],
-            )
-            rows = cache.rows(outputs, part)
+            keep = keeping(select, lambda: teacher.phases(batch)[missing])
+            rows = cache.rows(teacher.compute(part, None, keep, logits=logits, features=features), part)
             cache.store.write([lookup.keys[index] for index in missing], rows)
             # As stored, in the stored precision: a sample is the same when it is met again.
             stored = to_batch(_merged(stored, lookup.present, rows, device), width)
-        outputs = to_outputs(stored, len(self.layer_names))
+        outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
         outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
         return outputs
 

@@ -18,9 +18,7 @@ from .cache.keys import token_count
 from .cache.store import read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
-
 SOURCES = "sources"
-
 READ_BYTES = 2**22
 
 

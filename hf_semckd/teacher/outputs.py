@@ -1,9 +1,10 @@
-"""What the teacher gave for one batch."""
+"""What the teacher gives for one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ class TeacherOutputs:
     """What the teacher gave for one batch.
 
     Attributes:
-        logits: (B, ...), or None when they were not needed.
-        features: What the feature loss keeps of the layers' outputs; empty when they were not needed.
+        logits: (B, ...), or None when they are not needed.
+        features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
         mask: (B, N) mask of the teacher's tokens, or None.
     """
 
@@ -59,14 +60,14 @@ def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
     Raises:
         TeacherOutputError: When there are any outside the padding.
     """
-    values = sorted(outputs.features.values(), key=lambda entry: entry[0])
-    named = [(f"layer {layers[t]}", value, mask) for t, value, mask in values]
+    # The first broken layer is the cause, logits follow.
+    found = sorted(outputs.features.values(), key=itemgetter(0))
+    named = [(f"layer {layers[t]}", values, mask) for t, values, mask in found]
     if outputs.logits is not None:
-        # The first broken layer is the cause, logits follow.
         named.append(("logits", outputs.logits, outputs.mask))
-    for name, value, mask in named:
-        bad = ~torch.isfinite(value)
-        if mask is not None and value.dim() == 3 and value.shape[1] == mask.shape[1]:
+    for name, values, mask in named:
+        bad = ~torch.isfinite(values)
+        if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
             bad &= mask.bool().unsqueeze(-1)
         samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
         if samples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
 
-# Takes features, their mask and a function that returns the phases of their samples.
+# Takes features, their mask and what gives the phases of their samples.
 FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
+Keeper = Callable[[Sequence[Tensor], Tensor | None], TeacherTargets]
 
 
 class Teacher:
@@ -100,30 +100,24 @@ class Teacher:
             batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
-            select: Returns what is kept of the features, given their mask and the samples' `phases`; None keeps all.
+            select: Keeps what is needed of the features, given their mask and the phases of their samples; None keeps
+                all.
         """
         own = any(key.startswith(TEACHER_PREFIX) for key in batch)
         labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
-        phases = partial(self.phases, batch)
-        return self.compute(self.inputs(batch), labels, logits=logits, features=features, select=select, phases=phases)
+        keep = keeping(select, lambda: self.phases(batch))
+        return self.compute(self.inputs(batch), labels, keep, logits=logits, features=features)
 
     def compute(
-        self,
-        inputs: Mapping[str, Any],
-        labels: Any,
-        *,
-        logits: bool,
-        features: bool,
-        select: FeatureSelector | None,
-        phases: Callable[[], Tensor],
+        self, inputs: Mapping[str, Any], labels: Any, keep: Keeper, *, logits: bool, features: bool
     ) -> TeacherOutputs:
-        """Return logits and features for the teacher's own inputs, whose samples have these phases; see `run`."""
+        """Return logits and what is kept of the features, for the teacher's own inputs."""
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         mask = tokens_mask(token_attention(inputs, labels, self.model), taken)
         return TeacherOutputs(
             logits=logits_of(outputs, "teacher").detach() if logits else None,
-            features=TeacherTargets.of_whole(taken, mask) if select is None else select(taken, mask, phases),
+            features=keep(taken, mask) if features else TeacherTargets(),
             mask=mask,
         )
 
@@ -178,6 +172,13 @@ class Teacher:
     def check_finite(self, outputs: TeacherOutputs) -> None:
         """Refuse NaN and infinite outputs; see `outputs.check_finite`."""
         check_finite(outputs, self.layer_names)
+
+
+def keeping(select: FeatureSelector | None, phases: Callable[[], Tensor]) -> Keeper:
+    """Return a selector that knows the phases of its samples; without one, all is kept."""
+    if select is None:
+        return TeacherTargets.of_whole
+    return lambda features, mask: select(features, mask, phases)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

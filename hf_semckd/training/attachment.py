@@ -19,10 +19,8 @@ from ..models.outputs import tokens_mask
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
-
 # The forward keyword that carries the teacher's features; without it the forward is the student's own.
 TARGETS = "distillation_targets"
-
 # What accelerate notes on a model that it has prepared.
 PREPARATION = ("_is_accelerate_prepared", "_original_forward")
 

@@ -21,7 +21,6 @@ from ..teacher.runner import TeacherRunner
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
-
 # Enough to tell how large a row is on average, and few enough for a large teacher.
 MEASURED_SAMPLES = 8
 GIGABYTE = 2**30
@@ -36,11 +35,7 @@ class TrainingData:
 
 
 def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
-    """Return the teacher with its cache.
-
-    Raises:
-        ConfigurationError: When it has none.
-    """
+    """Return the teacher with its cache. Raises `ConfigurationError` when it has none."""
     if pair is not None and pair.cached_teacher is not None:
         return pair.cached_teacher
     raise ConfigurationError(
@@ -115,11 +110,7 @@ def fill_cache(
 
 
 def check_filled(teacher: CachedTeacher) -> int:
-    """Return how many samples the cache holds, of all processes.
-
-    Raises:
-        InputError: When it took no more.
-    """
+    """Return how many samples the cache holds, of all processes. Raises `InputError` when it took no more."""
     store = teacher.cache.store
     store.refresh()
     if not store.writable:

@@ -17,7 +17,6 @@ from ..teacher.teacher import Teacher
 from .monitor import Monitor
 
 logger = logging.getLogger(__name__)
-
 ASSOCIATION_PICTURE = "association.png"
 
 

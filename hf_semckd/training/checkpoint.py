@@ -20,13 +20,9 @@ from ..losses import FeatureLoss
 from ..publishing.environment import environment
 
 logger = logging.getLogger(__name__)
-
 FEATURE_LOSS_FILE = "feature_loss.safetensors"
-
 SETTINGS_FILE = "distillation_config.json"
-
 PICKLED_ARGUMENTS = "training_args.bin"
-
 OPTIMIZER_FILE = "optimizer.pt"
 
 # A checkpoint's files that only resuming needs; they are not published.
@@ -67,11 +63,7 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def load_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back.
-
-    Raises:
-        CheckpointError: When the checkpoint has none, or one of another shape.
-    """
+    """Read the feature loss back. Raises `CheckpointError` when the checkpoint has none, or one of another shape."""
     path = Path(folder) / FEATURE_LOSS_FILE
     if not loss.state_dict():
         return

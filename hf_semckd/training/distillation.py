@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import SemCKDConfig
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
-from ..losses.registry import make_feature_loss
+from ..losses.registry import LossSource, make_feature_loss
 from ..models.tasks import shifts_labels, task_of
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
@@ -250,7 +250,7 @@ def _make_plan(
 
 
 def _make_loss(
-    source: FeatureLoss | str,
+    source: LossSource,
     pair: Pair,
     found: Inspection,
     batch: Mapping[str, Any],

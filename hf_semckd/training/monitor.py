@@ -16,7 +16,6 @@ from .plan import Plan
 from .services import Services
 
 logger = logging.getLogger(__name__)
-
 # A mean task loss within these shares of that of equal probabilities is that of a student that has learned nothing;
 # above them it has learned something else, such as a teacher that knows better than wrong labels.
 IDLE_SHARES = (0.99, 1.05)

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import SemCKDConfig
 from ..features.capture import FeatureCapture
 from ..losses import FeatureLoss
-from ..losses.registry import find_layers, names_layers, reuses_teacher_head
+from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
 from ..models.loading import empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
@@ -39,7 +39,7 @@ class Pair:
     teacher: Teacher | CachedTeacher
     capture: FeatureCapture
     router: InputRouter
-    source: FeatureLoss | str | None
+    source: LossSource | None
 
     @property
     def cached_teacher(self) -> CachedTeacher | None:
@@ -58,7 +58,7 @@ class Pair:
 
     @classmethod
     def of(
-        cls, student: nn.Module, teacher: Teacher | CachedTeacher, args: SemCKDConfig, source: FeatureLoss | str | None
+        cls, student: nn.Module, teacher: Teacher | CachedTeacher, args: SemCKDConfig, source: LossSource | None
     ) -> Pair:
         """Return a pair for a teacher that is there already.
 
@@ -70,9 +70,7 @@ class Pair:
         return cls(student, teacher, capture, router, source)
 
     @classmethod
-    def open(
-        cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: FeatureLoss | str | None
-    ) -> Pair:
+    def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
         """Load the teacher and check that it can teach this student.
 
         Args:
@@ -92,15 +90,13 @@ class Pair:
         return cls.of(student, opened, args, source)
 
 
-def chosen_layers(
-    given: list[Any] | None, source: FeatureLoss | str | None, model: nn.Module, role: str
-) -> list[Any] | None:
+def chosen_layers(given: list[Any] | None, source: LossSource | None, model: nn.Module, role: str) -> list[Any] | None:
     """Return the layers that the user chose, or else those that the feature loss asks for; None for all blocks."""
     return given if given is not None or source is None else find_layers(source, model, role)
 
 
 def _open_teacher(
-    student: nn.Module, source: ModelSource, args: SemCKDConfig, loss: FeatureLoss | str | None
+    student: nn.Module, source: ModelSource, args: SemCKDConfig, loss: LossSource | None
 ) -> Teacher | CachedTeacher:
     """Load the teacher, unless it was cached before and may stay where it is."""
 
@@ -134,13 +130,13 @@ def _open_teacher(
     )
 
 
-def _request(student: nn.Module, args: SemCKDConfig, loss: FeatureLoss | str | None) -> TeacherRequest:
+def _request(student: nn.Module, args: SemCKDConfig, loss: LossSource | None) -> TeacherRequest:
     """Return what is asked of the teacher, but for the inputs."""
     # A method that captures modules of its own choice has other layers than one that captures blocks.
-    named = args.teacher_layers is None and isinstance(loss, str) and names_layers(loss)
+    named = args.teacher_layers is None and loss is not None and names_layers(loss)
     return TeacherRequest(
         head=type(student).__name__.rpartition("For")[2],
-        layers=loss if named and isinstance(loss, str) else args.teacher_layers,
+        layers=str(loss) if named else args.teacher_layers,
         dtype=args.teacher_dtype,
         logits=args.distils_logits,
         features=loss is not None,

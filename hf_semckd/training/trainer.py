@@ -15,7 +15,7 @@ from ..config import SemCKDConfig
 from ..data.random_state import preserved_random_state
 from ..data.samples import collate, first_samples, is_map_style
 from ..data.views import all_versions
-from ..losses import FeatureLoss
+from ..losses.registry import LossSource
 from ..models.loading import load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
@@ -42,8 +42,8 @@ class DistillationTrainer(StudentTrainer):
         teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision,
             unless `args.teacher_dtype` names another: a copy teaches then.
         feature_loss: `None` or `"kd"` (logits only), the name of a method (see `losses.FEATURE_LOSSES`), several
-            joined by "+" (`"semckd+crd"`), or a `FeatureLoss` made for the layers that are chosen, of which a copy is
-            trained: `trainer.feature_loss`.
+            joined by "+" (`"semckd+crd"`), a class of `FeatureLoss`, made for the layers that are found, or an object
+            made for the layers that are chosen, of which a copy is trained: `trainer.feature_loss`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`. An
             optimizer that is passed in holds the projections as one more group for the time of training.
@@ -74,7 +74,7 @@ class DistillationTrainer(StudentTrainer):
         preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
         *,
         teacher_model: ModelSource | None = None,
-        feature_loss: FeatureLoss | str | None = None,
+        feature_loss: LossSource | None = None,
     ):
         # Trainer's constructor calls overridden methods: what they read must exist before it runs.
         self.pair: Pair | None = None
@@ -129,7 +129,7 @@ class DistillationTrainer(StudentTrainer):
         return self.args.distils_logits or self._feature_source is not None
 
     @property
-    def _feature_source(self) -> FeatureLoss | str | None:
+    def _feature_source(self) -> LossSource | None:
         return self._source if self.args.distils_features else None
 
     def _open_pair(self, teacher_model: ModelSource | None) -> None:

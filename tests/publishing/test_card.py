@@ -54,7 +54,7 @@ model-index:
 
 # alice/vit-tiny-beans
 
-`alice/vit-tiny-beans` is a student with 5,526,346 parameters, initialized from \
+`alice/vit-tiny-beans` is a model with 5,526,346 parameters, initialized from \
 [WinKawaks/vit-tiny-patch16-224](https://huggingface.co/WinKawaks/vit-tiny-patch16-224) \
 and trained by knowledge distillation (SemCKD) from \
 [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224) \
@@ -178,7 +178,7 @@ def test_a_card_of_what_little_is_known():
         "library_name": "transformers",
         "tags": ["knowledge-distillation", "semckd", "generated_from_trainer"],
     }
-    assert "`alice/vit` is a student with 10 parameters, trained by knowledge distillation (SemCKD).\n" in content
+    assert "`alice/vit` is a model with 10 parameters, trained by knowledge distillation (SemCKD).\n" in content
     assert "No evaluation results were recorded." in content and "No settings were recorded." in content
     assert "None" not in content
     assert str(ModelCard(content)) == content

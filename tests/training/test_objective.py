@@ -136,9 +136,7 @@ def test_a_trial_trains_with_its_own_association(tmp_path: Path) -> None:
     for association in ("learned", "last"):
         trainer._hp_search_setup({"association": association})
         assert trainer.feature_loss.association.name == association
-        assert (
-            trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attachment.attached
-        )
+        assert trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attached
         trainer._detach()
     with pytest.raises(ConfigurationError, match="association"):
         trainer._hp_search_setup({"association": "nearest"})

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
 KEY_BYTES = 20
-
 # Arrow aligns the buffers of a file to 8 bytes; aligned alike within a row, so is every tensor.
 ALIGNMENT = 8
 
@@ -37,7 +35,6 @@ SCHEMA = pa.schema(
 
 # A key, an index into the layouts, a checksum and an offset.
 ROW_OVERHEAD = KEY_BYTES + 4 + 4 + 8
-
 Row = dict[str, Tensor]
 
 

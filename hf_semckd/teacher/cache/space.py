@@ -11,7 +11,6 @@ from ...errors import InputError
 
 # What a store leaves free on its disk: checkpoints and everybody else's files need room too.
 RESERVE_BYTES = 2**30
-
 RESERVE_SHARE = 0.02
 
 ADVICE = (

@@ -24,23 +24,16 @@ from .shard import KEY_BYTES, Buffer, Row, Shard, open_shard, row_bytes, write
 from .space import ADVICE, check_space
 
 logger = logging.getLogger(__name__)
-
 SHARD_BYTES = 64 * 2**20
-
 MANIFEST = "manifest.json"
-
 # The version of the format is part of the name, so that files of another version are foreign and left alone. The
 # time comes next: of two rows with one key, the one in the file that sorts last counts.
 SHARD_NAME = re.compile(r"rows-v2-\d{20}-[0-9a-f]{32}\.arrow")
-
 LEFTOVER_NAME = re.compile(r"(rows-v2-.*|manifest\.json)\.[0-9a-f]{32}\.partial")
-
 # What is younger may be another run's work.
 LEFTOVER_SECONDS = 24 * 3600
-
 # Full buffers that may wait for the disk before `write` waits too.
 WAITING_BUFFERS = 2
-
 REFRESH_SECONDS = 1.0
 
 
