@@ -107,7 +107,7 @@ class Shard:
         self._checksums = checksums.to_numpy()
         _, ends, values = rows.buffers()
         self._ends = np.frombuffer(ends, np.int64, len(batch) + 1)
-        # By its address, because Arrow hands out the buffer as read-only, of which torch makes no tensors.
+        # A slice of the map, found by its address: Arrow's own buffer is read-only, which tensors cannot be.
         first = values.address - mapped.ctypes.data
         self._data = mapped[first : first + values.size]
         self._verified = bytearray(len(batch))
@@ -144,7 +144,8 @@ def open_shard(path: Path) -> Shard | None:
     """Map a file into memory, or return None where that fails; a damaged one is deleted."""
     try:
         # A private map: whoever changes a row in place changes a copy. Arrow's own map would end the process.
-        mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
+        size = os.stat(path).st_size
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8, device="cpu").numpy()
     except (OSError, RuntimeError) as error:
         # No permission, or out of memory or file handles: that says nothing about the contents.
         logger.warning("The stored teacher outputs in %s cannot be opened and are not used: %s", path, error)
@@ -175,13 +176,13 @@ def _discard(path: Path, reason: object) -> None:
 
 
 def _views(layout: str, data: np.ndarray | bytearray, first: int) -> Row:
-    """Return the tensors of the row that begins at byte `first`, without a copy."""
+    """Return zero-copy tensors of the row that begins at byte `first`."""
     row = {}
     for name, dtype, shape, offset, count in _fields(layout):
         if count:
             row[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + offset).view(shape)
         else:
-            row[name] = torch.empty(shape, dtype=dtype)
+            row[name] = torch.empty(shape, dtype=dtype, device="cpu")
     return row
 
 
