@@ -144,8 +144,7 @@ def open_shard(path: Path) -> Shard | None:
     """Map a file into memory, or return None where that fails; a damaged one is deleted."""
     try:
         # A private map: whoever changes a row in place changes a copy. Arrow's own map would end the process.
-        size = os.stat(path).st_size
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8, device="cpu").numpy()
+        mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError) as error:
         # No permission, or out of memory or file handles: that says nothing about the contents.
         logger.warning("The stored teacher outputs in %s cannot be opened and are not used: %s", path, error)
