@@ -218,7 +218,8 @@ def run(protocol: Protocol, variant: str, seed: int) -> dict[str, Any]:
             processing_class=protocol.processor,
             compute_metrics=accuracy,
         )
-        if variant == "everything" and max(trainer.feature_loss.projection_of) + 1 < len(trainer.student_layer_names):
+        own = trainer.feature_loss.comparison.projection_of
+        if variant == "everything" and max(own) + 1 < len(trainer.student_layer_names):
             raise SystemExit("The student is so small that its layers share projections: that is no full comparison.")
         started = time.perf_counter()
         trainer.train()

@@ -455,7 +455,8 @@ def test_the_cka_weights_by_numpy(accuracy):
     # One teacher layer that says what the student's first does.
     teacher = [torch.randn(9, 5, 7, generator=generator), student[0] @ torch.randn(6, 7, generator=generator)]
     teacher += [torch.randn(9, 5, 3, generator=generator)]
-    loss = accuracy.associations.CenteredKernelAlignment([(5, 6), (5, 4)], [(5, 7), (5, 7), (5, 3)])
+    association = accuracy.associations.CenteredKernelAlignment()
+    loss = SemCKDLoss([(5, 6), (5, 4)], [(5, 7), (5, 7), (5, 3)], association=association)
     found = loss(student, teacher).association
     means = [[x.mean(1).double().numpy() for x in layers] for layers in (student, teacher)]
     alignment = np.array([[numpy_cka(own, theirs) for theirs in means[1]] for own in means[0]])
@@ -467,7 +468,7 @@ def test_the_cka_weights_by_numpy(accuracy):
 
 
 def test_random_weights_are_uniform_on_the_simplex(accuracy):
-    loss = accuracy.associations.RandomWeights([(5, 6), (5, 4)], [(5, 7)] * 3)
+    loss = SemCKDLoss([(5, 6), (5, 4)], [(5, 7)] * 3, association=accuracy.associations.RandomWeights())
     student, teacher = [torch.randn(400, 5, 6), torch.randn(400, 5, 4)], [torch.randn(400, 5, 7)] * 3
     torch.manual_seed(0)
     first, second = loss(student, teacher).association, loss(student, teacher).association
@@ -497,8 +498,8 @@ def trained(accuracy: Any, digits: Any, folder: Path, method: Any, steps: int = 
 def test_studied_associations_train_and_choose(accuracy, digits, tmp_path, name):
     (method,) = accuracy.protocol.read_methods([name])
     trainer = trained(accuracy, digits, tmp_path, method)
-    trainer_type, loss_type = accuracy.associations.STUDIED[method.association]
-    assert isinstance(trainer, trainer_type) and type(trainer.feature_loss) is loss_type
+    trainer_type, _ = accuracy.associations.STUDIED[method.association]
+    assert isinstance(trainer, trainer_type) and trainer.feature_loss.association.name == method.association
     assert trainer.feature_loss.relation_weight == 20.0 and trainer.state.global_step == 8
     losses = [entry["feature_loss"] for entry in trainer.state.log_history if "feature_loss" in entry]
     assert losses and all(math.isfinite(loss) for loss in losses)
@@ -511,7 +512,8 @@ def test_studied_associations_train_and_choose(accuracy, digits, tmp_path, name)
 def test_gradient_agreement_by_hand(accuracy):
     """Task gradients that are those of one teacher's error give that teacher the most weight."""
     torch.manual_seed(0)
-    loss = accuracy.associations.GradientAgreement([(5, 6)], [(5, 7)] * 3).train()
+    loss = SemCKDLoss([(5, 6)], [(5, 7)] * 3).train()
+    loss.association = accuracy.associations.GradientAgreement(loss.comparison)
     student, teacher = torch.randn(4, 5, 6, requires_grad=True), [torch.randn(4, 5, 7) for _ in range(3)]
     torch.testing.assert_close(loss([student], teacher).association, torch.full((4, 1, 3), 1 / 3))
     loss.collecting = False
@@ -521,7 +523,7 @@ def test_gradient_agreement_by_hand(accuracy):
         error = (loss.projection[0]["7"](student) - target).square().mean((1, 2)).sum()
         gradients.append(torch.autograd.grad(error, student)[0])
     for task in gradients:
-        loss.task_gradients = [task]
+        loss.association.task_gradients = [task]
         cosine = torch.stack([torch.cosine_similarity(g.flatten(1), task.flatten(1)) for g in gradients], 1)
         expected = torch.softmax(cosine / 0.2, -1).unsqueeze(1)
         torch.testing.assert_close(loss([student], teacher).association, expected, rtol=1e-3, atol=1e-4)
@@ -530,13 +532,13 @@ def test_gradient_agreement_by_hand(accuracy):
 
 
 def test_the_look_ahead_moves_towards_what_agrees(accuracy):
-    loss = accuracy.associations.LookAhead([(5, 6), (5, 6)], [(5, 7)] * 3)
+    association = accuracy.associations.LookAhead(2, 3)
     for _ in range(10):
-        loss.look(torch.tensor([[0.3, 0.0, -0.3], [-0.1, 0.0, 0.1]]))
-    weights = torch.softmax(loss.score, -1)
+        association.look(torch.tensor([[0.3, 0.0, -0.3], [-0.1, 0.0, 0.1]]))
+    weights = torch.softmax(association.score, -1)
     assert weights[0].tolist() == sorted(weights[0].tolist(), reverse=True)
     assert weights[1].tolist() == sorted(weights[1].tolist()) and weights[0, 0] > 0.4
-    still = accuracy.associations.LookAhead([(5, 6)], [(5, 7)] * 3)
+    still = accuracy.associations.LookAhead(1, 3)
     still.look(torch.full((1, 3), 0.5))
     assert torch.equal(still.score, torch.zeros(1, 3))
 
