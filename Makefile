@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-text test-minimum quality style clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-text test-minimum quality style docs clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ quality: $(VENV)/.dev ## Check style, types and the floors of the architecture
 style: $(VENV)/.dev ## Repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## Build the documentation into build/docs; a warning fails
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/.doctrees docs build/docs
+	@echo 'Open build/docs/index.html'
 
 clean: ## Remove .venv, .venv-minimum, caches and build leftovers (data/ and outputs/ stay)
 	rm -rf .venv .venv-minimum build dist *.egg-info

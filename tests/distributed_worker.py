@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launching import WORLD, run_jobs
 from safetensors.torch import load_file, save_file
 from tiny import PROBLEMS, Outcome, fit, make, outcome
 
-WORLD = 2
-# A process that waits longer for the other one gives up.
-SECONDS = 60
 # What one process does in a step: samples of a micro-batch, micro-batches.
 WHOLE, ACCUMULATED = (4, 1), (2, 2)
 EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabeled_words")]
@@ -50,7 +47,7 @@ def resumed(folder: Path, problem: str, **changes: Any) -> Outcome:
 
 def job(do: Callable[..., Outcome], problem: str, micro: int, parts: int, **changes: Any) -> Callable[[Path], Outcome]:
     """Return a job that takes a folder."""
-    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts, "ddp_timeout": SECONDS}
+    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": parts}
     return partial(do, problem=problem, **cut, **changes)
 
 
@@ -84,22 +81,25 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
 }
 
 
-def write(done: Outcome, folder: Path, name: str) -> None:
-    """Write an outcome, from one process."""
-    save_file({key: value.contiguous() for key, value in done.state.items()}, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps({"terms": done.terms, "world": dist.get_world_size()}))
+def write(done: Outcome, folder: Path) -> None:
+    """Write an outcome into the folder of its job, from the first process."""
+    if dist.get_rank() == 0:
+        state = {key: value.contiguous() for key, value in done.state.items()}
+        save_file(state, folder / "outcome.safetensors")
+        (folder / "outcome.json").write_text(json.dumps({"terms": done.terms, "world": dist.get_world_size()}))
 
 
 def read(folder: Path, name: str) -> tuple[Outcome, int]:
-    """Return an outcome that was written, and the number of processes behind it.
+    """Return the outcome of a job, and the number of processes behind it.
 
     Raises:
-        AssertionError: With the processes' own words, when the job failed.
+        AssertionError: With the processes' own words, when this job failed, or one before it, which ended them all.
     """
-    failures = [path.read_text() for path in sorted(folder.glob(f"{name}.rank*.txt"))]
-    assert not failures, "\n".join(failures)
-    written = json.loads((folder / f"{name}.json").read_text())
-    return Outcome(load_file(folder / f"{name}.safetensors"), written["terms"]), written["world"]
+    if not (folder / name / "outcome.json").is_file():
+        failures = [path.read_text() for path in sorted(folder.glob("*/failure.*.txt"))]
+        raise AssertionError("\n".join([f"{name} has no outcome", *failures]))
+    written = json.loads((folder / name / "outcome.json").read_text())
+    return Outcome(load_file(folder / name / "outcome.safetensors"), written["terms"]), written["world"]
 
 
 def _assert_equal_on_all_processes(done: Outcome) -> None:
@@ -115,22 +115,10 @@ def _assert_equal_on_all_processes(done: Outcome) -> None:
     assert not [name for name, gap in zip(names, worst.tolist(), strict=True) if gap != 0]
 
 
-def main(folder: Path) -> None:
-    """Run all jobs; one that fails says so in a file and leaves the others alone."""
-    torch.set_num_threads(1)
-    for name, do in JOBS.items():
-        own = folder / name
-        own.mkdir(exist_ok=True)
-        try:
-            done = do(own)
-            if dist.get_rank() == 0:
-                write(done, folder, name)
-        except Exception:
-            rank = dist.get_rank() if dist.is_initialized() else "unknown"
-            (folder / f"{name}.rank{rank}.txt").write_text(traceback.format_exc())
-    print(f"world size {dist.get_world_size()}", flush=True)
-    dist.destroy_process_group()
+def written(do: Callable[[Path], Outcome]) -> Callable[[Path], None]:
+    """Return a job that also writes its outcome."""
+    return lambda folder: write(do(folder), folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_jobs({name: written(do) for name, do in JOBS.items()}, Path(sys.argv[1]))

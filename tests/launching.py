@@ -1,25 +1,103 @@
-"""Starts a worker of the tests in several real processes."""
+"""Runs commands and workers of the tests in processes of their own, without a deadline that a slow machine misses."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-TESTS = Path(__file__).parent
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+WORLD = 2
+# Ends a process that hangs. No test may come near it: an outcome never depends on how fast the machine is.
+HANG = 3600
+# torchrun takes a process that shows no sign of life for 15 s for dead, which a busy machine's may well be.
+PATIENT = f"join_timeout={HANG},read_timeout={HANG},keep_alive_max_attempt={HANG}"
 
 
-def torchrun(worker: str, *arguments: object, processes: int, seconds: int) -> subprocess.CompletedProcess[str]:
-    """Run a file of this folder under torchrun and return what came out, with all that was printed as `stdout`."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def run(
+    *command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on one thread and return its exit status and what it printed.
+
+    Args:
+        command: The words of the command.
+        cwd: Its folder; None: that of the tests' process.
+        env: Its environment; None: that of the tests' process. The library and the tests' modules can be imported.
+        changes: Variables that differ.
+    """
+    environment = dict(os.environ if env is None else env) | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS), environment.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*command, str(TESTS / worker), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment | changes,
+        capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=HANG,
         check=False,
     )
+
+
+def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run this Python with arguments; see `run`."""
+    return run(sys.executable, *arguments, **options)
+
+
+def torchrun(script: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes that torchrun connects; see `run`."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--rdzv-conf", PATIENT, "--nproc-per-node", WORLD)
+    return python(*launcher, script, *arguments, **options)
+
+
+def launch_once(worker: str, name: str, tmp_path_factory: Any, request: Any) -> Path:
+    """Run a worker of this folder in two processes, once, also when pytest-xdist spreads the tests over its own.
+
+    Returns:
+        The folder that the worker was given, with all that was printed in `output.txt`.
+    """
+    spread = hasattr(request.config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if spread else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "output.txt").is_file():
+            folder.mkdir(exist_ok=True)
+            done = torchrun(TESTS / worker, folder)
+            (folder / "output.txt").write_text(f"{done.stdout}{done.stderr}\nexit status {done.returncode}\n")
+    return folder
+
+
+def assert_launched(folder: Path) -> None:
+    """Fail with what was printed unless both processes came to their end."""
+    output = (folder / "output.txt").read_text()
+    assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
+    assert "exit status 0" in output, output[-3000:]
+
+
+def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
+    """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
+
+    A job that fails writes why, and ends this process; torchrun then ends the other one, which may wait for it.
+    """
+    torch.set_num_threads(1)
+    for name, job in jobs.items():
+        (folder / name).mkdir(exist_ok=True)
+        try:
+            job(folder / name)
+        except Exception:
+            rank = dist.get_rank() if dist.is_initialized() else "unknown"
+            (folder / name / f"failure.{rank}.txt").write_text(f"{name}: {traceback.format_exc()}")
+            raise
+    print(f"world size {dist.get_world_size()}", flush=True)
+    dist.destroy_process_group()

@@ -5,12 +5,10 @@ import inspect
 import json
 import pkgutil
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import python
 from transformers import Trainer, TrainingArguments
 
 import hf_semckd
@@ -104,9 +102,7 @@ print(json.dumps({
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    root = str(Path(hf_semckd.__file__).parents[1])
-    script = f"import sys; sys.path.insert(0, {root!r})\n{IMPORT}"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = python("-c", IMPORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"changed": [], "handlers": 0}
     assert not list(tmp_path.iterdir())

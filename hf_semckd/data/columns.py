@@ -16,6 +16,5 @@ def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
-
 # The entry of a batch in which a collator leaves what the cache holds of its samples.
 CACHED = "cached_teacher"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features.capture import FeatureCapture
@@ -17,10 +18,8 @@ from ..models.outputs import tokens_mask
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
-
 # The forward keyword that carries the teacher's features; without it the forward is the student's own.
 TARGETS = "distillation_targets"
-
 # What accelerate notes on a model that it has prepared.
 PREPARATION = ("_is_accelerate_prepared", "_original_forward")
 
@@ -139,6 +138,12 @@ def forget_preparation(model: nn.Module) -> None:
         kept.pop(name, None)
 
 
+def forget_wrappers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Drop wrappers that accelerate made for a student in another state; the next training wraps it again."""
+    wraps = [entry for entry in accelerator._models if any(module is model for module in entry.modules())]
+    accelerator._models = [entry for entry in accelerator._models if entry not in wraps]
+
+
 def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without the entries of the feature loss."""
     return {key: value for key, value in state_dict.items() if FEATURE_LOSS_NAME not in key.split(".")}
@@ -164,7 +169,7 @@ def _training_class(
         )
         losses = {"per_sample": result.per_sample}
         if result.attention is not None:
-            losses["attention"] = result.attention
+            losses["association"] = result.attention
         return without_hidden_states(outputs), losses
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -15,12 +15,14 @@ from torch import Tensor
 from hf_semckd import DistillationTrainer
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.losses import CombinedLoss, FeatureLoss, SemCKDLoss
+from hf_semckd.losses.registry import find_layers, make_feature_loss
 from hf_semckd.losses.semckd.alignment import AlignedStudent
 from hf_semckd.losses.similarity import similarity_matrix
-from hf_semckd.training.options import loss_options
 
 from .protocol import Method
 
+# Turns the loss that the library made into another one; takes what `FeatureLoss.for_layers` takes besides.
+Change = Callable[..., FeatureLoss]
 SHARPNESS = 0.2
 # Of the look-ahead: steps between updates, their size, and what is forgotten of the past.
 EVERY, RATE, MEMORY = 5, 1.0, 0.95
@@ -128,7 +130,7 @@ class LookAheadTrainer(DistillationTrainer):
         parameters = [entry for entry in parameters if id(entry) not in own]
         task, _ = _plain_forward(self, self._last)
         direction = _flat(torch.autograd.grad(task.loss, parameters, allow_unused=True), parameters)
-        targets = self._run_teacher(inputs).features
+        targets = self.distillation.run_teacher(inputs).features
         _, features = _plain_forward(self, inputs)
         views = loss.views(features, inputs.get("attention_mask"), targets)
         uniform = features[0].new_full((len(features[0]), *loss.score.shape), 1.0 / loss.score.shape[1])
@@ -170,37 +172,37 @@ def trainer_class(method: Method) -> type[DistillationTrainer]:
     return _with_loss(trainer, _study(loss))
 
 
-def _with_loss(trainer: type[DistillationTrainer], change: Callable[[Any, Any, Any], FeatureLoss]) -> Any:
-    """Return a trainer that changes the feature loss that the library made."""
+def _with_loss(trainer: type[DistillationTrainer], change: Change) -> Any:
+    """Return a trainer that changes the feature loss that the library makes."""
 
     class Changed(trainer):  # type: ignore[valid-type, misc]
-        def _make_feature_loss(self, found: Any, batch: Any) -> FeatureLoss:
-            return change(self, super()._make_feature_loss(found, batch), found)
+        def __init__(self, *args: Any, feature_loss: str = "semckd", **options: Any):
+            class Made(FeatureLoss):
+                @classmethod
+                def for_layers(cls, *specs: Any, **known: Any) -> FeatureLoss:
+                    return change(make_feature_loss(feature_loss, *specs, **known), *specs, **known)
+
+                @classmethod
+                def find_layers(cls, model: Any, role: str) -> list[str] | None:
+                    return find_layers(feature_loss, model, role)
+
+            super().__init__(*args, feature_loss=Made, **options)
 
     return Changed
 
 
-def _made_with(options: Mapping[str, Any]) -> Callable[[Any, Any, Any], FeatureLoss]:
-    def change(trainer: DistillationTrainer, made: Any, found: Any) -> FeatureLoss:
+def _made_with(options: Mapping[str, Any]) -> Change:
+    def change(made: Any, *specs: Any, **known: Any) -> FeatureLoss:
         if isinstance(made, CombinedLoss):
             parts = list(made.losses)
-            return CombinedLoss([*parts[:-1], change(trainer, parts[-1], found)])
-        return type(made)(made.student_specs, made.teacher_specs, tokens_aligned=found.tokens_aligned, **options)
+            return CombinedLoss([*parts[:-1], change(parts[-1], *specs, **known)])
+        return type(made)(*specs[:2], tokens_aligned=known["tokens_aligned"], **options)
 
     return change
 
 
-def _study(loss: type[SemCKDLoss]) -> Callable[[Any, Any, Any], FeatureLoss]:
-    def change(trainer: DistillationTrainer, made: Any, found: Any) -> FeatureLoss:
-        return loss.for_layers(
-            made.student_specs,
-            made.teacher_specs,
-            loss_options(trainer.args),
-            tokens_aligned=found.tokens_aligned,
-            student_parameters=sum(entry.numel() for entry in trainer.student.parameters()),
-        )
-
-    return change
+def _study(loss: type[SemCKDLoss]) -> Change:
+    return lambda made, *specs, **known: loss.for_layers(*specs, **known)
 
 
 def one_hot(like: Tensor, layer: int) -> Tensor:
@@ -212,8 +214,8 @@ def one_hot(like: Tensor, layer: int) -> Tensor:
 
 def _plain_forward(trainer: DistillationTrainer, inputs: Any) -> tuple[Any, list[Tensor]]:
     """Run the student for the task alone; return its output and the features that are distilled."""
-    student, capture = trainer.student, trainer._student_capture
-    own = trainer._student_inputs(inputs)
+    student, capture = trainer.student, trainer.pair.capture
+    own = trainer.pair.router.student_inputs(inputs)
     with capture.recording(student) as recorded:
         outputs = student(**own, **capture.request(student))
     return outputs, capture.collect(outputs, recorded)

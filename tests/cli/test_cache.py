@@ -1,10 +1,8 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
-import subprocess
-import sys
-
 import pytest
 from datasets import Dataset, DatasetDict
+from launching import python
 from makers import images, vit
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
@@ -49,7 +47,7 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
 
 
 def test_it_runs_as_a_module(parts):
-    done = subprocess.run([sys.executable, "-m", "hf_semckd.cli", "cache", *parts], capture_output=True, text=True)
+    done = python("-m", "hf_semckd.cli", "cache", *parts)
     assert done.returncode == 0, done.stderr
     assert "9 samples are cached" in done.stdout
 
@@ -57,6 +55,15 @@ def test_it_runs_as_a_module(parts):
 def test_without_words_it_explains_itself(capsys):
     assert main([]) == 0 == main(["--help"])
     assert "teacher_cache_dir" in capsys.readouterr().out
+
+
+def test_the_help_of_the_command_lists_its_options_and_those_of_the_training(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["cache", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and out.startswith("usage: hf-semckd cache --teacher MODEL")
+    for option in ("--teacher", "--student", "--dataset", "--split", "--teacher_cache_dtype", "--max_tokens"):
+        assert f"\n  {option} " in out
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import python, torchrun
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,27 +31,8 @@ def _examples_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def run(*command, cwd, timeout=300):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(Path(cwd) / "hf_home"),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-def succeed(*command, cwd, timeout=300):
-    result = run(*command, cwd=cwd, timeout=timeout)
+def succeed(*command, cwd, start=python):
+    result = start(*command, cwd=cwd, HF_HUB_OFFLINE="1", HF_HOME=str(Path(cwd) / "hf_home"))
     assert result.returncode == 0, result.stderr[-4000:]
     return result
 
@@ -222,7 +201,7 @@ def test_images_prepared_at_once_equal_those_prepared_on_reading(monkeypatch):
 
 @pytest.mark.slow
 def test_vit_with_its_defaults(tmp_path):
-    succeed(EXAMPLES / "distill_vit.py", cwd=tmp_path, timeout=900)
+    succeed(EXAMPLES / "distill_vit.py", cwd=tmp_path)
     report = json.loads((tmp_path / "outputs" / "vit" / "report.json").read_text(encoding="utf-8"))
     teacher, alone, kd, semckd = (row["metric"] for row in report["rows"])
     assert teacher > 0.94
@@ -244,9 +223,8 @@ def test_vit_takes_a_folder_and_a_saved_teacher_of_another_size(picture_folder, 
 
 @pytest.mark.slow
 def test_vit_in_two_processes_prints_and_writes_once(tmp_path):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = ("--output_dir", "out", "--use_cpu", "True", *TINY, *TINY_MODELS)
-    result = succeed(*launch, EXAMPLES / "distill_vit.py", *arguments, cwd=tmp_path)
+    result = succeed(EXAMPLES / "distill_vit.py", *arguments, cwd=tmp_path, start=torchrun)
     assert len(table_rows(result.stdout)) == 4
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["settings"]["processes"] == 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 import torch
 from hub_server import HubServer, Repo, check_card
 from huggingface_hub import ModelCard
+from launching import python
 from makers import (
     IMAGE,
     VOCABULARY,
@@ -236,10 +236,9 @@ print(json.dumps(seen))
 """
 
 
-def run(command: list[str], env: dict[str, str], folder: Path) -> dict[str, Any]:
+def run(arguments: list[str], env: dict[str, str], folder: Path) -> dict[str, Any]:
     """Run a fresh process and return what it prints last."""
-    env = env | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = python(*arguments, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "output": done.stdout + done.stderr}
 
@@ -362,7 +361,7 @@ class Hub:
         (self.folder / "tmp").mkdir()
         env = self.server.environment(self.folder / "pushing-home") | {"TMPDIR": str(self.folder / "tmp")}
         env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-        return run([sys.executable, __file__, "client_push", str(self.folder)], env, self.folder)
+        return run([__file__, "client_push", str(self.folder)], env, self.folder)
 
     def _load(self) -> dict[str, Any]:
         trainer = trained("vit", self.folder / "local", max_steps=2)
@@ -372,7 +371,7 @@ class Hub:
             jobs.append((HEADS["vit"], "vit", str(self.folder / place), "image"))
         self.local = some_logits("vit", trainer.student)
         env = self.server.environment(self.folder / "loading-home")
-        return run([sys.executable, "-c", LOADER, str(self.samples), json.dumps(jobs)], env, self.folder)
+        return run(["-c", LOADER, str(self.samples), json.dumps(jobs)], env, self.folder)
 
     def repo(self, name: str) -> Repo:
         return self.server.repos[f"tester/{name}"]

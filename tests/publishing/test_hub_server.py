@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from hub_server import DEFAULT_TOKEN, HubServer, Repo, check_card, is_lfs
+from launching import python
 
 MODEL = "tester/tiny-bert"
 CARD = """---
@@ -157,8 +157,7 @@ def _error(call: Callable[..., Any], *arguments: Any, **options: Any) -> list[An
 
 def run_client(name: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
     """Run one of the functions above in a fresh process."""
-    command = [sys.executable, __file__, name, *arguments]
-    done = subprocess.run(command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = python(__file__, name, *arguments, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -294,7 +293,7 @@ def test_a_push_fails_when_asked_to(
 @pytest.fixture
 def line(hub: HubServer) -> Iterator[Callable[..., tuple[int, bytes, Any]]]:
     """One connection, kept open from one request to the next."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]), timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]))
 
     def ask(method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, Any]:
         headers = {"Authorization": f"Bearer {DEFAULT_TOKEN}"} | headers

@@ -14,9 +14,8 @@ import pytest
 import torch
 from caching_worker import JOBS, count_rows
 from caching_worker import SAMPLES as SHARED_SAMPLES
-from distributed_worker import ACCUMULATED, WORLD, read
-from filelock import FileLock
-from launching import torchrun
+from distributed_worker import ACCUMULATED, read
+from launching import WORLD, assert_launched, launch_once
 from makers import LABELS, VOCABULARY, Samples, bert, distilbert, images, vit
 from paired import collator as paired_collator
 from paired import dataset as paired_dataset
@@ -176,7 +175,7 @@ def watch(model: nn.Module) -> list[str]:
 
 def stored_bytes(cache: Path) -> int:
     """Return what the rows take on the disk."""
-    return sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in cache.rglob("*.arrow"))
 
 
 # ---- Invariant 9: cached == filling == live ------------------------------------------------------------------------
@@ -503,7 +502,7 @@ def test_a_damaged_file_is_made_again_and_changes_nothing(damage, again, tmp_pat
     cache = {"teacher_cache_dir": str(tmp_path / "cache"), **args}
     live = train("vit", tmp_path, **args)
     train("vit", tmp_path, **cache)
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    (shard,) = (tmp_path / "cache").rglob("*.arrow")
     damage(shard)
     trainer = make("vit", tmp_path, **cache)
     rows = count_rows(trainer.teacher)
@@ -698,33 +697,19 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: Any, request: Any) -> Path:
-    """Launch two processes once, also when pytest-xdist spreads these tests; return their folder."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "two-processes-one-cache"
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            folder.mkdir()
-            (folder / "output.txt").write_text(launch(folder))
-    return folder
-
-
-def launch(folder: Path) -> str:
-    """Run `caching_worker` in two processes and return what they printed."""
-    done = torchrun("caching_worker.py", folder, processes=WORLD, seconds=240)
-    return done.stdout + f"\nexit status {done.returncode}\n"
+    """The folder of one launch of `caching_worker`."""
+    return launch_once("caching_worker.py", "two-processes-one-cache", tmp_path_factory, request)
 
 
 def told(folder: Path, job: str, name: str) -> list[int]:
     """Return what each process said under a name."""
-    return [json.loads((folder / f"{job}.told{rank}.json").read_text())[name] for rank in range(WORLD)]
+    return [json.loads((folder / job / f"told.{rank}.json").read_text())[name] for rank in range(WORLD)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes_with_one_cache_train_as_one_does_by_hand(job, shared, tmp_path):
-    output = (shared / "output.txt").read_text()
-    assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
-    assert "exit status 0" in output, output[-3000:]
+    assert_launched(shared)
     done, world = read(shared, job)
     assert world == WORLD
     micro, parts = ACCUMULATED

@@ -112,7 +112,7 @@ def test_with_targets_the_loss_is_that_of_the_hidden_states():
     expected = alone(list(plain.hidden_states[1:]), targets())
     assert torch.equal(outputs.logits, plain.logits) and outputs.hidden_states is None
     assert torch.equal(losses["per_sample"], expected.per_sample)
-    assert torch.equal(losses["attention"], expected.attention)
+    assert torch.equal(losses["association"], expected.attention)
 
 
 def test_gradients_reach_student_and_loss_in_one_backward():

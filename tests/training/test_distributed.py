@@ -9,31 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_worker import ACCUMULATED, JOBS, PUBLISHED, WHOLE, WORLD, read
-from filelock import FileLock
-from launching import torchrun
+from distributed_worker import ACCUMULATED, JOBS, PUBLISHED, WHOLE, read
+from launching import WORLD, assert_launched, launch_once
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, train
-
-SECONDS = 300
-
-
-def launch(folder: Path) -> str:
-    """Run all jobs in two processes and return what they printed."""
-    done = torchrun("distributed_worker.py", folder, processes=WORLD, seconds=SECONDS)
-    return done.stdout + f"\nexit status {done.returncode}\n"
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: Any, request: Any) -> Path:
-    """Launch once, also when pytest-xdist spreads these tests over its own processes; return the folder."""
-    spread = hasattr(request.config, "workerinput")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if spread else base) / "two-processes"
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            folder.mkdir()
-            (folder / "output.txt").write_text(launch(folder))
-    return folder
+    """The folder of one launch that runs all jobs."""
+    return launch_once("distributed_worker.py", "two-processes", tmp_path_factory, request)
 
 
 def by_one(job: str, folder: Path) -> Any:
@@ -46,9 +30,7 @@ def by_one(job: str, folder: Path) -> Any:
 
 
 def test_two_processes_took_part(results):
-    output = (results / "output.txt").read_text()
-    assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
-    assert "exit status 0" in output, output[-3000:]
+    assert_launched(results)
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job not in ("vit-published", "resnet-cnns")])

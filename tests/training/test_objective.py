@@ -1,17 +1,16 @@
 """What is minimized stays right in the cases that reviews found: evaluation first, odd heads, odd batches."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 from makers import (
     assert_same_weights,
     bert,
@@ -79,9 +78,8 @@ def test_an_evaluation_first_changes_nothing(tmp_path: Path, bf16: bool) -> None
 
 
 WORKER = """
-import sys, json, torch
+import json, torch
 import torch.distributed as dist
-sys.path[:0] = [{tests!r}]
 from makers import distiller, images
 trainer = distiller({folder!r}, {{"max_steps": 3, "per_device_train_batch_size": 2}}, eval_dataset=images(4))
 trainer.evaluate(); trainer.train(); trainer.evaluate(); trainer.train()
@@ -99,15 +97,8 @@ dist.destroy_process_group()
 
 def test_processes_do_not_drift_apart_when_evaluation_comes_between(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "out")))
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
+    script.write_text(WORKER.format(folder=str(tmp_path / "out")))
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     world, difference, norm = json.loads(line.removeprefix("RESULT "))
@@ -145,7 +136,9 @@ def test_a_trial_trains_with_its_own_association(tmp_path: Path) -> None:
     for association in ("learned", "last"):
         trainer._hp_search_setup({"association": association})
         assert trainer.feature_loss.association == association
-        assert trainer._attachment.loss is trainer.feature_loss and trainer._attachment.attached
+        assert (
+            trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attachment.attached
+        )
         trainer._detach()
     with pytest.raises(ConfigurationError, match="association"):
         trainer._hp_search_setup({"association": "nearest"})
@@ -383,7 +376,7 @@ def later(folder: Path, **changes: Any) -> SemCKDTrainer:
     """Return a trainer of four steps that looks later than on the CPU, and logs nothing."""
     quiet = {"max_steps": 4, "logging_strategy": "no", "save_strategy": "no"}
     trainer = distiller(folder, {**quiet, **changes})
-    trainer.checks_later = True
+    trainer.distillation.guard.deferred = True
     return trainer
 
 
@@ -395,7 +388,7 @@ def test_a_broken_loss_is_reported_with_its_own_step(tmp_path: Path, number: int
     with pytest.raises(NonFiniteLossError, match=rf"(?s)in step {number};.*checkpoints intact.*task_loss = nan"):
         trainer.train()
     assert trainer.state.global_step == min(number, 4), "one step was taken on it, and no more"
-    assert trainer._unseen is None
+    assert trainer.distillation.guard.pending is None
 
 
 def test_a_broken_student_is_never_saved(tmp_path: Path) -> None:
@@ -431,7 +424,8 @@ def test_what_breaks_another_process_stops_this_one_too(tmp_path: Path, monkeypa
     def reduce(tensor: torch.Tensor) -> torch.Tensor:
         return tensor - 1 if tensor.dim() == 0 else tensor
 
-    monkeypatch.setattr(trainer, "_sum_over_processes", reduce)
+    guard = trainer.distillation.guard
+    monkeypatch.setattr(guard, "services", dataclasses.replace(guard.services, reduce_sum=reduce))
     with pytest.raises(NonFiniteLossError, match="(?s)another process is not finite in step 2"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -439,7 +433,7 @@ def test_what_breaks_another_process_stops_this_one_too(tmp_path: Path, monkeypa
 
 def test_on_the_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
     trainer = distiller(tmp_path)
-    assert not trainer._checks_later
+    assert not trainer.distillation.guard.deferred
     before = weights(trainer.student)
     trainer.student.classifier.register_forward_hook(broken_at(1))
     with pytest.raises(NonFiniteLossError, match="in step 1; training stops with the weights untouched"):

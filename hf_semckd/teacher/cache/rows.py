@@ -9,7 +9,6 @@ from torch import Tensor
 
 # Behind the name of a stored tensor that was cut: it runs along all tokens of its sample, or along the chosen ones.
 ALL_TOKENS, CHOSEN_TOKENS = "|all", "|chosen"
-
 CHOSEN_KINDS = ("tokens", "positions", "mask")
 
 
