@@ -22,8 +22,12 @@ from hf_semckd.files import write_json
 from hf_semckd.publishing.environment import environment
 from hf_semckd.publishing.tables import format_table
 
-FOLDERS = {"teacher": "teacher", "student alone": "student_alone", "student + KD": "student_kd"}
-FOLDERS["student + SemCKD"] = "student"
+FOLDERS = {
+    "teacher": "teacher",
+    "student alone": "student_alone",
+    "student + KD": "student_kd",
+    "student + SemCKD": "student",
+}
 
 
 @dataclass
@@ -71,6 +75,7 @@ def load_labeled(path: str, config: str | None, columns: dict[str, Any], seed: i
     names = {first.get(column, column): new for new, column in columns.items()}
     data = data.select_columns(list(names)).rename_columns(names)
     features = data["train"].features
+    # A ClassLabel of -1 is a hidden label, as in many test splits on the Hub.
     missing = (None, -1) if isinstance(features["label"], ClassLabel) else (None,)
     cells = [name for name, feature in features.items() if not isinstance(feature, Image)]
     data = data.filter(lambda *row: None not in row and row[-1] not in missing, input_columns=cells)
@@ -93,12 +98,13 @@ def some_rows(dataset: Dataset, most: int | None) -> Dataset:
     return dataset.shuffle(seed=0).select(range(most))
 
 
-def small_config(kind: type, names: list[str], depth: int, width: int, heads: int, **settings: Any) -> Any:
-    """Return the configuration of a small Transformer for the named classes."""
+def small_config(kind: type, names: list[str], head: int, depth: int, width: int, **settings: Any) -> Any:
+    """Return the configuration of a small Transformer for the named classes, with heads of this width."""
     settings |= {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 4 * width}
     settings |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     # 0.02 is for a width of 768; with it a narrow model hardly starts to learn.
-    return kind(num_attention_heads=max(1, heads), initializer_range=0.02 * (768 / width) ** 0.5, **settings)
+    spread = 0.02 * (768 / width) ** 0.5
+    return kind(num_attention_heads=max(1, width // head), initializer_range=spread, **settings)
 
 
 def load_or_make(auto: Any, seed: int, source: str | None, new: Any) -> tuple[Any, bool]:
@@ -149,6 +155,8 @@ class Comparison:
     def choose_rows(self, data: DatasetDict, student_samples: int | None) -> tuple[Dataset, Dataset, Dataset]:
         """Return what the teacher learns from, what the students learn from, and what the table shows."""
         options, unit = self.options, self.unit
+        if options.eval_split not in data:
+            raise SystemExit(f"error: Received eval_split={options.eval_split!r}; expected one of {sorted(data)}.")
         train = some_rows(data["train"], options.max_train_samples)
         few = some_rows(train, options.student_train_samples or student_samples)
         test = some_rows(data[options.eval_split], options.max_eval_samples)

@@ -77,11 +77,6 @@ def load_texts(options: TextArguments, seed: int) -> DatasetDict:
     return load_labeled("csv", None, columns, seed, data_files=files)
 
 
-def bert_config(tokenizer: Any, names: list[str], depth: int, width: int, max_length: int) -> BertConfig:
-    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return small_config(BertConfig, names, depth, width, width // 32, max_position_embeddings=max_length, **tokens)
-
-
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int, teacher_tokenizer: Any = None) -> Dataset:
     """Tokenize; with a second tokenizer also for the teacher, then padded to one length, which any collator takes."""
     padding = "do_not_pad" if teacher_tokenizer is None else "max_length"
@@ -98,36 +93,39 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int, teacher_tokenize
 
 def main() -> None:
     options, args = parse_arguments(TextArguments, DEFAULTS)
+    given = options.dataset_name or options.train_file
+    comparison = Comparison(given or "movie_snippets", "sentences", options, args)
     source = options.teacher_name_or_path or str(fetched(Path(options.text_dir) / "minilm-l6"))
-    name = options.dataset_name or options.train_file or "movie_snippets"
-    comparison = Comparison(name, "sentences", options, args)
     teacher_tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer = AutoTokenizer.from_pretrained(options.student_name_or_path or source)
     other = None if tokenizer.get_vocab() == teacher_tokenizer.get_vocab() else teacher_tokenizer
+    prepare = partial(tokenize, max_length=options.max_length)
     with args.main_process_first(desc="loading the sentences"):
         data = load_texts(options, args.seed)
-        train, few, test = comparison.choose_rows(data, 2000 if name == "movie_snippets" else None)
-        prepare = partial(tokenize, max_length=options.max_length)
+        train, few, test = comparison.choose_rows(data, None if given else 2000)
         teacher_data = prepare(train, teacher_tokenizer), prepare(test, teacher_tokenizer), teacher_tokenizer
-        student_data = prepare(few, tokenizer, teacher_tokenizer=other), prepare(test, tokenizer), tokenizer
+        student_rows = prepare(few, tokenizer, teacher_tokenizer=other), prepare(test, tokenizer)
 
-    shape = options.student_depth, options.student_width, options.max_length
-    new = bert_config(tokenizer, train.features["label"].names, *shape)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    tokens["max_position_embeddings"] = options.max_length
+    names = train.features["label"].names
+    new = small_config(BertConfig, names, 32, options.student_depth, options.student_width, **tokens)
     load = partial(load_or_make, AutoModelForSequenceClassification, args.seed)
     teacher, trained = load(source, new)
     student, _ = load(options.student_name_or_path, new)
 
     comparison.run_teacher(teacher, *teacher_data, epochs=0.0 if trained else 1.0, learning_rate=1e-4)
 
-    # The teacher is much larger than the student, and the sentences do not vary: keep its outputs while this runs.
-    cache = tempfile.TemporaryDirectory()
-    comparison.args.teacher_cache_dir = args.teacher_cache_dir or cache.name
+    student_data = *student_rows, tokenizer, teacher
     alone, kd, semckd = (copy.deepcopy(student) for _ in range(3))
-    comparison.run(
-        "student alone", DistillationTrainer, alone, *student_data, teacher, logit_weight=0.0, feature_weight=0.0
-    )
-    comparison.run("student + KD", DistillationTrainer, kd, *student_data, teacher, feature_weight=0.0)
-    comparison.run("student + SemCKD", SemCKDTrainer, semckd, *student_data, teacher)
+    # The teacher is much larger than the students, and the sentences do not vary: keep what it says of each.
+    with tempfile.TemporaryDirectory() as cache:
+        args.teacher_cache_dir = args.teacher_cache_dir or cache
+        comparison.run(
+            "student alone", DistillationTrainer, alone, *student_data, logit_weight=0.0, feature_weight=0.0
+        )
+        comparison.run("student + KD", DistillationTrainer, kd, *student_data, feature_weight=0.0)
+        comparison.run("student + SemCKD", SemCKDTrainer, semckd, *student_data)
     comparison.report()
 
 

@@ -36,6 +36,7 @@ DEFAULTS = {
     "weight_decay": 0.05, "per_device_eval_batch_size": 256, "remove_unused_columns": False,
 }  # fmt: skip
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+MOST_PREPARED_VALUES = 64_000_000  # 256 MB
 
 
 @dataclass
@@ -73,11 +74,12 @@ def load_digits_images() -> DatasetDict:
 
 
 def load_fashion_mnist(folder: Path) -> DatasetDict:
-    if not folder.is_dir():
-        raise SystemExit(f"error: There is no {folder}. On Debian and Ubuntu: apt install dataset-fashion-mnist.")
     splits = {}
     for name, prefix in (("train", "train"), ("test", "t10k")):
-        images, labels = (gzip.decompress(path.read_bytes()) for path in sorted(folder.glob(f"{prefix}-*.gz")))
+        files = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+        if not all(file.is_file() for file in files):
+            raise SystemExit(f"error: {folder} lacks Fashion-MNIST. On Debian: apt install dataset-fashion-mnist.")
+        images, labels = (gzip.decompress(file.read_bytes()) for file in files)
         pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
         splits[name] = as_dataset(pixels, np.frombuffer(labels, np.uint8, offset=8), FASHION)
     return DatasetDict(splits)
@@ -103,14 +105,10 @@ def prepare_images(dataset: Dataset, processors: dict[str, Any], channels: int =
         inputs = {name: make(images, return_tensors="np")["pixel_values"] for name, make in processors.items()}
         return {"labels": batch["label"], **inputs}
 
-    if len(dataset) * encode(dataset[:1])["pixel_values"].size > 64_000_000:
+    if len(dataset) * sum(np.size(values) for values in encode(dataset[:1]).values()) > MOST_PREPARED_VALUES:
         return dataset.with_transform(encode)
     prepared = dataset.map(encode, batched=True, remove_columns=dataset.column_names, keep_in_memory=True)
     return prepared.with_format("torch")
-
-
-def vit_config(size: int, patch: int, names: list[str], depth: int, width: int) -> ViTConfig:
-    return small_config(ViTConfig, names, depth, width, width // 24, image_size=size, patch_size=patch)
 
 
 def main() -> None:
@@ -123,7 +121,9 @@ def main() -> None:
     train, few, test = comparison.choose_rows(data, 300 if known == "digits" else None)
 
     size = options.image_size or {"digits": 8, "fashion-mnist": 28}.get(known, 64)
-    new = partial(vit_config, size, options.patch_size or max(size // 4, 1), train.features["label"].names)
+    patch = options.patch_size or max(size // 4, 1)
+    names = train.features["label"].names
+    new = partial(small_config, ViTConfig, names, 24, image_size=size, patch_size=patch)
     load = partial(load_or_make, AutoModelForImageClassification, args.seed)
     teacher, trained = load(options.teacher_name_or_path, new(options.teacher_depth, options.teacher_width))
     student, _ = load(options.student_name_or_path, new(options.student_depth, options.student_width))
@@ -132,16 +132,16 @@ def main() -> None:
 
     prepare = partial(prepare_images, channels=student.config.num_channels)
     inputs, teacher_inputs = {"pixel_values": processor}, {"pixel_values": teacher_processor}
-    data = prepare(train, teacher_inputs), prepare(test, teacher_inputs), teacher_processor
-    comparison.run_teacher(teacher, *data, epochs=0.0 if trained else 20.0, learning_rate=1e-3)
+    teacher_data = prepare(train, teacher_inputs), prepare(test, teacher_inputs), teacher_processor
+    comparison.run_teacher(teacher, *teacher_data, epochs=0.0 if trained else 20.0, learning_rate=1e-3)
 
     same = teacher_processor.to_dict() == processor.to_dict()
     both = inputs if same else {**inputs, "teacher_pixel_values": teacher_processor}
-    data = prepare(few, both), prepare(test, inputs), processor, teacher
+    student_data = prepare(few, both), prepare(test, inputs), processor, teacher
     alone, kd, semckd = (copy.deepcopy(student) for _ in range(3))
-    comparison.run("student alone", DistillationTrainer, alone, *data, logit_weight=0.0, feature_weight=0.0)
-    comparison.run("student + KD", DistillationTrainer, kd, *data, feature_weight=0.0)
-    comparison.run("student + SemCKD", SemCKDTrainer, semckd, *data)
+    comparison.run("student alone", DistillationTrainer, alone, *student_data, logit_weight=0.0, feature_weight=0.0)
+    comparison.run("student + KD", DistillationTrainer, kd, *student_data, feature_weight=0.0)
+    comparison.run("student + SemCKD", SemCKDTrainer, semckd, *student_data)
     comparison.report()
 
 
