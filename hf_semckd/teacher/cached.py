@@ -14,13 +14,12 @@ from ..errors import InputError
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of
 from .cache.keys import teacher_fingerprint, token_count
-from .cache.rows import plain_names, to_batch
+from .cache.rows import to_batch, to_outputs
 from .execution import TeacherStream
 from .notes import TeacherNote, TeacherRequest, describe_extra_tokens, describe_inputs, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher
+from .teacher import FeatureSelector, Teacher, keeping
 
-WHOLE_FEATURE = "feature_"
 logger = logging.getLogger(__name__)
 
 
@@ -199,20 +198,14 @@ class CachedTeacher:
             teacher = self.load()
             inputs = teacher.inputs(batch)
             part = {name: value[missing] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            outputs = teacher.compute(part, None, logits=logits, features=features)
-            if select is not None:
-                outputs.features = select(list(outputs.features), outputs.mask, lambda: teacher.phases(batch)[missing])
-            rows = cache.rows(_stored_names(outputs), part)
+            keep = keeping(select, lambda: teacher.phases(batch)[missing])
+            rows = cache.rows(teacher.compute(part, None, keep, logits=logits, features=features), part)
             cache.store.write([lookup.keys[index] for index in missing], rows)
             # As stored, in the stored precision: a sample is the same when it is met again.
             stored = to_batch(_merged(stored, lookup.present, rows, device), width)
-        named = plain_names(stored)
-        mask = inputs.get("attention_mask")
-        logit_values = named.pop("logits", None)
-        kept: Any = named
-        if named and all(name.startswith(WHOLE_FEATURE) for name in named):
-            kept = [named[f"{WHOLE_FEATURE}{layer}"] for layer in range(len(named))]
-        return TeacherOutputs(logit_values, kept or [], tokens_mask(mask, kept if isinstance(kept, list) else []))
+        outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
+        outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
+        return outputs
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords; see `Teacher.inputs`."""
@@ -245,14 +238,6 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
     if described.logits is not None and len(described.logits) == 3:
         lengths.append(described.logits[1])
     return tokens is None or all(length == tokens for length in lengths)
-
-
-def _stored_names(outputs: TeacherOutputs) -> dict[str, Tensor]:
-    """Return all tensors of the outputs that a cache keeps, by name."""
-    features = outputs.features
-    if not isinstance(features, Mapping):
-        features = {f"{WHOLE_FEATURE}{layer}": feature for layer, feature in enumerate(features)}
-    return dict(features) if outputs.logits is None else {**features, "logits": outputs.logits}
 
 
 def _merged(

@@ -1,16 +1,17 @@
-"""What the teacher gave for one batch."""
+"""What the teacher gives for one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from ..errors import TeacherOutputError
 from ..features.layers import FeatureSpec
+from ..features.targets import TeacherTargets
 
 
 @dataclass
@@ -18,22 +19,19 @@ class TeacherOutputs:
     """What the teacher gave for one batch.
 
     Attributes:
-        logits: (B, ...), or None when they were not needed.
-        features: T features, or what the feature loss kept of them; empty when they were not needed.
+        logits: (B, ...), or None when they are not needed.
+        features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
         mask: (B, N) mask of the teacher's tokens, or None.
     """
 
     logits: Tensor | None = None
-    features: Any = field(default_factory=list)
+    features: TeacherTargets = field(default_factory=TeacherTargets)
     mask: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor."""
         yield from (tensor for tensor in (self.logits, self.mask) if tensor is not None)
-        if isinstance(self.features, Mapping):
-            yield from self.features.values()
-        else:
-            yield from self.features
+        yield from self.features.tensors()
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,15 @@ def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
     Raises:
         TeacherOutputError: When there are any outside the padding.
     """
-    if isinstance(outputs.features, Mapping):
-        numbered = [(name.partition(".")[2], value) for name, value in outputs.features.items()]
-        kept = [(int(layer), value) for layer, value in numbered if layer and value.is_floating_point()]
-        named = [(f"layer {layers[layer]}", value) for layer, value in sorted(kept, key=lambda entry: entry[0])]
-    else:
-        named = [(f"layer {name}", value) for name, value in zip(layers, outputs.features, strict=False)]
     # The first broken layer is the cause, logits follow.
-    for name, values in [*named, *([("logits", outputs.logits)] if outputs.logits is not None else [])]:
+    found = sorted(outputs.features.values(), key=itemgetter(0))
+    named = [(f"layer {layers[t]}", values, mask) for t, values, mask in found]
+    if outputs.logits is not None:
+        named.append(("logits", outputs.logits, outputs.mask))
+    for name, values, mask in named:
         bad = ~torch.isfinite(values)
-        if outputs.mask is not None and values.dim() == 3 and values.shape[1] == outputs.mask.shape[1]:
-            bad &= outputs.mask.bool().unsqueeze(-1)
+        if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
+            bad &= mask.bool().unsqueeze(-1)
         samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
         if samples:
             raise TeacherOutputError(

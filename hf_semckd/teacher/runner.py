@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
+from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
 from .cached import CachedTeacher
 from .outputs import TeacherOutputs
@@ -60,7 +61,7 @@ class TeacherRunner:
         self.wait()
         self.teacher.check_finite(outputs)
 
-    def _select(self, features: list[Tensor], mask: Tensor | None, phases: Callable[[], Tensor]) -> Any:
+    def _select(self, features: Sequence[Tensor], mask: Tensor | None, phases: Callable[[], Tensor]) -> TeacherTargets:
         """Keep what the loss needs, so that the rest is freed before the student runs."""
         assert self.loss is not None
         return self.loss.select(features, mask, phases() if self.loss.samples_tokens else None)

@@ -21,8 +21,10 @@ from .execution import CompiledForward, TeacherStream, runs_by_itself
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
+
 # Takes features, their mask and what gives the phases of their samples.
-FeatureSelector = Callable[[list[Tensor], Tensor | None, Callable[[], Tensor]], Sequence[Tensor] | TeacherTargets]
+FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
+Keeper = Callable[[Sequence[Tensor], Tensor | None], TeacherTargets]
 
 
 class Teacher:
@@ -98,24 +100,25 @@ class Teacher:
             batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
-            select: Takes what is needed out of the features, given their mask and the samples' `phases`; None keeps
+            select: Keeps what is needed of the features, given their mask and the phases of their samples; None keeps
                 all.
         """
         own = any(key.startswith(TEACHER_PREFIX) for key in batch)
         labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
-        outputs = self.compute(self.inputs(batch), labels, logits=logits, features=features)
-        if select is not None:
-            outputs.features = select(list(outputs.features), outputs.mask, lambda: self.phases(batch))
-        return outputs
+        keep = keeping(select, lambda: self.phases(batch))
+        return self.compute(self.inputs(batch), labels, keep, logits=logits, features=features)
 
-    def compute(self, inputs: Mapping[str, Any], labels: Any, *, logits: bool, features: bool) -> TeacherOutputs:
-        """Return logits and whole features for the teacher's own inputs."""
+    def compute(
+        self, inputs: Mapping[str, Any], labels: Any, keep: Keeper, *, logits: bool, features: bool
+    ) -> TeacherOutputs:
+        """Return logits and what is kept of the features, for the teacher's own inputs."""
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
+        mask = tokens_mask(token_attention(inputs, labels, self.model), taken)
         return TeacherOutputs(
             logits=logits_of(outputs, "teacher").detach() if logits else None,
-            features=taken,
-            mask=tokens_mask(token_attention(inputs, labels, self.model), taken),
+            features=keep(taken, mask) if features else TeacherTargets(),
+            mask=mask,
         )
 
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
@@ -135,7 +138,8 @@ class Teacher:
             taken = self.capture.collect(outputs, recorded)
         given = logits_of(outputs, "teacher") if logits else None
         mask = inputs.get("attention_mask")
-        self.check_finite(TeacherOutputs(given, taken, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None))
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask))
         specs = [describe(x, name, self.model, inputs) for x, name in zip(taken, self.layer_names, strict=False)]
         return TeacherDescription(None if given is None else tuple(given.shape), specs, taken)
 
@@ -168,6 +172,13 @@ class Teacher:
     def check_finite(self, outputs: TeacherOutputs) -> None:
         """Refuse NaN and infinite outputs; see `outputs.check_finite`."""
         check_finite(outputs, self.layer_names)
+
+
+def keeping(select: FeatureSelector | None, phases: Callable[[], Tensor]) -> Keeper:
+    """Return a selector that knows the phases of its samples; without one, all is kept."""
+    if select is None:
+        return TeacherTargets.of_whole
+    return lambda features, mask: select(features, mask, phases)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

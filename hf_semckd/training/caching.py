@@ -16,7 +16,7 @@ from ..data.samples import collate, is_map_style, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.space import check_space
-from ..teacher.cached import CachedTeacher, _stored_names
+from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .pair import Pair
 
@@ -127,5 +127,5 @@ def _stored_bytes(teacher: CachedTeacher, live: TeacherRunner, batch: Mapping[st
     """Return how many bytes the cache would take for a sample of a batch, on average."""
     outputs = live(batch)
     live.wait()
-    rows = teacher.cache.rows(_stored_names(outputs), teacher.inputs(batch))
+    rows = teacher.cache.rows(outputs, teacher.inputs(batch))
     return sum(map(row_bytes, rows)) / len(rows)

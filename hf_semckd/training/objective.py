@@ -124,7 +124,7 @@ class Objective:
         if not self.plan.distils_features:
             return model(**inputs), None
         mask = token_attention(inputs, self.plan.labels_of(batch), self.student)
-        taught = DistillationTargets(targets.features, mask, targets.mask, self.run_teacher.wait)
+        taught = DistillationTargets(targets.features, mask, self.run_teacher.wait)
         return _split(model(**inputs, **taught.as_keyword()))
 
     def _terms(
@@ -163,7 +163,7 @@ class Objective:
             for batch in batches:
                 outputs = self.run_teacher(prepare(batch))
                 self.run_teacher.wait()
-                loss.update_statistics(outputs.features, outputs.mask)
+                loss.update_statistics(outputs.features)
             loss.collecting = False
         loss.synchronize(self.services.reduce_sum)
 

@@ -113,7 +113,7 @@ def test_joined_losses_keep_the_ratio_of_their_own_weights():
     out = loss(*features)
     torch.testing.assert_close(3000 * out.per_sample, 3000 * alone[0] + 1 * alone[1])
     torch.testing.assert_close(out.total, out.per_sample.mean())
-    assert loss.default_weight == 3000 and loss.title == "SimilarityPreserving + Relational"
+    assert loss.default_weight == 3000 and loss.title == "SP + RKD"
 
 
 @pytest.mark.parametrize("names", [(), ("sp",), ("sp", "simkd")])

@@ -456,7 +456,7 @@ def test_the_cka_weights_by_numpy(accuracy):
     teacher = [torch.randn(9, 5, 7, generator=generator), student[0] @ torch.randn(6, 7, generator=generator)]
     teacher += [torch.randn(9, 5, 3, generator=generator)]
     loss = accuracy.associations.CenteredKernelAlignment([(5, 6), (5, 4)], [(5, 7), (5, 7), (5, 3)])
-    found = loss(student, teacher).attention
+    found = loss(student, teacher).association
     means = [[x.mean(1).double().numpy() for x in layers] for layers in (student, teacher)]
     alignment = np.array([[numpy_cka(own, theirs) for theirs in means[1]] for own in means[0]])
     expected = np.exp(alignment / 0.2) / np.exp(alignment / 0.2).sum(1, keepdims=True)
@@ -470,7 +470,7 @@ def test_random_weights_are_uniform_on_the_simplex(accuracy):
     loss = accuracy.associations.RandomWeights([(5, 6), (5, 4)], [(5, 7)] * 3)
     student, teacher = [torch.randn(400, 5, 6), torch.randn(400, 5, 4)], [torch.randn(400, 5, 7)] * 3
     torch.manual_seed(0)
-    first, second = loss(student, teacher).attention, loss(student, teacher).attention
+    first, second = loss(student, teacher).association, loss(student, teacher).association
     assert first.shape == (400, 2, 3) and first.min() >= 0 and not torch.equal(first, second)
     torch.testing.assert_close(first.sum(-1), torch.ones(400, 2))
     # Of a flat Dirichlet of three: means 1/3, variances 1/18.
@@ -513,7 +513,7 @@ def test_gradient_agreement_by_hand(accuracy):
     torch.manual_seed(0)
     loss = accuracy.associations.GradientAgreement([(5, 6)], [(5, 7)] * 3).train()
     student, teacher = torch.randn(4, 5, 6, requires_grad=True), [torch.randn(4, 5, 7) for _ in range(3)]
-    torch.testing.assert_close(loss([student], teacher).attention, torch.full((4, 1, 3), 1 / 3))
+    torch.testing.assert_close(loss([student], teacher).association, torch.full((4, 1, 3), 1 / 3))
     loss.collecting = False
     gradients = []
     for statistics, entry in zip(loss.statistics, teacher, strict=True):
@@ -524,9 +524,9 @@ def test_gradient_agreement_by_hand(accuracy):
         loss.task_gradients = [task]
         cosine = torch.stack([torch.cosine_similarity(g.flatten(1), task.flatten(1)) for g in gradients], 1)
         expected = torch.softmax(cosine / 0.2, -1).unsqueeze(1)
-        torch.testing.assert_close(loss([student], teacher).attention, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(loss([student], teacher).association, expected, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(loss([student], teacher).attention, torch.full((4, 1, 3), 1 / 3))
+        torch.testing.assert_close(loss([student], teacher).association, torch.full((4, 1, 3), 1 / 3))
 
 
 def test_the_look_ahead_moves_towards_what_agrees(accuracy):

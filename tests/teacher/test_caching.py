@@ -51,6 +51,7 @@ from transformers import (
 from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd.data.views import RepeatableViews
 from hf_semckd.errors import ConfigurationError, InputError
+from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.losses import FeatureLoss
 from hf_semckd.losses.base import FeatureLossOutput
 from hf_semckd.teacher.cache.cache import CachingCollator
@@ -67,12 +68,10 @@ class LastMeans(FeatureLoss):
         super().__init__()
         self.projection = nn.Linear(student, teacher)
 
-    def forward(
-        self, student_features: Any, teacher_features: Any, student_mask: Any = None, teacher_mask: Any = None
-    ) -> FeatureLossOutput:
-        assert isinstance(teacher_features, list)
+    def compare(self, student_features: Any, targets: TeacherTargets, student_mask: Any) -> FeatureLossOutput:
         ours = _mean(student_features[-1], student_mask)
-        theirs = torch.stack([_mean(feature, teacher_mask) for feature in teacher_features]).mean(0)
+        whole = [targets.whole(t) for t in range(len(targets.layers))]
+        theirs = torch.stack([_mean(feature, targets.mask) for feature in whole]).mean(0)
         rows = (self.projection(ours) - theirs).square().mean(1)
         return FeatureLossOutput(rows.mean(), rows)
 

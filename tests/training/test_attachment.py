@@ -112,7 +112,7 @@ def test_with_targets_the_loss_is_that_of_the_hidden_states():
     expected = alone(list(plain.hidden_states[1:]), targets())
     assert torch.equal(outputs.logits, plain.logits) and outputs.hidden_states is None
     assert torch.equal(losses["per_sample"], expected.per_sample)
-    assert torch.equal(losses["association"], expected.attention)
+    assert torch.equal(losses["association"], expected.association)
 
 
 def test_gradients_reach_student_and_loss_in_one_backward():
@@ -122,7 +122,7 @@ def test_gradients_reach_student_and_loss_in_one_backward():
     losses["per_sample"].mean().backward()
     touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert any(name.startswith(FEATURE_LOSS_NAME) for name in touched)
-    assert "vit.embeddings.cls_token" in touched and any(".attention." in name for name in touched)
+    assert "vit.embeddings.cls_token" in touched and any(".association." in name for name in touched)
 
 
 def test_the_padding_of_both_reaches_the_loss():

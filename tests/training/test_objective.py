@@ -135,10 +135,8 @@ def test_a_trial_trains_with_its_own_association(tmp_path: Path) -> None:
     trainer.hp_search_backend = HPSearchBackend.WANDB
     for association in ("learned", "last"):
         trainer._hp_search_setup({"association": association})
-        assert trainer.feature_loss.association == association
-        assert (
-            trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attachment.attached
-        )
+        assert trainer.feature_loss.association.name == association
+        assert trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attached
         trainer._detach()
     with pytest.raises(ConfigurationError, match="association"):
         trainer._hp_search_setup({"association": "nearest"})

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .shard import KEY_BYTES
 
 # Changes when what is stored, or how it is keyed, changes.
-FORMAT = 2
+FORMAT = 3
+
 LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+
 # What runs along the tokens that the mask speaks of; the length of anything else (channels, a decoder's tokens) may
 # equal theirs by accident.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox")
