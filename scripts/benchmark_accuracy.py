@@ -17,17 +17,13 @@ scripts/fetch_text_parts.py, scripts/fetch_image_parts.py or the Debian package 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
-
-from accuracy.protocol import Protocol, read_protocols  # noqa: E402
-from accuracy.readme import blocks, detail_blocks, read_shown, updated  # noqa: E402
-from accuracy.rows import RESULTS, read_rows  # noqa: E402
-from accuracy.tables import (  # noqa: E402
+from accuracy.protocol import Protocol, read_protocols
+from accuracy.readme import blocks, detail_blocks, read_shown, updated
+from accuracy.rows import RESULTS, read_rows
+from accuracy.tables import (
     LEGEND,
     difference_table,
     headline,
@@ -35,6 +31,8 @@ from accuracy.tables import (  # noqa: E402
     main_table,
     tuned_table,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_protocol(
