@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from filelock import FileLock
 
 TESTS = Path(__file__).resolve().parent
@@ -83,21 +80,3 @@ def assert_launched(folder: Path) -> None:
     output = (folder / "output.txt").read_text()
     assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
     assert "exit status 0" in output, output[-3000:]
-
-
-def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
-    """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
-
-    A job that fails writes why, and ends this process; torchrun then ends the other one, which may wait for it.
-    """
-    torch.set_num_threads(1)
-    for name, job in jobs.items():
-        (folder / name).mkdir(exist_ok=True)
-        try:
-            job(folder / name)
-        except Exception:
-            rank = dist.get_rank() if dist.is_initialized() else "unknown"
-            (folder / name / f"failure.{rank}.txt").write_text(f"{name}: {traceback.format_exc()}")
-            raise
-    print(f"world size {dist.get_world_size()}", flush=True)
-    dist.destroy_process_group()
