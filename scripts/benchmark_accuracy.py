@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accuracy.protocol import Protocol, read_protocols
 from accuracy.readme import blocks, detail_blocks, read_shown, updated
-from accuracy.rows import RESULTS, read_rows
+from accuracy.rows import OUTPUTS, RESULTS, read_rows
 from accuracy.tables import (
     LEGEND,
     difference_table,
@@ -43,11 +43,12 @@ def run_protocol(
     seeds: Sequence[int] | None = None,
     device: str = "cpu",
     jobs: int = 1,
+    outputs: Path = OUTPUTS,
 ) -> None:
     """Run what is not there yet of one protocol: in this process, on one thread, or several runs at once in others."""
     from accuracy.parallel import make_bench, run_ahead
 
-    place = (path, name, results, device)
+    place = (path, name, results, device, outputs)
     bench = make_bench(*place)
     if jobs > 1:
         run_ahead(bench, place, methods, seeds, jobs)

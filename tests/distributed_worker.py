@@ -115,6 +115,7 @@ def _assert_equal_on_all_processes(done: Outcome) -> None:
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     assert not [name for name, gap in zip(names, worst.tolist(), strict=True) if gap != 0]
 
+
 def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
     """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
 

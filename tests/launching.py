@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,29 @@ def torchrun(script: Path, *arguments: object, **options: Any) -> subprocess.Com
     return python(*launcher, script, *arguments, **options)
 
 
-def launch_once(worker: str, name: str, tmp_path_factory: Any, request: Any) -> Path:
-    """Run a worker of this folder in two processes, once, also when pytest-xdist spreads the tests over its own.
+@contextmanager
+def shared_folder(name: str, tmp_path_factory: Any, request: Any) -> Iterator[tuple[Path, bool]]:
+    """Give a folder that all processes of pytest-xdist have in common, and whether it has to be filled.
 
-    Returns:
-        The folder that the worker was given, with all that was printed in `output.txt`.
+    The others wait until the first one has filled it.
     """
     spread = hasattr(request.config, "workerinput")
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if spread else base) / name
     with FileLock(f"{folder}.lock"):
-        if not (folder / "output.txt").is_file():
-            folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        yield folder, not (folder / "filled").is_file()
+        (folder / "filled").touch()
+
+
+def launch_once(worker: str, name: str, tmp_path_factory: Any, request: Any) -> Path:
+    """Run a worker of this folder in two processes, once for all processes of pytest-xdist.
+
+    Returns:
+        The folder that the worker was given, with all that was printed in `output.txt`.
+    """
+    with shared_folder(name, tmp_path_factory, request) as (folder, empty):
+        if empty:
             done = torchrun(TESTS / worker, folder)
             (folder / "output.txt").write_text(f"{done.stdout}{done.stderr}\nexit status {done.returncode}\n")
     return folder

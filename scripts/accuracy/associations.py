@@ -31,8 +31,8 @@ class CenteredKernelAlignment(SemCKDLoss):
 
     @torch.no_grad()
     def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
-        student = [_centred(views.summary(s, False)) for s in range(len(self.student_specs))]
-        teacher = [_centred(self._teacher_summary(targets, t)) for t in range(len(self.teacher_specs))]
+        student = [_centered(views.summary(s, False)) for s in range(len(self.student_specs))]
+        teacher = [_centered(self._teacher_summary(targets, t)) for t in range(len(self.teacher_specs))]
         alignment = torch.stack([torch.stack([_cosine(own, theirs) for theirs in teacher]) for own in student])
         return torch.softmax(alignment / SHARPNESS, -1).expand(len(views.features[0]), -1, -1)
 
@@ -224,7 +224,7 @@ def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> T
     return torch.cat([entry.flatten() for entry in filled])
 
 
-def _centred(rows: Tensor) -> Tensor:
+def _centered(rows: Tensor) -> Tensor:
     similarity = similarity_matrix(rows)
     similarity = similarity - similarity.mean(0, keepdim=True)
     return similarity - similarity.mean(1, keepdim=True)

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from .data import Rows, collate
-from .sources import IMAGES, ROOT, TEXT
+from .rows import OUTPUTS
+from .sources import IMAGES, TEXT
 
-TEACHERS = ROOT / "outputs" / "accuracy" / "teachers"
 TEACHER_SEED = 0
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "log_level": "error"}
 COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "remove_unused_columns": False}
@@ -156,7 +156,12 @@ def teacher_rows(rows: Rows) -> Rows:
 
 
 def trained_teacher(
-    data: Mapping[str, Any], model: Mapping[str, Any], training: Mapping[str, Any], rows: Rows, device: str = "cpu"
+    data: Mapping[str, Any],
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+    rows: Rows,
+    device: str = "cpu",
+    outputs: Path = OUTPUTS,
 ) -> Any:
     """Return a teacher on the CPU, trained now with a fixed seed or loaded if it was trained before.
 
@@ -166,16 +171,18 @@ def trained_teacher(
         training: Training arguments.
         rows: What it is trained on.
         device: `cpu` or `cuda`, where it is trained if it has to be.
+        outputs: Folder whose subfolder `teachers` keeps it.
     """
     described = {"data": data, "model": model, "training": training, "rows": len(rows)}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     teacher = make_model(model, teacher_rows(rows), TEACHER_SEED)
-    folder = TEACHERS / f"{model['name']}-{key}"
+    teachers = outputs / "teachers"
+    folder = teachers / f"{model['name']}-{key}"
     if folder.is_dir():
         return type(teacher).from_pretrained(folder).eval()
     print(f"training teacher {model['name']} on {len(rows)} rows", file=sys.stderr, flush=True)
-    TEACHERS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=TEACHERS) as work:
+    teachers.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=teachers) as work:
         args = TrainingArguments(work, seed=TEACHER_SEED, use_cpu=device == "cpu", **{**QUIET, **COMMON, **training})
         Trainer(teacher, args, train_dataset=_own_columns(teacher_rows(rows)), data_collator=collate).train()
         kept = Path(work) / "kept"

@@ -15,16 +15,16 @@ from .protocol import read_protocols
 from .record import Run
 from .runs import Bench
 
-# What a bench is made from: the protocol's file, the protocol in it, the folder of the rows, the device.
-Place = tuple[str, str, Path, str]
+# What a bench is made from: the protocol's file, the protocol in it, the folder of the rows, the device, the outputs.
+Place = tuple[str, str, Path, str, Path]
 
 
-def make_bench(path: str, name: str, results: Path, device: str) -> Bench:
+def make_bench(path: str, name: str, results: Path, device: str, outputs: Path) -> Bench:
     """Return a protocol made ready in this process, on one thread."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     protocol = next(entry for entry in read_protocols(path) if entry.name == name)
-    return Bench(protocol, results, device)
+    return Bench(protocol, results, device, outputs)
 
 
 def run_ahead(

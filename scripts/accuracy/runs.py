@@ -24,10 +24,8 @@ from .models import COMMON, QUIET, accuracy, make_model, teacher_rows, trained_t
 from .planted import plant
 from .protocol import Method, Protocol
 from .record import Outcome, Record, Run
-from .rows import RESULTS, TEACHER
-from .sources import ROOT
+from .rows import OUTPUTS, RESULTS, TEACHER
 
-CACHE = ROOT / "outputs" / "accuracy" / "cache"
 # What a protocol says of its data that is not for the loader.
 STUDENT_ONLY = ("name", "train", "noise")
 
@@ -39,10 +37,11 @@ class Bench:
         protocol: The protocol.
         results: Folder of the rows.
         device: `cpu` or `cuda`. On a GPU the teacher runs in every step: that takes less than reading a cache.
+        outputs: Folder of trained teachers and their cached outputs.
     """
 
-    def __init__(self, protocol: Protocol, results: Path = RESULTS, device: str = "cpu"):
-        self.protocol, self.device = protocol, device
+    def __init__(self, protocol: Protocol, results: Path = RESULTS, device: str = "cpu", outputs: Path = OUTPUTS):
+        self.protocol, self.device, self.outputs = protocol, device, outputs
         self.path = results / f"{protocol.name}.jsonl"
         limits = {key: value for key, value in protocol.data.items() if key not in STUDENT_ONLY}
         teacher_pool = limits.pop("teacher_pool", None)
@@ -50,7 +49,7 @@ class Bench:
         model = {key: value for key, value in protocol.teacher.items() if key not in ("training", "planted")}
         pool = self.splits.pool if teacher_pool is None else self.splits.pool.take(range(teacher_pool))
         described = {key: value for key, value in protocol.data.items() if key not in ("train", "noise", "test")}
-        teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool, device)
+        teacher = trained_teacher(described, model, protocol.teacher.get("training", {}), pool, device, outputs)
         self.plain_teacher = teacher
         self.teacher = plant(teacher, **protocol.teacher["planted"]) if "planted" in protocol.teacher else teacher
         self.read_rows()
@@ -167,7 +166,7 @@ class Bench:
             args = {**QUIET, **COMMON, **protocol.training, **run.settings, "seed": run.seed}
             steps = _steps(len(rows), args)
             on_cpu = self.device == "cpu"
-            where = {"use_cpu": on_cpu, "teacher_cache_dir": str(CACHE) if on_cpu else None}
+            where = {"use_cpu": on_cpu, "teacher_cache_dir": str(self.outputs / "cache") if on_cpu else None}
             config = SemCKDConfig(output_dir=folder, logging_steps=max(steps // 4, 1), **where, **args)
             trainer = trainer_class(run.method)(
                 student,

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from hf_semckd.errors import ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[2]
+from .rows import ROOT
+
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 TEXT, IMAGES = ROOT / "data" / "text", ROOT / "data" / "image"
 SPLITS = ("train", "validation", "test")
