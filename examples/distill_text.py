@@ -31,9 +31,7 @@ DEFAULTS = {
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "per_device_eval_batch_size": 128,
-    # On tuning seed 100 and the validation split, from random projections: KD 74.4 %, SemCKD 74.3, 75.3 and 77.5 %
-    # with 1, 3 and 10.
-    "feature_weight": 10.0,
+    "feature_weight": 10.0,  # the best of 1, 3 and 10 on the validation split, with another seed
 }
 
 

@@ -107,8 +107,9 @@ def prepare_images(dataset: Dataset, processors: dict[str, Any], channels: int =
 
     if len(dataset) * sum(np.size(values) for values in encode(dataset[:1]).values()) > MOST_PREPARED_VALUES:
         return dataset.with_transform(encode)
-    prepared = dataset.map(encode, batched=True, remove_columns=dataset.column_names, keep_in_memory=True)
-    return prepared.with_format("torch")
+    return dataset.map(
+        encode, batched=True, remove_columns=dataset.column_names, keep_in_memory=True, desc="Preparing images"
+    ).with_format("torch")
 
 
 def main() -> None:
