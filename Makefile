@@ -36,12 +36,12 @@ help: ## Print this list
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) THREADS=$(THREADS) (of a demo)'
 	@echo 'ARGS="..." goes to the command, e.g. make test ARGS="-k cache -x"'
 
-demo: $(VENV)/.demo ## Distil a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
+demo: $(VENV)/.demo ## Distill a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
 	$(BIN)/$(LAUNCH) examples/distill_vit.py $(ARGS)
 
 # A pretrained teacher is large enough for two threads; the digits' models are not, and only get in their own way.
 demo-text: THREADS = 2
-demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
+demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labeled sentences, and distill it
 	$(BIN)/python scripts/fetch_text_parts.py --only minilm-l6
 	$(BIN)/python scripts/fetch_text_parts.py --only movie_snippets
 	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from launching import WORLD, run_jobs
+from launching import WORLD
 from safetensors.torch import load_file, save_file
 from tiny import PROBLEMS, Outcome, fit, make, outcome
 
@@ -113,6 +114,24 @@ def _assert_equal_on_all_processes(done: Outcome) -> None:
     worst = torch.stack(gaps)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     assert not [name for name, gap in zip(names, worst.tolist(), strict=True) if gap != 0]
+
+
+def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
+    """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
+
+    A job that fails writes why, and ends this process; torchrun then ends the other one, which may wait for it.
+    """
+    torch.set_num_threads(1)
+    for name, job in jobs.items():
+        (folder / name).mkdir(exist_ok=True)
+        try:
+            job(folder / name)
+        except Exception:
+            rank = dist.get_rank() if dist.is_initialized() else "unknown"
+            (folder / name / f"failure.{rank}.txt").write_text(f"{name}: {traceback.format_exc()}")
+            raise
+    print(f"world size {dist.get_world_size()}", flush=True)
+    dist.destroy_process_group()
 
 
 def written(do: Callable[[Path], Outcome]) -> Callable[[Path], None]:

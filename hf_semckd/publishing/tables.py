@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import InputError
 
 MISSING = "-"
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One row of a comparison of models; `dataclasses.asdict(row)` is a row of `format_table`.
-
-    Attributes:
-        name: Label of the model.
-        parameters: Number of parameters, >= 0.
-        metric: The quality that is compared, in its own unit; None: not measured.
-        seconds: Wall-clock time in seconds of whatever the table compares; None: not measured.
-    """
-
-    name: str
-    parameters: int
-    metric: float | None
-    seconds: float | None
 
 
 def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:

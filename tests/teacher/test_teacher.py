@@ -22,6 +22,7 @@ from makers import (
 from torch import nn
 from transformers import BertForSequenceClassification, BertModel, ViTForImageClassification
 
+from hf_semckd.data.columns import has_own_tokens
 from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
 from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.models.inputs import forward_parameters, select_inputs
@@ -92,7 +93,7 @@ def test_columns_of_its_own_lose_the_prefix():
     inputs = Teacher(bert()).inputs(batch)
     assert set(inputs) == {"input_ids", "attention_mask"}
     assert inputs["input_ids"] is batch["teacher_input_ids"]
-    assert Teacher(bert()).has_own_tokens(batch) and not Teacher(bert()).has_own_tokens(batch_of_texts())
+    assert has_own_tokens(batch) and not has_own_tokens(batch_of_texts())
 
 
 def test_floats_are_cast_to_the_teachers_precision_and_integers_are_not():
@@ -213,7 +214,7 @@ def test_compiled_it_gives_hidden_states_in_every_training(tmp_path, compiler):
         trainer = distiller(tmp_path, {"teacher_compile": compiled})
         trainer.train()
         trainer.train()
-        assert not compiled or (compiler and trainer._teacher._compiled is not None)
+        assert not compiled or (compiler and trainer.pair.teacher.compiled.active)
         seen.append(losses(trainer, "feature_loss") + losses(trainer, "logit_loss"))
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)
 
@@ -282,19 +283,19 @@ def test_on_cuda_it_runs_beside_the_student_until_it_is_waited_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, stream: told.append(f"kept for {stream.name}"))
     teacher = Teacher(vit(), [1, 2])
-    teacher._stream = Stream("teacher", told)
-    teacher.aside(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
+    teacher.stream._stream = Stream("teacher", told)
+    teacher.stream.run(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
     assert told[:4] == ["teacher waits for student", "on teacher", "run", "off teacher"]
     assert told[4:] == ["kept for student"] * 3, "logits and two features"
-    teacher.wait()
+    teacher.stream.wait()
     assert told[-1] == "student waits for teacher"
 
 
 def test_on_the_cpu_there_is_nothing_to_wait_for():
     teacher = Teacher(vit(), [1])
     teacher.to(torch.device("cpu"))
-    assert len(teacher.aside(lambda: teacher.run(pictures(), logits=False, features=True)).features.layers) == 1
-    teacher.wait()
+    assert len(teacher.stream.run(lambda: teacher.run(pictures(), logits=False, features=True)).features.layers) == 1
+    teacher.stream.wait()
 
 
 # ---- Values ------------------------------------------------------------------------------------------------------
