@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, LayerNotFoundError, nearest
 from ..models.outputs import accepts, first_tensor
-from .layers import _first_block, hidden_states
+from .layers import first_block, hidden_states
 
 SHOWN_NAMES = 12
 
-# Where transformers keeps the hooks by which it captures hidden states, and its note that they are in place.
+# The module of transformers' hooks that capture hidden states, and its marks on a model.
 CAPTURING_MODULE = "transformers.utils.output_capturing"
 
 CAPTURING_MARK = "_output_capturing_hooks_installed"
@@ -23,11 +23,11 @@ CAPTURING_FORWARD = "wrapped_forward"
 
 
 class FeatureCapture:
-    """Takes the outputs of chosen layers out of a forward pass, by hidden states or by named modules.
+    """Captures the outputs of chosen layers in a forward pass, by hidden states or by named modules.
 
     Args:
-        model: The model to look into.
-        layers: Hidden-state indices, or module names; None finds all blocks in the first outputs described.
+        model: The model.
+        layers: Hidden-state indices, or module names; None for all blocks, see `resolve`.
         role: `student` or `teacher`, for messages.
     """
 
@@ -40,7 +40,7 @@ class FeatureCapture:
                 self._find_module(model, str(name))
 
     def request(self, model: nn.Module) -> dict[str, Any]:
-        """Return the keywords that make `model` return what is needed; empty when modules are named."""
+        """Return the keywords that make `model` return hidden states; empty when modules are named."""
         if self.by_name:
             return {}
         return {name: True for name in ("output_hidden_states", "return_dict") if accepts(model.forward, name)}
@@ -86,7 +86,7 @@ class FeatureCapture:
         if self.layers is None:
             states = hidden_states(outputs)
             if states is not None:
-                self.layers = list(range(_first_block(states, getattr(model, "config", None)), len(states)))
+                self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
         elif not self.by_name:
             states = hidden_states(outputs)
             if states is not None:
@@ -144,7 +144,7 @@ class FeatureCapture:
 
 
 def remove_capturing_traces(model: nn.Module) -> None:
-    """Take off what transformers leaves on a model that was asked for hidden states; it comes back when needed.
+    """Remove the traces that transformers leaves on a model that returned hidden states; it restores them when needed.
 
     From 5.2x these are hooks that cannot be pickled, before that forwards bound to the layers.
     """
@@ -155,7 +155,7 @@ def remove_capturing_traces(model: nn.Module) -> None:
         module.__dict__.pop(CAPTURING_MARK, None)
         bound = module.__dict__.get("forward")
         own = getattr(bound, "__func__", None) is type(module).forward
-        # Left by a failed forward, or put back as an attribute that says what the class says.
+        # Left by a failed forward, or put back as an attribute equal to the class's.
         if own or getattr(getattr(bound, "__code__", None), "co_name", None) == CAPTURING_FORWARD:
             del module.__dict__["forward"]
 

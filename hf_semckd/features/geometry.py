@@ -1,4 +1,4 @@
-"""How two layers are brought to the same positions."""
+"""Alignment of two layers: the positions at which both can be compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .precision import at_least_float32, full_precision
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a student layer and a teacher layer are brought to the same positions.
+    """The alignment of a student layer and a teacher layer.
 
     Attributes:
         kind: `tokens`: position by position; `grid`: both become maps, the larger pooled to the smaller one's grid;
@@ -27,13 +27,7 @@ class Alignment:
 
     @classmethod
     def of(cls, student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> Alignment:
-        """Choose the alignment of a pair.
-
-        Args:
-            student: The student layer.
-            teacher: The teacher layer.
-            tokens_aligned: Whether equal positions of both models mean the same input (one tokenization, or images).
-        """
+        """Return the alignment of a pair; tokens are aligned where position n of both stands for the same input."""
         both_tokens = student.kind == teacher.kind == "tokens"
         same_layout = (student.length, student.prefix, student.grid) == (teacher.length, teacher.prefix, teacher.grid)
         if both_tokens and same_layout and tokens_aligned:
@@ -123,7 +117,7 @@ def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
 def pool_tokens(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Average-pool tokens (B, H * W, C) that lie on a grid (H, W) to a map (B, C, height, width) that is not larger.
 
-    One product with a matrix: moving the channels in front of the positions first would cost far more.
+    As one matrix product: transposing to a map first would cost far more.
     """
     if tuple(grid) == tuple(size):
         return tokens_to_map(features, grid)
@@ -141,5 +135,5 @@ def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
-    """Return the mask where it speaks of this feature's positions: tokens, not maps and not vectors."""
+    """Return the mask where it is that of the feature's positions: tokens (B, N, C) of its length."""
     return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None

@@ -1,4 +1,4 @@
-"""What the output of a layer is: a map or tokens, and where its tokens lie."""
+"""The kind and size of a layer's output: a map or tokens, and the grid of its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-# In the order in which they are looked for: Swin keeps maps beside the tokens, encoder-decoders two sequences.
+# In order of preference: Swin returns maps beside the tokens, encoder-decoders two sequences.
 HIDDEN_STATE_FIELDS = ("reshaped_hidden_states", "hidden_states", "decoder_hidden_states")
 
 
@@ -20,7 +20,7 @@ class FeatureSpec:
     """The kind and size of one layer's output, without the batch dimension.
 
     Attributes:
-        name: How the layer is called in messages, logs and pictures.
+        name: The layer's name in messages, logs and pictures.
         kind: `map` for (B, C, H, W), `tokens` for (B, N, C).
         channels: C.
         length: Number of positions: N, or H * W, as seen when it was described; sequences may vary.
@@ -65,7 +65,7 @@ def hidden_states(outputs: Any) -> tuple[Tensor, ...] | None:
 
 
 def without_hidden_states(outputs: Any) -> Any:
-    """Return a copy of a model's output without the hidden states, which nobody downstream asked for."""
+    """Return a copy of a model's output without the hidden states that only the capture needs."""
     if not isinstance(outputs, Mapping):
         return outputs
     dropped = (*HIDDEN_STATE_FIELDS, "encoder_hidden_states")
@@ -73,13 +73,13 @@ def without_hidden_states(outputs: Any) -> Any:
 
 
 def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, Any]) -> FeatureSpec:
-    """Describe one captured output; for image tokens, find the grid of patches and the tokens in front of it.
+    """Return the specification of a captured output; for image tokens, with the grid of patches and their prefix.
 
     Args:
         feature: (B, C, H, W), (B, N, C) or (B, C).
         name: The layer's name.
-        model: Its config may tell the patch size.
-        inputs: What the model was given; a 4-D tensor among them is the image batch.
+        model: Its config may hold the patch size.
+        inputs: The model's inputs; a 4-D tensor among them is the image batch.
     """
     if feature.dim() == 2:
         return FeatureSpec(name, "tokens", feature.shape[1], 1)
@@ -93,7 +93,7 @@ def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, 
     return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, spec.length - grid[0] * grid[1])
 
 
-def _first_block(states: tuple[Tensor, ...], config: Any) -> int:
+def first_block(states: tuple[Tensor, ...], config: Any) -> int:
     """Return 1 when the first hidden state is an embedding or a stem, 0 when it is a block already."""
     if len(states) == 1:
         return 0

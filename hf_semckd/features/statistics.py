@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,10 @@ from .precision import at_least_float32
 # A share of the layer's mean variance is added to each channel's: dead channels stay at zero instead of exploding.
 VARIANCE_FLOOR = 1e-5
 
-# What a channel's own variance weighs against at first: a prior of this many positions.
+# A channel's own variance is averaged with the layer's mean variance, which weighs as much as this many positions.
 PRIOR_POSITIONS = 256
 
-# Layers are observed together up to this size: a layer alone is no work for a GPU, and a CPU's cache is small.
+# Layers are updated together up to this size: a single layer is launch-bound on a GPU, and a CPU's cache is small.
 GROUP_BYTES = {"cpu": 4 * 2**20}
 
 OTHER_GROUP_BYTES = 64 * 2**20
@@ -25,9 +24,9 @@ OTHER_GROUP_BYTES = 64 * 2**20
 class ChannelStatistics(nn.Module):
     """Mean and variance of every channel of one teacher layer, over all samples seen so far.
 
-    A frozen teacher's features do not drift, so all samples weigh the same: there is no momentum to choose. What a
-    forward pass observes is kept aside and merged once an optimizer step, after a sum over processes; all
-    micro-batches of a step are therefore standardized alike, however a step is cut into micro-batches.
+    A frozen teacher's features do not drift, so all samples weigh the same and there is no momentum. Moments of a
+    forward pass are collected and merged once per optimizer step, after a sum over processes; all micro-batches of a
+    step are therefore standardized alike, however a step is cut into micro-batches.
 
     Args:
         channels: Number of channels.
@@ -36,6 +35,7 @@ class ChannelStatistics(nn.Module):
         mean, variance: (channels) buffers, float32 or wider even when the module around them is cast to half
             precision.
         count: Number of positions behind them; 0 before the first merge.
+        collected: (1 + 2 * channels) moments collected since the last merge, or None.
     """
 
     mean: Tensor
@@ -47,43 +47,21 @@ class ChannelStatistics(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("count", torch.zeros(()))
-        self._pending: Tensor | None = None
-
-    @torch.no_grad()
-    def update_statistics(self, features: Tensor, mask: Tensor | None = None) -> None:
-        """Keep the moments of a batch aside until the next `merge`.
-
-        Args:
-            features: (B, C, H, W) or (B, N, C).
-            mask: (B, N); positions with 0 are left out.
-        """
-        update_layer_statistics([self], [features], [mask])
+        self.collected: Tensor | None = None
 
     def pending(self) -> Tensor:
-        """Return and forget what was observed: (1 + 2 * channels) sums that may be added over processes."""
-        pending, self._pending = self._pending, None
-        return torch.zeros(1 + 2 * len(self.mean), **self._wide()) if pending is None else pending
-
-    @torch.no_grad()
-    def merge(self, sums: Tensor) -> None:
-        """Take summed moments (of all processes) into the running mean and variance (Chan et al., 1979).
-
-        Args:
-            sums: What `pending` returned, added over processes.
-        """
-        merge_layers([self], [sums])
+        """Return and forget the collected moments, which may be added over processes; zeros for none."""
+        pending, self.collected = self.collected, None
+        device = self.mean.device
+        return torch.zeros(1 + 2 * len(self.mean), device=device, dtype=_wide(device)) if pending is None else pending
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features with every channel standardized, in the statistics' precision or wider.
-
-        Args:
-            features: (B, C, H, W) or (B, N, C).
-        """
+        """Return (B, C, H, W) or (B, N, C) with every channel standardized, in the statistics' precision or wider."""
         shape = (-1, 1, 1) if features.dim() == 4 else (-1,)
         return (at_least_float32(features) - self.mean.view(shape)) * self.scale().view(shape)
 
     def scale(self) -> Tensor:
-        """Return what each channel (channels) is multiplied by, once its mean is taken off."""
+        """Return the factor (channels) that follows the subtraction of the mean."""
         return standardization([self])[1][0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelStatistics:
@@ -92,10 +70,6 @@ class ChannelStatistics(nn.Module):
         for name, buffer in self._buffers.items():
             self._buffers[name] = None if buffer is None else at_least_float32(buffer)
         return self
-
-    def _wide(self) -> dict[str, Any]:
-        device = self.mean.device
-        return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 
 
 class TeacherStatistics(nn.ModuleList):
@@ -119,11 +93,7 @@ class TeacherStatistics(nn.ModuleList):
         return any(not bool(entry.count > 0) for entry in self.layers)
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Merge the moments collected since the last call, summed over processes in one reduction.
-
-        Args:
-            reduce_sum: Adds a tensor over processes; None for a single process.
-        """
+        """Merge the collected moments, summed over processes in one reduction; see `FeatureLoss.synchronize`."""
         layers = self.layers
         if not layers:
             return
@@ -136,7 +106,7 @@ class TeacherStatistics(nn.ModuleList):
 def update_layer_statistics(
     layers: Sequence[ChannelStatistics], features: Sequence[Tensor], masks: Sequence[Tensor | None]
 ) -> None:
-    """Keep the moments of a batch aside for several layers, those that look alike together.
+    """Collect the moments of a batch for several layers, those of one shape together.
 
     Args:
         layers: Their statistics.
@@ -150,21 +120,22 @@ def update_layer_statistics(
         rows = torch.stack([values[index] for index in members]).flatten(1, 2)
         found = _moments([layers[index] for index in members], rows, masks[members[0]])
         for index, moments in zip(members, found.unbind(), strict=True):
-            before = layers[index]._pending
-            layers[index]._pending = moments if before is None else before + moments
+            before = layers[index].collected
+            layers[index].collected = moments if before is None else before + moments
 
 
 @torch.no_grad()
 def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) -> None:
-    """Take summed moments (of all processes) into the running mean and variance (Chan et al., 1979) of several layers.
+    """Merge moments into the running mean and variance of several layers (Chan et al., 1979).
 
     Args:
         layers: Their statistics.
-        sums: What `pending` returned for each, added over processes.
+        sums: The `pending` moments of each, added over processes.
     """
     for members in _groups([(len(layer.mean), layer.mean.dtype) for layer in layers]):
         entries = [layers[index] for index in members]
-        mean, variance, before = (values.to(**entries[0]._wide()) for values in _state(entries))
+        wide = _wide(entries[0].mean.device)
+        mean, variance, before = (values.to(entries[0].mean.device, wide) for values in _state(entries))
         added, shift_sum, square_sum = (
             torch.stack([sums[index] for index in members])
             .to(mean.dtype)
@@ -183,22 +154,21 @@ def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) ->
 
 
 def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean, and what it is multiplied by once that is taken off, of layers of one width.
+    """Return each channel's mean and the factor that follows its subtraction, (L, channels) for L layers of one width.
 
-    A channel that was silent in a few samples would be blown up by the first one that wakes it. Each variance is
-    therefore drawn to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
+    A channel that was silent in a few samples would be blown up by the first one that activates it. Each variance is
+    therefore shrunk to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
     are seen.
-
-    Args:
-        layers: Their statistics.
-
-    Returns:
-        (L, channels) means and scales.
     """
     mean, variance, count = _state(layers)
     typical = variance.mean(1, keepdim=True)
     shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
     return mean, torch.rsqrt(shrunk + VARIANCE_FLOOR * typical + torch.finfo(variance.dtype).tiny)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the precision of sums: the widest of the device."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _state(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,22 +178,23 @@ def _state(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _moments(layers: Sequence[ChannelStatistics], rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Return count, sum and sum of squares about the running mean of each layer (L, 1 + 2 * channels).
+    """Return count, sum and sum of squares about the running mean (L, 1 + 2 * channels).
 
     Args:
         layers: The statistics of L layers of one width.
         rows: (L, positions, channels).
         mask: (B, N), as many as there are positions.
     """
-    wide = layers[0]._wide()
+    device = layers[0].mean.device
+    wide = _wide(device)
     running, _, before = _state(layers)
     rows = at_least_float32(rows).to(running.dtype)
     if mask is None:
-        count = torch.full((), float(rows.shape[1]), **wide)
+        count = torch.full((), float(rows.shape[1]), device=device, dtype=wide)
         mean = rows.mean(1)
     else:
         left_out = (mask == 0).flatten().unsqueeze(1)
-        count = (mask != 0).sum().to(**wide)
+        count = (mask != 0).sum().to(device, wide)
         # A masked position may hold anything, NaN included: select, do not multiply.
         mean = rows.masked_fill(left_out, 0.0).sum(1) / count.clamp(min=1).to(rows.dtype)
     # About the running mean, or at first about the batch's own: sums of squares about 0 would cancel on channels
@@ -232,8 +203,8 @@ def _moments(layers: Sequence[ChannelStatistics], rows: Tensor, mask: Tensor | N
     rows = rows - center.unsqueeze(1)
     if mask is not None:
         rows.masked_fill_(left_out, 0.0)
-    sums, squares = rows.sum(1).to(**wide), rows.square().sum(1).to(**wide)
-    shift = (center - running).to(**wide)
+    sums, squares = rows.sum(1).to(device, wide), rows.square().sum(1).to(device, wide)
+    shift = (center - running).to(device, wide)
     squares = squares + shift * (2 * sums + count * shift)
     return torch.cat([count.expand(len(layers), 1), sums + count * shift, squares], 1)
 

@@ -1,4 +1,4 @@
-"""One vector for a sample: averages, embeddings, and what similarities are taken on."""
+"""One vector per sample: averages, embeddings, and summaries to compute similarities from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .geometry import as_map, limited_grid
 from .layers import FeatureSpec
 from .precision import at_least_float32
 
-# Larger maps are pooled to this before similarities are taken: what is where matters, single pixels do not.
+# Larger maps are pooled to this before similarities: coarse positions matter, single pixels do not.
 SUMMARY_GRID = 4
 
 
 class Average:
-    """Averages layers' outputs over their positions; what depends on the mask alone is computed once.
+    """Averages layers' outputs over their positions; terms of the mask alone are computed once.
 
     Args:
         mask: (B, N); positions with 0 do not count in features of N positions, whatever they hold. None: all count.
@@ -41,15 +41,10 @@ class Average:
 
 
 def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
-    """Return the vector (B, C) that stands for a sample: what a classifier would read of its last layer.
+    """Return the vector (B, C) that a classifier would read of a layer.
 
     The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
     the tokens that count everywhere else.
-
-    Args:
-        feature: (B, C, H, W) or (B, N, C).
-        spec: What the layer looks like.
-        average: Knows the tokens that count.
     """
     if feature.dim() == 3 and spec.prefix > 0:
         return feature[:, 0]
@@ -57,10 +52,9 @@ def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
 
 
 def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
-    """Return what similarities between samples are taken on: a small map for images, the mean token for text.
+    """Return (B, C * cells) to compute similarities from: a small map for images, the mean token for text.
 
-    Returns:
-        (B, C * cells), at least in float32.
+    At least in float32.
     """
     if spec.grid is None:
         return at_least_float32(average(feature))
@@ -68,5 +62,5 @@ def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
 
 
 def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
-    """Return the height and width of the small map that a summary is."""
+    """Return the height and width of the map in a summary."""
     return limited_grid(feature, spec, SUMMARY_GRID)

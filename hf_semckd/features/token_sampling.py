@@ -1,4 +1,4 @@
-"""Which tokens of a sample are compared: a few, spread evenly, the same ones whenever the sample comes."""
+"""Systematic sampling of tokens, the same ones whenever a sample comes again."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_phase(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return a number in [0, 1) for each sample that depends on nothing but what the sample holds.
+    """Return a number in [0, 1) per sample (B), float32, that depends on its content only; no host sync.
 
     A random draw would differ between a run, its continuation, another cut into micro-batches and a cache.
 
     Args:
         values: (B, ...) the model's input: token ids or pixels.
         mask: (B, N) for (B, N) values; padding does not count.
-
-    Returns:
-        (B), in float32; computed on the device of the values, without waiting for it.
     """
     if values.is_floating_point():
         values = values.contiguous().view(INTEGERS[values.element_size()])
@@ -42,7 +39,7 @@ def spread_positions(
     """Choose some of each sample's tokens at even distances (systematic sampling).
 
     A sample with n tokens gets m = min(n, limit) of them: those of rank floor((k + phase) * n / m). Over all phases
-    every token is as likely as any other, so the mean over the chosen ones is an unbiased estimate.
+    every token is equally likely, so the mean over the chosen ones is an unbiased estimate.
 
     Args:
         length: N, the number of positions, padding included.
@@ -52,8 +49,8 @@ def spread_positions(
         like: Any tensor of the batch (B, ...), for its size and device.
 
     Returns:
-        Positions (B, K), K = min(N, limit), and the mask (B, K) of those that were chosen, or None when all were. The
-        chosen ones come first. K depends on the shapes alone.
+        Positions (B, K), K = min(N, limit), the chosen ones first, and their mask (B, K), or None when all were
+        chosen.
     """
     batch, device = len(like), like.device
     width = min(length, limit)
@@ -70,7 +67,7 @@ def spread_positions(
 
 
 def flat_positions(positions: Tensor, length: int) -> Tensor:
-    """Return where positions (B, K) of samples of that length lie when all samples stand in one row, (B * K)."""
+    """Return positions (B, K) in samples of that length as positions (B * K) in the flattened batch."""
     first = length * torch.arange(len(positions), device=positions.device).unsqueeze(1)
     return (positions + first).flatten()
 

@@ -69,13 +69,9 @@ class ATLoss(BaselineLoss):
 
 
 def attention_map(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the activity of each position (B, N), a row of unit length per sample, at least in float32.
+    """Return the activity (B, N) of each position of (B, N, C), a unit row per sample, at least in float32.
 
-    Args:
-        tokens: (B, N, C).
-        mask: (B, N); positions with 0 come out as zero and get no gradient, whatever they hold.
-
-    Source: Zagoruyko and Komodakis, 2017, section 3.1, F^2_sum.
+    Positions whose mask (B, N) is 0 are zero and get no gradient, whatever they hold.
     """
     tokens = at_least_float32(tokens)
     if mask is not None:

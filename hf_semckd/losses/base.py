@@ -105,11 +105,7 @@ class FeatureLoss(nn.Module, ABC):
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str] | None:
-        """Return the names of the modules that the method compares, where the user chose none; None for all blocks.
-
-        Args:
-            model: The student or the teacher.
-            role: `student` or `teacher`, for messages.
+        """Return the names of the modules of a model (`role`) that the method compares; None for all blocks.
 
         Raises:
             ConfigurationError: When the model has none of the kind.

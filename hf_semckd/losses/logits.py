@@ -16,16 +16,10 @@ from ..models.tasks import IGNORED, Task, token_targets
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the distillation loss of Hinton et al. (2015) for every item: T^2 * KL(teacher/T || student/T).
+    """Return T^2 * KL(teacher/T || student/T) (Hinton et al., 2015), (...) for logits (..., classes), in nats.
 
-    Args:
-        student_logits: (..., classes).
-        teacher_logits: Same shape; no gradient flows into it.
-        temperature: T > 0; both distributions are softened by it, and the factor T^2 keeps the size of the
-            gradient independent of it.
-
-    Returns:
-        (...) divergences in nats times T^2, at least in float32 precision.
+    The factor T^2 keeps the size of the gradient independent of the temperature T > 0. At least in float32; the
+    teacher gets no gradient.
     """
     log_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     log_teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
@@ -33,15 +27,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the distillation loss of independent labels: the mean over labels of T^2 * KL of two Bernoullis.
+    """Return the mean over independent labels of T^2 * KL of two Bernoullis, (...) for logits (..., labels).
 
-    Args:
-        student_logits: (..., labels), one logit a label.
-        teacher_logits: Same shape; no gradient flows into it.
-        temperature: T > 0.
-
-    Returns:
-        (...) mean over the labels, at least in float32 precision.
+    At least in float32; the teacher gets no gradient.
     """
     student = at_least_float32(student_logits) / temperature
     teacher = at_least_float32(teacher_logits.detach()) / temperature
@@ -50,21 +38,20 @@ def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return (positive + negative).mean(-1) * temperature**2
 
 
-# Logits up to this number of elements are compared at once; more of them piece by piece.
+# Logits up to this number of elements are compared at once, more of them in pieces.
 PIECE = 2**24
 
 
 def logit_loss_sum(
     student: Tensor, teacher: Tensor, batch: Mapping[str, Any], temperature: float, task: Task, shifted: bool
 ) -> Tensor:
-    """Return the distillation loss of the logits, summed over the items that `count_items` counts.
+    """Return the distillation loss of logits of one shape, summed over the items that `count_items` counts.
 
     Token tasks count labeled positions only (all but padding without labels); causal language models predict the
     next token, so the last position is left out. Regression compares outputs by their squared difference.
 
     Args:
-        student: Student logits.
-        teacher: Teacher logits of the same shape.
+        student, teacher: The logits.
         batch: The micro-batch, for labels and attention mask.
         temperature: T > 0.
         task: The kind of head.
@@ -105,7 +92,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> str:
-    """Say that two models do not predict the same classes and what to do about it."""
+    """Return the error message for two models that do not predict the same classes."""
     return message(
         "Teacher and student logits have different shapes, so logit distillation is impossible",
         received=f"student {student}, teacher {teacher} (the last dimension is the number of labels, or the "
@@ -119,9 +106,8 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
 def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """Return the sum of the divergences at the positions of a mask (B, N).
 
-    Selecting rows by a mask would make the host wait for their number. All positions are computed instead: small
-    logits at once; large ones (a vocabulary) a few positions at a time and again in backward, so that no more is kept
-    than the logits themselves, however many positions count.
+    Selecting rows by a mask would be a host sync. All positions are computed instead: small logits at once; large ones
+    (a vocabulary) a few positions at a time, and again in backward, so that nothing is kept but the logits themselves.
     """
     if student.numel() <= PIECE:
         return _masked_sum(student, teacher, mask, temperature)
@@ -134,6 +120,6 @@ def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperatu
 
 
 def _masked_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    # What is masked may be NaN or infinite. Masking the loss alone would leave a gradient of 0 * NaN.
+    # Masked logits may be NaN or infinite. Masking the loss alone would leave a gradient of 0 * NaN.
     left_out = ~mask.unsqueeze(-1)
     return kd_loss(student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0), temperature).sum()

@@ -1,4 +1,4 @@
-"""What a user chose for the feature loss, as plain values."""
+"""The user's choices for the feature loss, as plain values."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..choices import Association, ProjectionInit, Projector, TargetNorm
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Choices for a feature loss; None where the layers at hand decide. A baseline reads none of them.
+    """Choices for a feature loss; None where the layers decide. Baselines have none.
 
     Attributes:
         association, association_temperature, target_norm, projector, projection_init, relation_weight, max_tokens,
             max_grid: As in `SemCKDConfig`.
         batch_size: Samples in every training batch, which the published association is built for.
-        spares_last_layer: Whether the student's last layer may be left to the logits, which teach it already.
+        spares_last_layer: Whether the student's last layer may be left to the logits.
     """
 
     association: Association | None = None
@@ -28,8 +28,3 @@ class LossOptions:
     max_grid: int | None = None
     batch_size: int | None = None
     spares_last_layer: bool = True
-
-    @property
-    def depends_on_batch_size(self) -> bool:
-        """Whether the association networks take whole similarity rows, as published, and so fix the batch size."""
-        return self.association == "learned" and self.target_norm == "none"

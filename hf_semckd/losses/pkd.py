@@ -75,11 +75,9 @@ class PKDLoss(BaselineLoss):
 
 
 def first_token(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the first token of each sample that counts, (B, C), and whether there is one, (B).
+    """Return the first token (B, C) of each sample of (B, N, C) that counts, and whether there is one, (B).
 
-    Args:
-        feature: (B, N, C), or (B, C), which is the token itself.
-        mask: (B, N) of ones and zeros; None: all count. With padding on the left the first token is not at position 0.
+    A feature (B, C) is the token itself. With padding on the left the first token is not at position 0.
     """
     mask = fitting_mask(mask, feature)
     if feature.dim() == 2 or mask is None:

@@ -1,4 +1,4 @@
-"""Where two layers meet one to one, and how one is regressed on the other there."""
+"""Two layers at the same positions, and the regression of one on the other."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ def compared_positions(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return both layers as tokens (B, N, C) at the same positions, and the mask (B, N) of those that count.
 
-    Maps and image tokens of different sizes are pooled to the smaller grid; sequences that do not match position by
-    position are averaged to one.
-
     Args:
-        alignment: How the two layers meet.
-        student: The student layer's output and what it looks like.
-        teacher: The same of the teacher layer.
-        student_mask: (B, N) mask of the student's tokens.
-        teacher_mask: (B, N) mask of the teacher's tokens.
+        alignment: How the two layers are aligned.
+        student, teacher: The layers' outputs and specifications.
+        student_mask, teacher_mask: (B, N) masks of their tokens.
     """
     (feature, spec), (target, target_spec) = student, teacher
     if alignment.kind == "grid":
@@ -42,12 +37,9 @@ def compared_positions(
 def regress(regressor: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the regressor's output (..., C_t) for features (..., C_s), computed in the type of its weights.
 
-    Args:
-        regressor: A module over the last dimension.
-        tokens: (B, N, C_s), or embeddings (B, C_s) without a mask.
-        mask: (B, N); positions with 0 are shown to the regressor as zeros, whatever they hold, and get no gradient.
+    Positions of (B, N, C_s) whose mask (B, N) is 0 are replaced by zeros, whatever they hold, and get no gradient.
     """
     if mask is not None:
-        # Zeroing the error is not enough: the gradient of a weight multiplies it by what the position holds.
+        # Zeroing the error is not enough: the gradient of a weight multiplies it by the feature.
         tokens = tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
     return regressor(tokens.to(next(regressor.parameters()).dtype))

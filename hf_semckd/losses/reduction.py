@@ -19,12 +19,9 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def squared_error(projected: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of each sample (B), at least in float32: squares overflow half precision.
+    """Return the mean squared error (B) of tokens (B, N, C), at least in float32: squares overflow half precision.
 
-    Args:
-        projected: (B, N, C).
-        target: (B, N, C).
-        mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
+    Positions whose mask (B, N) is 0 do not count and get no gradient, whatever they hold.
     """
     difference = at_least_float32(projected) - target
     if mask is not None:

@@ -89,11 +89,6 @@ def reuses_teacher_head(source: LossSource | None) -> bool:
 def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss compares where the user chose no layers; None for all blocks.
 
-    Args:
-        source: See `LossSource`.
-        model: The student or the teacher.
-        role: `student` or `teacher`, for messages.
-
     Raises:
         ConfigurationError: When the model lacks them, or joined methods want different ones.
     """

@@ -1,4 +1,4 @@
-"""How similar samples are to one another, and how alike two layers see that."""
+"""Similarities of samples, and how alike they are in two layers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ ROUNDING = 1e-6
 
 
 def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize: bool = False) -> Tensor:
-    """Return the similarity of every two samples of a batch: A = R R^T, R a sample flattened to one row.
+    """Return the similarity (B, B) of every two samples of (B, ...): A = R R^T, R a sample flattened to one row.
+
+    At least in float32: the raw form overflows half precision on ordinary maps.
 
     Args:
         features: (B, ...).
-        mask: (B, N) of ones and zeros for (B, N, C) features; positions with 0 do not take part.
+        mask: (B, N) for (B, N, C) features; positions with 0 do not take part.
         normalize: Use cosines (rows of unit length), which neither overflow nor depend on the layer's scale.
             The published form (SemCKD, equation 4) does not.
-
-    Returns:
-        (B, B), at least in float32: the raw form overflows half precision on ordinary maps.
     """
     features = at_least_float32(features)
     if mask is not None:
@@ -44,10 +43,10 @@ def cosine_matrix(rows: Tensor) -> Tensor:
 
 
 def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor:
-    """Return how alike two layers see each sample: the cosine of its centered rows of two similarity matrices.
+    """Return the cosine of each sample's centered rows of two similarity matrices, per pair of layers.
 
-    The cosine of two rows does not change when the batch is reordered, and centering removes what all samples of
-    a layer share. It is the per-sample form of centered kernel alignment.
+    It does not depend on the order of the batch, and centering removes what all samples of a layer share: the
+    per-sample form of centered kernel alignment.
 
     Args:
         student_similarity: (S, B, B) similarity matrices of the student layers.
@@ -65,14 +64,9 @@ def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:
-    """Return the distance of every two samples, in units of the batch's mean distance between different samples.
+    """Return the distances (..., B, B) of the samples of (..., B, C), in units of the batch's mean distance.
 
-    Args:
-        embeddings: (..., B, C), a batch for each of the first dimensions.
-
-    Returns:
-        (..., B, B), at least in float32, zero on the diagonal; the gradient is zero, up to rounding, where
-        two samples coincide.
+    At least in float32, zero on the diagonal; the gradient is zero, up to rounding, where two samples coincide.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
     """
@@ -91,14 +85,11 @@ def relative_distances(embeddings: Tensor) -> Tensor:
 
 
 def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Apply a function to tensors that are stacked where they look alike: a GPU is as fast with many as with one.
+    """Apply a function to tensors, stacked (L, ...) where shape and type are equal; one launch serves many layers.
 
     Args:
         function: Takes (L, ...) and returns a result for each of the L.
         tensors: Of any shapes and precisions.
-
-    Returns:
-        Their results, in their order.
     """
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):

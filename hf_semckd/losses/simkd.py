@@ -81,11 +81,7 @@ class SimKDLoss(BaselineLoss):
 
 
 def find_head(model: nn.Module, role: str) -> nn.Linear:
-    """Return the last linear module of a model, its classifier.
-
-    Args:
-        model: The model.
-        role: `student` or `teacher`, for messages.
+    """Return the last linear module of a student or teacher (`role`), its classifier.
 
     Raises:
         ConfigurationError: When there is none, or the student's has no bias to write to.

@@ -37,10 +37,5 @@ class SPLoss(BaselineLoss):
 
 
 def unit_rows(feature: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the similarities of a batch's samples (B, B), each row of unit length, at least in float32.
-
-    Args:
-        feature: (B, ...).
-        mask: (B, N); tokens with 0 do not take part, whatever they hold.
-    """
+    """Return the similarities (B, B) of the samples of (B, ...), each row of unit length, at least in float32."""
     return F.normalize(similarity_matrix(feature, fitting_mask(mask, feature)), dim=1)

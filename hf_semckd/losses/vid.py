@@ -81,12 +81,9 @@ class GaussianRegressor(nn.Module):
         return F.softplus(at_least_float32(self.raw_variance)) + SMALLEST_VARIANCE
 
     def forward(self, tokens: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the mean negative log-likelihood of each sample (B), without the constant log(2 pi) / 2.
+        """Return the mean negative log-likelihood (B) of target (B, N, C_t), without the constant log(2 pi) / 2.
 
-        Args:
-            tokens: (B, N, C_s).
-            target: (B, N, C_t).
-            mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
+        Positions whose mask (B, N) is 0 do not count and get no gradient, whatever they hold.
         """
         difference = at_least_float32(regress(self.mean, tokens, mask)) - target
         if mask is not None:

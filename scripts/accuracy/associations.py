@@ -147,7 +147,7 @@ class LookAheadTrainer(DistillationTrainer):
         direction = _flat(torch.autograd.grad(task.loss, parameters, allow_unused=True), parameters)
         targets = self.distillation.run_teacher(inputs).features
         _, features = _plain_forward(self, inputs)
-        student, teacher = loss.align(features, inputs.get("attention_mask"), targets)
+        student, teacher = loss.align(features, targets, inputs.get("attention_mask"))
         found = torch.zeros_like(loss.association.score)
         uniform = features[0].new_full((len(features[0]), *found.shape), 1.0 / found.shape[1])
         for t in range(found.shape[1]):

@@ -24,11 +24,15 @@ def data(seed=0):
     return normal(8, 4, 3, 2, seed=seed) * scale[:, None, None] + torch.tensor([0.0, -3, 2, 100])[:, None, None]
 
 
+def observe(statistics, features, mask=None):
+    update_layer_statistics([statistics], [features], [mask])
+
+
 def statistics_of(*batches, channels=4, masks=None, dtype=torch.float64):
     statistics = ChannelStatistics(channels).to(dtype)
     for index, batch in enumerate(batches):
-        statistics.update_statistics(batch, None if masks is None else masks[index])
-        statistics.merge(statistics.pending())
+        observe(statistics, batch, None if masks is None else masks[index])
+        merge_layers([statistics], [statistics.pending()])
     return statistics
 
 
@@ -71,44 +75,44 @@ def test_moments_do_not_depend_on_the_order_of_the_data(seed):
 def test_several_observations_may_be_merged_at_once():
     statistics = statistics_of(data(seed=5))
     for part in data().split(2):
-        statistics.update_statistics(part)
-    statistics.merge(statistics.pending())
+        observe(statistics, part)
+    merge_layers([statistics], [statistics.pending()])
     assert_moments(statistics, np.concatenate([rows(data(seed=5)), rows(data())]))
 
 
 def test_sums_of_two_processes_give_the_moments_of_both():
     first, second = statistics_of(data(seed=5)), statistics_of(data(seed=5))
-    first.update_statistics(data()[:3])
-    second.update_statistics(data()[3:])
+    observe(first, data()[:3])
+    observe(second, data()[3:])
     sums = first.pending() + second.pending()
-    first.merge(sums)
-    second.merge(sums)
+    merge_layers([first], [sums])
+    merge_layers([second], [sums])
     assert_moments(first, np.concatenate([rows(data(seed=5)), rows(data())]))
     assert torch.equal(first.mean, second.mean) and torch.equal(first.variance, second.variance)
 
 
 def test_a_process_without_data_adds_nothing():
     busy, idle = statistics_of(data()), statistics_of(data())
-    busy.update_statistics(data(seed=1))
+    observe(busy, data(seed=1))
     sums = busy.pending() + idle.pending()
     assert sums.shape == (1 + 2 * 4,)
-    busy.merge(sums)
+    merge_layers([busy], [sums])
     assert_moments(busy, np.concatenate([rows(data()), rows(data(seed=1))]))
 
 
 def test_merging_nothing_changes_nothing():
     statistics = statistics_of(data())
     before = {name: value.clone() for name, value in statistics.state_dict().items()}
-    statistics.merge(statistics.pending())
+    merge_layers([statistics], [statistics.pending()])
     fresh = ChannelStatistics(4)
-    fresh.merge(fresh.pending())
+    merge_layers([fresh], [fresh.pending()])
     assert all(torch.equal(value, before[name]) for name, value in statistics.state_dict().items())
     assert torch.equal(fresh.mean, torch.zeros(4)) and torch.equal(fresh.variance, torch.ones(4))
 
 
 def test_pending_forgets_what_it_returned():
     statistics = ChannelStatistics(4)
-    statistics.update_statistics(data().float())
+    observe(statistics, data().float())
     assert statistics.pending().abs().sum() > 0
     assert statistics.pending().abs().sum() == 0
 
@@ -156,10 +160,10 @@ def test_large_offsets_keep_their_variance_beside_padding_and_before_the_first_m
     tokens[~mask] = filling
     statistics = ChannelStatistics(3)
     for part, kept in zip(tokens.split(16), mask.split(16), strict=True):
-        statistics.update_statistics(part, kept)
+        observe(statistics, part, kept)
         if not at_once:
-            statistics.merge(statistics.pending())
-    statistics.merge(statistics.pending())
+            merge_layers([statistics], [statistics.pending()])
+    merge_layers([statistics], [statistics.pending()])
     values = tokens[mask].double().numpy()
     assert float(statistics.count) == len(values)
     np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-6)
@@ -229,9 +233,9 @@ def test_half_precision_features_are_standardized_in_float32(dtype):
 def test_observing_alone_does_not_change_the_forward():
     statistics = statistics_of(data(seed=3))
     before = statistics(data())
-    statistics.update_statistics(data() * 100)
+    observe(statistics, data() * 100)
     assert torch.equal(statistics(data()), before)
-    statistics.merge(statistics.pending())
+    merge_layers([statistics], [statistics.pending()])
     assert not torch.allclose(statistics(data()), before)
 
 
@@ -240,15 +244,15 @@ def test_state_dict_round_trip_continues_exactly():
     restored = ChannelStatistics(4).double()
     restored.load_state_dict(statistics.state_dict())
     for entry in (statistics, restored):
-        entry.update_statistics(data(seed=8))
-        entry.merge(entry.pending())
+        observe(entry, data(seed=8))
+        merge_layers([entry], [entry.pending()])
     assert set(statistics.state_dict()) == {"mean", "variance", "count"}
     assert all(torch.equal(value, restored.state_dict()[name]) for name, value in statistics.state_dict().items())
 
 
 def test_statistics_carry_no_gradient_and_pass_one_through():
     statistics, features = statistics_of(data()), data().requires_grad_()
-    statistics.update_statistics(features)
+    observe(statistics, features)
     assert not statistics.pending().requires_grad
     assert not list(statistics.parameters())
     statistics(features).sum().backward()
@@ -260,8 +264,8 @@ def test_statistics_in_a_module_cast_to_half_precision_stay_exact(dtype):
     statistics = torch.nn.Sequential(ChannelStatistics(3)).to(dtype)[0]
     parts = [normal(2, 4, 3, seed=seed).to(dtype) for seed in range(400)]
     for part in parts:
-        statistics.update_statistics(part)
-        statistics.merge(statistics.pending())
+        observe(statistics, part)
+        merge_layers([statistics], [statistics.pending()])
     assert_moments(statistics, rows(torch.cat(parts)), rtol=1e-5)
 
 

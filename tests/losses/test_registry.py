@@ -75,7 +75,7 @@ def test_without_a_weight_of_its_own_a_method_has_the_published_one(tmp_path, na
 
 
 def test_a_given_weight_wins(tmp_path):
-    assert make(tmp_path, "sp", "resnet", feature_weight=2.5).feature_weight == 2.5
+    assert make(tmp_path, "sp", "resnet", feature_weight=2.5).distillation.plan.feature_weight == 2.5
 
 
 def test_kd_is_logits_alone(tmp_path):
@@ -196,4 +196,4 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path):
 def test_semckd_weighs_features_by_the_kind_of_layers(tmp_path, family, expected):
     trainer = make(tmp_path, "semckd", family)
     assert trainer.distillation.plan.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0
-    assert make(tmp_path, "semckd", family, feature_weight=2.0).feature_weight == 2.0
+    assert make(tmp_path, "semckd", family, feature_weight=2.0).distillation.plan.feature_weight == 2.0

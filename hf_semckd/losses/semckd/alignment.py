@@ -125,7 +125,7 @@ class AlignedTeacher:
 
 
 class AlignedStudent:
-    """A student's features as they are compared; what several pairs share is computed once.
+    """A student's features as they are compared; tensors that pairs share are computed once.
 
     Args:
         features: S features of the student.
@@ -219,12 +219,7 @@ class AlignedStudent:
         return summary(feature, spec, self._average)
 
     def mask_at(self, s: int, group: PairGroup) -> Tensor | None:
-        """Return the mask (B, N) of the positions of a group that count for both models, or None.
-
-        Args:
-            s: One of the group's student layers.
-            group: The group.
-        """
+        """Return the mask (B, N) of the positions of a group that count for both student layer s and the teacher."""
         if group.kind != "tokens":
             return None
         choice, own = self.teacher.choice(group.teachers[0]), fitting_mask(self.mask, self.features[s])
@@ -234,12 +229,7 @@ class AlignedStudent:
 
 
 def find_pair_groups(student: AlignedStudent, alignments: Sequence[Sequence[Alignment]]) -> dict[PairGroup, list[int]]:
-    """Return the student layers of each group; every pair of layers is in exactly one.
-
-    Args:
-        student: The student's features, and the teacher's.
-        alignments: How each compared student layer is aligned with each teacher layer.
-    """
+    """Return the student layers of each group; every pair of layers, aligned so, is in exactly one."""
     found: dict[PairGroup, list[int]] = {}
     for s, row in enumerate(alignments):
         groups: dict[tuple[str, tuple[int, int] | None, int], list[int]] = {}
@@ -256,7 +246,7 @@ def find_pair_groups(student: AlignedStudent, alignments: Sequence[Sequence[Alig
 
 
 def _with_late_backward(derived: Tensor, source: Tensor) -> Tensor:
-    """Return `derived`, whose backward waits until that of `source` is due, and not a moment before.
+    """Return `derived`, whose backward is scheduled right before that of `source`.
 
     The gradient of a few tokens or cells fills a tensor as large as the layer. Autograd runs the latest node first:
     without this, these gradients of all layers would exist at once, while all of the student's activations still do.

@@ -74,8 +74,7 @@ class SharedComparison(Comparison):
     Args:
         student_specs: The student's S layers.
         teacher_specs: The teacher's T layers.
-        alignments: How they are aligned, S x T.
-        compared: How many student layers are compared.
+        alignments, compared: See `Comparison`.
         decoded: Whether a decoder reads each map first.
         layers_per_projection: How many neighboring student layers of one width share their projections.
         start: See `SemCKDConfig.projection_init`.
@@ -113,7 +112,7 @@ class SharedComparison(Comparison):
         self.projection = build_shared_projections(specs, teacher_specs, owners, decoded=decoded, start=start)
 
     def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted errors (B, compared) and those of the pairs; see `Comparison.errors`."""
+        """See `Comparison.errors`."""
         layers = len(teacher.specs)
         weighted: list[list[Tensor]] = [[] for _ in range(self.compared)]
         errors: dict[tuple[int, int], Tensor] = {}
@@ -159,18 +158,9 @@ class SharedComparison(Comparison):
 
 
 class PairwiseComparison(Comparison):
-    """The published projections: convolutions for every pair, and the error of each pair by itself.
+    """The published projections, convolutions for every pair; `projection[s][t]` is a `ConvolutionalProjection`.
 
-    Maps are pooled once for all pairs that are compared at their size, and kept in the memory layout in which
-    convolutions are fastest.
-
-    Args:
-        student_specs: The student's S layers.
-        teacher_specs: The teacher's T layers.
-        alignments: How they are aligned, S x T.
-
-    Attributes:
-        projection: `projection[s][t]`, each a `ConvolutionalProjection`.
+    Maps are pooled once for all pairs of one size, in the memory layout in which convolutions are fastest.
     """
 
     keeps_whole = True
@@ -187,7 +177,7 @@ class PairwiseComparison(Comparison):
         self.projection = build_pairwise_projections(student_specs, teacher_specs, alignments)
 
     def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted errors (B, S) and those of the pairs (B, S, T); see `Comparison.errors`."""
+        """See `Comparison.errors`."""
         targets = [teacher.standardized(t, teacher.whole(t)) for t in range(len(teacher.specs))]
         pooled: dict[tuple[int, tuple[int, int]], Tensor] = {}
         rows = []

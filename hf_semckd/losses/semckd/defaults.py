@@ -1,4 +1,4 @@
-"""What SemCKD uses where the user chose nothing."""
+"""SemCKD's defaults."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PUBLISHED_TEMPERATURE = 1.0
 
 @dataclass(frozen=True)
 class FeatureDefaults:
-    """What suits SemCKD between two kinds of layers, where the user chose nothing; see `scripts/results/accuracy`.
+    """SemCKD's defaults between two kinds of layers, measured in `scripts/results/accuracy`.
 
     Attributes:
         feature_weight, relation_weight, association, projector, projection_init, max_grid: See `SemCKDConfig`.
         similarity_temperature: `association_temperature` of weights by similarity, or by sinkhorn.
-        spared_layers: How many of the student's last layers the projected error leaves alone.
+        spared_layers: How many of the student's last layers are not compared.
     """
 
     feature_weight: float
@@ -34,35 +34,34 @@ class FeatureDefaults:
     spared_layers: int
 
 
-# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, if read by convolutions and at their
-# full size, and all the more the better they fit. The last layer, which logits teach already, is harmed by it, and
-# relations add nothing.
+# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, behind convolutions and at full
+# size, and the more the better they fit. It harms the last layer, which logits already train; relations add nothing.
 MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "sinkhorn", "convolutional", "random", 8, 0.02, 1)
 
-# A transformer that sees images, on one side at least: relations teach, and how projections start makes no difference.
+# An image transformer on one side at least: relations teach, and how projections start makes no difference.
 IMAGE_DEFAULTS = FeatureDefaults(3.0, 20.0, "similarity", "shared", "random", 4, 0.2, 0)
 
-# Text, and whatever else has no grid: random projections push a student anywhere before they have learned to read it,
-# and a short training does not make up for that.
+# Text, and everything else without a grid: random projections give the student random gradients until they have
+# learned, and a short training does not make up for that.
 SEQUENCE_DEFAULTS = FeatureDefaults(3.0, 0.0, "similarity", "shared", "zero", 4, 0.2, 0)
 
 
 def feature_defaults(projector: Projector | None, *, maps: bool, images: bool) -> FeatureDefaults:
-    """Return what suits SemCKD between the layers of two models.
+    """Return the defaults between the layers of two models.
 
     Args:
         projector: The projector that the user chose, if any.
         maps: Whether both models' layers are maps.
         images: Whether they lie on a grid: maps, or the patches of an image.
     """
-    # What holds for maps holds behind a decoder: through a linear projection so high a weight does harm.
+    # Through a linear projection, without a decoder, the weight of maps does harm.
     if maps and projector in (None, "convolutional"):
         return MAP_DEFAULTS
     return IMAGE_DEFAULTS if images else SEQUENCE_DEFAULTS
 
 
 def association_temperature(options: LossOptions, defaults: FeatureDefaults = IMAGE_DEFAULTS) -> float:
-    """Return the association temperature that is used, `defaults` being those of the layers at hand."""
+    """Return the association temperature: the user's, or the default between the layers at hand."""
     if options.association_temperature is not None:
         return options.association_temperature
     if options.association != "learned":

@@ -15,8 +15,8 @@ from ..similarity import by_shape, relative_distances
 # On a CPU a few samples at a time: their targets then stay in its cache, and need no large allocation.
 BLOCK_BYTES = 4 * 2**20
 
-# Where layers are projected one by one: products of stacked matrices take nearly twice as long there. For a GPU a
-# layer alone is hardly work, and the host has to ask for each.
+# Where layers are projected one by one: products of stacked matrices take nearly twice as long there. On a GPU a
+# single layer is launch-bound.
 UNSTACKED_DEVICES = ("cpu",)
 
 
@@ -32,13 +32,12 @@ def weighted_feature_error(
 ) -> tuple[Tensor, Tensor]:
     """Return sum over t of weights_t * MSE(p_s, target_t) for every sample and student layer, p_s its projection.
 
-    With the weighted mean target m_s = sum_t w_t y_t / W, W = sum_t w_t, that sum is W * |p_s - m_s|^2 plus what
-    the targets spread about m_s, W / 2 * sum_tu (w_t / W) (w_u / W) |y_t - y_u|^2. Its gradient is 2 W (p_s - m_s) to
-    the projected features and the pair's own error to a weight. So backward keeps one difference (B, N, C) for each
-    student layer, the distances between teacher layers are shared by all student layers, and nothing of the size
-    (B, S, T, N, C) exists, not even the projected features. The teacher layers' common part is taken off first, and
-    distances are weighted instead of subtracting weighted squares: the textbook expansion loses all digits to outlier
-    channels.
+    With the weighted mean target m_s = sum_t w_t y_t / W, W = sum_t w_t, that sum is W * |p_s - m_s|^2 plus the spread
+    of the targets about m_s, W / 2 * sum_tu (w_t / W) (w_u / W) |y_t - y_u|^2. Its gradient is 2 W (p_s - m_s) to the
+    projected features and the pair's own error to a weight. So backward keeps one difference (B, N, C) per student
+    layer, all student layers share the distances between teacher layers, and nothing of the size (B, S, T, N, C)
+    exists, not even the projected features. The teacher layers' mean is subtracted first, and distances are weighted
+    instead of subtracting weighted squares: the textbook expansion loses all digits to outlier channels.
 
     Args:
         features: S tensors (B, N, D_s) that carry the gradient; of width C without projections.
@@ -47,8 +46,8 @@ def weighted_feature_error(
         mask: (B, N); positions with 0 do not count and get no gradient, whatever they hold.
         projections: For each student layer a weight (C, D_s) and a bias (C), applied first, in autocast's precision
             where that is on; layers may share them.
-        center: (T, C) taken off the targets on the way; None for 0.
-        scale: (T, C) that they are multiplied by then; None for 1.
+        center: (T, C) subtracted from the targets; None for 0.
+        scale: (T, C) factor of the centered targets; None for 1.
 
     Returns:
         The weighted errors (B, S), and the errors of the pairs (B, S, T) without gradient; at least in float32.
@@ -59,7 +58,7 @@ def weighted_feature_error(
 
 
 def weighted_relation_error(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return how differently a student layer and its teacher layers place each sample among the others of the batch.
+    """Return the error of each sample's distances to the other samples of the batch.
 
     error[i, s] = sum over t of weights[i, s, t] * mean over the other samples j of (d_s[i, j] - d_t[i, j])^2, with
     `relative_distances` d. It needs no projection, and depends on neither layer's scale, rotation or offset.
@@ -81,7 +80,7 @@ def weighted_relation_error(student: Sequence[Tensor], teacher: Sequence[Tensor]
 
 
 class _Sums(NamedTuple):
-    """What a block of samples gives: squares (B, S), inner products (B, S, T) and distances (B, T, T)."""
+    """Of a block of samples: squares (B, S), inner products (B, S, T) and distances (B, T, T)."""
 
     fit: Tensor
     inner: Tensor
@@ -89,7 +88,7 @@ class _Sums(NamedTuple):
 
 
 class _WeightedFeatureError(torch.autograd.Function):
-    """See `weighted_feature_error`, which is the way to call it."""
+    """The autograd function of `weighted_feature_error`."""
 
     @staticmethod
     def forward(
@@ -154,7 +153,7 @@ class _WeightedFeatureError(torch.autograd.Function):
 def _projector(
     features: Sequence[Tensor], linear: Sequence[Tensor], narrow: torch.dtype
 ) -> Callable[[slice, Tensor], object]:
-    """Return what adds the projections of some samples to a tensor (b, S, N, C)."""
+    """Return a function that adds the projections of some samples to a tensor (b, S, N, C)."""
     if not linear:
         return lambda rows, own: own.add_(torch.stack([feature[rows] for feature in features], 1))
     weights, biases = linear[: len(features)], linear[len(features) :]
@@ -173,7 +172,7 @@ def _projector(
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[slice]:
-    """Return which of S layers are taken together, given their features, weights and biases: all, or each alone."""
+    """Return which of S layers are stacked, given their features, weights and biases: all, or none."""
     count = len(tensors) // 3
     kinds = (tensors[first : first + count] for first in (0, count, 2 * count))
     alike = all(len({(entry.shape, entry.dtype) for entry in kind}) == 1 for kind in kinds)
@@ -205,7 +204,7 @@ def _gradients(
         if wanted[1]:
             values = torch.stack(list(features))
             if mask is not None:
-                # Zero times what is masked must be zero, whatever that is.
+                # Zero times a masked value must be zero, also if it is NaN.
                 values.masked_fill_(~mask[..., None], 0.0)
             found[1][group] = (cast.mT @ values.flatten(1, 2).to(narrow)).to(weights[0].dtype).unbind()
         if wanted[2]:
@@ -222,7 +221,7 @@ def _taught(
     scale: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return a few samples' targets (b, T, N, C) without what all layers have in common, and that (b, 1, N, C)."""
+    """Return a few samples' targets (b, T, N, C) minus their mean over layers, and that mean (b, 1, N, C)."""
     taught = torch.stack([target[rows] for target in targets], 1).to(dtype)
     if center is not None:
         taught.sub_(center[:, None, :])
@@ -236,14 +235,14 @@ def _taught(
 
 
 def _subtract_means(own: Tensor, shares: Tensor, taught: Tensor, common: Tensor) -> Tensor:
-    """Write minus the weighted mean targets into `own` (b, S, N, C): the one large tensor there is."""
+    """Write minus the weighted mean targets into `own` (b, S, N, C), the only large tensor."""
     own.copy_(common.expand_as(own))
     own.flatten(2).baddbmm_(shares, taught.flatten(2))
     return own.neg_()
 
 
 def _sums(own: Tensor, taught: Tensor) -> _Sums:
-    """Return what the errors are made of, from the differences p_s - m_s and the centered targets."""
+    """Return the sums of the differences p_s - m_s and the centered targets that errors consist of."""
     differences, rows = own.flatten(2), taught.flatten(2)
     gram = torch.bmm(rows, rows.transpose(1, 2))
     squares = gram.diagonal(dim1=1, dim2=2)

@@ -48,49 +48,43 @@ class SemCKDLoss(FeatureLoss):
     """Every student layer learns from several teacher layers, weighted for each sample by an association.
 
     error is the mean squared error of the projected student layer and the teacher layer; its sum over s is divided by
-    the number of compared layers, where some are spared. relation says how differently both layers place a sample
-    among the others of the batch (`kernel.weighted_relation_error`). It needs no projection, so it trains the student
-    itself from the first step, and it is the paper's similarity matrices as a loss, where the paper only derives
-    weights from them. Learned weights are not trained by it.
+    the number of compared layers. relation is the error of a sample's distances to the others of the batch
+    (`kernel.weighted_relation_error`): it needs no projection, so it trains the student itself from the first step,
+    and makes a loss of the paper's similarity matrices, which there only give weights. It does not train learned
+    weights.
 
     The default form takes any batch size: it standardizes every teacher channel, projects a student layer once for all
-    teacher layers of one width, and weighs by similarity, or by learned weights that cannot collapse.
-    `SemCKDLoss.published` is the paper's form, `SemCKDLoss.for_layers` the one a trainer makes for the models at hand:
-    between CNNs, a decoder reads a student layer first.
+    teacher layers of one width, and weighs by similarity, or by learned weights that cannot collapse. `published` is
+    the paper's form, `for_layers` the one a trainer makes for the models at hand.
 
     Args:
         student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per student layer.
         teacher_shapes: The same for each teacher layer.
-        association: How teacher layers are weighted: a name, see `SemCKDConfig`, or an `Association`.
-        target_norm: Whether teacher channels are standardized.
-        projector: `shared`, `convolutional` or `pairwise`; see `SemCKDConfig`.
+        association: A name, see `SemCKDConfig`, or an `Association`.
+        target_norm, projector, projection_init: See `SemCKDConfig`; projections start at random by default.
         association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
-        max_tokens: Most tokens of a sample that are compared, evenly spaced; None for all, which the pairwise
-            projector always compares.
-        max_grid: Maps are pooled to at most this many rows and columns before they are compared; None for no limit,
-            which the pairwise projector never has.
+        max_tokens: Most tokens of a sample that are compared, evenly spaced; None for all.
+        max_grid: Maps are pooled to at most this many rows and columns before they are compared; None for no limit.
+            The pairwise projector compares all tokens and whole maps.
         relation_weight: >= 0; 0, the paper's form, leaves relations out.
         layers_per_projection: How many neighboring student layers of one width share their (shared) projections.
-        spared_layers: How many of the student's last layers are not projected and compared; relations still train
-            them, and their weights are still shown.
-        projection_init: How linear projections start; see `SemCKDConfig`. None: at random, as published.
+        spared_layers: How many of the student's last layers are not compared; relations still train them, and their
+            weights are still shown.
 
     Attributes:
         association: The `Association`.
         comparison: The `Comparison`.
-        query, key: Networks of a learned association, one per compared student layer, one per teacher layer.
+        query, key: Networks of a learned association, one per compared student layer and one per teacher layer.
         projection: `projection[s][t]` (pairwise), or `projection[comparison.projection_of[s]][str(width)]` (shared).
         decoder: Modules that read a student layer's map before its projections; empty unless convolutional.
-        compared: How many student layers are projected and compared: all but the spared ones.
-        statistics: `ChannelStatistics`, one per teacher layer; empty without standardization.
+        statistics: `TeacherStatistics`, empty without standardization.
 
     Raises:
         InputError: When there is no layer, or a shape is neither a map nor tokens.
-        ConfigurationError: When the published association has no batch size, when convolutions would have to read
-            something that is no map, when pairwise projections would start at zero, or when no layer, or none that a
-            fixed weight needs, would be left to compare.
+        ConfigurationError: When the published association has no batch size, convolutions would read something that is
+            no map, pairwise projections would start at zero, or no layer, or none with a weight, would be compared.
     """
 
     default_weight: float = IMAGE_DEFAULTS.feature_weight
@@ -155,10 +149,7 @@ class SemCKDLoss(FeatureLoss):
     ) -> SemCKDLoss:
         """Return the paper's loss: learned weights on raw similarity rows, raw targets, a projection for every pair.
 
-        Args:
-            student_shapes: One shape per student layer, without the batch dimension.
-            teacher_shapes: One shape per teacher layer.
-            batch_size: B, the only batch size it then takes; d = B / 4.
+        Shapes are without the batch dimension; the loss takes batches of `batch_size` only.
         """
         return cls(
             student_shapes,
@@ -221,7 +212,7 @@ class SemCKDLoss(FeatureLoss):
             self.update_statistics(targets)
             if self.automatic_synchronization:
                 self.synchronize()
-        student, teacher = self.align(student_features, student_mask, targets)
+        student, teacher = self.align(student_features, targets, student_mask)
         alpha = self.association.weights(student, teacher)
         weighted, errors = self.comparison.errors(student, teacher, alpha)
         layers, taught = len(self.student_specs), self.association.taught
@@ -239,15 +230,9 @@ class SemCKDLoss(FeatureLoss):
         return FeatureLossOutput(per_sample.mean(), per_sample, alpha.detach(), errors.detach())
 
     def align(
-        self, features: Sequence[Tensor], mask: Tensor | None, targets: TeacherTargets
+        self, features: Sequence[Tensor], targets: TeacherTargets, mask: Tensor | None
     ) -> tuple[AlignedStudent, AlignedTeacher]:
-        """Return both models' features as they are compared.
-
-        Args:
-            features: S features of the student.
-            mask: (B, N) mask of its tokens.
-            targets: What `select` kept of the teacher.
-        """
+        """Return both models' features as they are compared; the arguments are those of `compare`."""
         teacher = AlignedTeacher(targets, self.teacher_specs, self.statistics.layers)
         gridded = [
             not self.comparison.keeps_whole and any(pair.kind == "grid" for pair in row)

@@ -1,4 +1,4 @@
-"""What reads and projects the student's layers."""
+"""The projections of the student's layers, and the decoders before them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...features.layers import FeatureSpec
 
 
 class FeatureDecoder(nn.Sequential):
-    """Two convolutions that read a student's map before it is projected: 1x1 conv, BN, ReLU, 3x3 conv, BN, ReLU.
+    """Two convolutions on a student's map before its projection: 1x1 conv, BN, ReLU, 3x3 conv, BN, ReLU, no bias.
 
-    A linear projection asks the student to hold what the teacher holds; a decoder, that it can be found in it.
+    Behind a decoder, the teacher's features need only be decodable from the student's, and not linear in them.
 
     Args:
-        channels: C of the student's layer.
-        width: Channels of what comes out.
+        channels: Input channels C.
+        width: Output channels C'.
         kernel: Size of the second convolution, odd.
 
-    Source: the projections of SemCKD (Chen et al., 2021), without their last convolution; no bias.
+    Source: the projections of SemCKD (Chen et al., 2021), without their last convolution.
     """
 
     def __init__(self, channels: int, width: int, kernel: int = 3):
@@ -36,10 +36,7 @@ class FeatureDecoder(nn.Sequential):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Take (B, C, H, W) to (B, C', H, W).
-
-        A single position has no variance over the batch: it is normalized by the running statistics instead.
-        """
+        """Return (B, C', H, W) of (B, C, H, W); a single position is normalized by the running statistics."""
         if not self.training or len(maps) * maps.shape[2] * maps.shape[3] != 1:
             return super().forward(maps)
         for layer in self:
@@ -48,14 +45,14 @@ class FeatureDecoder(nn.Sequential):
 
 
 class ConvolutionalProjection(FeatureDecoder):
-    """The published projection of one pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t.
+    """The published projection of a pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t, no bias.
 
     Args:
         student_channels: C_s.
         teacher_channels: C_t.
         kernel: Size of the middle convolution: 3 on maps, 1 on tokens, which have no neighbors in two dimensions.
 
-    Source: SemCKD (Chen et al., 2021), section 3.3; no bias in the convolutions.
+    Source: SemCKD (Chen et al., 2021), section 3.3.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, kernel: int = 3):
@@ -89,18 +86,10 @@ MAXIMUM_PROJECTION_SHARE = 0.2
 def layers_per_projection(
     student_specs: Sequence[FeatureSpec], teacher_specs: Sequence[FeatureSpec], student_parameters: int | None
 ) -> int:
-    """Return how many neighboring student layers have to share a projection for all of them to stay small.
+    """Return how many neighboring student layers share projections, to keep them below `MAXIMUM_PROJECTION_SHARE`.
 
-    Neighboring layers of a transformer write into one residual stream, so that one basis serves them.
-
-    Args:
-        student_specs: The student's layers.
-        teacher_specs: The teacher's layers.
-        student_parameters: The size of the student; None when it does not matter.
-
-    Returns:
-        The smallest number that keeps the projections under `MAXIMUM_PROJECTION_SHARE` of the student, or the number
-        of student layers where none does.
+    Neighboring layers of a transformer write into one residual stream, so that one basis serves them. All share where
+    no smaller number suffices; none do where `student_parameters` is None.
     """
     if student_parameters is None:
         return 1
@@ -135,7 +124,7 @@ def build_decoders(specs: Sequence[FeatureSpec]) -> nn.ModuleList:
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: it learns from the first step, what it reads only once it has learned."""
+    """A zero-initialized linear layer: its input gets no gradient before its first step."""
 
     def reset_parameters(self) -> None:
         """Set weight and bias to zero."""
@@ -154,10 +143,10 @@ def build_shared_projections(
     """Return linear projections `[owner][str(width)]` of student layers, one for each width among teacher layers.
 
     Args:
-        student_specs: The student layers that are compared.
+        student_specs: The compared student layers.
         teacher_specs: The teacher's layers.
-        owners: Which projections each of these student layers uses; see `shared_among_neighbors`.
-        decoded: Whether a decoder reads a layer first.
+        owners: The projections of each of these student layers; see `shared_among_neighbors`.
+        decoded: Whether a decoder comes first.
         start: See `SemCKDConfig.projection_init`.
     """
     linear = ZeroLinear if start == "zero" else nn.Linear

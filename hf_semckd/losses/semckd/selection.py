@@ -1,4 +1,4 @@
-"""What SemCKD keeps of the teacher's features: tokens or pooled maps to compare, and summaries to weigh them by."""
+"""What SemCKD keeps of the teacher's features: tokens or pooled maps to compare, and summaries to weigh by."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class KeptTokens(NamedTuple):
 
 
 class TeacherSelection:
-    """Takes out of the teacher's features what is compared and weighed, right after the teacher's forward.
+    """Keeps the part of the teacher's features that is compared and weighed.
 
     The rest, by far the most, can be freed before the student runs, and need not be stored in a cache. Layers are
     compared as tokens (sampled, or all of them), as a map (pooled to `max_grid`), or as their mean; maps and means
