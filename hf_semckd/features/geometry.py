@@ -16,11 +16,10 @@ from .precision import at_least_float32, full_precision
 
 @dataclass(frozen=True)
 class Alignment:
-    """The alignment of a student layer and a teacher layer.
+    """The alignment of a student layer and a teacher layer, of one of these kinds.
 
-    Attributes:
-        kind: `tokens`: position by position; `grid`: both become maps, the larger pooled to the smaller one's grid;
-            `mean`: both are averaged over their positions (different tokenizations, or a vector).
+    `tokens`: position by position; `grid`: both become maps, the larger pooled to the smaller one's grid; `mean`: both
+    are averaged over their positions (different tokenizations, or a vector).
     """
 
     kind: Literal["tokens", "grid", "mean"]

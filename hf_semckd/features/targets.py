@@ -66,13 +66,7 @@ class TeacherTargets:
     def of_whole(
         cls, features: Sequence[Tensor], mask: Tensor | None = None, used: Sequence[int] | None = None
     ) -> TeacherTargets:
-        """Keep features as they are, detached.
-
-        Args:
-            features: T features of the teacher.
-            mask: (B, N) mask of its tokens.
-            used: The layers that are kept; None for all.
-        """
+        """Keep T features, or the `used` ones of them, as they are, detached, and the mask (B, N) of their tokens."""
         kept = range(len(features)) if used is None else used
         layers = [
             LayerTarget(whole=feature.detach()) if t in kept else LayerTarget() for t, feature in enumerate(features)

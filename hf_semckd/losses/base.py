@@ -113,12 +113,9 @@ class FeatureLoss(nn.Module, ABC):
         return None
 
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
-        """Write what the student needs of this loss at inference into the plain student; nothing for most losses.
+        """Write what inference needs of this loss into the plain student, and return a function that undoes it.
 
-        Called before every evaluation, before saving and at the end of training.
-
-        Returns:
-            A function that undoes it: evaluation must not change training.
+        Called before every evaluation, before saving and at the end of training; nothing for most losses.
         """
         return lambda: None
 
@@ -157,12 +154,9 @@ class FeatureLoss(nn.Module, ABC):
     def compare(
         self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> FeatureLossOutput:
-        """Return the loss of a batch.
+        """Return the loss of a batch; the arguments are those of `forward`.
 
-        Args:
-            student_features: S tensors.
-            targets: What `select` kept of the teacher's; by default every layer's `whole` output, and `mask`.
-            student_mask: (B, N), 0 for padding tokens; None: all count.
+        `targets` hold what `select` keeps: by default every layer's `whole` output, and `mask`.
         """
 
     def select(
@@ -191,10 +185,9 @@ class FeatureLoss(nn.Module, ABC):
         return
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Merge the statistics collected since the last call, summed over processes; once per optimizer step.
+        """Merge the statistics collected since the last call, once per optimizer step.
 
-        Args:
-            reduce_sum: Adds a tensor over processes; None for a single process.
+        `reduce_sum` adds a tensor over processes; None for a single process.
         """
         return
 

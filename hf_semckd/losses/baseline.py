@@ -19,14 +19,7 @@ from .positions import compared_positions
 
 @dataclass(frozen=True)
 class BaselineBatch:
-    """A batch of both models' features.
-
-    Attributes:
-        features: S features of the student.
-        mask: (B, N) mask of the student's tokens, or None.
-        targets: The whole outputs of the used teacher layers, and the mask of the teacher's tokens.
-        student_specs, teacher_specs, tokens_aligned: As in `BaselineLoss`.
-    """
+    """A batch: the student's features and the mask of their tokens, the whole outputs of the used teacher layers."""
 
     features: Sequence[Tensor]
     mask: Tensor | None

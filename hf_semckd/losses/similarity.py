@@ -19,11 +19,8 @@ def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize
 
     At least in float32: the raw form overflows half precision on ordinary maps.
 
-    Args:
-        features: (B, ...).
-        mask: (B, N) for (B, N, C) features; positions with 0 do not take part.
-        normalize: Use cosines (rows of unit length), which neither overflow nor depend on the layer's scale.
-            The published form (SemCKD, equation 4) does not.
+    Positions of (B, N, C) whose mask (B, N) is 0 do not take part. `normalize` gives cosines, which neither overflow
+    nor depend on the layer's scale; the published form (SemCKD, equation 4) does not.
     """
     features = at_least_float32(features)
     if mask is not None:
@@ -46,14 +43,8 @@ def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor
     """Return the cosine of each sample's centered rows of two similarity matrices, per pair of layers.
 
     It does not depend on the order of the batch, and centering removes what all samples of a layer share: the
-    per-sample form of centered kernel alignment.
-
-    Args:
-        student_similarity: (S, B, B) similarity matrices of the student layers.
-        teacher_similarity: (T, B, B) similarity matrices of the teacher layers.
-
-    Returns:
-        (B, S, T) in [-1, 1]; zeros where a row is constant (always for B = 1), hence uniform weights.
+    per-sample form of centered kernel alignment. Of (S, B, B) and (T, B, B) it is (B, S, T) in [-1, 1]; zero where a
+    row is constant (always for B = 1).
     """
     dtype = torch.promote_types(student_similarity.dtype, teacher_similarity.dtype)
     student_similarity, teacher_similarity = student_similarity.to(dtype), teacher_similarity.to(dtype)
@@ -85,12 +76,7 @@ def relative_distances(embeddings: Tensor) -> Tensor:
 
 
 def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Apply a function to tensors, stacked (L, ...) where shape and type are equal; one launch serves many layers.
-
-    Args:
-        function: Takes (L, ...) and returns a result for each of the L.
-        tensors: Of any shapes and precisions.
-    """
+    """Apply a function of (L, ...) to tensors, stacked where shape and type are equal: one launch for many layers."""
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault((tensor.shape, tensor.dtype), []).append(index)

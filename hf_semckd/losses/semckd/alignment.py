@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,9 @@ from ...features.token_sampling import flat_positions, take_positions
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Teacher layers of one width that some student layers are compared with at the same positions.
+    """Teacher layers of `width` channels that some student layers are compared with at the same positions.
 
-    Attributes:
-        kind: The kind of alignment, see `geometry.Alignment`.
-        size: Height and width of the common grid, or None.
-        width: Channels of the teacher layers.
-        teachers: The teacher layers.
+    They are aligned by `kind`, see `geometry.Alignment`, on a grid of (height, width) `size`.
     """
 
     kind: str
@@ -45,23 +41,18 @@ class PairGroup:
     teachers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
 class AlignedTeacher:
-    """What was kept of the teacher's features, as it is compared and weighed.
+    """The teacher's kept features as they are compared, raw or standardized by the statistics of each layer."""
 
-    Args:
-        targets: What `TeacherSelection` kept.
-        specs: The teacher's T layers.
-        statistics: One per layer to standardize its channels by; empty for raw features.
-    """
+    targets: TeacherTargets
+    specs: Sequence[FeatureSpec]
+    statistics: Sequence[ChannelStatistics] = ()
 
-    def __init__(
-        self, targets: TeacherTargets, specs: Sequence[FeatureSpec], statistics: Sequence[ChannelStatistics] = ()
-    ):
-        self.targets = targets
-        self.specs = specs
-        self.statistics = statistics
-        self.mask = targets.mask
-        self._average = Average(targets.mask)
+    @property
+    def mask(self) -> Tensor | None:
+        """Mask (B, N) of the tokens of whole features."""
+        return self.targets.mask
 
     def at(self, t: int, group: PairGroup) -> Tensor:
         """Return layer t as tokens (B, N, C) at the positions of a group, in the teacher's own units."""
@@ -84,7 +75,7 @@ class AlignedTeacher:
         """Return the vectors (B, D) that similarities of layer t are computed from."""
         layer, spec = self.targets.layers[t], self.specs[t]
         if layer.whole is not None:
-            return summary(layer.whole, spec, self._average)
+            return summary(layer.whole, spec, Average(self.mask))
         if layer.summary is not None:
             return at_least_float32(layer.summary)
         return at_least_float32(required(layer.mean if spec.grid is None else layer.grid).flatten(1))
@@ -92,16 +83,12 @@ class AlignedTeacher:
     def mean(self, t: int) -> Tensor:
         """Return the average (B, C) of layer t over its positions, standardized."""
         layer = self.targets.layers[t]
-        mean = required(layer.mean) if layer.whole is None else self._average(layer.whole)
+        mean = required(layer.mean) if layer.whole is None else Average(self.mask)(layer.whole)
         return self.standardized(t, mean.unsqueeze(1)).squeeze(1)
 
     def embedding(self, t: int) -> Tensor:
         """Return the vector (B, C) that stands for a sample in layer t."""
         return required(self.targets.layers[t].embedding)
-
-    def whole(self, t: int) -> Tensor:
-        """Return the whole output of layer t."""
-        return self.targets.whole(t)
 
     def standardized(self, t: int, values: Tensor) -> Tensor:
         """Return values of layer t in units of their statistics, or raw without any; at least in float32."""
@@ -120,51 +107,41 @@ class AlignedTeacher:
             return layer.grid, None
         if layer.mean is not None:
             return layer.mean.unsqueeze(1), None
-        whole = self.whole(t)
+        whole = self.targets.whole(t)
         return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(self.mask, whole)
 
 
+@dataclass
 class AlignedStudent:
     """A student's features as they are compared; tensors that pairs share are computed once.
 
-    Args:
-        features: S features of the student.
-        specs: The student's S layers.
-        mask: (B, N) mask of its tokens.
+    Attributes:
+        features, specs, mask: S tensors, their layers, and the mask (B, N) of their tokens.
         teacher: The teacher's side, with the positions of the kept tokens.
         max_grid: Largest height and width of compared maps, or None.
         compared_as_map: For each layer, whether its map is compared; empty for none.
         decoders: Modules that read the maps of the first layers before they are compared; empty for none.
     """
 
-    def __init__(
-        self,
-        features: Sequence[Tensor],
-        specs: Sequence[FeatureSpec],
-        mask: Tensor | None,
-        teacher: AlignedTeacher,
-        max_grid: int | None = None,
-        compared_as_map: Sequence[bool] = (),
-        decoders: Sequence[nn.Module] = (),
-    ):
-        self.features = features
-        self.specs = specs
-        self.mask = mask
-        self.teacher = teacher
-        self.max_grid = max_grid
-        self.compared_as_map = compared_as_map
-        self.decoders = decoders
+    features: Sequence[Tensor]
+    specs: Sequence[FeatureSpec]
+    mask: Tensor | None
+    teacher: AlignedTeacher
+    max_grid: int | None = None
+    compared_as_map: Sequence[bool] = ()
+    decoders: Sequence[nn.Module] = ()
+
+    def __post_init__(self) -> None:
         self._maps: dict[int, Tensor] = {}
         self._decoded: dict[int, Tensor] = {}
         self._means: dict[int, Tensor] = {}
-        self._average = Average(mask)
         # Layers of one layout and length share their chosen tokens.
         self._flat: dict[tuple[TokenChoice, int], Tensor] = {}
+        self._average = Average(self.mask)
 
     def with_features(self, features: Sequence[Tensor]) -> AlignedStudent:
         """Return the same layers with other features."""
-        shared = self.specs, self.mask, self.teacher, self.max_grid, self.compared_as_map, self.decoders
-        return AlignedStudent(features, *shared)
+        return replace(self, features=features)
 
     def at(self, s: int, group: PairGroup) -> Tensor:
         """Return student layer s as tokens (B, N, C) at the positions of a group."""

@@ -118,13 +118,7 @@ class SinkhornAssociation(SimilarityAssociation):
 
 
 class QueryKeyAssociation(Association):
-    """Weights by products of queries and keys.
-
-    Args:
-        query: One network per compared student layer.
-        key: One network per teacher layer.
-        temperature: tau > 0.
-    """
+    """Weights by products of queries and keys, one network per compared student layer and per teacher layer."""
 
     name = "learned"
 
@@ -149,12 +143,8 @@ class QueryKeyAssociation(Association):
 class LearnedAssociation(QueryKeyAssociation):
     """Weights by learned embeddings of mean features, which depend neither on batch size nor on order.
 
-    The penalty keeps them from collapsing onto one layer; see `kl_to_uniform`.
-
-    Args:
-        student_channels: Channels of the compared student layers.
-        teacher_channels: Channels of the teacher layers.
-        temperature: tau > 0 of the penalty, in units of the standardized error.
+    The penalty keeps them from collapsing onto one layer; see `kl_to_uniform`. Its temperature tau > 0 is in units of
+    the standardized error.
     """
 
     needs = "mean"
@@ -183,11 +173,7 @@ class LearnedAssociation(QueryKeyAssociation):
 class PublishedAssociation(QueryKeyAssociation):
     """The paper's weights: learned embeddings of the rows of similarity matrices, whose length is the batch size.
 
-    Args:
-        students: Number of compared student layers.
-        teachers: Number of teacher layers.
-        batch_size: B.
-        temperature: tau; 1 in the paper.
+    Its temperature is 1 in the paper; only `students` student layers are compared.
 
     Raises:
         ConfigurationError: Without a batch size.
@@ -215,17 +201,12 @@ class PublishedAssociation(QueryKeyAssociation):
             RaggedBatchError: For a batch of another size.
         """
         queries = [net(_similarity(student.features[s], student.mask)) for s, net in enumerate(self.query)]
-        keys = [net(_similarity(teacher.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
+        keys = [net(_similarity(teacher.targets.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
         return self.of_products(queries, keys, 1.0 / self.temperature, len(student.specs))
 
 
 class FixedAssociation(Association):
-    """The weights of a control; see `fixed_weights`.
-
-    Args:
-        name: Which one.
-        temperature: Without effect; shown among the settings.
-    """
+    """The weights of a control; see `fixed_weights`. The temperature has no effect."""
 
     needs = None
 
@@ -243,13 +224,9 @@ class FixedAssociation(Association):
 
 
 def fixed_weights(name: FixedName, students: int, teachers: int, like: Tensor) -> Tensor:
-    """Return weights (B, S, T): equal; 1 from the last layer to the last alone; or 1 from each layer by `skip_map`.
+    """Return weights (B, S, T), of the size, type and device of a tensor (B, ...) `like`.
 
-    Args:
-        name: Which of them.
-        students: S.
-        teachers: T.
-        like: A tensor of the batch, for size, type and device.
+    Equal; 1 from the last layer to the last alone; or 1 from each student layer to that of `skip_map`.
     """
     shape = (len(like), students, teachers)
     if name == "uniform":

@@ -59,28 +59,14 @@ class Comparison(ABC):
 
     @abstractmethod
     def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sum_t weights * error (B, compared), and the errors of the pairs (B, compared, T).
-
-        Args:
-            student: The student's features.
-            teacher: What was kept of the teacher's.
-            weights: (B, S, T) association weights.
-        """
+        """Return sum_t weights * error (B, compared), and the errors (B, compared, T), for weights (B, S, T)."""
 
 
 class SharedComparison(Comparison):
     """Linear projections, one for all teacher layers of one width, and a fused error without a tensor for each pair.
 
-    Args:
-        student_specs: The student's S layers.
-        teacher_specs: The teacher's T layers.
-        alignments, compared: See `Comparison`.
-        decoded: Whether a decoder reads each map first.
-        layers_per_projection: How many neighboring student layers of one width share their projections.
-        start: See `SemCKDConfig.projection_init`.
-
-    Attributes:
-        projection: `projection[projection_of[s]][str(width)]`.
+    `projection[projection_of[s]][str(width)]` is that of student layer s; a decoder reads its map first where
+    `decoded`.
 
     Raises:
         ConfigurationError: When decoders would have to read something that is no map.
@@ -178,7 +164,7 @@ class PairwiseComparison(Comparison):
 
     def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Comparison.errors`."""
-        targets = [teacher.standardized(t, teacher.whole(t)) for t in range(len(teacher.specs))]
+        targets = [teacher.standardized(t, teacher.targets.whole(t)) for t in range(len(teacher.specs))]
         pooled: dict[tuple[int, tuple[int, int]], Tensor] = {}
         rows = []
         for s, (feature, spec) in enumerate(zip(student.features, student.specs, strict=True)):

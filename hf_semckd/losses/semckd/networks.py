@@ -19,11 +19,7 @@ MAXIMUM_SCALE = 100.0
 
 
 class SimilarityEmbedding(nn.Sequential):
-    """The published query or key network: Linear(B, 2d), ReLU, Linear(2d, d), then unit length; d = B / 4.
-
-    Args:
-        batch_size: B, the length of a similarity row; the network takes no other.
-    """
+    """The published query or key network: Linear(B, 2d), ReLU, Linear(2d, d), then unit length; d = B / 4."""
 
     def __init__(self, batch_size: int):
         width = max(batch_size // 4, 1)
@@ -50,11 +46,7 @@ class SimilarityEmbedding(nn.Sequential):
 
 
 class FeatureEmbedding(nn.Sequential):
-    """The query or key network on a sample's own mean feature: LayerNorm, Linear, ReLU, Linear, then unit length.
-
-    Args:
-        channels: C of the layer.
-    """
+    """The query or key network on a sample's own mean feature: LayerNorm, Linear, ReLU, Linear, then unit length."""
 
     def __init__(self, channels: int):
         width = EMBEDDING_WIDTH

@@ -15,14 +15,8 @@ from ...features.layers import FeatureSpec
 class FeatureDecoder(nn.Sequential):
     """Two convolutions on a student's map before its projection: 1x1 conv, BN, ReLU, 3x3 conv, BN, ReLU, no bias.
 
-    Behind a decoder, the teacher's features need only be decodable from the student's, and not linear in them.
-
-    Args:
-        channels: Input channels C.
-        width: Output channels C'.
-        kernel: Size of the second convolution, odd.
-
-    Source: the projections of SemCKD (Chen et al., 2021), without their last convolution.
+    Behind a decoder, the teacher's features need only be decodable from the student's, and not linear in them. These
+    are the projections of SemCKD (Chen et al., 2021) without their last convolution.
     """
 
     def __init__(self, channels: int, width: int, kernel: int = 3):
@@ -47,10 +41,7 @@ class FeatureDecoder(nn.Sequential):
 class ConvolutionalProjection(FeatureDecoder):
     """The published projection of a pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t, no bias.
 
-    Args:
-        student_channels: C_s.
-        teacher_channels: C_t.
-        kernel: Size of the middle convolution: 3 on maps, 1 on tokens, which have no neighbors in two dimensions.
+    The kernel of the middle convolution is 1 on tokens, which have no neighbors in two dimensions.
 
     Source: SemCKD (Chen et al., 2021), section 3.3.
     """
@@ -142,12 +133,7 @@ def build_shared_projections(
 ) -> nn.ModuleList:
     """Return linear projections `[owner][str(width)]` of student layers, one for each width among teacher layers.
 
-    Args:
-        student_specs: The compared student layers.
-        teacher_specs: The teacher's layers.
-        owners: The projections of each of these student layers; see `shared_among_neighbors`.
-        decoded: Whether a decoder comes first.
-        start: See `SemCKDConfig.projection_init`.
+    `owners` are those of `shared_among_neighbors`; `decoded` says whether decoders come first.
     """
     linear = ZeroLinear if start == "zero" else nn.Linear
     widths = sorted({teacher.channels for teacher in teacher_specs})

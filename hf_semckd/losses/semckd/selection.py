@@ -19,12 +19,9 @@ AssociationInput = Literal["summary", "mean", "whole"] | None
 
 
 class KeptTokens(NamedTuple):
-    """The tokens that are kept of the layers of one layout and length.
+    """The tokens that are kept of the layers of one layout and length; all of them where `flat` is None.
 
-    Attributes:
-        choice: Their positions and mask; None where all are kept and count.
-        flat: (B * K) their positions when all samples stand in one row; None where all are kept.
-        unused: (B, K, 1) the places that hold no token; None: none.
+    `flat` (B * K) are their `flat_positions`, `unused` (B, K, 1) the places that hold no token.
     """
 
     choice: TokenChoice | None
@@ -49,10 +46,9 @@ class TeacherSelection:
 
     Args:
         teacher_specs: The teacher's T layers.
-        alignments: How each student layer is aligned with each teacher layer, S x T; empty to keep whole features.
-        association: What the weights are computed from, or None for fixed weights.
-        max_tokens: Most tokens of a sample that are compared, or None for all.
-        max_grid: Largest height and width of compared maps, or None.
+        alignments: How they are aligned with each student layer, S x T; empty to keep whole features.
+        association: What the weights are computed from.
+        max_tokens, max_grid: See `SemCKDLoss`.
         relations: Whether relations between samples are compared.
     """
 
@@ -92,13 +88,7 @@ class TeacherSelection:
     def __call__(
         self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
     ) -> TeacherTargets:
-        """Return what is needed of a batch.
-
-        Args:
-            features: T features of the teacher.
-            mask: (B, N) mask of its tokens.
-            phase: (B) in [0, 1), where in each sample the sampling of tokens begins; None for its first token.
-        """
+        """Return what is needed of T features, with the mask (B, N) of their tokens; see `FeatureLoss.select`."""
         average, tokens = Average(mask), dict[tuple[int, int], KeptTokens]()
         layers = []
         for t, feature in enumerate(features):

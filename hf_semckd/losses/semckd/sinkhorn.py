@@ -24,9 +24,6 @@ def sinkhorn_weights(scores: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
         scores: (B, S, T).
         rounds: How often rows and columns are scaled at every stage; twice as often at the last.
 
-    Returns:
-        (B, S, T).
-
     Source: Chizat et al., "Scaling algorithms for unbalanced optimal transport problems", 2018.
     """
     bound = max(1.0, scores.shape[1] / scores.shape[2])

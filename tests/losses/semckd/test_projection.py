@@ -1,5 +1,6 @@
 """How the projections of student layers start, and what that does to a student's first step."""
 
+import numpy as np
 import pytest
 import torch
 from naive import normal
@@ -9,7 +10,7 @@ from hf_semckd.config import SemCKDConfig
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
-from hf_semckd.losses.semckd.projection import ZeroLinear
+from hf_semckd.losses.semckd.projection import ConvolutionalProjection, ZeroLinear
 from hf_semckd.training.options import loss_options
 
 TEXT = ([(5, 4), (5, 4)], [(5, 6), (5, 6), (5, 3)])
@@ -106,3 +107,51 @@ def test_a_loss_made_by_hand_starts_at_random():
     loss = SemCKDLoss(*TEXT)
     assert loss.settings["projection_init"] == "random"
     assert all(linear.weight.any() for linear in linears(loss))
+
+
+def test_convolutional_projection_has_the_published_layout():
+    layers = list(ConvolutionalProjection(5, 7))
+    kinds = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d]
+    assert [type(layer) for layer in layers] == kinds
+    shapes = [tuple(layer.weight.shape) for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert shapes == [(14, 5, 1, 1), (14, 14, 3, 3), (7, 14, 1, 1)]
+    assert all(layer.bias is None for layer in layers if isinstance(layer, nn.Conv2d))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutional_projection_keeps_the_grid(kernel):
+    assert ConvolutionalProjection(5, 7, kernel)(torch.randn(2, 5, 3, 4)).shape == (2, 7, 3, 4)
+
+
+def numpy_projection(rows, projection):
+    """Project (rows, C_s) with 1x1 convolutions and batch statistics."""
+    for layer in projection:
+        if isinstance(layer, nn.Conv2d):
+            rows = rows @ layer.weight.detach().numpy()[:, :, 0, 0].T
+        elif isinstance(layer, nn.BatchNorm2d):
+            rows = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + layer.eps)
+        else:
+            rows = np.maximum(rows, 0)
+    return rows
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_project_tokens_sees_kept_tokens_only_and_gives_zero_elsewhere(masked):
+    torch.manual_seed(0)
+    projection, tokens = ConvolutionalProjection(5, 3, 1).double(), normal(4, 6, 5)
+    mask = (torch.arange(6) < torch.tensor([[2], [6], [1], [4]])).long() if masked else torch.ones(4, 6).long()
+    tokens[mask == 0] = 1e5
+    actual = projection.project_tokens(tokens, mask if masked else None).detach()
+    np.testing.assert_allclose(
+        actual[mask.bool()], numpy_projection(tokens[mask.bool()].numpy(), projection), rtol=1e-10
+    )
+    assert (actual[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutional_projection_trains_on_a_single_position(kernel):
+    projection = ConvolutionalProjection(5, 3, kernel)
+    out = projection(torch.randn(1, 5, 1, 1))
+    out.sum().backward()
+    assert out.shape == (1, 3, 1, 1) and out.isfinite().all()
+    assert all(entry.grad is not None for entry in projection.parameters())
