@@ -29,6 +29,7 @@ import torch
 from accuracy import sources
 from accuracy.data import Rows, collate, texts
 from accuracy.models import COMMON, QUIET, accuracy, make_model, trained_teacher
+from accuracy.rows import OUTPUTS
 from accuracy.statistics import compare
 from transformers.trainer_callback import PrinterCallback
 
@@ -184,7 +185,7 @@ def run_protocol(name: str, seeds: Sequence[int]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     protocol = PROTOCOLS[name]
     train, test = (shuffled(rows, count, 0) for rows, count in zip(protocol.load(), protocol.most, strict=True))
-    teacher = trained_teacher({"name": name}, protocol.teacher, protocol.teacher_args, train)
+    teacher = trained_teacher({"name": name}, protocol.teacher, protocol.teacher_args, train, outputs=OUTPUTS)
     for variant, seed in missing:
         row = {"protocol": name, **run(protocol, teacher, train, test, variant, seed)}
         row |= {"args": dict(protocol.args), "environment": environment()}
