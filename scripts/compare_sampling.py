@@ -218,7 +218,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Run what was asked for and print the table."""
+    """Run the chosen protocols and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", default=[], metavar="protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

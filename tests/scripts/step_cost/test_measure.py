@@ -12,4 +12,4 @@ def test_the_published_form_is_left_out_where_it_does_not_fit(monkeypatch):
     found = measure.measure_pair(pair, ("kd", "published"), "cpu", rounds=1)
     assert list(found["seconds"]) == ["kd"]
     assert found["skipped"]["published"] == "it needs about 0.0 GB, and 0.0 GB are free"
-    assert found["skipped"]["ce"] == "not asked for with --variants"
+    assert found["skipped"]["ce"] == "not chosen with --variants"
