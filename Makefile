@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-text test-minimum quality style clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-text test-minimum quality style docs clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,12 +36,12 @@ help: ## Print this list
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) THREADS=$(THREADS) (of a demo)'
 	@echo 'ARGS="..." goes to the command, e.g. make test ARGS="-k cache -x"'
 
-demo: $(VENV)/.demo ## Distil a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
+demo: $(VENV)/.demo ## Distill a small ViT on real scans of digits (scikit-learn's), with a picture of what was learned
 	$(BIN)/$(LAUNCH) examples/distill_vit.py $(ARGS)
 
 # A pretrained teacher is large enough for two threads; the digits' models are not, and only get in their own way.
 demo-text: THREADS = 2
-demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labelled sentences, and distil it
+demo-text: $(VENV)/.demo ## Fetch a pretrained BERT and labeled sentences, and distill it
 	$(BIN)/python scripts/fetch_text_parts.py --only minilm-l6
 	$(BIN)/python scripts/fetch_text_parts.py --only movie_snippets
 	$(BIN)/$(LAUNCH) examples/distill_text.py $(ARGS)
@@ -74,6 +74,10 @@ quality: $(VENV)/.dev ## Check style, types and the floors of the architecture
 style: $(VENV)/.dev ## Repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## Build the documentation into build/docs; a warning fails
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/.doctrees docs build/docs
+	@echo 'Open build/docs/index.html'
 
 clean: ## Remove .venv, .venv-minimum, caches and build leftovers (data/ and outputs/ stay)
 	rm -rf .venv .venv-minimum build dist *.egg-info

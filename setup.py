@@ -42,6 +42,7 @@ DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pyyaml>=6.0", "pillow>=10.1
 IMAGES = ["onnx>=1.17"]
 TEST = [*DEMO, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.16", "peft>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"]
 
 EXTRAS = {
     "plots": PLOTS,
@@ -49,7 +50,8 @@ EXTRAS = {
     "images": IMAGES,
     "test": TEST,
     "quality": QUALITY,
-    "dev": [*TEST, *QUALITY],
+    "docs": DOCS,
+    "dev": [*TEST, *QUALITY, *DOCS],
 }
 
 setup(
@@ -62,7 +64,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["knowledge distillation", "model compression", "SemCKD", "transformers", "pytorch"],
     packages=find_packages(include=["hf_semckd", "hf_semckd.*"]),
-    package_data={"hf_semckd": ["py.typed"]},
+    package_data={"hf_semckd": ["*.pyi", "py.typed"], "hf_semckd.publishing": ["*.jinja"]},
     entry_points={"console_scripts": ["hf-semckd = hf_semckd.cli:main"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,

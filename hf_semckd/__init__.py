@@ -1,7 +1,27 @@
 """Knowledge distillation for the Hugging Face ecosystem: features of all teacher layers, no layer map needed."""
 
-from .config import SemCKDConfig
-from .training.trainer import DistillationTrainer, SemCKDTrainer
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from .version import __version__
 
+# Imported on first use: `import hf_semckd` alone loads neither torch nor transformers.
+_HOMES = {
+    "DistillationTrainer": "training.trainer",
+    "SemCKDConfig": "config",
+    "SemCKDTrainer": "training.trainer",
+}
+
 __all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,10 +1,13 @@
-"""The values that settings take where there are a few to choose from."""
+"""The values that settings may take."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from numbers import Real
+from typing import Any, Literal
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, nearest
 
 Association = Literal["similarity", "sinkhorn", "learned", "uniform", "last", "one_to_one"]
 
@@ -32,3 +35,56 @@ def check_projection_init(projector: Projector | None, projection_init: Projecti
             expected="linear projections, or the published start",
             todo="leave projection_init out, or use projector='shared'",
         )
+
+
+def require_number(name: str, value: object, *, strict: bool) -> None:
+    """Refuse what is no finite number >= 0, or > 0 where `strict`."""
+    expected = f"a finite number {'>' if strict else '>='} 0"
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (value > 0 or (not strict and value == 0)):  # type: ignore[operator]
+        return
+    raise ConfigurationError(
+        f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}"
+    )
+
+
+def require_limit(name: str, limit: object, unit: str, default: object) -> None:
+    """Refuse what is no whole number >= 0."""
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
+        return
+    raise ConfigurationError(
+        f"`{name}` is not a number of {unit}",
+        received=repr(limit),
+        expected="a whole number >= 1, or 0 for no limit",
+        todo=f"set {name} to {default}, or to 0 to compare everything",
+    )
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices, and name the nearest."""
+    if value in choices:
+        return
+    close = nearest(str(value), choices, count=1)
+    raise ConfigurationError(
+        f"`{name}` is not one of the known values",
+        received=repr(value),
+        expected=", ".join(map(repr, choices)),
+        todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
+    )
+
+
+def layer_list(name: str, layers: Any) -> list[Any] | None:
+    """Return layers as all-int or all-str; digits from a command line become ints."""
+    if layers is None:
+        return None
+    listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    listed = [int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]+", layer) else layer for layer in listed]
+    kinds = {type(layer) for layer in listed}
+    if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
+        return listed
+    raise ConfigurationError(
+        f"`{name}` is not a list of layers",
+        received=repr(layers),
+        expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
+        todo=f"leave {name} out to use all blocks, or list either indices or names",
+    )

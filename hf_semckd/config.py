@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import re
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -20,11 +17,40 @@ from .choices import (
     TargetNorm,
     TeacherDtype,
     check_projection_init,
+    layer_list,
+    require_choice,
+    require_limit,
+    require_number,
 )
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError
 
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_PROJECTION_LEARNING_RATE = 1e-3
+# Numbers that must be positive (True) or at least zero, whole numbers, and fields with a few choices.
+NUMBERS = {
+    "temperature": True,
+    "task_weight": False,
+    "logit_weight": False,
+    "feature_weight": False,
+    "relation_weight": False,
+    "association_temperature": True,
+    "projection_learning_rate": True,
+    "teacher_cache_limit_gb": True,
+}
+LIMITS = {"max_tokens": "tokens", "max_grid": "rows and columns"}
+CHOICES = {
+    "association": Association,
+    "target_norm": TargetNorm,
+    "projector": Projector,
+    "projection_init": ProjectionInit,
+    "teacher_dtype": TeacherDtype,
+    "teacher_cache_dtype": CacheDtype,
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """Return a field with a default and its help, which stands nowhere else."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -38,145 +64,101 @@ class SemCKDConfig(TrainingArguments):
         ConfigurationError: For a value, or a combination of values, that cannot work.
     """
 
-    temperature: float = field(
-        default=4.0,
-        metadata={"help": "Temperature of the logit distillation, > 0. Both distributions are softened by it."},
+    temperature: float = option(
+        4.0, "Temperature of the logit distillation, > 0. It softens the teacher's and the student's distribution."
     )
-    task_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the task loss (the labels), >= 0. With 0 the labels are not needed."},
+    task_weight: float = option(1.0, "Weight of the task loss, >= 0. With 0 no labels are needed.")
+    logit_weight: float = option(1.0, "Weight of the logit distillation (Hinton et al., 2015), >= 0. 0: off.")
+    feature_weight: float | None = option(
+        None,
+        "Weight of the feature distillation, >= 0. 0: off. None: the loss's own, which for a baseline is the "
+        "published one and for SemCKD 100 between CNNs and 3 elsewhere (text may gain from 10; a short training "
+        "at a low learning rate needs less). SemCKD's published form needs 50 to 400.",
     )
-    logit_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the logit distillation (Hinton et al., 2015), >= 0. With 0 it is not computed."},
+    association: Association | None = option(
+        None,
+        "How teacher layers are weighted for each student layer and sample. similarity: by how similarly both layers "
+        "place the sample in the batch. sinkhorn: the same, shared out by Sinkhorn iterations, so that student layers "
+        "do not all take the same teacher layer. learned: by small networks trained with the student. uniform, last, "
+        "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform layer map). None: sinkhorn "
+        "between CNNs, similarity elsewhere.",
     )
-    feature_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the feature distillation, >= 0. With 0 it is not computed. None: what suits the loss, "
-            "the published weight for a baseline; for SemCKD 100 between CNNs, 3 elsewhere (text may "
-            "want 10; very few steps at a low learning rate less). SemCKD's published form needs 50 to 400."
-        },
+    relation_weight: float | None = option(
+        None,
+        "Weight, >= 0, of the relation error within the feature term: the difference between both layers' distances "
+        "from a sample to the others of the micro-batch. 0: features alone, as published. None: 20 between image "
+        "models one of which is a transformer, 0 elsewhere (between CNNs it added nothing, on text it did harm).",
     )
-    association: Association | None = field(
-        default=None,
-        metadata={
-            "help": "How teacher layers are weighed for each student layer and sample. similarity: by how alike both "
-            "see the sample among the batch. sinkhorn: the same, but a teacher layer is shared out: student layers "
-            "that want the same one get others as well. learned: by small networks, trained with the student. "
-            "uniform, last, one_to_one: fixed controls (equal weights; last layer to last layer; a uniform skip "
-            "map). None: sinkhorn between CNNs, similarity elsewhere."
-        },
+    target_norm: TargetNorm = option(
+        "channel",
+        "channel: standardize every teacher channel by its running mean and variance over the training data. none: "
+        "raw targets, as published.",
     )
-    relation_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight, >= 0, of the relation error within the feature term: how differently both layers place a "
-            "sample among the others of the micro-batch. None: 20 between image models where one is a transformer, 0 "
-            "elsewhere (between CNNs it added nothing, and on text it did harm). 0: as published, features alone."
-        },
+    projector: Projector | None = option(
+        None,
+        "shared: one linear projection per student layer and teacher width. convolutional: the same behind two "
+        "convolutions per student layer, for feature maps. pairwise: the published convolutional projection for "
+        "every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere.",
     )
-    target_norm: TargetNorm = field(
-        default="channel",
-        metadata={
-            "help": "channel: every teacher channel is standardized with its running mean and variance over "
-            "the training data. none: raw targets, as published."
-        },
+    projection_init: ProjectionInit | None = option(
+        None,
+        "Initialization of linear projections. zero: no gradient reaches the student until its projection has "
+        "learned. random: as new layers. None: zero where a layer has no pixel grid, as on text; random elsewhere "
+        "(between ViTs it made no difference). The pairwise projector is always random.",
     )
-    projector: Projector | None = field(
-        default=None,
-        metadata={
-            "help": "shared: one linear projection per student layer and teacher width. convolutional: the same "
-            "behind two convolutions per student layer, for maps. pairwise: the published convolutional projection "
-            "for every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere."
-        },
+    student_layers: list[str] | None = option(
+        None,
+        "Student layers to train: hidden-state indices (0 is the embedding or stem) or module names. None: all blocks "
+        "(between CNNs, the last one is left to the logits).",
     )
-    projection_init: ProjectionInit | None = field(
-        default=None,
-        metadata={
-            "help": "How linear projections start. zero: at zero, so that a student is pushed nowhere until its "
-            "projection reads something in it. random: as new layers do. None: zero where a layer lies on no grid "
-            "of pixels, as on text; random elsewhere (it made no difference between ViTs). Zero not with the pairwise "
-            "projector."
-        },
+    teacher_layers: list[str] | None = option(
+        None, "Teacher layers to learn from, given like student_layers. None: all blocks."
     )
-    student_layers: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Student layers to train: hidden-state indices (0 is the embedding or stem) or module "
-            "names. None: all blocks, found automatically (between CNNs, the last one is left to the logits)."
-        },
+    teacher_dtype: TeacherDtype = option(
+        "auto",
+        "Precision of the teacher. auto: as given or saved. float32, bfloat16, float16: loaded in it, or copied when "
+        "a model object has another one. With bf16 or fp16 it computes in the student's mixed precision all the same.",
     )
-    teacher_layers: list[str] | None = field(
-        default=None,
-        metadata={"help": "Teacher layers to learn from, given like student_layers. None: all blocks."},
+    teacher_compile: bool = option(
+        False,
+        "Run the teacher under torch.compile, falling back to eager where that fails. Pays off in long trainings on a "
+        "GPU.",
     )
-    teacher_dtype: TeacherDtype = field(
-        default="auto",
-        metadata={
-            "help": "Precision of the teacher. auto: as it was given, or saved. float32, bfloat16, float16: it is "
-            "loaded in it, or copied when it is a model object of another precision. With bf16 or fp16 it computes "
-            "in the student's mixed precision all the same."
-        },
+    association_temperature: float | None = option(
+        None,
+        "Temperature of the association, > 0; smaller is sharper. similarity, sinkhorn: of a softmax over cosines. "
+        "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (0.02 between "
+        "CNNs, where half precision may change single weights), 0.5 (learned), or 1 in the published form.",
     )
-    teacher_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Run the teacher under torch.compile, and without it where that fails. Pays off in long "
-            "trainings on a GPU."
-        },
+    max_tokens: int = option(
+        16,
+        "Compare at most this many tokens of a sample, evenly spaced and the same ones every epoch. 0: no limit. Not "
+        "with the pairwise projector.",
     )
-    association_temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Temperature of the association, > 0; smaller is sharper. similarity: of a softmax over cosines. "
-            "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (similarity; "
-            "0.02 between CNNs, where half precision may turn single weights), 0.5 (learned), or 1 in the published "
-            "form."
-        },
+    max_grid: int | None = option(
+        None,
+        "Pool feature maps to at most this many rows and columns before they are compared. 0: no limit, which needs "
+        "memory between CNNs. None: 8 between CNNs, 4 elsewhere. Not with the pairwise projector.",
     )
-    max_tokens: int = field(
-        default=16,
-        metadata={
-            "help": "At most this many tokens of a sample are compared, at even distances and the same ones whenever "
-            "the sample comes. 0: no limit. Not with the pairwise projector."
-        },
+    projection_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the projections and association networks, > 0; follows the student's schedule. None: "
+        "the larger of learning_rate and 0.001.",
     )
-    max_grid: int | None = field(
-        default=None,
-        metadata={
-            "help": "Feature maps are pooled to at most this many rows and columns before they are compared. 0: no "
-            "limit, which between CNNs takes memory. None: 8 between CNNs, 4 elsewhere. Not with the pairwise "
-            "projector."
-        },
+    teacher_cache_dir: str | None = option(
+        None,
+        "Folder for teacher outputs, keyed by the sample's content and the teacher, so that the teacher runs once per "
+        "sample, for all epochs and runs. None: no cache.",
     )
-    projection_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of the projections and association networks, > 0; follows the student's "
-            "schedule. None: the larger of learning_rate and 0.001."
-        },
+    teacher_cache_dtype: CacheDtype = option(
+        "auto",
+        "Precision of cached features (logits keep theirs). auto: the teacher's own, so that a cached run equals a "
+        "live one. float16, bfloat16: half the space of float32.",
     )
-    teacher_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which teacher outputs are kept, keyed by the sample's content and the teacher, so that "
-            "later epochs and runs skip the teacher. None: no cache."
-        },
-    )
-    teacher_cache_dtype: CacheDtype = field(
-        default="auto",
-        metadata={
-            "help": "Precision of the cached teacher features (logits keep theirs). auto: the teacher's own, so that "
-            "a cached run equals a live one. float16, bfloat16: half the space of float32."
-        },
-    )
-    teacher_cache_limit_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "Most gigabytes (2^30 bytes) that the cache of one teacher may take, > 0. A dataset that will not "
-            "fit is refused before training. None: whatever the disk can spare."
-        },
+    teacher_cache_limit_gb: float | None = option(
+        None,
+        "Largest size of one teacher's cache in gigabytes (2^30 bytes), > 0. A data set that will not fit is refused "
+        "before training. None: what the disk can spare.",
     )
 
     def __post_init__(self) -> None:
@@ -209,6 +191,13 @@ class SemCKDConfig(TrainingArguments):
             "association_temperature": 1.0,
         }
         return cls(output_dir=output_dir, **{**settings, **arguments})
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None) -> SemCKDConfig:
+        """Return the arguments as a configuration; where there are none, the one that `Trainer` would start from."""
+        if args is None:
+            return cls(output_dir="tmp_trainer")
+        return args if isinstance(args, SemCKDConfig) else cls.from_training_arguments(args)
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> SemCKDConfig:
@@ -276,27 +265,18 @@ class SemCKDConfig(TrainingArguments):
         self._validate_combinations()
 
     def _validate_values(self) -> None:
-        for name in ("task_weight", "logit_weight", "feature_weight", "relation_weight"):
-            optional = name in ("feature_weight", "relation_weight")
-            if not (optional and getattr(self, name) is None):
-                _require_number(name, getattr(self, name), minimum=0.0, strict=False)
-        _require_number("temperature", self.temperature, minimum=0.0, strict=True)
-        for name in ("association_temperature", "projection_learning_rate", "teacher_cache_limit_gb"):
-            if getattr(self, name) is not None:
-                _require_number(name, getattr(self, name), minimum=0.0, strict=True)
-        self._validate_sampling()
-        _require_choice("target_norm", self.target_norm, get_args(TargetNorm))
-        for name, choices in (
-            ("association", get_args(Association)),
-            ("projector", get_args(Projector)),
-            ("projection_init", get_args(ProjectionInit)),
-        ):
-            if getattr(self, name) is not None:
-                _require_choice(name, getattr(self, name), choices)
-        _require_choice("teacher_cache_dtype", self.teacher_cache_dtype, get_args(CacheDtype))
-        _require_choice("teacher_dtype", self.teacher_dtype, get_args(TeacherDtype))
-        self.student_layers = _layer_list("student_layers", self.student_layers)
-        self.teacher_layers = _layer_list("teacher_layers", self.teacher_layers)
+        for name, default in ((name, self.__dataclass_fields__[name].default) for name in distillation_fields()):
+            value = getattr(self, name)
+            if value is None and default is None:
+                continue
+            if name in NUMBERS:
+                require_number(name, value, strict=NUMBERS[name])
+            elif name in CHOICES:
+                require_choice(name, value, get_args(CHOICES[name]))
+            elif name in LIMITS:
+                require_limit(name, value, LIMITS[name], default)
+        self.student_layers = layer_list("student_layers", self.student_layers)
+        self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
             raise ConfigurationError(
                 "`teacher_cache_dir` is empty",
@@ -304,19 +284,6 @@ class SemCKDConfig(TrainingArguments):
                 expected="a folder, or None for no cache",
                 todo="name a folder that can be written",
             )
-
-    def _validate_sampling(self) -> None:
-        for name, default in (("max_tokens", 16), ("max_grid", None)):
-            limit = getattr(self, name)
-            if limit is None and default is None:
-                continue
-            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-                raise ConfigurationError(
-                    f"`{name}` is not a number of {'tokens' if name == 'max_tokens' else 'rows and columns'}",
-                    received=repr(limit),
-                    expected="a whole number >= 1, or 0 for no limit",
-                    todo=f"set {name} to {default}, or to 0 to compare everything",
-                )
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distils_logits:
@@ -347,42 +314,3 @@ def distillation_fields() -> tuple[str, ...]:
     """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
     return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
-
-
-def _require_number(name: str, value: object, *, minimum: float, strict: bool) -> None:
-    expected = f"a finite number {'>' if strict else '>='} {minimum:g}"
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (value > minimum or (not strict and value == minimum)):  # type: ignore[operator]
-        return
-    raise ConfigurationError(
-        f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}"
-    )
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value in choices:
-        return
-    close = nearest(str(value), choices, count=1)
-    raise ConfigurationError(
-        f"`{name}` is not one of the known values",
-        received=repr(value),
-        expected=", ".join(map(repr, choices)),
-        todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
-    )
-
-
-def _layer_list(name: str, layers: Any) -> list[Any] | None:
-    """Return layers as all-int or all-str; digits from a command line become ints."""
-    if layers is None:
-        return None
-    listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
-    listed = [int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]+", layer) else layer for layer in listed]
-    kinds = {type(layer) for layer in listed}
-    if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
-        return listed
-    raise ConfigurationError(
-        f"`{name}` is not a list of layers",
-        received=repr(layers),
-        expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
-        todo=f"leave {name} out to use all blocks, or list either indices or names",
-    )

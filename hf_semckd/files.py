@@ -8,7 +8,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +17,36 @@ import torch
 from .errors import InputError
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write to a temporary file beside the target and rename it, which is atomic on one file system.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a file appear as a whole: give a temporary name beside it to write to, then rename, which is atomic.
 
     Args:
-        path: File to write or replace, in a folder that exists. Until then, the file's name is followed by a unique
-            number and `.partial`.
-        parts: The content, piece by piece.
+        path: File to write or replace; missing parent folders are made. The temporary name is the file's, followed
+            by a unique number and `.partial`.
 
     Raises:
         OSError: When the file cannot be written; an old file is then left as it was, and no temporary file stays.
     """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable by their owner only, and the rename would keep that.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write a file that is there as a whole or not at all, and return its path; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return Path(path)
 
 
 def write_json(path: str | os.PathLike[str], payload: object) -> Path:
@@ -60,25 +67,6 @@ def write_json(path: str | os.PathLike[str], payload: object) -> Path:
     # allow_nan=False: should a NaN get past _jsonable, fail rather than write a file that strict readers refuse.
     text = json.dumps(_jsonable(payload, "payload"), indent=2, ensure_ascii=False, allow_nan=False)
     return write_atomic(path, (text + "\n").encode("utf-8"))
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write bytes so that the file is there as a whole or not at all; see `files.write_atomically`.
-
-    Args:
-        path: File to write or replace; missing parent folders are made.
-        content: The whole content.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: When the file cannot be written; an old file is then left as it was, and no temporary file stays.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, [content])
-    return target
 
 
 def _jsonable(value: object, place: str) -> object:

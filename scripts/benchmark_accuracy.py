@@ -5,7 +5,6 @@
     python scripts/benchmark_accuracy.py scripts/protocols/deep_vit_fashion_full.yaml --device cuda --jobs 8
     python scripts/benchmark_accuracy.py scripts/protocols/vit_fashion.yaml --methods kd semckd
     python scripts/benchmark_accuracy.py scripts/protocols/*.yaml --table-only    # the tables of the kept rows
-    python scripts/benchmark_accuracy.py --update-readme                          # writes the tables of the pages anew
 
 Every method is tuned with the same number of runs, on tuning seeds and the validation split, and reported on other
 seeds and the test split. Rows go to scripts/results/accuracy/<protocol>.jsonl, one a run, as soon as it is known: a
@@ -21,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accuracy.protocol import Protocol, read_protocols
-from accuracy.readme import blocks, detail_blocks, read_shown, updated
 from accuracy.rows import OUTPUTS, RESULTS, read_rows
 from accuracy.tables import (
     LEGEND,
@@ -82,17 +80,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Where models are trained; cpu.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the rows.")
     parser.add_argument("--table-only", action="store_true", help="Run nothing, print the tables of the kept rows.")
-    parser.add_argument(
-        "--update-readme",
-        action="store_true",
-        help="Write the tables of README.md and of scripts/results/accuracy/README.md from the kept rows.",
-    )
     options = parser.parse_args()
-    if options.update_readme:
-        rows = read_shown(options.results)
-        for page, texts in ((ROOT / "README.md", blocks(rows)), (RESULTS / "README.md", detail_blocks(rows))):
-            page.write_text(updated(page.read_text("utf-8"), texts), "utf-8")
-        return
     if not options.protocols:
         parser.error("name one or more protocol files, such as scripts/protocols/smoke.yaml")
     # A pattern such as protocols/*.yaml names the file of the methods too.

@@ -1,4 +1,4 @@
-"""Measure what a distillation step costs, through the real trainers, and print the table that the README shows.
+"""Measure what a distillation step costs, through the real trainers, and print the table.
 
     python scripts/benchmark_step.py                                   # everything: hours, most of it for "published"
     python scripts/benchmark_step.py --pairs bert-6x384 --variants ce kd semckd

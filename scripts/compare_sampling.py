@@ -162,7 +162,8 @@ def run(protocol: Protocol, teacher: Any, rows: Rows, test: Rows, variant: str, 
             data_collator=collate,
         )
         trainer.remove_callback(PrinterCallback)
-        if variant == "everything" and max(trainer.feature_loss.projection_of) + 1 < len(trainer.student_layer_names):
+        own = trainer.feature_loss.comparison.projection_of
+        if variant == "everything" and max(own) + 1 < len(trainer.student_layer_names):
             raise SystemExit("The student is so small that its layers share projections: that is no full comparison.")
         started = time.perf_counter()
         trainer.train()

@@ -1,4 +1,4 @@
-"""Run an example with several seeds, keep every row, and print the table that the README shows.
+"""Run an example with several seeds, keep every row, and print its table.
 
     python scripts/run_demo_seeds.py vit                 # seeds 0 to 4, one and a half minutes each on one thread
     python scripts/run_demo_seeds.py text --seeds 0 1 2  # seven minutes each; needs scripts/fetch_text_parts.py first

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept import named
 
 from hf_semckd.errors import InputError
 from hf_semckd.features.layers import FeatureSpec
@@ -105,7 +106,7 @@ class EmbeddingCases:
         loss, student, teacher, masks = self.problem("text")
         loss.eval()
         kept = loss.select(teacher, masks[1])
-        assert set(kept) == {"whole.1", "mask"}
+        assert set(named(kept)) == {"whole.1", "mask"}
         out = loss(student, kept, masks[0])
         again = loss([student[0] + 1, student[1]], [teacher[0] - 1, teacher[1]], *masks)
         assert torch.equal(out.per_sample, again.per_sample)

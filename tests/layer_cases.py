@@ -114,7 +114,7 @@ class LayerCases:
         assert np.std(expected) > 1e-3, "equal losses would not tell the samples apart"
         np.testing.assert_allclose(out.per_sample.detach(), expected, rtol=1e-9)
         assert float(out.total.detach()) == pytest.approx(np.mean(expected), rel=1e-9)
-        assert out.attention is None and out.errors is None
+        assert out.association is None and out.errors is None
 
     @pytest.mark.parametrize("scenario", ["maps", "two paddings"])
     def test_the_gradient_agrees_with_finite_differences(self, scenario):

@@ -58,7 +58,7 @@ def test_the_feature_loss_stands_alone():
     loss = losses.SemCKDLoss.published(**shapes, batch_size=8)
     features = [[torch.randn(8, *shape) for shape in shapes[name]] for name in shapes]
     out = loss(*features)
-    assert out.total.dim() == 0 and out.attention.shape == (8, 2, 3)
+    assert out.total.dim() == 0 and out.association.shape == (8, 2, 3)
     out.total.backward()
     assert (len(loss.query), len(loss.key), len(loss.projection), len(loss.projection[0])) == (2, 3, 2, 3)
     assert sum(isinstance(entry, torch.nn.BatchNorm2d) for entry in loss.projection[0][0]) == 2

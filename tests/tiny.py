@@ -494,7 +494,7 @@ class _ByHand:
         queries = [self._embedding(f"query.{s}", _mean(x, mask)) for s, x in enumerate(states)]
         keys = [self._embedding(f"key.{t}", _mean(x, mask)) for t, x in enumerate(standard)]
         cosines = torch.stack([torch.stack([(one * other).sum(1) for other in keys], 1) for one in queries], 1)
-        return (cosines * self.calibration["log_scale"].exp()).softmax(2)
+        return (cosines * self.calibration["scale.log"].exp()).softmax(2)
 
     def _embedding(self, name: str, rows: Tensor) -> Tensor:
         rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()

@@ -1,4 +1,4 @@
-"""The command line: `hf-semckd cache` runs a teacher over a dataset ahead of training."""
+"""The command line: `hf-semckd`, or `python -m hf_semckd.cli`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import SemCKDError
-from .cache import cache
+from . import cache
 
-USAGE = """\
-usage: hf-semckd cache --teacher NAME --student NAME --dataset FOLDER --teacher_cache_dir FOLDER [options]
+USAGE = f"""\
+usage: {cache.USAGE}
 
-Runs the teacher once over every sample and keeps what the student will learn from. Training with the same
-teacher_cache_dir, data and settings then never runs the teacher.
+Runs the teacher once per sample and stores its outputs. Training with the same teacher_cache_dir, data and settings
+then does not run the teacher.
 
-hf-semckd cache --help lists all options: those of the training (SemCKDConfig), and --teacher, --student, --dataset,
---split. With several processes: accelerate launch -m hf_semckd.cli cache ...
+List all options, including those of SemCKDConfig:  hf-semckd cache --help
+Run on several processes:                           accelerate launch -m hf_semckd.cli cache ...
 """
 
 
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Words behind the program's name; None takes those of the process.
+        arguments: The words after the program's name; None: those of the process.
 
     Returns:
-        The exit status: 0, or 2 when something was asked for that cannot be done.
+        The exit status: 0, or 2 for arguments that cannot work.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-semckd: unknown command {words[0]!r}; expected: cache\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        cache(words[1:])
+        cache.run(words[1:])
     except SemCKDError as error:
         print(f"hf-semckd: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`hf-semckd cache`: run a teacher on a dataset ahead of training."""
+"""`hf-semckd cache`: run the teacher over a dataset ahead of training."""
 
 from __future__ import annotations
 
@@ -15,59 +15,64 @@ from ..config import SemCKDConfig
 from ..errors import InputError
 from ..training.trainer import SemCKDTrainer
 
+USAGE = "hf-semckd cache --teacher MODEL --student MODEL --dataset FOLDER --teacher_cache_dir FOLDER [options]"
+
 
 @dataclass
 class CacheArguments:
-    """What is cached for whom.
+    """The options of `hf-semckd cache` beside those of `SemCKDConfig`.
 
     Attributes:
         teacher: Name or folder of the teacher.
         student: Name or folder of the student.
         dataset: Folder of a prepared dataset.
-        split: Split of it.
+        split: The split to run over.
     """
 
-    teacher: str = field(metadata={"help": "Teacher: a name or folder for from_pretrained."})
+    teacher: str = field(metadata={"help": "Name or folder of the teacher, as for from_pretrained."})
     student: str = field(
-        metadata={"help": "Student: a name or folder. Its layers decide what of the teacher's is comparable."}
+        metadata={"help": "Name or folder of the student. Its layers determine which teacher features are stored."}
     )
     dataset: str = field(
-        metadata={"help": "Folder of a dataset (Dataset.save_to_disk) with the columns that the training will read."}
+        metadata={"help": "Folder of a dataset (Dataset.save_to_disk) with the columns used in training."}
     )
-    split: str = field(default="train", metadata={"help": "Split, where the folder holds several."})
+    split: str = field(default="train", metadata={"help": "The split to run over, if the folder holds several."})
 
 
-def cache(words: Sequence[str]) -> None:
-    """Fill the teacher cache that the words describe.
+def run(words: Sequence[str]) -> None:
+    """Fill a teacher cache.
+
+    Args:
+        words: The command's options.
 
     Raises:
-        SemCKDError: When they cannot work together.
+        SemCKDError: When the models, the dataset and the settings do not fit together.
     """
-    parser = HfArgumentParser([CacheArguments, SemCKDConfig], prog="hf-semckd cache")
+    parser = HfArgumentParser(
+        [CacheArguments, SemCKDConfig],
+        prog="hf-semckd cache",
+        usage=USAGE,
+        description="Run the teacher once per sample of a dataset and store its outputs in --teacher_cache_dir.",
+    )
     with tempfile.TemporaryDirectory() as folder:
         parser.set_defaults(output_dir=folder, report_to="none")
         options, args = parser.parse_args_into_dataclasses(list(words))
-        data = load_split(options.dataset, options.split)
         trainer = SemCKDTrainer(
             options.student,
             args,
             teacher_model=options.teacher,
-            train_dataset=data,
+            train_dataset=load_split(options.dataset, options.split),
             processing_class=load_tokenizer(options.student),
         )
         count = trainer.fill_teacher_cache()
     if args.process_index == 0:
-        size = sum(path.stat().st_size for path in Path(args.teacher_cache_dir).rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in Path(args.teacher_cache_dir).rglob("*") if path.is_file())
         print(f"{count} samples are cached; {args.teacher_cache_dir} holds {size / 2**30:.2f} GB.")
         print(f"Train with the same data and settings and teacher_cache_dir={args.teacher_cache_dir!r}.")
 
 
 def load_split(folder: str, split: str) -> Dataset:
-    """Return a split of a saved dataset.
-
-    Raises:
-        InputError: When there is none.
-    """
+    """Return a split of a saved dataset. Raises `InputError` when the folder holds no dataset, or not this split."""
     try:
         data = load_from_disk(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -75,15 +80,15 @@ def load_split(folder: str, split: str) -> Dataset:
             "The dataset could not be loaded",
             received=f"{folder!r} ({error})",
             expected="a folder that Dataset.save_to_disk wrote",
-            todo="prepare the dataset as for training (tokenized, or with pixel_values) and save it",
+            todo="prepare the dataset as for training (tokenized, or with pixel_values) and save it with save_to_disk",
         ) from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise InputError(
-                "The dataset has no such split",
+                "The dataset does not have this split",
                 received=f"--split {split}",
                 expected=f"one of {', '.join(data)}",
-                todo="name one of these with --split",
+                todo="pass one of these as --split",
             )
         data = data[split]
     # Images that were saved as lists come back as tensors.
@@ -91,7 +96,7 @@ def load_split(folder: str, split: str) -> Dataset:
 
 
 def load_tokenizer(source: str) -> Any:
-    """Return the tokenizer beside a model, which pads its samples, or None for models without one."""
+    """Return the tokenizer saved with a model, which pads the samples, or None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError):

@@ -38,11 +38,7 @@ def first_samples(dataset: Any) -> list[Any]:
 
 
 def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
-    """Return the samples as a batch.
-
-    Raises:
-        InputError: When the collator cannot make one.
-    """
+    """Return the samples as a batch. Raises `InputError` when the collator cannot make one."""
     try:
         return collator(samples)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -98,6 +98,40 @@ class ChannelStatistics(nn.Module):
         return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 
 
+class TeacherStatistics(nn.ModuleList):
+    """The statistics of several teacher layers, updated together; empty where targets are compared raw.
+
+    Args:
+        channels: The number of channels of each layer.
+    """
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__(map(ChannelStatistics, channels))
+
+    @property
+    def layers(self) -> list[ChannelStatistics]:
+        """The statistics of each layer."""
+        return [entry for entry in self if isinstance(entry, ChannelStatistics)]
+
+    @property
+    def missing(self) -> bool:
+        """Whether a layer has no statistics yet; a host sync."""
+        return any(not bool(entry.count > 0) for entry in self.layers)
+
+    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Merge the moments collected since the last call, summed over processes in one reduction.
+
+        Args:
+            reduce_sum: Adds a tensor over processes; None for a single process.
+        """
+        layers = self.layers
+        if not layers:
+            return
+        pending = [entry.pending() for entry in layers]
+        sums = torch.cat(pending) if reduce_sum is None else reduce_sum(torch.cat(pending))
+        merge_layers(layers, sums.split([len(entry) for entry in pending]))
+
+
 @torch.no_grad()
 def update_layer_statistics(
     layers: Sequence[ChannelStatistics], features: Sequence[Tensor], masks: Sequence[Tensor | None]

@@ -1,37 +1,38 @@
-"""What a loss keeps of a teacher's features: one entry a layer, from the teacher's forward to the loss."""
+"""What a loss keeps of a teacher's features: one entry per layer, from the teacher's forward pass to the loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenChoice:
-    """Which tokens are kept of the layers of one layout.
+    """Which tokens are kept of the layers of one layout; these layers share the object.
 
     Attributes:
-        positions: (B, K) places of the kept tokens in their sample, or None where all are kept.
-        mask: (B, K) of ones for the places that hold a token, or None where all do.
+        positions: (B, K) position of each kept token in its sample, the kept ones first; None: all tokens are kept.
+        mask: (B, K) nonzero for the places that hold a token; None: all do.
     """
 
     positions: Tensor | None = None
     mask: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerTarget:
-    """What is kept of one teacher layer; None where a loss needs nothing of the kind.
+    """What is kept of one teacher layer; None for every kind that the loss does not need.
 
     Attributes:
         whole: The layer's output, (B, C, H, W), (B, N, C) or (B, C).
         tokens: (B, K, C) the tokens that are compared.
-        choice: Which tokens these are; layers of one layout share the object.
+        choice: Which tokens these are; None where all are kept and count.
         grid: (B, C, h, w) the map that is compared, pooled.
         mean: (B, C) the average over tokens or cells.
         embedding: (B, C) the vector that stands for a sample.
-        summary: (B, D) what similarities between samples are taken on, where it is none of the above.
+        summary: (B, D) the vector that similarities are computed from, where it is none of the above.
     """
 
     whole: Tensor | None = None
@@ -43,16 +44,70 @@ class LayerTarget:
     summary: Tensor | None = None
 
 
-@dataclass(frozen=True)
+# The fields of a layer that hold a tensor of their own.
+LAYER_TENSORS = tuple(entry.name for entry in fields(LayerTarget) if entry.name != "choice")
+
+
+@dataclass(frozen=True, eq=False)
 class TeacherTargets:
     """What a loss keeps of a batch's teacher features.
 
     Attributes:
-        layers: One entry for each teacher layer.
-        mask: (B, N) the teacher's token mask, where whole features need it.
+        layers: One entry per teacher layer.
+        mask: (B, N) mask of the teacher's tokens, where whole features need it.
         parts: The targets of each of several joined losses; `layers` is empty then.
     """
 
     layers: tuple[LayerTarget, ...] = ()
     mask: Tensor | None = None
     parts: tuple[TeacherTargets, ...] = ()
+
+    @classmethod
+    def of_whole(
+        cls, features: Sequence[Tensor], mask: Tensor | None = None, used: Sequence[int] | None = None
+    ) -> TeacherTargets:
+        """Keep features as they are, detached.
+
+        Args:
+            features: T features of the teacher.
+            mask: (B, N) mask of its tokens.
+            used: The layers that are kept; None for all.
+        """
+        kept = range(len(features)) if used is None else used
+        layers = [
+            LayerTarget(whole=feature.detach()) if t in kept else LayerTarget() for t, feature in enumerate(features)
+        ]
+        return cls(tuple(layers), mask)
+
+    def whole(self, t: int) -> Tensor:
+        """Return the whole output of teacher layer t."""
+        return required(self.layers[t].whole)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor; what layers share comes with each of them."""
+        for part in self.parts:
+            yield from part.tensors()
+        for layer in self.layers:
+            choice = layer.choice or TokenChoice()
+            held = (*(getattr(layer, name) for name in LAYER_TENSORS), choice.positions, choice.mask)
+            yield from (tensor for tensor in held if tensor is not None)
+        if self.mask is not None:
+            yield self.mask
+
+    def values(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield the layer, the values and, for tokens (B, K, C), the mask (B, K) of each kind of features kept."""
+        for part in self.parts:
+            yield from part.values()
+        for t, layer in enumerate(self.layers):
+            for name in LAYER_TENSORS:
+                value = getattr(layer, name)
+                if value is None:
+                    continue
+                mask = self.mask if name == "whole" else layer.choice.mask if layer.choice is not None else None
+                yield t, value, mask if value.dim() == 3 else None
+
+
+def required(value: Tensor | None) -> Tensor:
+    """Return a kind of features that the loss keeps, and so finds in its targets."""
+    assert value is not None
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import layer_specs
-from .baseline import BaselineLoss, Shape, skip_map
+from ..features.targets import TeacherTargets
+from .base import Shape, layer_specs
+from .baseline import BaselineLoss, skip_map
 from .reduction import masked_mean
 
 
@@ -68,7 +69,7 @@ class ATLoss(BaselineLoss):
         self.pairs = pairs
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the sum over pairs of each sample's mean (B); see `BaselineLoss.per_sample`."""
         losses = []

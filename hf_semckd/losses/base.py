@@ -1,50 +1,58 @@
-"""What every feature loss has in common."""
+"""The interface of every feature loss."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import InputError, message
+from ..errors import InputError
 from ..features.layers import FeatureSpec
+from ..features.targets import TeacherTargets
 from .options import LossOptions
+
+Shape = FeatureSpec | Sequence[int]
 
 
 @dataclass
 class FeatureLossOutput:
-    """What a feature loss returns.
+    """The result of a feature loss.
 
     Attributes:
         total: Scalar, the mean of `per_sample`; before `feature_weight`.
-        per_sample: (B) the loss of each sample, from which windows and processes are averaged exactly.
-        attention: (B, S, T) association weights, or None for losses without any; without gradient.
-        errors: (B, S, T) errors of the pairs, or None; without gradient, NaN where a pair is not compared.
+        per_sample: (B) the loss of each sample, from which a trainer averages over micro-batches and processes.
+        association: (B, S, T) association weights without gradient, or None for losses without any.
+        errors: (B, S, T) errors of the pairs without gradient, NaN where a pair is not compared; or None.
     """
 
     total: Tensor
     per_sample: Tensor
-    attention: Tensor | None = None
+    association: Tensor | None = None
     errors: Tensor | None = None
 
 
 class FeatureLoss(nn.Module, ABC):
     """A loss between the features of a student and those of a frozen teacher; its parameters train with the student.
 
+    A subclass implements `compare`. In all of them S is the number of student layers, T that of teacher layers, B the
+    batch size; a feature is a map (B, C, H, W), tokens (B, N, C) or a vector (B, C).
+
     Attributes:
-        default_weight: What `feature_weight` is where none is given; for a baseline, the published one.
-        reuses_teacher_head: Whether the student is to end with the teacher's classifier; `finish` puts it there.
-        upper_bound: The largest weight that its association can learn to give a layer; None when none are learned.
-        required_batch_size: The only batch size that it takes, or None for any.
+        student_specs, teacher_specs: The layers the loss was built for; empty for a loss that takes any.
+        default_weight: `feature_weight` where none is given; for a baseline, the published one.
+        reuses_teacher_head: Whether the student ends with the teacher's classifier, which `finish` puts there.
+        upper_bound: The largest weight that a learned association can give a layer; None when none is learned.
+        required_batch_size: The only batch size the loss takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
-            sets it to False and calls `synchronize` once an optimizer step, which makes accumulation and processes
-            exact.
-        collecting: Whether training forwards observe teacher statistics; off for batches that were observed before.
+            turns it off and calls `synchronize` once per optimizer step, which makes accumulation and processes exact.
+        collecting: Whether training forwards collect teacher statistics; off for batches that were collected before.
     """
 
+    student_specs: Sequence[FeatureSpec] = ()
+    teacher_specs: Sequence[FeatureSpec] = ()
     default_weight: float = 1.0
     reuses_teacher_head: ClassVar[bool] = False
     upper_bound: float | None = None
@@ -54,12 +62,12 @@ class FeatureLoss(nn.Module, ABC):
 
     @property
     def title(self) -> str:
-        """What the method is called on a model card."""
+        """Name of the method on a model card."""
         return type(self).__name__.removesuffix("Loss")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Fields of `SemCKDConfig` that depend on the models, as the loss uses them; for the record."""
+        """Values in use of the `SemCKDConfig` fields whose defaults depend on the models."""
         return {}
 
     @classmethod
@@ -72,14 +80,14 @@ class FeatureLoss(nn.Module, ABC):
         tokens_aligned: bool = True,
         student_parameters: int | None = None,
     ) -> FeatureLoss:
-        """Return the loss for the layers that a trainer found; a baseline reads none of the options.
+        """Return the loss for the layers that a trainer found.
 
         Args:
             student_specs: The student's layers.
             teacher_specs: The teacher's layers.
-            options: What the user chose.
+            options: The user's choices; baselines have none.
             tokens_aligned: Whether position n of both models stands for the same input.
-            student_parameters: Number of the student's parameters, for losses that keep themselves small beside it.
+            student_parameters: Number of the student's parameters, for losses that limit their own size by it.
 
         Raises:
             ConfigurationError: When the method cannot be used for these layers.
@@ -100,77 +108,100 @@ class FeatureLoss(nn.Module, ABC):
         return None
 
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
-        """Put into the plain student what it needs of this loss to be used; nothing for most losses.
+        """Write what the student needs of this loss at inference into the plain student; nothing for most losses.
 
-        Called whenever the student is about to be evaluated, saved or handed back.
+        Called before every evaluation, before saving and at the end of training.
 
         Returns:
-            What takes it out again: evaluating must not change the training.
+            A function that undoes it: evaluation must not change training.
         """
         return lambda: None
 
-    @abstractmethod
     def forward(
         self,
         student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
+        teacher_features: Sequence[Tensor] | TeacherTargets,
         student_mask: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> FeatureLossOutput:
-        """Compare the features of a batch.
+        """Return the loss of a batch.
 
         Args:
-            student_features: S tensors, maps (B, C, H, W) or tokens (B, N, C).
-            teacher_features: T tensors likewise, or what `select` kept of them.
-            student_mask: (B, N) of ones and zeros; padding tokens are 0. None: all count.
-            teacher_mask: The same for the teacher's tokens.
+            student_features: S tensors.
+            teacher_features: T tensors, or what `select` kept of them.
+            student_mask: (B, N), 0 for padding tokens; None: all count.
+            teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
+
+        Raises:
+            InputError: When the number of features is not the number of layers.
+        """
+        expected = (len(self.student_specs), len(self.teacher_specs))
+        received = len(student_features), expected[1]
+        if not isinstance(teacher_features, TeacherTargets):
+            received = len(student_features), len(teacher_features)
+        if expected != (0, 0) and received != expected:
+            raise InputError(
+                "The number of features is not the number of layers that the loss was built for",
+                received=f"{received[0]} student and {received[1]} teacher features",
+                expected=f"{expected[0]} and {expected[1]}",
+                todo="pass one feature for each shape given at construction, in the same order",
+            )
+        return self.compare(student_features, self.targets(teacher_features, teacher_mask), student_mask)
+
+    @abstractmethod
+    def compare(
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
+    ) -> FeatureLossOutput:
+        """Return the loss of a batch.
+
+        Args:
+            student_features: S tensors.
+            targets: What `select` kept of the teacher's; by default every layer's `whole` output, and `mask`.
+            student_mask: (B, N), 0 for padding tokens; None: all count.
         """
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether teacher statistics are needed before the first batch can be compared."""
+        """Whether teacher statistics have to be collected before the first batch can be compared."""
         return False
 
     @property
     def samples_tokens(self) -> bool:
-        """Whether `select` chooses among tokens, by the phase that it is given."""
+        """Whether `select` samples tokens, at positions that depend on `phase`."""
         return False
 
     @property
     def kept(self) -> str:
-        """What `select` keeps, in words: losses that say the same can share a teacher cache."""
+        """Description of what `select` keeps: losses with equal descriptions share a teacher cache."""
         return "whole features"
 
     def select(
-        self,
-        teacher_features: Sequence[Tensor] | Mapping[str, Tensor],
-        teacher_mask: Tensor | None = None,
-        phase: Tensor | None = None,
-    ) -> Sequence[Tensor] | Mapping[str, Tensor]:
-        """Keep what the loss needs of the teacher's features; `forward` and `observe` take what this returns.
+        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+    ) -> TeacherTargets:
+        """Return what the loss needs of the teacher's features; here, all of them.
 
         A trainer calls it right after the teacher's forward, so that the rest is freed before the student runs, and
-        stores what it returns in the teacher cache. It must not depend on anything that training changes.
+        stores the result in the teacher cache. It must not depend on anything that training changes.
 
         Args:
-            teacher_features: T tensors, or what an earlier call returned, which comes back as it is.
-            teacher_mask: (B, N) mask of the teacher's tokens.
-            phase: (B) numbers in [0, 1) that depend on each sample's content, to choose among its tokens.
-
-        Returns:
-            Everything, here; a loss that needs less returns a flat mapping of tensors whose first dimension is the
-            batch.
+            features: T tensors.
+            mask: (B, N) mask of the teacher's tokens.
+            phase: (B) numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
         """
-        return teacher_features
+        return TeacherTargets.of_whole(features, mask)
+
+    def targets(self, features: Sequence[Tensor] | TeacherTargets, mask: Tensor | None = None) -> TeacherTargets:
+        """Return what `select` keeps of features; targets come back as they are."""
+        return features if isinstance(features, TeacherTargets) else self.select(features, mask)
 
     def update_statistics(
-        self, teacher_features: Sequence[Tensor] | Mapping[str, Tensor], teacher_mask: Tensor | None = None
+        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: Tensor | None = None
     ) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take in what was observed since the last call, summed over processes; once an optimizer step.
+        """Merge the statistics collected since the last call, summed over processes; once per optimizer step.
 
         Args:
             reduce_sum: Adds a tensor over processes; None for a single process.
@@ -178,8 +209,8 @@ class FeatureLoss(nn.Module, ABC):
         return
 
 
-def layer_specs(shapes: Sequence[FeatureSpec | Sequence[int]], role: str) -> list[FeatureSpec]:
-    """Return layers as they are described, or describe them from shapes (C, H, W) or (tokens, C).
+def layer_specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
+    """Return the specifications of layers that may be given as shapes (C, H, W) or (tokens, C).
 
     Raises:
         InputError: When there is no layer, or a shape is neither a map nor tokens.
@@ -195,13 +226,3 @@ def layer_specs(shapes: Sequence[FeatureSpec | Sequence[int]], role: str) -> lis
         shape if isinstance(shape, FeatureSpec) else FeatureSpec.from_shape(shape, f"{role} {index}")
         for index, shape in enumerate(shapes)
     ]
-
-
-def layer_count_message(received: tuple[int, int], expected: tuple[int, int]) -> str:
-    """Say that a loss was given another number of features than it was built for."""
-    return message(
-        "The number of features is not the number of layers that the loss was built for",
-        received=f"{received[0]} student and {received[1]} teacher features",
-        expected=f"{expected[0]} and {expected[1]}",
-        todo="pass one feature for each shape given at construction, in the same order",
-    )

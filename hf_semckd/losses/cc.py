@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.precision import at_least_float32, full_precision
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import BaselineLoss
 from .positions import regress
 
 # The published kernel: its width, and where its Taylor series ends.
@@ -64,7 +66,7 @@ class CCLoss(BaselineLoss):
         self.teacher_head = nn.Linear(self.teacher_specs[-1].channels, embedding_size)
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean squared error of each sample's row of correlations (B); see `BaselineLoss.per_sample`."""
         student, teacher = self.embeddings(student_features, targets, student_mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.precision import at_least_float32, full_precision
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import BaselineLoss
 from .positions import regress
 
 TEMPERATURE = 0.07
@@ -89,7 +91,7 @@ class CRDLoss(BaselineLoss):
         self.register_buffer("log_normalizer", torch.full((2,), torch.inf))
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the loss of each sample as an anchor of either model (B), and store the batch while training.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .base import layer_specs
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import Shape, layer_specs
+from .baseline import BaselineLoss
 from .positions import regress
 from .reduction import squared_error
 
@@ -63,7 +64,7 @@ class FitNetLoss(BaselineLoss):
         self.regressor = nn.Linear(students[s].channels, teachers[t].channels)
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean squared error of each sample (B); see `BaselineLoss.per_sample`."""
         student, target, mask = self.positions(student_features, targets, *self.hint_layer, student_mask)

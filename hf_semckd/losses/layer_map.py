@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .baseline import Shape, SkipMapLoss
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import SkipMapLoss
 from .positions import regress
 from .reduction import squared_error
 
@@ -52,7 +54,7 @@ class LayerMapLoss(SkipMapLoss):
         )
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean over student layers of each sample's error (B); see `BaselineLoss.per_sample`."""
         errors = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32, full_precision
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import BaselineLoss
 from .reduction import masked_mean
 
 # What query, key and value are called in one attention block.
@@ -107,7 +109,7 @@ class MiniLMLoss(BaselineLoss):
         )
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean divergence of each sample (B) over the three relations; see `BaselineLoss.per_sample`."""
         losses = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .baseline import BaselineLoss, Shape, skip_map
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import BaselineLoss, skip_map
 from .positions import regress
 
 
@@ -69,7 +71,7 @@ class PKDLoss(BaselineLoss):
         )
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token.
 
@@ -78,7 +80,7 @@ class PKDLoss(BaselineLoss):
         errors = []
         for (s, t), projection in zip(self.pairs, self.projection, strict=True):
             token, counts = first_token(student_features[s], student_mask)
-            target, target_counts = first_token(targets[f"whole.{t}"], targets.get("mask"))
+            target, target_counts = first_token(targets.whole(t), targets.mask)
             if isinstance(projection, nn.Linear):
                 token = regress(projection, token)
             own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)

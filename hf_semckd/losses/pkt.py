@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
+from ..features.targets import TeacherTargets
 from .baseline import BaselineLoss
 
 # The published code adds it to both probabilities.
@@ -41,7 +42,7 @@ class PKTLoss(BaselineLoss):
     default_used: ClassVar[Sequence[int]] = (-1,)
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean over each sample's row of the B x B divergences (B); see `BaselineLoss.per_sample`."""
         student, teacher = self.embeddings(student_features, targets, student_mask)

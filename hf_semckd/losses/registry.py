@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -45,13 +46,17 @@ FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
 )
 
 
+# A name, several joined by "+", a loss that was made for the layers at hand, or a class that can be made for them.
+LossSource = str | FeatureLoss | type[FeatureLoss]
+
+
 def is_known(name: str) -> bool:
     """Whether a name is that of a feature loss, or of several joined by "+"."""
     return all(part in FEATURE_LOSSES for part in name.split("+"))
 
 
 def make_feature_loss(
-    name: str,
+    source: str | type[FeatureLoss],
     student_specs: Sequence[FeatureSpec],
     teacher_specs: Sequence[FeatureSpec],
     options: LossOptions,
@@ -59,10 +64,10 @@ def make_feature_loss(
     tokens_aligned: bool = True,
     student_parameters: int | None = None,
 ) -> FeatureLoss:
-    """Return the feature loss of a name, or of several joined by "+", for the layers that were found.
+    """Return the feature loss of a name, of several joined by "+", or of a class, for the layers that were found.
 
     Args:
-        name: See `FEATURE_LOSSES`.
+        source: See `FEATURE_LOSSES`; or a class.
         student_specs: The student's layers.
         teacher_specs: The teacher's layers.
         options: What the user chose.
@@ -72,44 +77,46 @@ def make_feature_loss(
     Raises:
         ConfigurationError: When a method cannot be used for these layers, or with another one.
     """
+    methods = [FEATURE_LOSSES[part] for part in source.split("+")] if isinstance(source, str) else [source]
     losses = [
-        FEATURE_LOSSES[part].for_layers(
+        method.for_layers(
             student_specs,
             teacher_specs,
             options,
             tokens_aligned=tokens_aligned,
             student_parameters=student_parameters,
         )
-        for part in name.split("+")
+        for method in methods
     ]
     return losses[0] if len(losses) == 1 else CombinedLoss(losses)
 
 
-def names_layers(name: str) -> bool:
+def names_layers(source: LossSource) -> bool:
     """Whether a method, or one of several joined by "+", compares modules of its own choice and not blocks."""
-    plain = FeatureLoss.find_layers.__func__  # type: ignore[attr-defined]
-    return any(FEATURE_LOSSES[part].find_layers.__func__ is not plain for part in name.split("+"))  # type: ignore[attr-defined]
+    methods: list[Any] = [FEATURE_LOSSES[part] for part in source.split("+")] if isinstance(source, str) else [source]
+    plain: Any = FeatureLoss.find_layers
+    return any(method.find_layers.__func__ is not plain.__func__ for method in methods)
 
 
-def reuses_teacher_head(source: str | FeatureLoss | None) -> bool:
-    """Whether a method, given by name or as a loss, ends the student with the teacher's classifier."""
+def reuses_teacher_head(source: LossSource | None) -> bool:
+    """Whether a method, however it is given, ends the student with the teacher's classifier."""
     if isinstance(source, str):
         return any(FEATURE_LOSSES[part].reuses_teacher_head for part in source.split("+"))
     return source is not None and source.reuses_teacher_head
 
 
-def find_layers(source: str | FeatureLoss, model: nn.Module, role: str) -> list[str] | None:
+def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss asks for where the user chose no layers; None for all blocks.
 
     Args:
-        source: A name, or several joined by "+", or a loss.
+        source: See `LossSource`.
         model: The student or the teacher.
         role: `student` or `teacher`, for messages.
 
     Raises:
         ConfigurationError: When the model lacks them, or joined methods want different ones.
     """
-    if isinstance(source, FeatureLoss):
+    if not isinstance(source, str):
         return source.find_layers(model, role)
     found = [FEATURE_LOSSES[part].find_layers(model, role) for part in source.split("+")]
     if all(layers == found[0] for layers in found):

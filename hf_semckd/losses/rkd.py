@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import BaselineLoss
 
 # Squared distances up to this are those of identical samples, as in the published code.
 EPSILON = 1e-12
@@ -57,7 +59,7 @@ class RKDLoss(BaselineLoss):
         self.angle_weight = angle_weight
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the share of each sample (B), its row of distances and the angles at it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import FeatureLoss
-from .baseline import BaselineLoss, Shape
+from ..features.targets import TeacherTargets
+from .base import FeatureLoss, Shape
+from .baseline import BaselineLoss
 from .positions import regress
 from .reduction import squared_error
 
@@ -59,7 +60,7 @@ class SimKDLoss(BaselineLoss):
         return "SimKD with a linear projector"
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the mean squared error of each sample (B)."""
         own, theirs, mask = self.positions(student_features, targets, -1, -1, student_mask)

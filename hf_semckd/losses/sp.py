@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.geometry import fitting_mask
+from ..features.targets import TeacherTargets
 from .baseline import BaselineLoss
 from .similarity import similarity_matrix
 
@@ -41,12 +42,12 @@ class SPLoss(BaselineLoss):
     default_used: ClassVar[Sequence[int]] = (-1,)
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the squared distance of each row (B) over the batch size; see `BaselineLoss.per_sample`."""
-        target = targets[f"whole.{self.used_teacher_layers[0]}"]
+        target = targets.whole(self.used_teacher_layers[0])
         student = unit_rows(student_features[-1], student_mask)
-        return (unit_rows(target, targets.get("mask")) - student).square().mean(1)
+        return (unit_rows(target, targets.mask) - student).square().mean(1)
 
 
 def unit_rows(feature: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.precision import at_least_float32
-from .baseline import Shape, SkipMapLoss
+from ..features.targets import TeacherTargets
+from .base import Shape
+from .baseline import SkipMapLoss
 from .positions import regress
 from .reduction import masked_mean
 
@@ -59,7 +61,7 @@ class VIDLoss(SkipMapLoss):
         )
 
     def per_sample(
-        self, student_features: Sequence[Tensor], targets: Mapping[str, Tensor], student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> Tensor:
         """Return the sum over pairs of each sample's mean (B); see `BaselineLoss.per_sample`."""
         pairs = [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
-from ..errors import InputError
+from ..errors import InputError, SemCKDError
+from .outputs import is_encoder_decoder
+
+Result = TypeVar("Result")
 
 
 class InputSelector:
@@ -78,3 +81,40 @@ def _plain_forward(model: nn.Module) -> Any:
     """Return the forward whose signature tells the inputs: that of the base model under PEFT."""
     owner: Any = model
     return owner.get_base_model().forward if hasattr(owner, "get_base_model") else owner.forward
+
+
+def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse a batch without decoder inputs for a model that has a decoder (`InputError`)."""
+    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
+        raise InputError(
+            f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",
+            received=f"columns {', '.join(map(repr, inputs))}",
+            expected="decoder_input_ids beside the labels",
+            todo="use DataCollatorForSeq2Seq(tokenizer, model=student), which makes them from the labels",
+        )
+
+
+def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:
+    """Return what a forward pass returns; say what the model was given where it fails.
+
+    Args:
+        role: `student` or `teacher`, for the message.
+        batch: What it is given, for the message.
+        forward: The forward pass.
+
+    Raises:
+        InputError: When the model cannot take the batch.
+    """
+    try:
+        return forward()
+    except SemCKDError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
+        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        raise InputError(
+            f"The {role} cannot take the training data",
+            received=f"a batch of {shapes}; the {role} said: {error}",
+            expected=f"inputs of the size, type and vocabulary that the {role} was made for",
+            todo="preprocess with the model's own processor; when both need different inputs (image sizes, "
+            "tokenizers), give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ...",
+        ) from error

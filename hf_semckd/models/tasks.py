@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
 
 IGNORED = -100
-
 Task = Literal["single_label", "multi_label", "regression", "tokens"]
 
 
@@ -55,3 +55,10 @@ def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
         return "regression"
     floating = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2
     return "multi_label" if problem_type == "multi_label_classification" or floating else "single_label"
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position n of a model's logits predicts label n + 1: a causal language model, under PEFT too."""
+    owner: Any = model
+    base = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

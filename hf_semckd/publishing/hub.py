@@ -1,342 +1,218 @@
-"""Publishing the plain student: what goes to the Hub is the student, its processor, a card and the settings."""
+"""Publishing the plain student: the Hub gets the student, its processor, a model card and the settings."""
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
-from torch import nn
-from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin, Trainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils.hub import PushInProgress
+from huggingface_hub import CommitInfo, HfApi
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
-from ..errors import HubPushError, SemCKDError, message
+from ..errors import HubPushError, SemCKDError
 from ..files import write_atomic
 from .card import create_model_card
+from .facts import StudentFacts
 
 logger = logging.getLogger(__name__)
-
 CARD = "README.md"
-FEATURE_LOSS_FILE = "feature_loss.safetensors"
-
-STATE = "trainer_state.json"
-
+TRAINER_STATE = "trainer_state.json"
 STAGING_PREFIX = "hf_semckd_push_"
 
-# What a checkpoint holds besides the student: needed to resume, and nobody else's business.
-TRAINING_STATE = (
-    "optimizer*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    STATE,
-    "training_args.bin",
-    FEATURE_LOSS_FILE,
-    "pytorch_model_fsdp*",
-    "global_step*",
-)
 
-# Heads for which the Hub has a pipeline, by what follows "For" in the class name.
-PIPELINES = {
-    "ImageClassification": "image-classification",
-    "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification",
-    "CausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "MaskedLM": "fill-mask",
-    "QuestionAnswering": "question-answering",
-    "SemanticSegmentation": "image-segmentation",
-}
+class Publisher:
+    """Uploads the plain student; a failing upload loses nothing.
 
-PROCESSORS = (
-    (PreTrainedTokenizerBase, "AutoTokenizer"),
-    (ProcessorMixin, "AutoProcessor"),
-    (BaseImageProcessor, "AutoImageProcessor"),
-    (FeatureExtractionMixin, "AutoFeatureExtractor"),
-)
+    Uploads come from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the output
+    folder stay private.
 
+    Args:
+        args: The training arguments; only `output_dir` and those about the Hub are read.
+        is_main: Whether this process uploads.
+        training_state: Glob patterns of a checkpoint's files that only resuming needs; they are not published.
 
-def upload_student(folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str) -> Any:
-    """Upload a folder that holds the plain student.
-
-    Raises:
-        HubPushError: When the upload fails, for whatever reason; the cause is chained.
-    """
-    try:
-        return HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, token=token, revision=revision, commit_message=commit_message
-        )
-    except Exception as error:  # any failure of the network or the server: nothing trained may be lost by it
-        raise HubPushError(
-            "The upload to the Hub failed; nothing is lost",
-            received=f"{type(error).__name__}: {error}",
-            expected=f"that {repo_id} can be written with your token",
-            todo="check the connection and `hf auth whoami`, then call trainer.push_to_hub() again, or later "
-            "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was "
-            "saved there",
-        ) from error
-
-
-class PublishingTrainer(Trainer):
-    """The part of a trainer that publishes: only the plain student, and never at the price of what was trained.
-
-    Everything is uploaded from a folder made for the purpose, so pictures, logs, optimizer states and pickled
-    arguments that lie in the output folder stay there.
+    Attributes:
+        repo_id: The repository, once it is created or found.
     """
 
-    push_in_progress: Any
+    def __init__(self, args: TrainingArguments, *, is_main: bool, training_state: Sequence[str] = ()):
+        self.args = args
+        self.repo_id: str | None = None
+        self._is_main = is_main
+        self._training_state = training_state
+        # One client runs all background uploads in order, one at a time.
+        self._api = HfApi()
+        self._jobs: list[Future[Any]] = []
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, or find it; see `Trainer.init_hf_repo`.
+    @property
+    def name(self) -> str:
+        """The repository's id, or the name that it is created under."""
+        return self.repo_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    @property
+    def _card(self) -> Path:
+        return Path(self.args.output_dir) / CARD
+
+    def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it.
+
+        Args:
+            token: With write permission; None: `args.hub_token`.
+            private: Whether a new repository is private; None: `args.hub_private_repo`.
 
         Raises:
-            HubPushError: When that is refused, before any training.
+            HubPushError: When the Hub refuses or cannot be reached.
         """
-        if private is not None:
-            # Older versions take it from the arguments only.
-            self.args.hub_private_repo = private
+        if not self._is_main:
+            return
+        private = self.args.hub_private_repo if private is None else private
         try:
-            super().init_hf_repo(token=token)
+            url = self._api.create_repo(self.name, token=token or self.args.hub_token, private=private, exist_ok=True)
         except Exception as error:  # the client raises many kinds, and all mean the same here
-            raise HubPushError(_repository_message(self.args.hub_model_id, error)) from error
+            raise HubPushError(
+                "The Hub repository could not be created or found",
+                received=f"{self.name} ({type(error).__name__}: {error})",
+                expected="a repository that your token may write, and a connection to the Hub",
+                todo="log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and call "
+                "trainer.push_to_hub() after training",
+            ) from error
+        self.repo_id = url.repo_id
 
-    def push_to_hub(
+    def push(
         self,
-        commit_message: str | None = "End of training",
+        save_student: Callable[[str], None],
+        write_card: Callable[[], None],
+        *,
+        commit_message: str = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Save the student and upload it with its processor and a model card.
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the student to the output folder and upload it with its processor and a model card.
 
         Args:
-            commit_message: As in `Trainer.push_to_hub`, like `blocking`, `token`, `revision` and `private`.
-            card: What `create_model_card` takes.
+            save_student: Saves the plain student and its processor to a folder; called on every process.
+            write_card: Writes the model card to the output folder; called once `repo_id` is known.
+            commit_message: Title of the commit.
+            blocking: Whether to wait for the upload.
+            token: With write permission; None: `args.hub_token`.
+            revision: Branch to commit to; None: `args.hub_revision`.
+            private: Whether a new repository is private; None: `args.hub_private_repo`.
 
         Returns:
-            The commit, or a future of it when not blocking; None on other processes than the first.
+            The commit, or its future when not blocking; None on other processes than the main one.
 
         Raises:
-            HubPushError: When the upload fails; the student is saved in `args.output_dir` by then.
+            HubPushError: When the upload fails; the student is saved in the output folder by then.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
-        self.save_model(str(folder), _internal_call=True)
-        if not self.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
-            return None
-        self.create_model_card(**card)
-        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
-        self._finish_current_push()
-        upload = functools.partial(
-            _upload_and_discard,
-            folder,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "End of training",
-        )
-        return upload() if blocking else HfApi().run_as_future(upload)
+        save_student(self.args.output_dir)
+        if self.repo_id is None:
+            self.create_repository(token, private)
+        with ExitStack() as staged:
+            folder = _staging_folder(staged)
+            save_student(str(folder))
+            if not self._is_main:
+                return None
+            self._add_card(write_card, folder)
+            self.wait()
+            upload = partial(self._upload, staged.pop_all(), folder, commit_message, token, revision)
+            return upload() if blocking else self._api.run_as_future(upload)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
-        if not self.is_world_process_zero():
-            return
-        data = dataset_tags or dataset
-        text = student_card(
-            repo_name=model_name or self.hub_model_id or Path(self.args.output_dir).name,
-            student=self.student,
-            teacher=self._teacher_model,
-            settings=self.distillation_settings(),
-            metrics=_last_evaluation(self.state.log_history),
-            processing_class=self.processing_class,
-            dataset=data[0] if isinstance(data, list) else data,
-            method="KD" if self.feature_loss is None else self.feature_loss.title,
-            license=license,
-            language=language,
-            tags=tuple([tags] if isinstance(tags, str) else tags or ()),
-            base_model=finetuned_from,
-        )
-        write_atomic(Path(self.args.output_dir) / CARD, text.encode())
+    def push_checkpoint(self, checkpoint: Path, moment: str, write_card: Callable[[], None]) -> None:
+        """Upload a checkpoint's student in the background, as `args.hub_strategy` says.
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint's student in the background; a failure is logged and training goes on."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+        A failure is logged and training goes on. While another upload is running, the checkpoint is skipped unless
+        `args.hub_always_push` is set.
+
+        Args:
+            checkpoint: The checkpoint's folder.
+            moment: "step 500" or "epoch 3", for the commit's title.
+            write_card: As in `push`.
+        """
+        if not self._is_main or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        self._jobs = [job for job in self._jobs if not job.done()]
+        if self._jobs and not self.args.hub_always_push:
             return
-        folder = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX))
-        try:
-            self._stage_checkpoint(Path(checkpoint_folder), folder)
-        except (OSError, SemCKDError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            logger.error("A checkpoint could not be made ready for the Hub, and training goes on. %s", error)
-            return
-        by_step = self.args.save_strategy == SaveStrategy.STEPS
-        moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
-        job = HfApi().run_as_future(
-            _upload_quietly,
-            folder,
-            self.hub_model_id,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            commit_message=f"Training in progress, {moment}",
-        )
-        if busy:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        with ExitStack() as staged:
+            folder = _staging_folder(staged)
+            try:
+                self._stage_checkpoint(checkpoint, folder)
+                self._add_card(write_card, folder)
+            except (OSError, SemCKDError) as error:
+                logger.error("A checkpoint could not be prepared for the Hub, and training goes on. %s", error)
+                return
+            message = f"Training in progress, {moment}"
+            self._jobs.append(self._api.run_as_future(self._upload_or_log, staged.pop_all(), folder, message))
+
+    def write_card(self, facts: StudentFacts) -> None:
+        """Write the student's model card to the output folder."""
+        write_atomic(self._card, create_model_card(facts).encode())
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being uploaded."""
+        wait(self._jobs)
 
     def _stage_checkpoint(self, checkpoint: Path, folder: Path) -> None:
-        """Copy what is published of a checkpoint to a folder: the student, and the whole of it where that is asked."""
+        """Copy the student to a folder, and beside it the whole checkpoint where the strategy wants that."""
         strategy = self.args.hub_strategy
-        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*TRAINING_STATE), dirs_exist_ok=True)
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*self._training_state), dirs_exist_ok=True)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
-            _hide_local_path(folder / name / STATE)
-        self.create_model_card()
-        shutil.copy(Path(self.args.output_dir) / CARD, folder / CARD)
+            _hide_local_path(folder / name / TRAINER_STATE)
+
+    def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
+        write_card()
+        shutil.copy(self._card, folder / CARD)
+
+    def _upload(
+        self, staged: ExitStack, folder: Path, message: str, token: str | None = None, revision: str | None = None
+    ) -> CommitInfo:
+        """Upload a staging folder, and remove it whatever happens."""
+        with staged:
+            try:
+                return self._api.upload_folder(
+                    repo_id=self.name,
+                    folder_path=folder,
+                    commit_message=message,
+                    token=token or self.args.hub_token,
+                    revision=revision or self.args.hub_revision,
+                )
+            except Exception as error:  # any failure of the network or the server
+                raise HubPushError(
+                    "The upload to the Hub failed; nothing is lost",
+                    received=f"{type(error).__name__}: {error}",
+                    expected=f"that {self.name} can be written with your token",
+                    todo="check the connection and `hf auth whoami`, then call trainer.push_to_hub() again, or later "
+                    "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was "
+                    "saved there",
+                ) from error
+
+    def _upload_or_log(self, staged: ExitStack, folder: Path, message: str) -> None:
+        try:
+            self._upload(staged, folder, message)
+        except HubPushError as error:
+            logger.error("A push during training failed, and training goes on. %s", error)
 
 
-def _upload_and_discard(
-    folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
-) -> Any:
-    try:
-        return upload_student(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _upload_quietly(
-    folder: Path, repo_id: str, *, token: str | None, revision: str | None, commit_message: str
-) -> Any:
-    try:
-        return _upload_and_discard(folder, repo_id, token=token, revision=revision, commit_message=commit_message)
-    except HubPushError as error:
-        logger.error("A push during training failed, and training goes on. %s", error)
-        return None
+def _staging_folder(staged: ExitStack) -> Path:
+    """Return a new folder that lives until the stack is closed."""
+    return Path(staged.enter_context(TemporaryDirectory(prefix=STAGING_PREFIX, ignore_cleanup_errors=True)))
 
 
 def _hide_local_path(state_file: Path) -> None:
-    """Keep only the last part of the one path that a trainer's state holds, that of the best checkpoint."""
+    """Shorten the one path in a trainer's state, that of the best checkpoint, to its last part."""
     state = json.loads(state_file.read_text(encoding="utf-8"))
     if state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
         state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the quality metrics of the last evaluation in the log, by their names without `eval_`."""
-    entry: dict[str, Any] = next((row for row in reversed(history) if any(key.startswith("eval_") for key in row)), {})
-    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-    return {key: float(value) for key, value in named.items() if key not in speeds and isinstance(value, (int, float))}
-
-
-def _repository_message(repo_id: str | None, error: Exception) -> str:
-    return message(
-        "The Hub repository could not be created or found",
-        received=f"{repo_id or 'a name from output_dir'} ({type(error).__name__}: {error})",
-        expected="a repository that your token may write, and a connection to the Hub",
-        todo="log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and call "
-        "trainer.push_to_hub() after training",
-    )
-
-
-def student_card(
-    *,
-    repo_name: str,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    settings: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    processing_class: Any,
-    dataset: str | None,
-    method: str,
-    license: str | None = None,
-    language: str | None = None,
-    tags: tuple[str, ...] = (),
-    base_model: str | None = None,
-) -> str:
-    """Return the text of the student's model card.
-
-    Args:
-        repo_name: Name of the repository, its title.
-        student: The plain student.
-        teacher: The teacher, for its name and size.
-        settings: What was asked of the distillation.
-        metrics: Evaluation metrics by name.
-        processing_class: The processor saved beside the student, or None.
-        dataset: Hub id of the dataset, or None.
-        method: Name of the method that was used.
-        license: As in the card's metadata.
-        language: As in the card's metadata.
-        tags: Further tags.
-        base_model: Where the student started; by default what its configuration remembers.
-    """
-    head = auto_class(student)
-    processor = next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None)
-    return create_model_card(
-        repo_name=repo_name,
-        student_class=head[0],
-        pipeline_tag=head[1],
-        base_model=base_model or _source(student),
-        teacher=_source(teacher) or (type(teacher).__name__ if teacher is not None else None),
-        dataset=dataset,
-        metrics=metrics,
-        configuration=settings,
-        parameters=count_parameters(student),
-        teacher_parameters=count_parameters(teacher) if teacher is not None else None,
-        license=license,
-        language=language,
-        processor=processor,
-        tags=tags,
-        method=method,
-    )
-
-
-def auto_class(model: nn.Module) -> tuple[str, str | None]:
-    """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
-    name = type(model).__name__
-    for head, pipeline in PIPELINES.items():
-        if name.endswith(head):
-            return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline
-    return "AutoModel", None
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _source(model: nn.Module | None) -> str | None:
-    """Return the Hub id that a model was loaded from; folders and nothing give None."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if name and not os.path.exists(name) and not Path(name).is_absolute() else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,32 +12,15 @@ from ..errors import InputError
 MISSING = "-"
 
 
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of a comparison of models; `dataclasses.asdict(row)` is what `format_table` takes.
-
-    Attributes:
-        name: What the model is called in the table.
-        parameters: Number of parameters, >= 0.
-        metric: The quality that is compared, in its own unit; None: not measured.
-        seconds: Wall-clock time in seconds of whatever the table compares; None: not measured.
-    """
-
-    name: str
-    parameters: int
-    metric: float | None
-    seconds: float | None
-
-
 def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
-    """Return a plain text table, numbers to the right and text to the left.
+    """Return a plain text table, numbers aligned right and text left.
 
     Args:
-        rows: One mapping a line; None, and a key that only some of the rows lack, is shown as "-".
+        rows: One mapping per row; None, and a key that only some of the rows lack, shows as "-".
         columns: Keys of the rows in the order of the columns, also their headings.
 
     Returns:
-        Lines without trailing spaces, joined by newlines and without a last newline: headings, a rule, the rows.
+        Headings, a rule and the rows, without trailing spaces and without a last newline.
 
     Raises:
         InputError: When there are no columns, or a column is in no row.
@@ -47,29 +29,16 @@ def format_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(values: Sequence[str]) -> str:
-        padded = [
-            value.rjust(width) if right else value.ljust(width)
-            for value, width, right in zip(values, widths, numeric, strict=True)
-        ]
-        return "  ".join(padded).rstrip()
+        entries = zip(values, widths, numeric, strict=True)
+        return "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in entries).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
 def format_markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
-    """Return a GitHub-flavored Markdown table, numbers to the right and text to the left.
+    """Return a GitHub-flavored Markdown table; see `format_table`.
 
-    Cells stay Markdown (a link stays a link); only what would break the table, a pipe, is escaped.
-
-    Args:
-        rows: One mapping a line; None, and a key that only some of the rows lack, is shown as "-".
-        columns: Keys of the rows in the order of the columns, also their headings.
-
-    Returns:
-        Lines joined by newlines and without a last newline.
-
-    Raises:
-        InputError: When there are no columns, or a column is in no row.
+    Cells stay Markdown (a link stays a link); only pipes are escaped, since they would end the cell.
     """
     cells, numeric = _cells(rows, columns)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
@@ -85,20 +54,16 @@ def _cells(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> tupl
         )
     unknown = [column for column in columns if rows and not any(column in row for row in rows)]
     if unknown:
-        known = sorted({str(key) for row in rows for key in row})
         raise InputError(
             "Some columns are in no row",
             received=", ".join(unknown),
-            expected=f"some of {', '.join(known)}",
+            expected=f"some of {', '.join(sorted({str(key) for row in rows for key in row}))}",
             todo="check the spelling",
         )
     values = [[row.get(column) for column in columns] for row in rows]
-    cells = [[_cell(column) for column in columns], *([_cell(value) for value in line] for line in values)]
-    numeric = []
-    for index in range(len(columns)):
-        known_values = [line[index] for line in values if line[index] is not None]
-        numeric.append(bool(known_values) and all(_is_number(value) for value in known_values))
-    return cells, numeric
+    cells = [list(map(_cell, columns)), *(list(map(_cell, line)) for line in values)]
+    present = [[row[column] for row in rows if row.get(column) is not None] for column in columns]
+    return cells, [bool(column) and all(map(_is_number, column)) for column in present]
 
 
 def _is_number(value: object) -> bool:
@@ -124,6 +89,4 @@ def _decimal(value: float) -> str:
         return str(value)
     if size >= 1000:
         return f"{value:,.1f}"
-    if size >= 1e-3 or size == 0:
-        return f"{value:.4f}"
-    return f"{value:.2e}"
+    return f"{value:.4f}" if size >= 1e-3 or size == 0 else f"{value:.2e}"

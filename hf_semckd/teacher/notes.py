@@ -1,4 +1,4 @@
-"""A teacher whose weights are not loaded before they are needed, which with a full cache is never."""
+"""Notes beside a cache: what a training has to know of a teacher that it need not load."""
 
 from __future__ import annotations
 
@@ -18,10 +18,31 @@ from .cache.keys import token_count
 from .cache.store import read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
-
 SOURCES = "sources"
-
 READ_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """What is asked of a teacher, but for the inputs.
+
+    Attributes:
+        head: The student's task head, which the teacher is loaded with.
+        layers: The layers that the user chose, or the method that names its own; None for all blocks.
+        dtype: The precision that is wanted.
+        logits: Whether logits are needed.
+        features: Whether features are needed.
+    """
+
+    head: str
+    layers: list[Any] | str | None
+    dtype: str
+    logits: bool
+    features: bool
+
+    def key(self) -> str:
+        """Return the request as text, with which the key of a note begins."""
+        return repr(dataclasses.astuple(self))
 
 
 @dataclass(frozen=True)
@@ -117,9 +138,9 @@ def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: Te
         logger.debug("no note of the teacher was kept: %s", error)
 
 
-def has_notes(folder: str | os.PathLike[str], digest: str, asked: str) -> bool:
+def is_noted(folder: str | os.PathLike[str], digest: str, request: TeacherRequest) -> bool:
     """Whether anything is known of a teacher for what is asked, whatever the inputs."""
-    return any(entry.startswith(asked) for entry in _notes(folder, digest))
+    return any(entry.startswith(request.key()) for entry in _notes(folder, digest))
 
 
 def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> TeacherNote | None:

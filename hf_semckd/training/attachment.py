@@ -5,22 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features.capture import FeatureCapture
 from ..features.layers import without_hidden_states
+from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
-
 # The forward keyword that carries the teacher's features; without it the forward is the student's own.
 TARGETS = "distillation_targets"
-
 # What accelerate notes on a model that it has prepared.
 PREPARATION = ("_is_accelerate_prepared", "_original_forward")
 
@@ -32,18 +32,16 @@ class DistillationTargets:
     Attributes:
         features: T teacher features, or what the feature loss selected of them.
         student_mask: (B, N) mask of the student's tokens, or None.
-        teacher_mask: (B, N) mask of the teacher's tokens, or None.
         wait: Called before they are used: the teacher may still be at work beside the student.
     """
 
-    features: Sequence[Tensor] | Mapping[str, Tensor]
+    features: Sequence[Tensor] | TeacherTargets
     student_mask: Tensor | None = None
-    teacher_mask: Tensor | None = None
     wait: Callable[[], None] | None = None
 
     def as_keyword(self) -> dict[str, Any]:
-        """Return the forward keyword; plain containers, which every wrapper knows how to move."""
-        return {TARGETS: {entry.name: getattr(self, entry.name) for entry in fields(self)}}
+        """Return the forward keyword; wrappers pass the object through, its tensors are on the student's device."""
+        return {TARGETS: self}
 
 
 class StudentAttachment:
@@ -139,6 +137,12 @@ def forget_preparation(model: nn.Module) -> None:
         kept.pop(name, None)
 
 
+def forget_wrappers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Drop wrappers that accelerate made for a student in another state; the next training wraps it again."""
+    wraps = [entry for entry in accelerator._models if any(module is model for module in entry.modules())]
+    accelerator._models = [entry for entry in accelerator._models if entry not in wraps]
+
+
 def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without the entries of the feature loss."""
     return {key: value for key, value in state_dict.items() if FEATURE_LOSS_NAME not in key.split(".")}
@@ -151,20 +155,19 @@ def _training_class(
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        targets = kwargs.pop(TARGETS, None)
+        targets: DistillationTargets | None = kwargs.pop(TARGETS, None)
         if targets is None:
             return plain_forward(self, *args, **kwargs)
         with capture.recording(self) as recorded:
             outputs = plain_forward(self, *args, **{**kwargs, **capture.request(self)})
         features = capture.collect(outputs, recorded)
-        if targets["wait"] is not None:
-            targets["wait"]()
-        result = getattr(self, FEATURE_LOSS_NAME)(
-            features, targets["features"], tokens_mask(targets["student_mask"], features), targets["teacher_mask"]
-        )
+        if targets.wait is not None:
+            targets.wait()
+        loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
+        result = loss(features, targets.features, tokens_mask(targets.student_mask, features))
         losses = {"per_sample": result.per_sample}
-        if result.attention is not None:
-            losses["attention"] = result.attention
+        if result.association is not None:
+            losses["association"] = result.association
         return without_hidden_states(outputs), losses
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

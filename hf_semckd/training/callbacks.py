@@ -1,4 +1,4 @@
-"""Shows what was learned: resets the averages, and keeps the association as a picture and in TensorBoard."""
+"""Callbacks that a trainer adds for itself: the association in pictures and TensorBoard, and the cache on disk."""
 
 from __future__ import annotations
 
@@ -9,52 +9,56 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
 
 from ..publishing.plots import figure_to_array, plot_association, save_association_plot
+from ..teacher.cached import CachedTeacher
+from ..teacher.teacher import Teacher
+from .monitor import Monitor
 
 logger = logging.getLogger(__name__)
-
 ASSOCIATION_PICTURE = "association.png"
 
 
-class AssociationCallback(TrainerCallback):
-    """Keeps the association visible; a trainer adds it for itself, in front of the reporting integrations.
+class MonitorCallback(TrainerCallback):
+    """Keeps the association visible; goes in front of the reporting integrations.
 
     Args:
-        trainer: The trainer whose association is shown.
+        monitor: Averages what is logged.
+        handler: Holds the other callbacks, TensorBoard's perhaps among them.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, monitor: Monitor, handler: CallbackHandler):
+        self.monitor = monitor
+        self.handler = handler
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
-        self.trainer.start_averages(state.global_step)
+        self.monitor.start(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Send the mean weight of every pair to TensorBoard, where many curves do no harm."""
-        association = self.trainer.association()
+        association = self.monitor.last_association
         writer = self._tensorboard_writer()
         # Evaluations and the summary at the end are logged too, and have no window of their own.
         if association is None or writer is None or "loss" not in (kwargs.get("logs") or {}):
             return
         for (s, t), weight in np.ndenumerate(association):
-            student, teacher = self.trainer.student_layer_names[s], self.trainer.teacher_layer_names[t]
-            tag = f"association/student {student}/teacher {teacher}"
-            writer.add_scalar(tag, weight, state.global_step)
+            student, teacher = self.monitor.student_layers[s], self.monitor.teacher_layers[t]
+            writer.add_scalar(f"association/student {student}/teacher {teacher}", weight, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the heat map, and send it to TensorBoard when that is on; a failure costs the picture alone."""
-        self.trainer.finish_averages()
-        self.trainer.warn_of_idle_student()
-        association = self.trainer.association()
+        self.monitor.finish(state.global_step)
+        self.monitor.warn_of_idle_student(state.global_step, args.learning_rate)
+        association = self.monitor.last_association
         if association is None or not state.is_world_process_zero:
             return
-        names = (self.trainer.student_layer_names, self.trainer.teacher_layer_names)
+        names = (self.monitor.student_layers, self.monitor.teacher_layers)
         try:
             path = Path(args.output_dir) / ASSOCIATION_PICTURE
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,33 @@ class AssociationCallback(TrainerCallback):
             logger.warning("The picture of the association was not saved (training is not affected): %s", error)
 
     def _tensorboard_writer(self) -> Any:
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 return callback.tb_writer
         return None
+
+
+class CacheCallback(TrainerCallback):
+    """Writes to disk what an epoch added to the teacher cache, where other processes and runs see it.
+
+    Args:
+        teacher: The teacher whose cache it is.
+    """
+
+    def __init__(self, teacher: CachedTeacher):
+        self.teacher = teacher
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what is waiting."""
+        self.teacher.flush()
+
+
+def install_callbacks(handler: CallbackHandler, monitor: Monitor, teacher: Teacher | CachedTeacher) -> None:
+    """Put the callbacks of a distillation in front of the reporting integrations, in place of an earlier one's."""
+    others = [entry for entry in handler.callbacks if not isinstance(entry, (MonitorCallback, CacheCallback))]
+    own: list[TrainerCallback] = [MonitorCallback(monitor, handler)]
+    if isinstance(teacher, CachedTeacher):
+        own.append(CacheCallback(teacher))
+    handler.callbacks = [*own, *others]

@@ -11,23 +11,32 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..config import SemCKDConfig
 from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.environment import environment
-from ..publishing.hub import FEATURE_LOSS_FILE
-from .attachment import without_feature_loss
 
 logger = logging.getLogger(__name__)
-
+FEATURE_LOSS_FILE = "feature_loss.safetensors"
 SETTINGS_FILE = "distillation_config.json"
-
 PICKLED_ARGUMENTS = "training_args.bin"
-
 OPTIMIZER_FILE = "optimizer.pt"
+
+# A checkpoint's files that only resuming needs; they are not published.
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    PICKLED_ARGUMENTS,
+    FEATURE_LOSS_FILE,
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
 
 RECORDED_ARGUMENTS = (
     "learning_rate",
@@ -54,11 +63,7 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def load_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back.
-
-    Raises:
-        CheckpointError: When the checkpoint has none, or one of another shape.
-    """
+    """Read the feature loss back. Raises `CheckpointError` when the checkpoint has none, or one of another shape."""
     path = Path(folder) / FEATURE_LOSS_FILE
     if not loss.state_dict():
         return
@@ -125,56 +130,28 @@ def save_settings(
     write_json(Path(folder) / SETTINGS_FILE, written)
 
 
-class CheckpointingTrainer(Trainer):
-    """Saving the plain student, and resuming exactly; a base of `DistillationTrainer`."""
+def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
+    """Read the feature loss back, or warn that the checkpoint holds the student alone.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self._plain_student():
-            super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.args.should_save:
-            # Trainer pickles its arguments, which only this library could read back: JSON says the same to anyone.
-            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            save_settings(self.args, folder, self._teacher_model, self.distillation_settings())
+    Raises:
+        CheckpointError: When the checkpoint should hold one and does not, or one of another shape.
+    """
+    if (Path(folder) / OPTIMIZER_FILE).is_file():
+        load_feature_loss(loss, folder)
+        return
+    logger.warning(
+        "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
+        "start anew, so the run goes on but is not the one that was interrupted."
+    )
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._attached and self.feature_loss is not None and self._reloads_here:
-            # What the last step observed belongs to this checkpoint, on every process.
-            self.feature_loss.synchronize(self._sum_over_processes)
-            if self.args.should_save:
-                save_feature_loss(self.feature_loss, output_dir)
-        super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._distils or not self._reloads_here:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with self._plain_student():
-            if isinstance(self.model, PreTrainedModel):
-                reload_student(self.model, resume_from_checkpoint)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._attached and self.feature_loss is not None:
-            if (Path(resume_from_checkpoint) / OPTIMIZER_FILE).is_file():
-                load_feature_loss(self.feature_loss, resume_from_checkpoint)
-            else:
-                logger.warning(
-                    "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
-                    "start anew, so the run goes on but is not the one that was interrupted."
-                )
+def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None, settings: Mapping[str, Any]) -> None:
+    """Take the pickled arguments out of a saved student's folder, and write the settings as JSON instead.
 
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        with self._plain_student():
-            if self._distils and self._reloads_here and isinstance(self.model, PreTrainedModel) and best is not None:
-                reload_student(self.model, best)
-            else:
-                super()._load_best_model()
-
-    @property
-    def _reloads_here(self) -> bool:
-        """Whether checkpoints hold whole tensors; FSDP and DeepSpeed carry the calibration in their own state."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    Trainer pickles its arguments, which only this library could read back.
+    """
+    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+    save_settings(config, folder, teacher, settings)
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
 from ..data.samples import column_names
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
-from ..losses.registry import FEATURE_LOSSES, is_known
+from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
 from ..models.inputs import forward_parameters
 from ..models.outputs import is_encoder_decoder
 
@@ -40,11 +40,7 @@ def check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
-    """Refuse to distil without a teacher.
-
-    Raises:
-        InputError: When there is none.
-    """
+    """Refuse to distil without a teacher (`InputError`)."""
     if teacher is None:
         raise InputError(
             "There is no teacher to distil from",
@@ -54,7 +50,7 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
         )
 
 
-def check_parallelizm(config: SemCKDConfig) -> None:
+def check_parallelism(config: SemCKDConfig) -> None:
     """Refuse torch's DataParallel, whose replicas share no running statistics and lose gradients of the projections.
 
     Raises:
@@ -69,7 +65,7 @@ def check_parallelizm(config: SemCKDConfig) -> None:
         )
 
 
-def check_feature_loss(source: FeatureLoss | str | None) -> FeatureLoss | str | None:
+def check_feature_loss(source: LossSource | None) -> LossSource | None:
     """Return what was given as feature loss if it can be one; None for logits alone.
 
     Raises:
@@ -77,13 +73,14 @@ def check_feature_loss(source: FeatureLoss | str | None) -> FeatureLoss | str | 
     """
     if source == "kd":
         return None
-    if source is None or isinstance(source, FeatureLoss) or (isinstance(source, str) and is_known(source)):
+    known = is_known(source) if isinstance(source, str) else isinstance(source, FeatureLoss) or _is_loss_class(source)
+    if source is None or known:
         return source
     raise ConfigurationError(
         "`feature_loss` is not a feature loss",
         received=repr(source),
-        expected=f"None or 'kd' (logits only), a FeatureLoss, or one of {', '.join(map(repr, FEATURE_LOSSES))}, "
-        "or several joined by '+'",
+        expected="None or 'kd' (logits only), a FeatureLoss or a class of one, or one of "
+        f"{', '.join(map(repr, FEATURE_LOSSES))}, or several joined by '+'",
         todo="pass one of these; hf_semckd.losses.FeatureLoss is the base class for your own",
     )
 
@@ -101,11 +98,7 @@ def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:
-    """Refuse an empty dataset, and one whose columns neither model takes.
-
-    Raises:
-        InputError: In both cases.
-    """
+    """Refuse an empty dataset, and one whose columns neither model takes (`InputError`)."""
     size = len(dataset) if hasattr(dataset, "__len__") else None
     if size == 0:
         raise InputError(
@@ -133,11 +126,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
 
 
 def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: SemCKDConfig) -> None:
-    """Refuse a batch without labels while the task loss is on.
-
-    Raises:
-        InputError: When there are none.
-    """
+    """Refuse a batch without labels while the task loss is on (`InputError`)."""
     if config.task_weight > 0 and not any(name in batch for name in (*label_names, "labels")):
         raise InputError(
             "There are no labels, and task_weight is positive",
@@ -191,3 +180,7 @@ def _label_names(model: nn.Module) -> list[str] | None:
 def _takes_anything(model: nn.Module) -> bool:
     """Whether a plain module has one input of an arbitrary name, to which any single tensor is given."""
     return not hasattr(model, "config") and len(forward_parameters(model)) == 1
+
+
+def _is_loss_class(source: object) -> bool:
+    return isinstance(source, type) and issubclass(source, FeatureLoss)

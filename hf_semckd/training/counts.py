@@ -1,10 +1,9 @@
-"""The numbers that loss terms are averages over, exact over micro-batches and processes."""
+"""The numbers that loss terms are averaged over, exact over micro-batches and processes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,34 +12,61 @@ from torch import Tensor
 from ..features.precision import at_least_float32
 from ..models.tasks import IGNORED, Task, batch_size, token_targets
 
+# The entry of a training batch that holds its counts.
+COUNTS = "distillation_counts"
 
-@dataclass
+
+@dataclass(frozen=True)
 class StepCounts:
-    """The counts of one optimizer step: of each micro-batch here, and in total over all processes.
+    """The counts of one micro-batch, and of the optimizer step that it belongs to.
 
-    Counts stay tensors on the batches' device: reading one would make the host wait for the device in every step.
+    Trainer averages gradients over processes and adds them over micro-batches. Every term is therefore a sum over
+    items, divided by the number of items in the whole step on all processes, times the number of processes.
+
+    Counts stay tensors on the batch's device: reading one would make the host wait for the device in every step.
 
     Attributes:
-        task_items: Items of the task loss in each micro-batch to come, scalars.
-        totals: (3) task items, logit items and samples over the whole window and all processes.
-        processes: Number of processes; Trainer averages gradients over them, which multiplies back.
+        items: Items of the task loss in the micro-batch, a scalar.
+        totals: (3) task items, logit items and samples over the whole step and all processes.
+        processes: Number of processes.
     """
 
-    task_items: deque[Tensor] = field(default_factory=deque)
-    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    items: Tensor
+    totals: Tensor
     processes: int = 1
 
-    def task_scale(self, items: Tensor) -> Tensor:
-        """Return the factor that turns a micro-batch mean over `items` into its share of the window's mean."""
-        return items / self.totals[0].clamp(min=1) * self.processes
+    def task_scale(self) -> Tensor:
+        """Return the factor that turns the micro-batch's mean into its share of the step's mean."""
+        return self.items / self.totals[0].clamp(min=1) * self.processes
 
     def logit_scale(self) -> Tensor:
-        """Return the factor that turns a sum over logit items into its share of the window's mean."""
+        """Return the factor that turns a sum over logit items into its share of the step's mean."""
         return self.processes / self.totals[1].clamp(min=1)
 
     def sample_scale(self) -> Tensor:
-        """Return the factor that turns a sum over samples into its share of the window's mean."""
+        """Return the factor that turns a sum over samples into its share of the step's mean."""
         return self.processes / self.totals[2].clamp(min=1)
+
+
+def count_step(
+    batches: Sequence[Mapping[str, Any]],
+    task: Task,
+    shifted: bool,
+    reduce_sum: Callable[[Tensor], Tensor],
+    processes: int = 1,
+) -> list[StepCounts]:
+    """Count the items of all micro-batches of an optimizer step, here and over all processes.
+
+    Args:
+        batches: The micro-batches of this process.
+        task: The kind of head.
+        shifted: Whether position n predicts label n + 1.
+        reduce_sum: Adds a tensor over processes; called once.
+        processes: Number of processes.
+    """
+    counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
+    totals = reduce_sum(counts.sum(0))
+    return [StepCounts(items, totals, processes) for items in counts[:, 0].unbind()]
 
 
 def scaled(loss: Tensor, scale: Tensor) -> Tensor:
@@ -72,19 +98,6 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
     if _countable(labels):
         return (labels != IGNORED).sum().to(**kind), samples, samples  # type: ignore[union-attr]
     return samples, samples, samples
-
-
-def count_step(batches: list[Any], task: Task, shifted: bool, reduce_sum: Callable[[Tensor], Tensor]) -> StepCounts:
-    """Count the items of all micro-batches of an optimizer step, here and over all processes.
-
-    Args:
-        batches: The micro-batches of this process.
-        task: The kind of head.
-        shifted: Whether position n predicts label n + 1.
-        reduce_sum: Adds a tensor over processes; called once.
-    """
-    counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
-    return StepCounts(deque(counts[:, 0].unbind()), reduce_sum(counts.sum(0)))
 
 
 def safe_labels(labels: Any, items: Tensor) -> Any:

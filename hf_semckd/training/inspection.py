@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.capture import FeatureCapture
 from ..features.layers import FeatureSpec, describe
 from ..losses import FeatureLoss
 from ..losses.logits import logit_shape_message
 from ..losses.simkd import find_head
-from ..models.inputs import select_inputs
-from ..models.outputs import is_encoder_decoder, logits_of
-from ..teacher.teacher import Teacher, TeacherOutputs
+from ..models.inputs import check_decoder_inputs, run_on_inputs, select_inputs
+from ..models.outputs import logits_of
+from ..teacher.outputs import TeacherDescription
+from .pair import Pair
 
 
 @dataclass(frozen=True)
@@ -28,32 +30,20 @@ class Inspection:
     Attributes:
         student_logits: The student's logits, or None when it returns none.
         student_specs: The student's chosen layers; empty when features are not distilled.
-        teacher_specs: The teacher's chosen layers.
-        student_features: What the student's layers gave.
-        teacher_features: What the teacher's layers gave.
+        student_features: What they gave.
+        teacher: The teacher's layers and logits.
         tokens_aligned: Whether position n of both models stands for the same input.
-        teacher_logits: Shape of the teacher's logits, or None when they are not needed.
     """
 
     student_logits: Tensor | None
     student_specs: list[FeatureSpec]
-    teacher_specs: list[FeatureSpec]
     student_features: list[Tensor]
-    teacher_features: list[Tensor]
+    teacher: TeacherDescription
     tokens_aligned: bool
-    teacher_logits: tuple[int, ...] | None = None
 
 
 @torch.no_grad()
-def inspect_pair(
-    student: nn.Module,
-    student_capture: FeatureCapture,
-    teacher: Teacher,
-    batch: Mapping[str, Any],
-    *,
-    features: bool,
-    logits: bool,
-) -> Inspection:
+def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features: bool) -> Inspection:
     """Run a small batch through both models in evaluation mode and check that they fit together.
 
     Raises:
@@ -61,50 +51,23 @@ def inspect_pair(
         LayerNotFoundError: When a chosen layer does not exist.
         TeacherOutputError: When the teacher's outputs are not finite.
     """
-    shape, teacher_specs, teacher_features = _look_at_teacher(teacher, batch, features, logits)
-    student_inputs = select_inputs(student, batch)
-    _check_decoder_inputs(student, student_inputs)
+    described = pair.teacher.describe(batch, logits=logits, features=features)
+    student, capture = pair.student, pair.capture
+    inputs = select_inputs(student, batch)
+    check_decoder_inputs(student, inputs)
     was_training = student.training
     student.eval()
     try:
-        student_outputs, student_features = _run(
-            "student", batch, lambda: _capture_student(student, student_capture, student_inputs, features)
-        )
+        outputs, taken = run_on_inputs("student", batch, lambda: _capture_student(student, capture, inputs, features))
     finally:
         student.train(was_training)
     return Inspection(
-        _check_logits(student_outputs, shape, logits),
-        [
-            describe(x, n, student, student_inputs)
-            for x, n in zip(student_features, student_capture.names(), strict=False)
-        ],
-        teacher_specs,
-        student_features,
-        teacher_features,
-        not teacher.has_own_tokens(batch),
-        shape,
+        student_logits=_check_logits(outputs, described.logits, logits),
+        student_specs=[describe(x, n, student, inputs) for x, n in zip(taken, capture.names(), strict=False)],
+        student_features=taken,
+        teacher=described,
+        tokens_aligned=not has_own_tokens(batch),
     )
-
-
-def _look_at_teacher(
-    teacher: Teacher, batch: Mapping[str, Any], features: bool, logits: bool
-) -> tuple[tuple[int, ...] | None, list[FeatureSpec], list[Tensor]]:
-    """Return the shape of the teacher's logits, its layers, and their features unless it stays unloaded."""
-    inputs = teacher.inputs(batch)
-    if teacher.note is not None:
-        if features:
-            teacher.capture.layers = list(teacher.note.layers)
-        known = teacher.note.logits
-        return known if logits else None, teacher.note.specs_for(inputs) if features else [], []
-    _check_decoder_inputs(teacher.model, inputs)
-    outputs, recorded = _run("teacher", batch, lambda: teacher.forward(inputs, features=features))
-    taken: list[Tensor] = []
-    if features:
-        teacher.capture.resolve(teacher.model, outputs)
-        taken = teacher.capture.collect(outputs, recorded)
-    _check_teacher_values(teacher, outputs, taken, batch, logits)
-    specs = [describe(x, n, teacher.model, inputs) for x, n in zip(taken, teacher.capture.names(), strict=False)]
-    return tuple(logits_of(outputs, "teacher").shape) if logits else None, specs, taken
 
 
 def _capture_student(
@@ -116,22 +79,6 @@ def _capture_student(
         outputs = student(**inputs, **capture.request(student))
     capture.resolve(student, outputs)
     return outputs, capture.collect(outputs, recorded)
-
-
-def _run(role: str, batch: Mapping[str, Any], forward: Any) -> Any:
-    try:
-        return forward()
-    except SemCKDError:
-        raise
-    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
-        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
-        raise InputError(
-            f"The {role} cannot take the training data",
-            received=f"a batch of {shapes}; the {role} said: {error}",
-            expected=f"inputs of the size, type and vocabulary that the {role} was made for",
-            todo="preprocess with the model's own processor; when both need different inputs (image sizes, "
-            "tokenizers), give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ...",
-        ) from error
 
 
 def _check_logits(student_outputs: Any, teacher_shape: tuple[int, ...] | None, needed: bool) -> Tensor | None:
@@ -147,28 +94,18 @@ def _check_logits(student_outputs: Any, teacher_shape: tuple[int, ...] | None, n
     return student
 
 
-def _check_teacher_values(
-    teacher: Teacher, outputs: Any, features: list[Tensor], batch: Mapping[str, Any], needs_logits: bool
-) -> None:
-    logits = logits_of(outputs, "teacher") if needs_logits else None
-    mask = teacher.inputs(batch).get("attention_mask")
-    teacher.check_finite(
-        TeacherOutputs(logits, features, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-    )
-
-
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
-    """Try a feature loss that was given as an object on the probe's features.
+    """Try a feature loss that was given as an object on the features that were inspected.
 
     Raises:
         InputError: When it cannot take them.
     """
-    shapes = [[tuple(x.shape[1:]) for x in features] for features in (found.student_features, found.teacher_features)]
+    shapes = [[tuple(x.shape[1:]) for x in features] for features in (found.student_features, found.teacher.features)]
     if loss.required_batch_size is not None and loss.required_batch_size != len(found.student_features[0]):
         return
     trial = copy.deepcopy(loss).eval().to(found.student_features[0].device, found.student_features[0].dtype)
     try:
-        trial(found.student_features, found.teacher_features)
+        trial(found.student_features, found.teacher.features)
     except (SemCKDError, RuntimeError, ValueError, IndexError) as error:
         raise InputError(
             "The feature loss was made for other layers than those that are chosen",
@@ -179,24 +116,21 @@ def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
 
 
 @torch.no_grad()
-def check_heads(
-    loss: FeatureLoss, student: nn.Module, teacher: Teacher, batch: Mapping[str, Any], found: Inspection
-) -> None:
+def check_heads(loss: FeatureLoss, pair: Pair, batch: Mapping[str, Any], found: Inspection) -> None:
     """Check that both models end in a linear classifier that reads the average of their last layer.
 
     Args:
         loss: The loss that gives the student the teacher's classifier.
-        student: The student.
-        teacher: The teacher, loaded.
-        batch: The batch that was probed.
+        pair: Student and teacher, which is loaded.
+        batch: The batch that was inspected.
         found: What both models gave for it.
 
     Raises:
         ConfigurationError: When one of them does not.
     """
     for role, model, inputs, features in (
-        ("student", student, select_inputs(student, batch), found.student_features),
-        ("teacher", teacher.model, teacher.inputs(batch), found.teacher_features),
+        ("student", pair.student, select_inputs(pair.student, batch), found.student_features),
+        ("teacher", pair.teacher.model, pair.teacher.inputs(batch), found.teacher.features),
     ):
         seen: list[Tensor] = []
         head = find_head(model, role)
@@ -215,13 +149,3 @@ def check_heads(
                 expected="global average pooling and a linear classifier, and the last block among the layers",
                 todo="use another feature loss",
             )
-
-
-def _check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
-        raise InputError(
-            f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",
-            received=f"columns {', '.join(map(repr, inputs))}",
-            expected="decoder_input_ids beside the labels",
-            todo="use DataCollatorForSeq2Seq(tokenizer, model=student), which makes them from the labels",
-        )

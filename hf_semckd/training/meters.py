@@ -12,10 +12,8 @@ from torch import Tensor
 from ..losses.reduction import entropy
 
 TERMS = ("task_loss", "logit_loss", "feature_loss")
-
 # A weight this near to the largest possible one, the same for all samples, carries no information.
 COLLAPSE_SHARE = 0.95
-
 COLLAPSE_SPREAD = 0.01
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from ..losses import FeatureLoss
 
 logger = logging.getLogger(__name__)
-
 # Lists that a scheduler keeps in step with the optimizer's groups.
 _SCHEDULER_LISTS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr")
 

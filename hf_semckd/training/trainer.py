@@ -1,59 +1,35 @@
-"""Trainers that distil: `transformers.Trainer` with a teacher, and nothing else changed."""
+"""Trainers that distil: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SemCKDConfig
-from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX
 from ..data.random_state import preserved_random_state
-from ..data.samples import collate, column_names, first_samples
-from ..features.capture import FeatureCapture, remove_capturing_traces
-from ..losses import FeatureLoss
-from ..losses.registry import find_layers, make_feature_loss, names_layers, reuses_teacher_head
-from ..models.inputs import InputSelector, forward_parameters
-from ..models.loading import empty_model, load_model
-from ..models.tasks import Task, task_of
-from ..publishing.hub import PublishingTrainer
-from ..teacher.teacher import Teacher
-from .attachment import StudentAttachment, forget_preparation
-from .caching import CacheCallback, CachingTrainer
-from .callbacks import AssociationCallback
-from .checkpoint import CheckpointingTrainer
-from .checks import (
-    check_dataset,
-    check_encoder_decoder,
-    check_feature_loss,
-    check_label_names,
-    check_labels,
-    check_models,
-    check_parallelizm,
-    check_published_batches,
-    check_teacher_given,
-)
-from .counts import StepCounts
-from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
-from .monitor import ObservingTrainer
-from .objective import ObjectiveTrainer
-from .optimizer import BorrowedOptimizer, add_feature_loss_groups
-from .options import loss_options
-
-logger = logging.getLogger(__name__)
-
-ModelSource = nn.Module | str | os.PathLike[str]
+from ..data.samples import collate, first_samples, is_map_style
+from ..data.views import all_versions
+from ..losses.registry import LossSource
+from ..models.loading import load_model
+from ..teacher.cache.cache import CachingCollator
+from ..teacher.cached import CachedTeacher
+from .attachment import forget_wrappers
+from .caching import TrainingData, check_filled, fill_cache, require_cache
+from .callbacks import install_callbacks
+from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
+from .distillation import Distillation, UserFunctions
+from .pair import ModelSource, Pair
+from .services import Services
+from .student_trainer import StudentTrainer
 
 
-class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, CheckpointingTrainer, PublishingTrainer):
+class DistillationTrainer(StudentTrainer):
     """`transformers.Trainer` that also learns from a frozen teacher.
 
     total loss = task_weight * task + logit_weight * logits + feature_weight * features, each averaged over the
@@ -66,8 +42,8 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision,
             unless `args.teacher_dtype` names another: a copy teaches then.
         feature_loss: `None` or `"kd"` (logits only), the name of a method (see `losses.FEATURE_LOSSES`), several
-            joined by "+" (`"semckd+crd"`), or a `FeatureLoss` made for the layers that are chosen, of which a copy is
-            trained: `trainer.feature_loss`.
+            joined by "+" (`"semckd+crd"`), a class of `FeatureLoss`, made for the layers that are found, or an object
+            made for the layers that are chosen, of which a copy is trained: `trainer.feature_loss`.
         data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func, compute_metrics,
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `Trainer`. An
             optimizer that is passed in holds the projections as one more group for the time of training.
@@ -78,8 +54,8 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
     """
 
     default_feature_loss: ClassVar[str | None] = None
+    data_collator: Any
     label_names: list[str]
-    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -98,18 +74,15 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
         preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
         *,
         teacher_model: ModelSource | None = None,
-        feature_loss: FeatureLoss | str | None = None,
+        feature_loss: LossSource | None = None,
     ):
-        args = _as_config(args)
         # Trainer's constructor calls overridden methods: what they read must exist before it runs.
-        self._attachment: StudentAttachment | None = None
-        self._teacher: Teacher | None = None
-        self._borrowed: BorrowedOptimizer | None = None
-        self.feature_loss: FeatureLoss | None = None
-        self._feature_loss_source = check_feature_loss(feature_loss or self.default_feature_loss)
+        self.pair: Pair | None = None
+        self.distillation: Distillation | None = None
+        self._source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
-            args=args,
+            args=SemCKDConfig.of(args),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -123,191 +96,121 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._owns_optimizer = optimizers[0] is None
-        self._probe: Inspection | None = None
-        self._task: Task = "single_label"
-        self._counts = StepCounts()
-        self.start_averages(0)
-        self._statistics_ready = False
-        self._association: np.ndarray | None = None
-        self._warned_of_collapse = False
         if self._distils:
-            self._set_up_distillation(teacher_model)
+            self._open_pair(teacher_model)
 
-    @property
-    def student(self) -> Any:
-        """The plain student; while training it holds the feature loss as a submodule."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def fill_teacher_cache(self) -> int:
+        """Run the teacher on every training sample that the cache lacks, ahead of training.
 
-    @property
-    def teacher(self) -> Any:
-        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
-        if self._teacher is None:
-            return None
-        self._teacher.materialize()
-        return self._teacher.model
+        Under Accelerate every process takes its share. Training with the same settings then never runs the teacher.
 
-    @property
-    def _teacher_model(self) -> nn.Module | None:
-        """The teacher as it is, loaded or not: its configuration is there in any case."""
-        return None if self._teacher is None else self._teacher.model
+        Returns:
+            The number of samples that the cache holds.
 
-    @property
-    def student_layer_names(self) -> list[str]:
-        """Names of the student layers that are looked at: hidden-state indices or module names.
-
-        Between CNNs SemCKD leaves the last one to the logits (`feature_loss.compared` tells how many learn).
+        Raises:
+            ConfigurationError: Without `teacher_cache_dir`.
+            InputError: When the cache would not fit, or samples change whenever they are read.
         """
-        return self._student_capture.names() if self._distils_features else []
-
-    @property
-    def teacher_layer_names(self) -> list[str]:
-        """Names of the teacher layers that are learned from."""
-        return self._teacher.capture.names() if self._teacher is not None and self._distils_features else []
+        teacher = require_cache(self.pair, self.args)
+        run_teacher = self._built().run_teacher
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        with preserved_random_state(self.args.seed), self._looking_up(teacher):
+            # Not an evaluation's loader, which Trainer may keep.
+            with _every_batch(self.args):
+                loader = self.get_test_dataloader(all_versions(self.train_dataset))
+            fill_cache(teacher, run_teacher, loader, self._prepare_input, quiet)
+        self.accelerator.wait_for_everyone()
+        return check_filled(teacher)
 
     # ---- Setting up --------------------------------------------------------------------------------------------
 
     @property
-    def _distils_features(self) -> bool:
-        return self.args.distils_features and self._feature_loss_source is not None
-
-    @property
     def _distils(self) -> bool:
-        return self.args.distils_logits or self._distils_features
+        return self.args.distils_logits or self._feature_source is not None
 
     @property
-    def _attached(self) -> bool:
-        return self._attachment is not None and self._attachment.attached
+    def _feature_source(self) -> LossSource | None:
+        return self._source if self.args.distils_features else None
 
-    def _set_up_distillation(self, teacher_model: ModelSource | None) -> None:
+    def _open_pair(self, teacher_model: ModelSource | None) -> None:
         check_teacher_given(teacher_model, self.args)
-        check_parallelizm(self.args)
-        # The terms are scaled here for accumulation and processes; Trainer must not do it again.
+        check_parallelism(self.args)
+        # The terms are scaled for accumulation and processes; Trainer must not do it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        self._teacher = self._make_teacher(teacher_model)
-        teacher = self._teacher.model
-        check_label_names(self.student, teacher)
-        check_encoder_decoder((self.student, teacher), self.args)
-        self._teacher.to(self.args.device)
-        layers = self._chosen_layers(self.student, "student")
-        self._student_capture = FeatureCapture(self.student, layers, "student")
-        self._select_for_student = InputSelector(self.student)
-        self._student_takes = set(self._select_for_student.parameters)
-        self._teacher_only = set(forward_parameters(teacher)) - self._student_takes - set(LABEL_COLUMNS)
-        self.callback_handler.callbacks[:0] = [AssociationCallback(self), CacheCallback(self)]
+        assert teacher_model is not None
+        self.pair = Pair.open(self.student, teacher_model, self.args, self._feature_source)
         if self.train_dataset is not None:
             with preserved_random_state(self.args.seed):
-                check_dataset(self.train_dataset, (self.student, teacher), self.args.remove_unused_columns)
+                models = (self.student, self.pair.teacher.model)
+                check_dataset(self.train_dataset, models, self.args.remove_unused_columns)
             self._build()
 
-    def _make_teacher(self, source: Any) -> Teacher:
-        """Load the teacher, unless it was cached before and may stay where it is."""
-        args = self.args
+    def _built(self) -> Distillation:
+        """Return the distillation for the present student."""
+        found = self.distillation
+        return found if found is not None and found.pair.student is self.student else self._build()
 
-        def load() -> nn.Module:
-            return load_model(source, "teacher", like=self.student, dtype=args.resolved_teacher_dtype())
+    def _build(self) -> Distillation:
+        assert self.pair is not None
+        if self.distillation is not None or self.pair.student is not self.student:
+            self.pair = Pair.of(self.student, self.pair.teacher, self.args, self._feature_source)
+        with preserved_random_state(self.args.seed):
+            data = self._training_data()
+            batch = self._prepare_input(self._first_batch(data))
+            check_labels(batch, self.label_names, self.args)
+            self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
+            user = UserFunctions(tuple(self.label_names), self.compute_loss_func, self.label_smoother)
+            services = Services.of(self.accelerator, self.args.device)
+            built = Distillation.build(self.pair, batch, data, self.args, services, user, self._prepare_input)
+        self.distillation = built
+        install_callbacks(self.callback_handler, built.monitor, self.pair.teacher)
+        return built
 
-        # A loss that is given as an object is tried on the teacher's features.
-        # Nor may one whose classifier the student is to have.
-        wanted = isinstance(self._feature_loss_source, FeatureLoss) or reuses_teacher_head(self._feature_loss_source)
-        unloaded = not wanted and self._may_stay_unloaded(source)
-        model = empty_model(source, like=self.student) if unloaded else load()
-        # Before it is frozen, and with it whatever it shares.
-        check_models(self.student, model)
-        layers = self._chosen_layers(model, "teacher")
-        return Teacher(model, layers, compiled=args.teacher_compile, load=load if unloaded else None)
-
-    @property
-    def _chooses_layers(self) -> str | None:
-        """The name of a method that names its own layers, where the user chose none; None for all others."""
-        source = self._feature_loss_source
-        if self.args.teacher_layers is not None or not self._distils_features or not isinstance(source, str):
-            return None
-        return source if names_layers(source) else None
-
-    def _chosen_layers(self, model: nn.Module, role: str) -> Any:
-        """Return the layers that the user chose, or else those that the feature loss asks for; None for all blocks."""
-        given = self.args.student_layers if role == "student" else self.args.teacher_layers
-        source = self._feature_loss_source
-        if given is not None or not self._distils_features or source is None:
-            return given
-        return find_layers(source, model, role)
-
-    def _build(self) -> None:
-        """Inspection both models with a small batch and make the feature loss for the layers that were found."""
-        assert self._teacher is not None
-        try:
-            with preserved_random_state(self.args.seed):
-                batch = self._prepare_input(self._probe_batch())
-                self._settle_teacher(batch)
-                self._probe = self._probe_models(batch)
-                if self._distils_features:
-                    self.feature_loss = self._make_feature_loss(self._probe, batch)
-            self._open_teacher_cache(self._teacher.inputs(batch))
-        finally:
-            # Looking into a model leaves hooks of transformers on it, also where it is refused.
-            remove_capturing_traces(self.student)
-            self._teacher.remove_traces()
-
-    def _probe_models(self, batch: Mapping[str, Any]) -> Inspection:
-        assert self._teacher is not None
-        check_labels(batch, self.label_names, self.args)
-        self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
-        found = inspect_pair(
-            self.student,
-            self._student_capture,
-            self._teacher,
-            batch,
-            features=self._distils_features,
-            logits=self.args.distils_logits,
-        )
-        if found.student_logits is not None:
-            problem = getattr(getattr(self.student, "config", None), "problem_type", None)
-            self._task = task_of(found.student_logits, batch.get("labels"), problem)
-        return found
-
-    def _make_feature_loss(self, found: Inspection, batch: Mapping[str, Any]) -> FeatureLoss:
-        loss = self._feature_loss_source
-        if isinstance(loss, str):
-            loss = make_feature_loss(
-                loss,
-                found.student_specs,
-                found.teacher_specs,
-                loss_options(self.args),
-                tokens_aligned=found.tokens_aligned,
-                student_parameters=sum(entry.numel() for entry in self.student.parameters()),
-            )
-        assert isinstance(loss, FeatureLoss)
-        if loss is self._feature_loss_source:
-            # The caller's object stays as it was given, and every run starts from it.
-            loss = copy.deepcopy(loss)
-            check_loss_fits(loss, found)
-        if loss.reuses_teacher_head:
-            assert self._teacher is not None
-            check_heads(loss, self.student, self._teacher, batch, found)
-        if loss.required_batch_size is not None:
-            size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
-            check_published_batches(self.args, size, self.args.world_size)
-        dtype = next((p.dtype for p in self.student.parameters() if p.dtype is torch.float64), torch.float32)
-        return loss.to(device=self.args.device, dtype=dtype)
-
-    def _probe_batch(self) -> Mapping[str, Any]:
-        """Return a small training batch as the student will see it."""
-        if self.train_dataset is None:
-            return next(iter(self.get_train_dataloader()))
-        dataset, collator = self._dataset_and_collator()
-        return collate(collator, first_samples(dataset))
-
-    def _dataset_and_collator(self) -> tuple[Any, Any]:
+    def _training_data(self) -> TrainingData | None:
         """Return the training samples and the collator as a training data loader has them."""
         dataset, collator = self.train_dataset, self.data_collator
+        if dataset is None:
+            return None
         if hasattr(dataset, "remove_columns") and hasattr(dataset, "column_names") and dataset.column_names:
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
-        return dataset, collator
+            return TrainingData(self._remove_unused_columns(dataset, description="training"), collator)
+        return TrainingData(dataset, self._get_collator_with_removed_columns(collator, description="training"))
 
-    # ---- Training: attach, count, weigh ------------------------------------------------------------------------
+    def _first_batch(self, data: TrainingData | None) -> Any:
+        """Return a small training batch as the student will see it."""
+        if data is None:
+            return next(iter(self.get_train_dataloader()))
+        return collate(data.collator, first_samples(data.dataset))
+
+    # ---- Trainer's hooks: data ---------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
+        teacher = None if self.pair is None else self.pair.cached_teacher
+        if teacher is None or not teacher.is_open or not is_map_style(self.train_dataset):
+            return super().get_train_dataloader()
+        with self._looking_up(teacher):
+            return super().get_train_dataloader()
+
+    @contextmanager
+    def _looking_up(self, teacher: CachedTeacher) -> Iterator[None]:
+        """Let data loaders that are made meanwhile look their samples up."""
+        plain = self.data_collator
+        in_thread = self.args.dataloader_num_workers == 0
+        self.data_collator = CachingCollator(plain, teacher.cache, in_thread=in_thread)
+        try:
+            yield
+        finally:
+            self.data_collator = plain
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.distillation is not None and batches:
+            batches = self.distillation.objective.begin_step(batches, self._prepare_input)
+        return batches, items
+
+    # ---- Trainer's hooks: training -----------------------------------------------------------------------------
 
     def train(
         self,
@@ -322,150 +225,110 @@ class DistillationTrainer(ObjectiveTrainer, CachingTrainer, ObservingTrainer, Ch
             TeacherOutputError: When it is the teacher's doing.
             CheckpointError: When a checkpoint to resume from is incomplete.
         """
-        if self._distils and self._probe is None:
-            self._build()
-        self._attach()
+        if not self._distils:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._attach(self._built())
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            if not self.args.load_best_model_at_end:
-                self._finish_student()
+            # A trial may have turned the distillation off.
+            if self.distillation is not None:
+                self.distillation.guard.check_pending(self.state.global_step)
+                if not self.args.load_best_model_at_end:
+                    self.distillation.finish_student()
             return result
         finally:
             self._detach()
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""
-        undo = self._finish_student()
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            undo()
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the distillation loss while training, and what `Trainer` returns otherwise."""
+        distillation = self.distillation
+        if distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training and self.is_in_train:
+            result = distillation.objective(model, inputs, self.state.global_step + 1, return_outputs)
+            return result if hasattr(Trainer, "loss_is_scaled_for_ga") else self._unscaled(result, return_outputs)
+        plain = distillation.objective.task_loss.of_plain_module(model, inputs, return_outputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if plain is None else plain
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        undo = self._finish_student()
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            undo()
-
-    def _finish_student(self) -> Callable[[], None]:
-        """Put into the plain student what it needs of the feature loss, while that is training; return an undo."""
-        loss = self.feature_loss
-        if loss is not None and loss.reuses_teacher_head and self._attached:
-            return loss.finish(self.student, self.teacher)
-        return lambda: None
+    def _unscaled(self, result: Any, return_outputs: bool) -> Any:
+        """Undo what `Trainer` does to a loss before transformers 5.2x: another division by the accumulation steps."""
+        factor = 1 if self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+        return (result[0] * factor, result[1]) if return_outputs else result * factor
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student, with a fresh feature loss when training has begun."""
         model = super().call_model_init(trial)
-        if self._attachment is not None and self.is_in_train:
-            self._attachment.detach()
+        if self.distillation is not None and self.is_in_train:
+            self._detach_student()
             self.model = model
-            self._build()
-            self._attach()
+            self._attach(self._build())
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take a trial's values, check them, and make the feature loss that they ask for."""
         super()._hp_search_setup(trial)
-        if trial is None or not self._distils:
+        if trial is None:
+            return
+        self._detach_student()
+        if not self._distils:
+            self.distillation = None
             return
         self.args.validate_distillation()
-        check_teacher_given(self._teacher, self.args)
-        if self._attachment is not None:
-            self._attachment.detach()
-        self._build()
-        self._attach()
-
-    def _attach(self) -> None:
-        if self._distils:
-            # What an earlier evaluation or training prepared is prepared anew.
-            forget_preparation(self.student)
-            self._forget_wrappers()
-        loss = self.feature_loss
-        if loss is None or not self._distils_features:
-            return
-        current = self._attachment
-        if current is None or current.student is not self.student or current.loss is not loss:
-            current = self._attachment = StudentAttachment(self.student, loss, self._student_capture)
-        self._student_parameters = _parameters_outside_embeddings(self.student)
-        self._statistics_ready = False
-        loss.automatic_synchronization = False
-        current.attach()
-
-    def _detach(self) -> None:
-        if self._borrowed is not None:
-            self._borrowed.give_back()
-            self._borrowed = None
-        if self.feature_loss is not None:
-            self.feature_loss.automatic_synchronization = True
-        if self._teacher is not None:
-            self._teacher.remove_traces()
-            if self._teacher.cache is not None:
-                self._teacher.cache.store.flush()
-        if self._attachment is None or not self._attachment.removable:
-            return
-        self._attachment.detach()
-        remove_capturing_traces(self.student)
-        self._forget_wrappers()
-
-    def _forget_wrappers(self) -> None:
-        """Drop wrappers made for the student in another state; the next training wraps it again."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        self.model_wrapped = self.model
-        self.accelerator._models = [entry for entry in self.accelerator._models if not _wraps(entry, self.model)]
-
-    def _plain_student(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._attachment is None else self._attachment.suspended()
+        check_teacher_given(self.pair, self.args)
+        self._attach(self._build())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the student's optimizer as `Trainer` does, and append the feature loss's parameters."""
-        if not self._attached or self.feature_loss is None:
+        distillation = self.distillation
+        if distillation is None or not distillation.attached:
             return super().create_optimizer(*args, **kwargs)
-        with self._plain_student():
+        with distillation.plain_student():
             optimizer = super().create_optimizer(*args, **kwargs)
         if self._owns_optimizer:
-            rate = self.args.resolved_projection_learning_rate()
-            add_feature_loss_groups(
-                self.optimizer, self.feature_loss, learning_rate=rate, weight_decay=self.args.weight_decay
-            )
-        elif self._borrowed is None:
-            inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-            self._borrowed = BorrowedOptimizer(inner, scheduler, self.feature_loss)
+            distillation.add_to_optimizer(self.optimizer, self.args)
+        else:
+            distillation.borrow_optimizer(self.optimizer, self.lr_scheduler)
         return optimizer
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
-        first = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if first and self._teacher is not None and self._signature_columns is not None:
-            extra = [name for name in forward_parameters(self._teacher.model) if name not in self._signature_columns]
-            columns = column_names(self.train_dataset)
-            extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
-            if not isinstance(self.student, PreTrainedModel) and not set(self._signature_columns) & set(columns):
-                extra += columns
-            self._signature_columns = [*self._signature_columns, *extra]
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what `Trainer` logs, with the terms of the window and the association's entropy beside the loss."""
+        distillation = self.distillation
+        if distillation is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        if self.is_in_train:
+            distillation.guard.check_pending(self.state.global_step)
+        terms = distillation.monitor.finish(self.state.global_step)
+        super().log({**logs, **terms}, start_time)
+        if distillation.monitor.last_association is not None:
+            # Kept in the history, not printed: S * T numbers would bury the others.
+            self.state.log_history[-1]["association"] = distillation.monitor.last_association.tolist()
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        if self._teacher is None or self.model.training:
-            return inputs
-        return self._student_inputs(inputs)
+    def _attach(self, distillation: Distillation) -> None:
+        distillation.attach()
+        self._forget_wrappers()
 
-    def _student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the student gets of a batch: not the teacher's columns, nor those only the teacher names."""
-        own = {
-            key: value
-            for key, value in inputs.items()
-            if key not in self._teacher_only and key != CACHED and not key.startswith(TEACHER_PREFIX)
-        }
-        if isinstance(self.student, PreTrainedModel) or hasattr(self.student, "get_base_model"):
-            return own
-        # A plain module's one input may have any name, also one that the teacher alone knows.
-        labels = {key: value for key, value in inputs.items() if key in LABEL_COLUMNS}
-        return {**self._select_for_student(inputs), **labels}
+    def _detach(self) -> None:
+        if self.distillation is not None:
+            self.distillation.detach()
+            if not self.distillation.attached:
+                self._forget_wrappers()
+
+    def _detach_student(self) -> None:
+        """Take the feature loss off before the parts are built anew."""
+        if self.distillation is not None and self.distillation.attachment is not None:
+            self.distillation.attachment.detach()
+
+    def _forget_wrappers(self) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model_wrapped = self.model
+            forget_wrappers(self.accelerator, self.model)
 
 
 class SemCKDTrainer(DistillationTrainer):
@@ -479,16 +342,11 @@ class SemCKDTrainer(DistillationTrainer):
     default_feature_loss = "semckd"
 
 
-def _as_config(args: TrainingArguments | None) -> SemCKDConfig:
-    if args is None:
-        return SemCKDConfig(output_dir="tmp_trainer")
-    return args if isinstance(args, SemCKDConfig) else SemCKDConfig.from_training_arguments(args)
-
-
-def _parameters_outside_embeddings(student: nn.Module) -> int:
-    count = getattr(student, "num_parameters", None)
-    return 0 if count is None else int(count(exclude_embeddings=True))
-
-
-def _wraps(wrapper: nn.Module, model: nn.Module) -> bool:
-    return any(module is model for module in wrapper.modules())
+@contextmanager
+def _every_batch(args: TrainingArguments) -> Iterator[None]:
+    """Keep the last, smaller batch of a data loader that is made meanwhile."""
+    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drops

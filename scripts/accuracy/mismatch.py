@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,8 @@ def measured_mismatch(
 
 @torch.no_grad()
 def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> list[Tensor]:
-    student, capture = trainer.student.eval(), trainer._student_capture
-    inputs = trainer._student_inputs(batch)
+    student, capture = trainer.student.eval(), trainer.pair.capture
+    inputs = trainer.pair.router.student_inputs(batch)
     with capture.recording(student) as recorded:
         found = capture.collect(student(**inputs, **capture.request(student)), recorded)
     remove_capturing_traces(student)
@@ -89,7 +90,8 @@ def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def _teacher_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> list[Tensor]:
-    teacher = trainer._teacher
+    cached = trainer.pair.cached_teacher
+    teacher: Any = trainer.pair.teacher if cached is None else cached.load()
     inputs = teacher.inputs(batch)
     found = teacher.capture.collect(*teacher.forward(inputs, features=True))
     teacher.remove_traces()

@@ -74,13 +74,13 @@ def _parts(variants: Mapping[str, Variant], batch: Mapping[str, Tensor]) -> dict
         parts["optimizer step, student"] = _optimizer_part(ce, batch)
     if "kd" in variants:
         teaching: Any = variants["kd"].trainer
-        parts["teacher forward"] = Part(lambda: teaching._run_teacher(batch))
+        parts["teacher forward"] = Part(lambda: teaching.distillation.run_teacher(batch))
     if "semckd" in variants:
         parts.update(_distillation_parts(variants["semckd"], batch))
         parts["optimizer step, student and projections"] = _optimizer_part(variants["semckd"], batch)
     if "cached" in variants:
         reader: Any = variants["cached"].trainer
-        parts["cache read"] = Part(lambda: reader._run_teacher(batch))
+        parts["cache read"] = Part(lambda: reader.distillation.run_teacher(batch))
     return parts
 
 
@@ -88,7 +88,7 @@ def _distillation_parts(variant: Variant, batch: Mapping[str, Tensor]) -> dict[s
     trainer: Any = variant.trainer
     loss = variant.feature_loss
     student, teacher, masks = _captured(variant, batch)
-    logits = trainer._run_teacher(batch).logits
+    logits = trainer.distillation.run_teacher(batch).logits
     # On CUDA the teacher has a stream of its own.
     synchronize(variant.device)
     own = torch.randn_like(logits).requires_grad_()
@@ -105,11 +105,11 @@ def _distillation_parts(variant: Variant, batch: Mapping[str, Tensor]) -> dict[s
         total.backward()
 
     def update_statistics() -> None:
-        loss.update_statistics(teacher, masks[1])
+        loss.update_statistics(teacher)
         loss.synchronize()
 
     return {
-        "teacher forward, with features": Part(lambda: trainer._run_teacher(batch)),
+        "teacher forward, with features": Part(lambda: trainer.distillation.run_teacher(batch)),
         "logits term": Part(lambda: kd_loss(own, logits, TEMPERATURE).mean().backward(), forget_gradients),
         "feature loss forward and backward": Part(compare_features, forget_gradients),
         "statistics": Part(update_statistics),
@@ -124,7 +124,7 @@ def _optimizer_part(variant: Variant, batch: Mapping[str, Tensor]) -> Part:
     return Part(variant.update, prepare)
 
 
-def _captured(variant: Variant, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Any, tuple[Any, Any]]:
+def _captured(variant: Variant, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Any, Sequence[Any]]:
     """Return the student's features, what is kept of the teacher's, and the masks, as the loss gets them in a step."""
     seen: list[tuple[Any, ...]] = []
     handle = variant.feature_loss.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
@@ -134,4 +134,4 @@ def _captured(variant: Variant, batch: Mapping[str, Tensor]) -> tuple[list[Tenso
         handle.remove()
     student, teacher, *masks = seen[0]
     leaves = [feature.detach().clone().requires_grad_() for feature in student]
-    return leaves, teacher, (masks[0], masks[1])
+    return leaves, teacher, masks

@@ -90,7 +90,7 @@ def table(stored: Mapping[str, Any]) -> str:
     blocks += ["\n".join(notes)] if notes else []
     if stored.get("growth"):
         rows = growth_rows(stored["growth"])
-        blocks.append("Exponents of the feature loss's own time:")
+        blocks.append("Exponents of the feature loss's own time (1: proportional to that size):")
         blocks.append(format_markdown_table(rows, list(rows[0])))
     return "\n\n".join(blocks)
 

@@ -41,7 +41,7 @@ class Variant:
         self.trainer = trainer
         self.device = trainer.args.device
         if isinstance(trainer, DistillationTrainer):
-            trainer._attach()
+            trainer.distillation.attach()
         trainer.create_optimizer()
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped = self.model
@@ -83,7 +83,7 @@ class Variant:
         """Take the feature loss off the student again."""
         self.trainer.is_in_train = False
         if isinstance(self.trainer, DistillationTrainer):
-            self.trainer._detach()
+            self.trainer.distillation.detach()
 
 
 def make_variant(

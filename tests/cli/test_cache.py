@@ -60,6 +60,15 @@ def test_without_words_it_explains_itself(capsys):
     assert "teacher_cache_dir" in capsys.readouterr().out
 
 
+def test_the_help_of_the_command_lists_its_options_and_those_of_the_training(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["cache", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and out.startswith("usage: hf-semckd cache --teacher MODEL")
+    for option in ("--teacher", "--student", "--dataset", "--split", "--teacher_cache_dtype", "--max_tokens"):
+        assert f"\n  {option} " in out
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert main(["cahce"]) == 2
     assert "'cahce'" in capsys.readouterr().err

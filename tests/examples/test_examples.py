@@ -2,17 +2,21 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from launching import python, torchrun
 from PIL import Image
+from transformers import TrainerState
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 TINY = ("--max_steps", "3", "--max_train_samples", "64", "--student_train_samples", "40", "--max_eval_samples", "50")
 TINY_MODELS = ("--teacher_depth", "2", "--teacher_width", "48", "--student_depth", "1", "--student_width", "24")
+SIZES = {"pixel_values": 8, "teacher_pixel_values": 16}
 ROWS = ["teacher", "student alone", "student + KD", "student + SemCKD"]
 WITHOUT_THE_LIBRARY = """
 import sys
@@ -38,7 +42,8 @@ def succeed(*command, cwd, start=python):
 
 
 def table_rows(output):
-    return [line for line in output.splitlines() if line.startswith(tuple(ROWS))]
+    """The lines of the table; those of the progress have a colon after the name."""
+    return [line for line in output.splitlines() if line.startswith(tuple(ROWS)) and ":" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,16 @@ def tiny(tmp_path_factory):
     return folder / "out", succeed(EXAMPLES / "distill_vit.py", *arguments, cwd=folder)
 
 
-def test_vit_prints_the_table_and_no_line_for_each_log(tiny):
+def test_vit_prints_the_table_and_a_line_for_each_model(tiny):
     _, result = tiny
     rows = table_rows(result.stdout)
     assert [next(name for name in reversed(ROWS) if row.startswith(name)) for row in rows] == ROWS
     assert "AutoModelForImageClassification.from_pretrained" in result.stdout
-    assert "{'loss'" not in result.stdout + result.stderr
-    assert "student + SemCKD: 100%" in result.stderr
+    lines = [line for line in result.stdout.splitlines() if ": trained " in line]
+    assert [line.partition(":")[0] for line in lines] == ROWS
+    assert all(re.search(r": trained [\d.]+ epochs in \d+ s, accuracy [\d.]+ %$", line) for line in lines)
+    # No terminal: no bars, and never a line for each log.
+    assert not re.search(r"\d%\||it/s|{'", result.stdout + result.stderr)
 
 
 def test_vit_reports_rows_that_were_trained_alike(tiny):
@@ -100,14 +108,27 @@ print(tuple(logits.shape), model.config.id2label[7])
 
 
 def test_text_says_how_to_fetch_what_is_missing(tmp_path, monkeypatch):
-    import common
     import distill_text
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["distill_text.py"])
     # A message as exit status is printed without a traceback.
     with pytest.raises(SystemExit, match=r"data/text.*python scripts/fetch_text_parts\.py"):
-        common.run_example(distill_text.TextArguments, distill_text.DEFAULTS, distill_text.prepare)
+        distill_text.main()
+
+
+def test_a_bar_shows_the_name_of_the_model_and_the_loss(capsys):
+    from comparison import NamedProgress
+
+    progress, state = NamedProgress("student + KD"), TrainerState(max_steps=2, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    progress.on_log(None, state, None, logs={"loss": 1.5})
+    progress.on_log(None, state, None, logs={"train_runtime": 2.0})
+    progress.on_train_end(None, state, None)
+    progress.on_log(None, state, None, logs={"eval_loss": 2.5})
+    shown = "".join(capsys.readouterr())
+    assert re.search(r"student \+ KD:   0%.*loss=1\.500", shown)
+    assert "{" not in shown
 
 
 # ---- Data -------------------------------------------------------------------------------------------------------
@@ -119,7 +140,7 @@ def write_idx(path, array):
 
 
 def test_digits_are_split_once_and_for_all():
-    from image_data import load_digits_images
+    from distill_vit import load_digits_images
 
     data, again = load_digits_images(), load_digits_images()
     assert {name: len(split) for name, split in data.items()} == {"train": 900, "validation": 297, "test": 600}
@@ -128,35 +149,42 @@ def test_digits_are_split_once_and_for_all():
     assert not seen["train"] & seen["test"]
 
 
-def test_fashion_mnist_is_read_from_its_idx_files(tmp_path, monkeypatch):
-    from image_data import load_fashion_mnist
-
+@pytest.fixture
+def fashion(tmp_path):
+    """A folder with twelve images, and these."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (12, 28, 28), np.uint8), np.arange(12, dtype=np.uint8) % 10
     for prefix in ("train", "t10k"):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data = load_fashion_mnist(tmp_path)
+    return tmp_path, images
+
+
+def test_fashion_mnist_is_read_from_its_idx_files(fashion):
+    from distill_vit import load_fashion_mnist
+
+    folder, images = fashion
+    data = load_fashion_mnist(folder)
     assert set(data) == {"train", "test"}
     assert np.array_equal(np.array(data["test"][3]["image"]), images[3])
     assert data["train"].features["label"].int2str(data["train"][9]["label"]) == "Ankle boot"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x00\x08\x01\x00\x00\x00\x05abc"])
-def test_a_damaged_idx_file_is_refused(tmp_path, content):
-    from image_data import read_idx
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_a_damaged_idx_file_is_refused(fashion, file, content):
+    from distill_vit import load_fashion_mnist
 
-    path = tmp_path / "x.gz"
-    path.write_bytes(gzip.compress(content))
-    with pytest.raises(ValueError, match=r"x\.gz.*fetch it again"):
-        read_idx(path)
+    folder, _ = fashion
+    (folder / file).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError):
+        load_fashion_mnist(folder)
 
 
 def test_missing_fashion_mnist_names_the_package(tmp_path):
-    from image_data import load_fashion_mnist
+    from distill_vit import load_fashion_mnist
 
-    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
+    with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
         load_fashion_mnist(tmp_path)
 
 
@@ -171,27 +199,61 @@ def picture_folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_an_image_folder_gets_a_test_split(picture_folder, tmp_path, monkeypatch):
-    from image_data import load_image_dataset
-
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data = load_image_dataset(image_folder=str(picture_folder))
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_image_folder_gets_a_test_split(picture_folder):
+    from distill_vit import ImageArguments, load_images
+
+    data = load_images(ImageArguments(image_folder=str(picture_folder)), seed=42)
     assert {name: len(split) for name, split in data.items()} == {"train": 8, "test": 2}
     assert data["train"].column_names == ["image", "label"]
     assert data["train"].features["label"].names == ["cat", "dog"]
 
 
-def test_images_prepared_at_once_equal_those_prepared_on_reading(monkeypatch):
-    import image_data
-    from distill_vit import load_processor
+@pytest.mark.usefixtures("cache")
+def test_csv_labels_become_classes_in_their_own_order(tmp_path):
+    from distill_text import TextArguments, load_texts
 
-    data = image_data.load_digits_images()["validation"].select(range(6))
-    processors = {"pixel_values": load_processor(None, 8), "teacher_pixel_values": load_processor(None, 16)}
-    at_once = image_data.prepare_images(data, processors)
-    monkeypatch.setattr(image_data, "MOST_PREPARED_VALUES", 0)
-    on_reading = image_data.prepare_images(data, processors)
-    for name, shape in (("pixel_values", (3, 8, 8)), ("teacher_pixel_values", (3, 16, 16))):
-        assert np.shape(at_once[2][name]) == shape
+    (tmp_path / "train.csv").write_text('id,review,stars\n0,good,10\n1,bad,2\n2,,2\n3,"fine, really",7\n')
+    (tmp_path / "test.csv").write_text("id,review,stars\n4,fair,7\n")
+    files = {"train_file": str(tmp_path / "train.csv"), "test_file": str(tmp_path / "test.csv")}
+    data = load_texts(TextArguments(**files, text_column="review", label_column="stars"), seed=0)
+    assert data["train"].features["label"].names == ["2", "7", "10"]
+    assert data["train"][:] == {"text": ["good", "bad", "fine, really"], "label": [2, 0, 1]}
+    assert data["test"][:] == {"text": ["fair"], "label": [1]}
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_validation_split_takes_the_place_of_a_test_split_without_labels(tmp_path):
+    from comparison import load_labeled
+
+    features = Features({"label": ClassLabel(names=["no", "yes"]), "sentence": Value("string")})
+    rows = {"train": [0, 1, 1], "validation": [1, 0], "test": [-1, -1]}
+    splits = {
+        name: Dataset.from_dict({"label": labels, "sentence": [f"{name} {label}" for label in labels]}, features)
+        for name, labels in rows.items()
+    }
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    columns = {"text": "sentence", "label": ClassLabel}
+    data = load_labeled(str(tmp_path / "saved"), None, columns, seed=0)
+    assert set(data) == {"train", "test"}
+    assert data["test"][:] == {"text": ["validation 1", "validation 0"], "label": [1, 0]}
+
+
+def test_images_prepared_at_once_equal_those_prepared_on_reading(monkeypatch):
+    import distill_vit
+
+    data = distill_vit.load_digits_images()["validation"].select(range(6))
+    processors = {name: distill_vit.load_processor(None, size) for name, size in SIZES.items()}
+    at_once = distill_vit.prepare_images(data, processors)
+    monkeypatch.setattr(distill_vit, "MOST_PREPARED_VALUES", 0)
+    on_reading = distill_vit.prepare_images(data, processors)
+    for name, size in SIZES.items():
+        assert np.shape(at_once[2][name]) == (3, size, size)
         assert np.allclose(at_once[:4][name], on_reading[:4][name])
     assert list(at_once[:]["labels"]) == list(data["label"])
 

@@ -6,6 +6,7 @@ import layer_cases
 import numpy as np
 import pytest
 import torch
+from kept import named
 from layer_cases import (
     PAIRED,
     AloneCases,
@@ -69,7 +70,7 @@ def test_gradients_reach_the_student_and_the_parameters_and_not_the_teacher(scen
 def test_of_the_teacher_only_the_used_layers_are_kept():
     loss, student, teacher, own, theirs = problem("text")
     kept = loss.select(teacher, theirs)
-    assert set(kept) == {*(f"whole.{t}" for t in [1, 2]), "mask"}
+    assert set(named(kept)) == {*(f"whole.{t}" for t in [1, 2]), "mask"}
     assert torch.equal(loss(student, kept, own).per_sample, loss(student, teacher, own, theirs).per_sample)
 
 
@@ -140,7 +141,7 @@ def test_a_pair_that_meets_at_one_position_is_left_out():
     students, teachers = [(4, 6, 6), (5, 3)], [(6, 3, 3), (7, 4, 4)]
     loss, first = ATLoss(students, teachers), ATLoss(students[:1], teachers[:1])
     student, teacher = features_of(students, 0), features_of(teachers, 50)
-    assert loss.pairs == [(0, 0)] and set(loss.select(teacher)) == {"whole.0"}
+    assert loss.pairs == [(0, 0)] and set(named(loss.select(teacher))) == {"whole.0"}
     assert torch.equal(loss(student, teacher).per_sample, first(student[:1], teacher[:1]).per_sample)
 
 
@@ -156,4 +157,4 @@ class TestAttentionTransfer(AloneCases):
         assert np.std(expected) > 1e-4, "equal losses would not tell the samples apart"
         np.testing.assert_allclose(out.per_sample.detach(), expected, rtol=1e-9)
         assert float(out.total.detach()) == pytest.approx(np.mean(expected), rel=1e-9)
-        assert out.attention is None and out.errors is None
+        assert out.association is None and out.errors is None

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kept import named
 from layer_cases import (
     MASK,
     PAIRED,
@@ -66,7 +67,7 @@ def test_gradients_reach_the_student_and_the_parameters_and_not_the_teacher(scen
 def test_of_the_teacher_only_the_used_layers_are_kept():
     loss, student, teacher, own, theirs = problem("text")
     kept = loss.select(teacher, theirs)
-    assert set(kept) == {*(f"whole.{t}" for t in [1, 2]), "mask"}
+    assert set(named(kept)) == {*(f"whole.{t}" for t in [1, 2]), "mask"}
     assert torch.equal(loss(student, kept, own).per_sample, loss(student, teacher, own, theirs).per_sample)
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kept import named
 from torch import nn
 
 from hf_semckd.errors import ConfigurationError, InputError
@@ -87,7 +88,7 @@ def test_twelve_layers_teach_six_as_in_the_paper():
     loss = PKDLoss([(6, 4)] * 6, [(6, 4)] * 12)
     # Counted from one, the layers 2, 4, 6, 8 and 10.
     assert [t + 1 for _, t in loss.pairs] == [2, 4, 6, 8, 10]
-    assert set(loss.select([normal(2, 6, 4)] * 12)) == {f"whole.{t}" for t in (1, 3, 5, 7, 9)}
+    assert set(named(loss.select([normal(2, 6, 4)] * 12))) == {f"whole.{t}" for t in (1, 3, 5, 7, 9)}
 
 
 def test_layers_of_equal_widths_are_not_projected():

@@ -68,7 +68,7 @@ def test_without_a_weight_of_its_own_a_method_has_the_published_one(tmp_path, na
     trainer = make(tmp_path, name, family, max_steps=1, task_weight=0.0, logit_weight=0.0)
     # Of a ResNet and another one.
     expected = 100.0 if name.startswith("semckd") else FEATURE_LOSSES[name].default_weight
-    assert trainer.feature_weight == trainer.distillation_settings()["feature_weight"] == expected
+    assert trainer.distillation.plan.feature_weight == trainer.distillation_settings()["feature_weight"] == expected
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "feature_loss" in entry]
     assert entry["loss"] == pytest.approx(expected * entry["feature_loss"], rel=1e-3)
@@ -113,7 +113,7 @@ def test_joined_losses_keep_the_ratio_of_their_own_weights():
     out = loss(*features)
     torch.testing.assert_close(3000 * out.per_sample, 3000 * alone[0] + 1 * alone[1])
     torch.testing.assert_close(out.total, out.per_sample.mean())
-    assert loss.default_weight == 3000 and loss.title == "SimilarityPreserving + Relational"
+    assert loss.default_weight == 3000 and loss.title == "SP + RKD"
 
 
 @pytest.mark.parametrize("names", [(), ("sp",), ("sp", "simkd")])
@@ -195,5 +195,5 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(("family", "expected"), [("vit", 3.0), ("resnet to vit", 3.0), ("bert", 3.0)])
 def test_semckd_weighs_features_by_the_kind_of_layers(tmp_path, family, expected):
     trainer = make(tmp_path, "semckd", family)
-    assert trainer.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0
+    assert trainer.distillation.plan.feature_weight == expected and FEATURE_LOSSES["semckd"].default_weight == 3.0
     assert make(tmp_path, "semckd", family, feature_weight=2.0).feature_weight == 2.0

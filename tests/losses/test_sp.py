@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kept import named
 from layer_cases import (
     SCENARIOS,
     B,
@@ -81,7 +82,7 @@ def test_a_batch_of_one_has_nothing_to_compare(scenario):
 def test_of_the_teacher_only_the_used_layers_are_kept():
     loss, student, teacher, own, theirs = problem("text")
     kept = loss.select(teacher, theirs)
-    assert set(kept) == {*(f"whole.{t}" for t in [2]), "mask"}
+    assert set(named(kept)) == {*(f"whole.{t}" for t in [2]), "mask"}
     assert torch.equal(loss(student, kept, own).per_sample, loss(student, teacher, own, theirs).per_sample)
 
 

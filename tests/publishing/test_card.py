@@ -1,5 +1,6 @@
 import ast
 import re
+import string
 from pathlib import Path
 
 import numpy as np
@@ -7,22 +8,18 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_semckd import SemCKDConfig
 from hf_semckd.errors import InputError
-from hf_semckd.publishing.card import create_model_card, looks_like_hub_id
+from hf_semckd.publishing.card import create_model_card
+from hf_semckd.publishing.facts import StudentFacts
+from hf_semckd.publishing.redaction import HIDDEN, is_hub_id
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT" + "1vW4xY7z"
 
 MINIMAL = {
     "repo_name": "alice/vit",
     "student_class": "AutoModelForImageClassification",
-    "pipeline_tag": None,
-    "base_model": None,
-    "teacher": None,
-    "dataset": None,
-    "metrics": {},
-    "configuration": {},
     "parameters": 10,
-    "teacher_parameters": None,
 }
 
 GOLDEN = """\
@@ -57,16 +54,16 @@ model-index:
 
 # alice/vit-tiny-beans
 
-`alice/vit-tiny-beans` is a student of 5,526,346 parameters, started from \
+`alice/vit-tiny-beans` is a model with 5,526,346 parameters, initialized from \
 [WinKawaks/vit-tiny-patch16-224](https://huggingface.co/WinKawaks/vit-tiny-patch16-224) \
 and trained by knowledge distillation (SemCKD) from \
 [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224) \
-of 85,800,963 parameters (15.5 times as many) on \
+(85,800,963 parameters, 15.5 times as many) on \
 [AI-Lab-Makerere/beans](https://huggingface.co/datasets/AI-Lab-Makerere/beans).
 
-## How to load
+## Usage
 
-With plain `transformers`; the library that trained it (`hf_semckd`) is not needed:
+The model loads with plain `transformers`; `hf_semckd`, the library that trained it, is not needed:
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -77,16 +74,16 @@ model = AutoModelForImageClassification.from_pretrained("alice/vit-tiny-beans")
 
 ## Evaluation
 
-On the evaluation part of [AI-Lab-Makerere/beans](https://huggingface.co/datasets/AI-Lab-Makerere/beans):
+Results on the evaluation split of [AI-Lab-Makerere/beans](https://huggingface.co/datasets/AI-Lab-Makerere/beans):
 
 | metric | value |
 |---|---:|
 | `loss` | 0.2513 |
 | `accuracy` | 0.9688 |
 
-## How it was distilled
+## Training
 
-With `hf_semckd` and these settings:
+Distilled with `hf_semckd` and these settings:
 
 | setting | value |
 |---|---|
@@ -131,7 +128,7 @@ With `hf_semckd` and these settings:
 
 
 def card(**changes):
-    return create_model_card(**{**MINIMAL, **changes})
+    return create_model_card(StudentFacts(**{**MINIMAL, **changes}))
 
 
 def metadata(content):
@@ -140,7 +137,7 @@ def metadata(content):
 
 
 def test_golden_card():
-    content = create_model_card(
+    content = card(
         repo_name="alice/vit-tiny-beans",
         student_class="AutoModelForImageClassification",
         pipeline_tag="image-classification",
@@ -148,7 +145,7 @@ def test_golden_card():
         teacher="google/vit-base-patch16-224",
         dataset="AI-Lab-Makerere/beans",
         metrics={"eval_loss": 0.2513, "eval_accuracy": np.float32(0.96875), "eval_runtime": 3.2, "epoch": 3.0},
-        configuration={
+        settings={
             "association": "similarity",
             "temperature": 4.0,
             "student_layers": None,
@@ -157,7 +154,7 @@ def test_golden_card():
         parameters=5_526_346,
         teacher_parameters=85_800_963,
         license="apache-2.0",
-        language="en",
+        language=["en"],
         processor="AutoImageProcessor",
         tags=["vision", "semckd"],
     )
@@ -181,8 +178,8 @@ def test_a_card_of_what_little_is_known():
         "library_name": "transformers",
         "tags": ["knowledge-distillation", "semckd", "generated_from_trainer"],
     }
-    assert "`alice/vit` is a student of 10 parameters and trained by knowledge distillation (SemCKD).\n" in content
-    assert "No evaluation was run." in content and "The settings were not recorded." in content
+    assert "`alice/vit` is a model with 10 parameters, trained by knowledge distillation (SemCKD).\n" in content
+    assert "No evaluation results were recorded." in content and "No settings were recorded." in content
     assert "None" not in content
     assert str(ModelCard(content)) == content
 
@@ -234,7 +231,7 @@ def test_no_path_gets_into_the_card(path):
         language=[path],
         tags=[path],
         metrics={path: 1.0},
-        configuration={
+        settings={
             "cache": path,
             "folder": Path(path),
             "bare": Path("mallory"),
@@ -247,19 +244,19 @@ def test_no_path_gets_into_the_card(path):
     assert path not in content
     for part in ("mallory", "runs", "home", "server", "Users"):
         assert part not in content
-    assert "started from a local model" in content and "from a local model on a local data set" in content
-    assert set(metadata(content)) == {"library_name", "tags", "metrics"}
+    assert "initialized from a local model and" in content and "from a local model on a local data set" in content
+    assert set(metadata(content)) == {"library_name", "tags"}
     title = re.search(r"^# (.*)$", content, re.MULTILINE).group(1)
     assert title in ("vit", "checkpoint-500", "vit.safetensors")
 
 
 def test_what_is_on_this_disk_is_local(tmp_path, monkeypatch):
     names = {"teacher": "mallory/teacher", "base_model": "mallory/base-1", "dataset": "mallory/data"}
-    assert all(looks_like_hub_id(name) for name in names.values())
+    assert all(is_hub_id(name) for name in names.values())
     for name in names.values():
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    content = card(**names, configuration={"x": "mallory/teacher", "y": "in mallory/data, there"})
+    content = card(**names, settings={"x": "mallory/teacher", "y": "in mallory/data, there"})
     assert "mallory" not in content
     assert "base_model" not in metadata(content) and "datasets" not in metadata(content)
 
@@ -279,7 +276,7 @@ def test_no_secret_gets_into_the_card():
         tags=[TOKEN],
         license=TOKEN,
         metrics={TOKEN: 1.0},
-        configuration={
+        settings={
             "x": TOKEN,
             "y": {"deep": [f"a {TOKEN}"]},
             "hub_token": "swordfish",
@@ -310,7 +307,7 @@ def test_no_secret_gets_into_the_card():
     ],
 )
 def test_hub_ids(name, expected):
-    assert looks_like_hub_id(name) is expected
+    assert is_hub_id(name) is expected
 
 
 @pytest.mark.parametrize(
@@ -325,7 +322,7 @@ def test_hub_ids(name, expected):
 )
 def test_only_a_hub_id_becomes_a_base_model(base_model, shown, in_metadata):
     content = card(base_model=base_model)
-    assert f"started from {shown} and" in content
+    assert f"initialized from {shown} and" in content
     assert metadata(content).get("base_model") == (base_model if in_metadata else None)
 
 
@@ -342,7 +339,7 @@ def test_only_a_hub_id_becomes_a_base_model(base_model, shown, in_metadata):
 )
 def test_data_sets(dataset, shown, in_metadata):
     content = card(dataset=dataset, pipeline_tag="image-classification", metrics={"accuracy": 0.5})
-    assert f" on {shown}.\n" in content and f"On the evaluation part of {shown}:\n" in content
+    assert f" on {shown}.\n" in content and f"Results on the evaluation split of {shown}:\n" in content
     assert metadata(content).get("datasets") == ([dataset] if in_metadata else None)
     assert ("model-index" in metadata(content)) is in_metadata
 
@@ -362,51 +359,98 @@ def test_numbers_that_are_none_stay_out_of_the_index():
 HOSTILE = "a: [b] | `c` \\| *d* <script>e</script>\n---\n# f \x00\u202e & {g} ![h](i) ```"
 
 
-def test_text_that_would_break_yaml_or_markdown_does_not():
+def test_text_that_would_break_yaml_or_markdown_is_left_out():
     markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
-    # Rows with every hostile text in a cell, and a tail that must still be two sections of its own.
+    # Hostile text wherever text may stand, and a tail that must still be two sections of its own.
     content = card(
         dataset=HOSTILE,
         method=HOSTILE,
         license=HOSTILE,
+        pipeline_tag=HOSTILE,
+        language=[HOSTILE, "no"],
         tags=[HOSTILE, "- x: y", "no", "1.0"],
         metrics={HOSTILE: 0.5, "plain": 0.25},
-        configuration={HOSTILE: HOSTILE, "pipe": "a|b", "backslash": "a\\", "tick": "a`b", "empty": ""},
+        settings={HOSTILE: HOSTILE, "pipe": "a|b", "backslash": "a\\", "tick": "a`b", "empty": ""},
     )
     read = metadata(content)
-    assert read["tags"][-3:] == ["- x: y", "no", "1.0"] and read["license"] == HOSTILE
+    # What YAML would take for a list, a truth value or a number stays text.
+    assert read["tags"][2:] == ["- x: y", "no", "1.0"] and read["language"] == ["no"]
+    assert set(read) == {"language", "library_name", "metrics", "tags"}
     assert ModelCard(content).data.to_dict() == read
     body = content.split("---\n", 2)[2]
     html = markdown.render(body)
     rows = re.findall(r"<tr>\n(.*?)</tr>", html, re.DOTALL)
-    assert [len(re.findall("<t[dh]", row)) for row in rows] == [2] * 9
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["How to load", "Evaluation", "How it was distilled", "Citation"]
+    assert [len(re.findall("<t[dh]", row)) for row in rows] == [2] * 7
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Usage", "Evaluation", "Training", "Citation"]
     assert html.count("<h1>") == 1 and html.count("<pre>") == 2
     assert "<script" not in html and "<em>" not in html and "<img" not in html and "<hr" not in html
-    # The reader sees what was given, on one line and without invisible characters.
-    cells = re.findall(r"<td>(.*?)</td>", html)
-    text = "a: [b] | `c` \\| *d* &lt;script&gt;e&lt;/script&gt; --- # f &amp; {g} ![h](i) ```"
-    assert text in cells and {"a|b", "a\\", "a`b"} <= set(cells)
     assert not re.search("[\x00\u202e]", body)
+    cells = re.findall(r"<td><code>(.*?)</code></td>", html)
+    assert cells == ["plain", *(word for name in ("pipe", "backslash", "tick", "empty") for word in (name, HIDDEN))]
+
+
+def test_no_character_of_markup_passes():
+    allowed = set(" .,:%+()-_" + string.ascii_letters + string.digits)
+    texts = [f"see {chr(code)} there" for code in (*range(128), 0x202E) if chr(code) not in allowed]
+    contents = {
+        card(
+            dataset=text,
+            method=text,
+            license=text,
+            pipeline_tag=text,
+            language=[text],
+            tags=[text],
+            metrics={text: 1.0},
+            settings={text: 1, "x": text, "student_layers": text},
+        )
+        for text in texts
+    }
+    assert len(contents) == 1 and "there" not in contents.pop()
 
 
 def test_long_values_are_shortened():
-    line = next(line for line in card(configuration={"x": "y" * 1000}).splitlines() if "yyy" in line)
-    assert line == f"| `x` | `{'y' * 199}…` |"
+    line = next(line for line in card(settings={"student_layers": ["y" * 1000]}).splitlines() if "yyy" in line)
+    assert line == f"| `student_layers` | `{'y' * 199}…` |"
+
+
+def table(content):
+    return dict(re.findall(r"^\| `(\w+)` \| `(.*)` \|$", content, re.MULTILINE))
 
 
 def test_values_of_settings():
-    content = card(configuration={"a": True, "b": 5e-5, "c": ("x.0", None), "d": {"k": 400.0}, "e": np.float32(0.1)})
-    rows = dict(re.findall(r"^\| `(\w)` \| `(.*)` \|$", content, re.MULTILINE))
-    assert rows == {"a": "True", "b": "5e-05", "c": "x.0, None", "d": "k=400", "e": "0.1"}
+    settings = {"a": True, "b": 5e-5, "teacher_layers": ("x.0", None), "d": {"k": 400.0}, "e": np.float32(0.1)}
+    expected = {"a": "True", "b": "5e-05", "teacher_layers": "x.0, None", "d": "k=400", "e": "0.1"}
+    assert table(card(settings=settings)) == expected
+
+
+def test_only_known_words_are_shown():
+    settings = {"association": "sinkhorn", "note": "uniform", "host": "mallory", "x": object(), "y": ["last", "me"]}
+    expected = {"association": "sinkhorn", "note": "uniform", "host": HIDDEN, "x": HIDDEN, "y": f"last, {HIDDEN}"}
+    assert table(card(settings=settings)) == expected
+
+
+def test_every_setting_of_the_configuration_is_shown(tmp_path):
+    layers = {"student_layers": ["layer1", "layer2.0"], "teacher_layers": [-1, 3]}
+    config = SemCKDConfig.published(str(tmp_path), report_to="none", teacher_cache_dir=str(tmp_path), **layers)
+    settings = config.distillation_settings()
+    shown = table(card(settings=settings))
+    assert set(shown) == set(settings) and HIDDEN not in shown.values()
+    assert shown["association"] == "learned" and shown["projector"] == "pairwise" and shown["feature_weight"] == "400"
+    assert shown["student_layers"] == "layer1, layer2.0" and shown["teacher_layers"] == "-1, 3"
 
 
 def test_a_baseline_is_not_called_semckd():
-    content = card(method="FitNet", configuration={"feature_loss": "fitnet"})
+    content = card(method="FitNet", settings={"feature_loss": "fitnet"})
     assert "knowledge distillation (FitNet)" in content
     assert metadata(content)["tags"] == ["knowledge-distillation", "generated_from_trainer"]
     # The library's name stays: it is what was used.
     assert "SemCKD" not in content and "chen2021" not in content and "hinton2015distilling" in content
+
+
+def test_semckd_is_cited_beside_another_loss():
+    content = card(method="SemCKD + CRD")
+    assert "knowledge distillation (SemCKD + CRD)" in content and "semckd" in metadata(content)["tags"]
+    assert "chen2021semckd" in content
 
 
 def test_the_papers_are_cited():
@@ -422,7 +466,7 @@ def test_the_papers_are_cited():
     [
         ({"student_class": "torch.nn.Module"}, "torch.nn.Module"),
         ({"processor": 'x"; import os'}, "import os"),
-        ({"student_class": "/home/mallory/x"}, "local path"),
+        ({"student_class": "/home/mallory/x"}, "/home/mallory/x"),
         ({"parameters": 0}, "0"),
         ({"teacher_parameters": -1}, "-1"),
         ({"metrics": {"confusion": [[1, 0]]}}, "list"),
@@ -436,5 +480,5 @@ def test_what_makes_no_card_is_refused(change, received):
 
 def test_arguments_are_left_as_they_were():
     metrics, configuration, tags = {"eval_loss": 1.0}, {"layers": [1, 2]}, ["a"]
-    card(metrics=metrics, configuration=configuration, tags=tags)
+    card(metrics=metrics, settings=configuration, tags=tags)
     assert (metrics, configuration, tags) == ({"eval_loss": 1.0}, {"layers": [1, 2]}, ["a"])

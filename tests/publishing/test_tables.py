@@ -16,7 +16,7 @@ from hf_semckd.errors import InputError
 from hf_semckd.files import write_atomic, write_json
 from hf_semckd.publishing.environment import environment
 from hf_semckd.publishing.plots import validate_association
-from hf_semckd.publishing.tables import ModelRow, format_markdown_table, format_table
+from hf_semckd.publishing.tables import format_markdown_table, format_table
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,17 @@ def test_validation_copies_and_clips_what_rounding_left_over():
     assert weights[0, 0] == 1.004
 
 
+@dataclasses.dataclass
+class Row:
+    name: str
+    parameters: int
+    metric: float | None
+    seconds: float | None
+
+
 ROWS = [
-    dataclasses.asdict(ModelRow("teacher", 86_567_656, 0.96875, None)),
-    dataclasses.asdict(ModelRow("student, SemCKD", np.int64(5_526_346), np.float32(0.5), 1234.56)),
+    dataclasses.asdict(Row("teacher", 86_567_656, 0.96875, None)),
+    dataclasses.asdict(Row("student, SemCKD", np.int64(5_526_346), np.float32(0.5), 1234.56)),
 ]
 
 
@@ -83,7 +91,7 @@ def test_tables_refuse_columns_that_nothing_fills(table):
 
 def test_json_of_arrays_tensors_and_dataclasses(tmp_path):
     payload = {
-        "row": ModelRow("ä", 3, None, 0.5),
+        "row": Row("ä", 3, None, 0.5),
         "array": np.arange(4, dtype=np.float32).reshape(2, 2),
         "scalars": (np.int64(7), np.float64(0.25), np.bool_(True), torch.tensor(2)),
         "tensor": torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
@@ -116,7 +124,7 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
         ({"a": [0, {"b": Path("x")}]}, r"payload\['a'\]\[1\]\['b'\]"),
         ({"a": {(1, 2): 0}}, r"payload\['a'\]"),
         ([1j], r"payload\[0\]"),
-        ([ModelRow], r"payload\[0\]"),
+        ([Row], r"payload\[0\]"),
     ],
 )
 def test_json_refuses_other_types_and_tells_the_place(tmp_path, payload, place):

@@ -51,6 +51,7 @@ from transformers import (
 from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd.data.views import RepeatableViews
 from hf_semckd.errors import ConfigurationError, InputError
+from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.losses import FeatureLoss
 from hf_semckd.losses.base import FeatureLossOutput
 from hf_semckd.teacher.cache.cache import CachingCollator
@@ -67,12 +68,10 @@ class LastMeans(FeatureLoss):
         super().__init__()
         self.projection = nn.Linear(student, teacher)
 
-    def forward(
-        self, student_features: Any, teacher_features: Any, student_mask: Any = None, teacher_mask: Any = None
-    ) -> FeatureLossOutput:
-        assert isinstance(teacher_features, list)
+    def compare(self, student_features: Any, targets: TeacherTargets, student_mask: Any) -> FeatureLossOutput:
         ours = _mean(student_features[-1], student_mask)
-        theirs = torch.stack([_mean(feature, teacher_mask) for feature in teacher_features]).mean(0)
+        whole = [targets.whole(t) for t in range(len(targets.layers))]
+        theirs = torch.stack([_mean(feature, targets.mask) for feature in whole]).mean(0)
         rows = (self.projection(ours) - theirs).square().mean(1)
         return FeatureLossOutput(rows.mean(), rows)
 
@@ -175,7 +174,7 @@ def watch(model: nn.Module) -> list[str]:
 
 def stored_bytes(cache: Path) -> int:
     """Return what the rows take on the disk."""
-    return sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in cache.rglob("*.arrow"))
 
 
 # ---- Invariant 9: cached == filling == live ------------------------------------------------------------------------
@@ -502,7 +501,7 @@ def test_a_damaged_file_is_made_again_and_changes_nothing(damage, again, tmp_pat
     cache = {"teacher_cache_dir": str(tmp_path / "cache"), **args}
     live = train("vit", tmp_path, **args)
     train("vit", tmp_path, **cache)
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    (shard,) = (tmp_path / "cache").rglob("*.arrow")
     damage(shard)
     trainer = make("vit", tmp_path, **cache)
     rows = count_rows(trainer.teacher)
@@ -883,4 +882,4 @@ def test_images_of_several_sizes_can_be_cached_where_batches_have_one(tmp_path):
     args = arguments(tmp_path, "all", teacher_cache_dir=str(tmp_path / "cache"), per_device_train_batch_size=1)
     trainer = SemCKDTrainer(problem.student().double(), args, None, rows, teacher_model=problem.teacher().double())
     fit(trainer)
-    assert len(trainer._teacher.cache.store) == 8
+    assert len(trainer.pair.teacher.cache.store) == 8

@@ -215,24 +215,24 @@ def test_counts_agree_with_the_loss_that_they_divide():
         assert float(total) / int(count) == pytest.approx(divergence(row, row.flip(0)), rel=1e-9)
 
 
-def test_window_adds_micro_batches_and_processes_in_one_reduction():
+def test_a_step_adds_micro_batches_and_processes_in_one_reduction():
     calls = []
 
     def two_processes(tensor):
         calls.append(tensor)
         return tensor * 2
 
-    window = count_step([token_batch(), token_batch(), token_batch()], "tokens", False, two_processes)
+    counts = count_step([token_batch(), token_batch(), token_batch()], "tokens", False, two_processes, processes=2)
     assert len(calls) == 1
-    assert [int(items) for items in window.task_items] == [4, 4, 4]
-    assert window.totals.tolist() == [24, 24, 18]
+    assert [int(entry.items) for entry in counts] == [4, 4, 4]
+    assert all(entry.totals.tolist() == [24, 24, 18] and entry.processes == 2 for entry in counts)
 
 
-def test_scales_turn_sums_and_means_into_shares_of_the_windows_mean():
-    window = StepCounts(totals=torch.tensor([10.0, 5.0, 4.0], dtype=torch.float64), processes=2)
-    assert float(window.task_scale(torch.tensor(3.0))) == pytest.approx(3 / 10 * 2)
-    assert float(window.logit_scale()) == pytest.approx(2 / 5)
-    assert float(window.sample_scale()) == pytest.approx(2 / 4)
+def test_scales_turn_sums_and_means_into_shares_of_the_steps_mean():
+    counts = StepCounts(torch.tensor(3.0), torch.tensor([10.0, 5.0, 4.0], dtype=torch.float64), processes=2)
+    assert float(counts.task_scale()) == pytest.approx(3 / 10 * 2)
+    assert float(counts.logit_scale()) == pytest.approx(2 / 5)
+    assert float(counts.sample_scale()) == pytest.approx(2 / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -242,10 +242,10 @@ def test_a_scaled_loss_keeps_its_precision_and_rounds_once(dtype):
     assert float(scaled(loss, scale)) == float(loss * 0.7654), "as with a number in place of the tensor"
 
 
-def test_a_window_without_labels_divides_by_nothing():
-    window = StepCounts(totals=torch.zeros(3))
-    assert float(window.task_scale(torch.tensor(0.0))) == 0
-    assert math.isfinite(window.logit_scale()) and math.isfinite(window.sample_scale())
+def test_a_step_without_labels_divides_by_nothing():
+    counts = StepCounts(torch.tensor(0.0), torch.zeros(3))
+    assert float(counts.task_scale()) == 0
+    assert math.isfinite(counts.logit_scale()) and math.isfinite(counts.sample_scale())
 
 
 @pytest.mark.parametrize("labels", [[[-100, -100], [-100, -100]], [[5, -100], [7, -100]]])

@@ -105,7 +105,7 @@ class _Watch(TrainerCallback):
 
 def train_watched(problem: str, folder: Any, **changes: Any) -> tuple[Outcome, int]:
     trainer = make(problem, folder, samples=24, logging_strategy="no", **changes)
-    trainer.checks_later = True
+    trainer.distillation.guard.deferred = True
     watch = _Watch()
     trainer.add_callback(watch)
     try:
@@ -172,7 +172,7 @@ def test_looking_later_changes_no_number(problem: str, tmp_path: Path) -> None:
     outcomes = []
     for later in (False, True):
         trainer = make(problem, tmp_path, **CUT)
-        trainer.checks_later = later
+        trainer.distillation.guard.deferred = later
         fit(trainer)
         outcomes.append(outcome(trainer))
     assert_same(*outcomes, PROBLEMS[problem].tolerance)

@@ -144,7 +144,7 @@ def with_weights(problem: str, folder: Any, order: list[int], association: str) 
     dataset = Samples([rows[index] for index in order])
     trainer = make(problem, folder, train_dataset=dataset, association=association, **cut(4, 1))
     weights: list[Tensor] = []
-    trainer.feature_loss.register_forward_hook(lambda _module, _inputs, output: weights.append(output.attention))
+    trainer.feature_loss.register_forward_hook(lambda _module, _inputs, output: weights.append(output.association))
     fit(trainer)
     return outcome(trainer), weights
 

@@ -277,7 +277,7 @@ class OnOneLayer(FeatureLoss):
         self.scale = nn.Parameter(torch.ones(()))
         self.weights = torch.tensor([[weights, weights]])
 
-    def forward(self, student_features, teacher_features, student_mask=None, teacher_mask=None):
+    def compare(self, student_features, targets, student_mask):
         per_sample = self.scale**2 * student_features[0].flatten(1).square().mean(1)
         return FeatureLossOutput(per_sample.mean(), per_sample, self.weights.expand(len(per_sample), -1, -1))
 
@@ -403,8 +403,8 @@ def test_a_task_loss_above_chance_is_another_matter(tmp_path, no_picture, caplog
     trainer.state.global_step = 50
     for share, told in ((1.0, True), (1.2, False), (0.9, False)):
         caplog.clear()
-        trainer._task_losses = deque([(50, share * math.log(LABELS))])
-        trainer.warn_of_idle_student()
+        trainer.distillation.monitor.task_losses = deque([(50, share * math.log(LABELS))])
+        trainer.distillation.monitor.warn_of_idle_student(trainer.state.global_step, trainer.args.learning_rate)
         assert any("learned its task" in entry.getMessage() for entry in caplog.records) is told
 
 
@@ -414,9 +414,9 @@ def test_a_student_is_judged_by_more_than_a_batch(tmp_path, no_picture, every, k
     trainer.train()
     windows = [row for row in trainer.state.log_history if "task_loss" in row]
     # The last window may have ended with the training, and not with a log.
-    assert len(trainer._task_losses) in (kept, kept + 1)
-    assert sum(steps for steps, _ in trainer._task_losses) >= 20
-    assert windows[-1]["task_loss"] in [loss for _, loss in trainer._task_losses]
+    assert len(trainer.distillation.monitor.task_losses) in (kept, kept + 1)
+    assert sum(steps for steps, _ in trainer.distillation.monitor.task_losses) >= 20
+    assert windows[-1]["task_loss"] in [loss for _, loss in trainer.distillation.monitor.task_losses]
 
 
 def test_steps_before_a_resume_are_not_counted(tmp_path, no_picture, caplog):

@@ -1,6 +1,7 @@
 """What is minimized stays right in the cases that reviews found: evaluation first, odd heads, odd batches."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -104,8 +105,8 @@ def test_a_trial_trains_with_its_own_association(tmp_path: Path) -> None:
     trainer.hp_search_backend = HPSearchBackend.WANDB
     for association in ("learned", "last"):
         trainer._hp_search_setup({"association": association})
-        assert trainer.feature_loss.association == association
-        assert trainer._attachment.loss is trainer.feature_loss and trainer._attachment.attached
+        assert trainer.feature_loss.association.name == association
+        assert trainer.distillation.attachment.loss is trainer.feature_loss and trainer.distillation.attached
         trainer._detach()
     with pytest.raises(ConfigurationError, match="association"):
         trainer._hp_search_setup({"association": "nearest"})
@@ -343,7 +344,7 @@ def later(folder: Path, **changes: Any) -> SemCKDTrainer:
     """Return a trainer of four steps that looks later than on the CPU, and logs nothing."""
     quiet = {"max_steps": 4, "logging_strategy": "no", "save_strategy": "no"}
     trainer = distiller(folder, {**quiet, **changes})
-    trainer.checks_later = True
+    trainer.distillation.guard.deferred = True
     return trainer
 
 
@@ -355,7 +356,7 @@ def test_a_broken_loss_is_reported_with_its_own_step(tmp_path: Path, number: int
     with pytest.raises(NonFiniteLossError, match=rf"(?s)in step {number};.*checkpoints intact.*task_loss = nan"):
         trainer.train()
     assert trainer.state.global_step == min(number, 4), "one step was taken on it, and no more"
-    assert trainer._unseen is None
+    assert trainer.distillation.guard.pending is None
 
 
 def test_a_broken_student_is_never_saved(tmp_path: Path) -> None:
@@ -391,7 +392,8 @@ def test_what_breaks_another_process_stops_this_one_too(tmp_path: Path, monkeypa
     def reduce(tensor: torch.Tensor) -> torch.Tensor:
         return tensor - 1 if tensor.dim() == 0 else tensor
 
-    monkeypatch.setattr(trainer, "_sum_over_processes", reduce)
+    guard = trainer.distillation.guard
+    monkeypatch.setattr(guard, "services", dataclasses.replace(guard.services, reduce_sum=reduce))
     with pytest.raises(NonFiniteLossError, match="(?s)another process is not finite in step 2"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -399,7 +401,7 @@ def test_what_breaks_another_process_stops_this_one_too(tmp_path: Path, monkeypa
 
 def test_on_the_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
     trainer = distiller(tmp_path)
-    assert not trainer._checks_later
+    assert not trainer.distillation.guard.deferred
     before = weights(trainer.student)
     trainer.student.classifier.register_forward_hook(broken_at(1))
     with pytest.raises(NonFiniteLossError, match="in step 1; training stops with the weights untouched"):

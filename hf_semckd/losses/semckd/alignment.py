@@ -1,8 +1,8 @@
-"""Where the student's layers and the teacher's meet: the positions that are compared, each tensor made once."""
+"""Both models' features as they are compared: the positions that student and teacher layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,24 @@ from ...features.geometry import (
     both_masks,
     common_grid,
     fitting_mask,
+    limited_grid,
     map_to_tokens,
     pool_map,
 )
 from ...features.layers import FeatureSpec
 from ...features.precision import at_least_float32
+from ...features.statistics import ChannelStatistics, standardization
 from ...features.summaries import Average, embedding, summary, summary_size
+from ...features.targets import TeacherTargets, TokenChoice, required
 from ...features.token_sampling import flat_positions, take_positions
-from .selection import TeacherSelection
 
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Teacher layers of one width that some student layers meet at the same positions.
+    """Teacher layers of one width that some student layers are compared with at the same positions.
 
     Attributes:
-        kind: The kind of alignment, see `calibration.Alignment`.
+        kind: The kind of alignment, see `geometry.Alignment`.
         size: Height and width of the common grid, or None.
         width: Channels of the teacher layers.
         teachers: The teacher layers.
@@ -43,16 +45,96 @@ class PairGroup:
     teachers: tuple[int, ...]
 
 
+class AlignedTeacher:
+    """What was kept of the teacher's features, as it is compared and weighed.
+
+    Args:
+        targets: What `TeacherSelection` kept.
+        specs: The teacher's T layers.
+        statistics: One per layer to standardize its channels by; empty for raw features.
+    """
+
+    def __init__(
+        self, targets: TeacherTargets, specs: Sequence[FeatureSpec], statistics: Sequence[ChannelStatistics] = ()
+    ):
+        self.targets = targets
+        self.specs = specs
+        self.statistics = statistics
+        self.mask = targets.mask
+        self._average = Average(targets.mask)
+
+    def at(self, t: int, group: PairGroup) -> Tensor:
+        """Return layer t as tokens (B, N, C) at the positions of a group, in the teacher's own units."""
+        layer = self.targets.layers[t]
+        if group.kind == "mean":
+            return required(layer.mean).unsqueeze(1)
+        if group.size is not None:
+            return map_to_tokens(pool_map(self.map(t), group.size))
+        return required(layer.tokens)
+
+    def map(self, t: int) -> Tensor:
+        """Return layer t as a map of the size that maps are kept at."""
+        return required(self.targets.layers[t].grid)
+
+    def choice(self, t: int) -> TokenChoice:
+        """Return which tokens are kept of layer t."""
+        return self.targets.layers[t].choice or TokenChoice()
+
+    def summary(self, t: int) -> Tensor:
+        """Return the vectors (B, D) that similarities of layer t are computed from."""
+        layer, spec = self.targets.layers[t], self.specs[t]
+        if layer.whole is not None:
+            return summary(layer.whole, spec, self._average)
+        if layer.summary is not None:
+            return at_least_float32(layer.summary)
+        return at_least_float32(required(layer.mean if spec.grid is None else layer.grid).flatten(1))
+
+    def mean(self, t: int) -> Tensor:
+        """Return the average (B, C) of layer t over its positions, standardized."""
+        layer = self.targets.layers[t]
+        mean = required(layer.mean) if layer.whole is None else self._average(layer.whole)
+        return self.standardized(t, mean.unsqueeze(1)).squeeze(1)
+
+    def embedding(self, t: int) -> Tensor:
+        """Return the vector (B, C) that stands for a sample in layer t."""
+        return required(self.targets.layers[t].embedding)
+
+    def whole(self, t: int) -> Tensor:
+        """Return the whole output of layer t."""
+        return self.targets.whole(t)
+
+    def standardized(self, t: int, values: Tensor) -> Tensor:
+        """Return values of layer t in units of their statistics, or raw without any; at least in float32."""
+        return self.statistics[t](values) if self.statistics else at_least_float32(values)
+
+    def standardization(self, teachers: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Return mean and scale (T', C) of some layers of one width, or None for raw targets."""
+        return standardization([self.statistics[t] for t in teachers]) if self.statistics else (None, None)
+
+    def values(self, t: int) -> tuple[Tensor, Tensor | None]:
+        """Return the values (B, N, C) or (B, C, h, w) that layer t's statistics are taken from, and their mask."""
+        layer = self.targets.layers[t]
+        if layer.tokens is not None:
+            return layer.tokens, self.choice(t).mask
+        if layer.grid is not None:
+            return layer.grid, None
+        if layer.mean is not None:
+            return layer.mean.unsqueeze(1), None
+        whole = self.whole(t)
+        return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(self.mask, whole)
+
+
 class AlignedStudent:
-    """A student's features at the positions of meetings.
+    """A student's features as they are compared; what several pairs share is computed once.
 
     Args:
         features: S features of the student.
-        specs: What they look like.
+        specs: The student's S layers.
         mask: (B, N) mask of its tokens.
-        selection: Tells how large compared maps are.
-        targets: What was selected of the teacher, with the positions of the chosen tokens.
-        decoders: What reads the maps of the first layers before they are compared; none for the maps themselves.
+        teacher: The teacher's side, with the positions of the kept tokens.
+        max_grid: Largest height and width of compared maps, or None.
+        compared_as_map: For each layer, whether its map is compared; empty for none.
+        decoders: Modules that read the maps of the first layers before they are compared; empty for none.
     """
 
     def __init__(
@@ -60,48 +142,54 @@ class AlignedStudent:
         features: Sequence[Tensor],
         specs: Sequence[FeatureSpec],
         mask: Tensor | None,
-        selection: TeacherSelection,
-        targets: Mapping[str, Tensor],
+        teacher: AlignedTeacher,
+        max_grid: int | None = None,
+        compared_as_map: Sequence[bool] = (),
         decoders: Sequence[nn.Module] = (),
     ):
         self.features = features
         self.specs = specs
         self.mask = mask
-        self.selection = selection
-        self.targets = targets
+        self.teacher = teacher
+        self.max_grid = max_grid
+        self.compared_as_map = compared_as_map
         self.decoders = decoders
         self._maps: dict[int, Tensor] = {}
         self._decoded: dict[int, Tensor] = {}
         self._means: dict[int, Tensor] = {}
         self._average = Average(mask)
-        # By layout and length: layers that look alike share their chosen tokens.
-        self._flat: dict[tuple[int, int], Tensor] = {}
+        # Layers of one layout and length share their chosen tokens.
+        self._flat: dict[tuple[TokenChoice, int], Tensor] = {}
 
-    def at(self, s: int, meeting: PairGroup) -> Tensor:
-        """Return student layer s as tokens (B, N, C) at the positions of a meeting."""
-        if meeting.kind == "mean":
+    def with_features(self, features: Sequence[Tensor]) -> AlignedStudent:
+        """Return the same layers with other features."""
+        shared = self.specs, self.mask, self.teacher, self.max_grid, self.compared_as_map, self.decoders
+        return AlignedStudent(features, *shared)
+
+    def at(self, s: int, group: PairGroup) -> Tensor:
+        """Return student layer s as tokens (B, N, C) at the positions of a group."""
+        if group.kind == "mean":
             return self.mean(s).unsqueeze(1)
-        if meeting.size is not None:
-            return map_to_tokens(pool_map(self.decoded(s), meeting.size))
-        tokens, first = as_tokens(self.features[s]), meeting.teachers[0]
-        positions = self.selection.positions_of(self.targets, first)
-        if positions is None:
+        if group.size is not None:
+            return map_to_tokens(pool_map(self.decoded(s), group.size))
+        tokens, choice = as_tokens(self.features[s]), self.teacher.choice(group.teachers[0])
+        if choice.positions is None:
             return tokens
-        place = (self.selection.layout[first], tokens.shape[1])
+        place = (choice, tokens.shape[1])
         if place not in self._flat:
-            self._flat[place] = flat_positions(positions, tokens.shape[1])
+            self._flat[place] = flat_positions(choice.positions, tokens.shape[1])
         return _with_late_backward(take_positions(tokens, self._flat[place]), self.features[s])
 
     def map(self, s: int) -> Tensor:
         """Return student layer s as a map of the size that maps are compared at."""
         if s not in self._maps:
             feature, spec = self.features[s], self.specs[s]
-            pooled = as_map(feature, spec, self.selection.grid_size(feature, spec))
+            pooled = as_map(feature, spec, limited_grid(feature, spec, self.max_grid))
             self._maps[s] = _with_late_backward(pooled, feature)
         return self._maps[s]
 
     def decoded(self, s: int) -> Tensor:
-        """Return what is compared of a student layer's map: what its decoder reads in it, or the map itself."""
+        """Return the output of a student layer's decoder for its map, or the map itself."""
         if not self.decoders:
             return self.map(s)
         if s not in self._decoded:
@@ -121,58 +209,58 @@ class AlignedStudent:
         feature = self.features[s]
         return _with_late_backward(embedding(feature, self.specs[s], self._average), feature)
 
-    def summary(self, s: int, shown: bool) -> Tensor:
-        """Return what similarities are taken on (B, D), without gradient.
-
-        Args:
-            s: The student layer.
-            shown: Whether its map takes part in a meeting, and so is made anyway.
-        """
+    def summary(self, s: int) -> Tensor:
+        """Return the vectors (B, D) that similarities of layer s are computed from, without gradient."""
         feature, spec = self.features[s].detach(), self.specs[s]
-        if spec.grid is not None and shown and self.selection.grid_size(feature, spec) == summary_size(feature, spec):
+        size = None if spec.grid is None else limited_grid(feature, spec, self.max_grid)
+        if self.compared_as_map and self.compared_as_map[s] and size == summary_size(feature, spec):
+            # Computed anyway.
             return at_least_float32(self.map(s).detach().flatten(1))
         return summary(feature, spec, self._average)
 
-    def mask_at(self, s: int, meeting: PairGroup) -> Tensor | None:
-        """Return the mask (B, N) of the positions that count for both models, or None.
+    def mask_at(self, s: int, group: PairGroup) -> Tensor | None:
+        """Return the mask (B, N) of the positions of a group that count for both models, or None.
 
         Args:
-            s: One of the meeting's student layers.
-            meeting: The meeting.
+            s: One of the group's student layers.
+            group: The group.
         """
-        if meeting.kind != "tokens":
+        if group.kind != "tokens":
             return None
-        first = meeting.teachers[0]
-        theirs, own = self.selection.mask_of(self.targets, first), fitting_mask(self.mask, self.features[s])
-        positions = self.selection.positions_of(self.targets, first)
-        if own is not None and positions is not None:
-            own = own.gather(1, positions)
-        return both_masks(theirs, own)
+        choice, own = self.teacher.choice(group.teachers[0]), fitting_mask(self.mask, self.features[s])
+        if own is not None and choice.positions is not None:
+            own = own.gather(1, choice.positions)
+        return both_masks(choice.mask, own)
 
 
-def find_pair_groups(
-    views: AlignedStudent, alignments: Sequence[Sequence[Alignment]], teacher_specs: Sequence[FeatureSpec]
-) -> dict[PairGroup, list[int]]:
-    """Return the student layers of each meeting; every pair of layers is in exactly one."""
-    meetings: dict[PairGroup, list[int]] = {}
+def find_pair_groups(student: AlignedStudent, alignments: Sequence[Sequence[Alignment]]) -> dict[PairGroup, list[int]]:
+    """Return the student layers of each group; every pair of layers is in exactly one.
+
+    Args:
+        student: The student's features, and the teacher's.
+        alignments: How each compared student layer is aligned with each teacher layer.
+    """
+    found: dict[PairGroup, list[int]] = {}
     for s, row in enumerate(alignments):
         groups: dict[tuple[str, tuple[int, int] | None, int], list[int]] = {}
-        for t, (alignment, spec) in enumerate(zip(row, teacher_specs, strict=True)):
+        for t, (alignment, spec) in enumerate(zip(row, student.teacher.specs, strict=True)):
             size = None
             if alignment.kind == "grid":
-                size = common_grid(views.map(s), views.specs[s], views.targets[f"grid.{t}"], spec)
+                size = common_grid(
+                    student.map(s), student.specs[s], required(student.teacher.targets.layers[t].grid), spec
+                )
             groups.setdefault((alignment.kind, size, spec.channels), []).append(t)
         for (kind, size, width), teachers in groups.items():
-            meetings.setdefault(PairGroup(kind, size, width, tuple(teachers)), []).append(s)
-    return meetings
+            found.setdefault(PairGroup(kind, size, width, tuple(teachers)), []).append(s)
+    return found
 
 
 def _with_late_backward(derived: Tensor, source: Tensor) -> Tensor:
     """Return `derived`, whose backward waits until that of `source` is due, and not a moment before.
 
-    The gradient of a few tokens or cells fills a tensor as large as the layer. Autograd runs what was made last first,
-    so that without this those of all layers would be there at once, while all of the student's activations still are.
-    Only the order of work changes: where the order cannot be set, nothing does.
+    The gradient of a few tokens or cells fills a tensor as large as the layer. Autograd runs the latest node first:
+    without this, these gradients of all layers would exist at once, while all of the student's activations still do.
+    Only the order of work changes; where it cannot be set, nothing does.
     """
     node: Any = derived.grad_fn
     last: Any = source.grad_fn

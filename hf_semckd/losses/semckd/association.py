@@ -1,92 +1,267 @@
-"""Association weights between student and teacher layers."""
+"""The association: how much each student layer learns from each teacher layer, for each sample.
+
+SemCKD's loss of sample i, with association weights alpha (B, S, T) that sum to 1 over the teacher layers:
+
+    loss[i] = 1/S * sum_s sum_t alpha[i,s,t] * error[i,s,t] + penalty[i]
+
+    similarity   alpha[i,s,t] = softmax_t( cos(a_s[i], a_t[i]) / tau )          not trained
+    sinkhorn     the same, under the bound sum_s alpha[i,s,t] <= max(1, S/T)    not trained
+    learned      alpha[i,s,t] = softmax_t( e^g * <q_s(m_s[i]), k_t(m_t[i])> )   penalty: tau * KL(alpha[i,s] || 1/T)
+    published    alpha[i,s,t] = softmax_t( <q_s(A_s[i]), k_t(A_t[i])> / tau )   SemCKD, equations 4 to 6
+    fixed        alpha = 1/T; or 1 from the last layer to the last; or 1 from each layer to the one at its depth
+
+    i, s, t      sample, student layer, teacher layer; B samples, S and T layers
+    A            (B, B) similarity matrix of a layer, F F^T, where a row of F is a sample's flattened feature
+    a            (B, B) cosines of a layer's pooled features of every two samples, each row minus its mean
+    m            (B, C) mean feature of a layer over its positions
+    q_s, k_t     query and key networks, whose outputs have unit length; g a learned scale
+    tau          temperature
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import RaggedBatchError, message
+from ...errors import ConfigurationError
+from ...features.geometry import fitting_mask
 from ...features.precision import at_least_float32, full_precision
 from ..baseline import skip_map
 from ..reduction import entropy
-from ..similarity import by_shape, cosine_matrix, row_cosine
-
-# Wide enough for every association that was measured, and small beside any student.
-EMBEDDING_WIDTH = 32
-
-# Logits of the learned association are cosines times a learned scale, held below this for stability.
-MAXIMUM_SCALE = 100.0
-
-# Cosines over 0.02 differ by up to 50: drawn together 64 times, they can be balanced at once.
-SINKHORN_STAGES = 7
-
-SINKHORN_ROUNDS = 5
+from ..similarity import by_shape, cosine_matrix, row_cosine, similarity_matrix
+from .alignment import AlignedStudent, AlignedTeacher
+from .networks import FeatureEmbedding, LearnedScale, SimilarityEmbedding
+from .selection import AssociationInput
+from .sinkhorn import sinkhorn_weights
 
 
-class SimilarityEmbedding(nn.Sequential):
-    """The published query or key network: Linear(B, 2d), ReLU, Linear(2d, d), then unit length; d = B / 4.
+class Association(ABC):
+    """A way to weigh teacher layers. `SemCKDLoss` registers its networks, and an association that is itself a module.
 
-    Args:
-        batch_size: B, the length of a similarity row; the network takes no other.
+    Attributes:
+        name: Its name among the settings.
+        needs: What it is computed from, and so must be kept of the teacher.
+        temperature: tau.
+        upper_bound: The largest weight it can learn to give a layer; None when nothing is learned.
+        required_batch_size: The only batch size it takes, or None for any.
     """
 
-    def __init__(self, batch_size: int):
-        width = max(batch_size // 4, 1)
-        super().__init__(nn.Linear(batch_size, 2 * width), nn.ReLU(inplace=True), nn.Linear(2 * width, width))
-        self.batch_size = batch_size
+    name: str = "custom"
+    needs: AssociationInput = "summary"
+    temperature: float = 1.0
+    upper_bound: float | None = None
+    required_batch_size: int | None = None
 
-    def forward(self, similarity: Tensor) -> Tensor:
-        """Embed each row of a (B, B) similarity matrix into (B, d).
+    @abstractmethod
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return alpha (B, S, T), non-negative, summing to 1 over the teacher layers."""
+
+    def penalty(self, weights: Tensor) -> Tensor | None:
+        """Return what is added to the loss of each sample (B), given the weights of the compared layers; or None."""
+        return None
+
+    def taught(self, layers: int) -> int:
+        """Return how many of these student layers learn from any: the number that the error is averaged over."""
+        return layers
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Trained modules by the names under which the loss registers them: `query`, `key`, `scale`."""
+        return {}
+
+
+class SimilarityAssociation(Association):
+    """Weights by how alike both layers see a sample among the others; not trained.
+
+    Trained weights drift to the teacher layer that is easiest to imitate; these cannot. For a batch of one, which has
+    nothing to compare, they are uniform.
+
+    Args:
+        temperature: tau > 0; smaller is sharper.
+    """
+
+    name = "similarity"
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return alpha (B, S, T), without gradient."""
+        own = [student.summary(s) for s in range(len(student.specs))]
+        return self.of_summaries(own, [teacher.summary(t) for t in range(len(teacher.specs))])
+
+    @torch.no_grad()
+    def of_summaries(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Return the weights of layers given by S tensors (B, D_s) and T tensors (B, D_t), see `summary`."""
+        own, theirs = (torch.stack(by_shape(cosine_matrix, rows)) for rows in (student, teacher))
+        return self.normalize(row_cosine(own, theirs) / self.temperature)
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Return weights from scores (B, S, T)."""
+        return torch.softmax(scores, dim=-1)
+
+
+class SinkhornAssociation(SimilarityAssociation):
+    """Weights by similarity, where no teacher layer serves too many student layers; see `sinkhorn_weights`."""
+
+    name = "sinkhorn"
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Return weights from scores (B, S, T)."""
+        return sinkhorn_weights(scores)
+
+
+class QueryKeyAssociation(Association):
+    """Weights by the products of queries and keys.
+
+    Args:
+        query: One network per compared student layer.
+        key: One network per teacher layer.
+        temperature: tau > 0.
+    """
+
+    name = "learned"
+
+    def __init__(self, query: Iterable[nn.Module], key: Iterable[nn.Module], temperature: float):
+        self.query, self.key = nn.ModuleList(query), nn.ModuleList(key)
+        self.temperature = temperature
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The query and key networks."""
+        return {"query": self.query, "key": self.key}
+
+    def with_spared(self, weights: Tensor, students: int) -> Tensor:
+        """Append uniform weights for the student layers that are not compared, from which nothing can be learned."""
+        batch, compared, teachers = weights.shape
+        if compared == students:
+            return weights
+        return torch.cat([weights, weights.new_full((batch, students - compared, teachers), 1 / teachers)], 1)
+
+
+class LearnedAssociation(QueryKeyAssociation):
+    """Weights by learned embeddings of a sample's mean features, which any batch size and order leaves as they are.
+
+    The penalty keeps them from collapsing onto one layer; see `kl_to_uniform`.
+
+    Args:
+        student_channels: Channels of the compared student layers.
+        teacher_channels: Channels of the teacher layers.
+        temperature: tau > 0 of the penalty, in units of the standardized error.
+    """
+
+    needs = "mean"
+    upper_bound = 1.0
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], temperature: float):
+        super().__init__(map(FeatureEmbedding, student_channels), map(FeatureEmbedding, teacher_channels), temperature)
+        self.scale = LearnedScale()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The query and key networks, and the scale of their products."""
+        return {**super().networks, "scale": self.scale}
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return alpha (B, S, T)."""
+        queries = [net(student.mean(s)) for s, net in enumerate(self.query)]
+        keys = [net(teacher.mean(t)) for t, net in enumerate(self.key)]
+        return self.with_spared(product_weights(queries, keys, self.scale()), len(student.specs))
+
+    def penalty(self, weights: Tensor) -> Tensor:
+        """Return the mean of `kl_to_uniform` over the student layers (B)."""
+        return kl_to_uniform(weights, self.temperature).mean(1)
+
+
+class PublishedAssociation(QueryKeyAssociation):
+    """The paper's weights: embeddings of the rows of both layers' similarity matrices, whose length is the batch size.
+
+    Args:
+        students: Number of compared student layers.
+        teachers: Number of teacher layers.
+        batch_size: B.
+        temperature: tau; 1 in the paper.
+
+    Raises:
+        ConfigurationError: Without a batch size.
+    """
+
+    needs = "whole"
+
+    def __init__(self, students: int, teachers: int, batch_size: int | None, temperature: float = 1.0):
+        if batch_size is None or batch_size < 1:
+            raise ConfigurationError(
+                "The published association needs the batch size",
+                received=f"batch_size={batch_size}",
+                expected="the number of samples in every batch",
+                todo="pass batch_size, or use target_norm='channel', whose learned association takes any batch",
+            )
+        query, key = (map(SimilarityEmbedding, [batch_size] * layers) for layers in (students, teachers))
+        super().__init__(query, key, temperature)
+        self.required_batch_size = batch_size
+        self.upper_bound = bound_of_cosine_weights(temperature, teachers)
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return alpha (B, S, T).
 
         Raises:
-            RaggedBatchError: When the batch has another size than B.
+            RaggedBatchError: For a batch of another size.
         """
-        if len(similarity) != self.batch_size:
-            raise RaggedBatchError(ragged_batch_message(len(similarity), self.batch_size))
-        # Raw similarities are beyond float16, to which autocast would lower them.
-        with full_precision(similarity):
-            return F.normalize(super().forward(similarity.to(next(self.parameters()).dtype)), dim=1)
+        queries = [net(_similarity(student.features[s], student.mask)) for s, net in enumerate(self.query)]
+        keys = [net(_similarity(teacher.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
+        return self.with_spared(product_weights(queries, keys, 1.0 / self.temperature), len(student.specs))
 
 
-class FeatureEmbedding(nn.Sequential):
-    """The calibrated query or key network: on a sample's own mean feature, so any batch size and order will do.
+class FixedAssociation(Association):
+    """The weights of a control: equal; the last layer to the last layer alone; or a uniform layer map.
 
     Args:
-        channels: C of the layer.
+        name: Which one.
+        temperature: Without effect; shown among the settings.
     """
 
-    def __init__(self, channels: int):
-        width = EMBEDDING_WIDTH
-        super().__init__(
-            nn.LayerNorm(channels, elementwise_affine=False),
-            nn.Linear(channels, 2 * width),
-            nn.ReLU(inplace=True),
-            nn.Linear(2 * width, width),
-        )
+    needs = None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Embed (B, C) into (B, d) of unit length."""
-        dtype = next(self.parameters()).dtype
-        return F.normalize(super().forward(features.to(dtype)), dim=1)
+    def __init__(self, name: Literal["uniform", "last", "one_to_one"], temperature: float = 1.0):
+        self.name = name
+        self.temperature = temperature
 
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return alpha (B, S, T)."""
+        return fixed_weights(self.name, len(student.specs), len(teacher.specs), at_least_float32(student.features[0]))
 
-def ragged_batch_message(received: int, expected: int) -> str:
-    """Say why the published form refuses a batch and what to do about it."""
-    return message(
-        "The published association takes similarity rows, whose length is the batch size, and met another one",
-        received=f"a batch of {received}",
-        expected=f"{expected} samples in every batch",
-        todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
-        "(calibrated) form, which takes any batch size",
-    )
+    def taught(self, layers: int) -> int:
+        """Return 1 for `last`: an average over layers without any weight would only shrink the loss."""
+        return 1 if self.name == "last" else layers
 
 
-def attention_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Tensor | float) -> Tensor:
+def fixed_weights(name: str, students: int, teachers: int, like: Tensor) -> Tensor:
+    """Return the weights (B, S, T) of a control.
+
+    Args:
+        name: See `FixedAssociation`.
+        students: S.
+        teachers: T.
+        like: A tensor of the batch, for size, type and device.
+    """
+    shape = (len(like), students, teachers)
+    if name == "uniform":
+        return like.new_full(shape, 1.0 / teachers)
+    weights = like.new_zeros(shape)
+    if name == "last":
+        weights[:, -1, -1] = 1.0
+        return weights
+    for s, t in enumerate(skip_map(students, teachers)):
+        weights[:, s, t] = 1.0
+    return weights
+
+
+def product_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Tensor | float) -> Tensor:
     """Return softmax over t of scale * <Q_s, K_t> (SemCKD, equation 6, with scale = 1 / temperature).
 
     Args:
@@ -102,84 +277,8 @@ def attention_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Ten
         return torch.softmax(torch.einsum("bsd,btd->bst", queries, keys) * scale, dim=-1)
 
 
-@torch.no_grad()
-def similarity_weights(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float, matched: bool = False
-) -> Tensor:
-    """Return softmax over t of `row_cosine` / temperature, without gradient: how alike both layers see the sample.
-
-    Weights that are not trained cannot drift to the teacher layer that is easiest to imitate.
-
-    Args:
-        student: S tensors (B, D_s), see `summary`.
-        teacher: T tensors (B, D_t).
-        temperature: > 0; smaller is sharper.
-        matched: Whether a teacher layer is shared out, see `sinkhorn_weights`.
-
-    Returns:
-        (B, S, T). Uniform for a batch of one, which has nothing to compare.
-    """
-    left, right = (torch.stack(by_shape(cosine_matrix, rows)) for rows in (student, teacher))
-    scores = row_cosine(left, right) / temperature
-    return sinkhorn_weights(scores) if matched else torch.softmax(scores, dim=-1)
-
-
-def sinkhorn_weights(scores: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
-    """Return softmax over t of scores, held back where all student layers want the same teacher layer.
-
-    Layers that are like all others (the first of a CNN, say) would else be everybody's teacher. Here a teacher layer
-    weighs at most max(1, S / T) in all, summed over student layers; a layer that nobody resembles still gets nothing.
-    These are the weights of the largest sum_st w_st * scores_st plus their entropy under that bound, found by scaling
-    rows and columns in turn, first for scores drawn together, which takes few rounds, and then less and less so. Rows
-    add up to 1, columns keep the bound as closely as the rounds have come.
-
-    Args:
-        scores: (B, S, T).
-        rounds: How often rows and columns are scaled at every stage; twice as often at the last.
-
-    Returns:
-        (B, S, T).
-
-    Source: Chizat et al., "Scaling algorithms for unbalanced optimal transport problems", 2018.
-    """
-    bound = max(1.0, scores.shape[1] / scores.shape[2])
-    held = torch.zeros_like(scores[:, :1])
-    for halvings in reversed(range(SINKHORN_STAGES)):
-        drawn = scores / 2**halvings
-        for _ in range(rounds if halvings else 2 * rounds):
-            taken = torch.softmax(drawn + held, dim=-1).sum(1, keepdim=True)
-            # A layer that nobody takes is not held back: minus the logarithm of 0 is cut off at 0.
-            held = torch.sub(held, taken.div_(bound).log_()).clamp_(max=0.0)
-        if halvings:
-            held = 2 * held
-    return torch.softmax(scores + held, dim=-1)
-
-
-def fixed_weights(
-    kind: Literal["uniform", "last", "one_to_one"], students: int, teachers: int, like: Tensor
-) -> Tensor:
-    """Return the weights (B, S, T) of a control: equal; last layer to last layer only; or a uniform skip map.
-
-    Args:
-        kind: Which one.
-        students: S.
-        teachers: T.
-        like: A tensor of the batch, for size, type and device.
-    """
-    shape = (len(like), students, teachers)
-    if kind == "uniform":
-        return like.new_full(shape, 1.0 / teachers)
-    weights = like.new_zeros(shape)
-    if kind == "last":
-        weights[:, -1, -1] = 1.0
-        return weights
-    for student, teacher in enumerate(skip_map(students, teachers)):
-        weights[:, student, teacher] = 1.0
-    return weights
-
-
 def kl_to_uniform(weights: Tensor, temperature: float) -> Tensor:
-    """Return temperature * KL(weights || uniform) for every sample and student layer, the learned form's restraint.
+    """Return temperature * KL(weights || uniform) for every sample and student layer.
 
     For errors e, sum_t w_t e_t + temperature * KL(w || uniform) is strictly convex in w, and its only minimum over
     the simplex is the Gibbs distribution w_t ~ exp(-e_t / temperature). Every weight there is at least
@@ -199,3 +298,7 @@ def kl_to_uniform(weights: Tensor, temperature: float) -> Tensor:
 def bound_of_cosine_weights(temperature: float, teachers: int) -> float:
     """Return the largest weight that a softmax over cosines / temperature can give one of T layers."""
     return 1.0 / (1.0 + (teachers - 1) * math.exp(-2.0 / temperature))
+
+
+def _similarity(feature: Tensor, mask: Tensor | None) -> Tensor:
+    return similarity_matrix(feature, fitting_mask(mask, feature))

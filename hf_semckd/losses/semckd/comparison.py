@@ -1,60 +1,221 @@
-"""Comparing the student's layers with the teacher's."""
+"""The comparison: the error of each projected student layer against each teacher layer, for each sample.
+
+Features F_s and F_t of student layer s and teacher layer t, at the positions n they share and with channels c:
+
+    error[i,s,t] = mean over n and c of (P_st(F_s)[i,n,c] - F_t[i,n,c])^2
+
+    shared       P_st is linear, one per student layer (or a few neighboring ones) and teacher width; between maps
+                 a decoder of convolutions may read the student's first. Teacher channels may be standardized.
+    pairwise     P_st is a stack of convolutions per pair, as published.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...choices import ProjectionInit
+from ...errors import ConfigurationError
 from ...features.geometry import Alignment, as_map, common_grid, map_to_tokens
 from ...features.layers import FeatureSpec
 from ..positions import compared_positions
 from ..reduction import squared_error
-from .alignment import AlignedStudent
+from .alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
+from .kernel import weighted_feature_error
+from .projection import (
+    build_decoders,
+    build_pairwise_projections,
+    build_shared_projections,
+    shared_among_neighbors,
+)
 
 
-def pairwise_errors(
-    projection: nn.ModuleList,
-    views: AlignedStudent,
-    taught: Sequence[Tensor],
-    teacher_specs: Sequence[FeatureSpec],
-    alignments: Sequence[Sequence[Alignment]],
-    teacher_mask: Tensor | None,
-) -> Tensor:
-    """Return the mean squared error of every pair (B, S, T).
+class Comparison(ABC):
+    """A way to project student layers and compare them with teacher layers; `SemCKDLoss` registers its networks.
 
-    Maps are pooled once for all pairs that meet at their size, and kept in the memory layout in which convolutions are
-    fastest.
+    Attributes:
+        alignments: How each of the S student layers is aligned with each of the T teacher layers.
+        compared: How many student layers are compared; the last S - compared ones are spared.
+        keeps_whole: Whether it needs the teacher's whole features.
+        decoder: Modules that read a student layer's map before its projections; perhaps empty.
+        projection: The projections.
+        projection_of: The entry of `projection` of each student layer.
+    """
+
+    alignments: list[list[Alignment]]
+    compared: int
+    keeps_whole: bool = False
+    decoder: nn.ModuleList
+    projection: nn.ModuleList
+    projection_of: list[int]
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Trained modules by the names under which the loss registers them."""
+        return {"decoder": self.decoder, "projection": self.projection}
+
+    @abstractmethod
+    def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sum_t weights * error (B, compared), and the errors of the pairs (B, compared, T).
+
+        Args:
+            student: The student's features.
+            teacher: What was kept of the teacher's.
+            weights: (B, S, T) association weights.
+        """
+
+
+class SharedComparison(Comparison):
+    """Linear projections, one for all teacher layers of one width, and a fused error without a tensor for each pair.
 
     Args:
-        projection: `projection[s][t]`, each a `ConvolutionalProjection`.
-        views: The student's features, their specs and mask.
-        taught: The teacher's features.
-        teacher_specs: The teacher's layers.
-        alignments: How each student layer meets each teacher layer.
-        teacher_mask: (B, N) mask of the teacher's tokens, or None.
+        student_specs: The student's S layers.
+        teacher_specs: The teacher's T layers.
+        alignments: How they are aligned, S x T.
+        compared: How many student layers are compared.
+        decoded: Whether a decoder reads each map first.
+        layers_per_projection: How many neighboring student layers of one width share their projections.
+        start: See `SemCKDConfig.projection_init`.
+
+    Attributes:
+        projection: `projection[projection_of[s]][str(width)]`.
+
+    Raises:
+        ConfigurationError: When decoders would have to read something that is no map.
     """
-    pooled: dict[tuple[int, tuple[int, int]], Tensor] = {}
-    rows = []
-    for s, (feature, spec) in enumerate(zip(views.features, views.specs, strict=True)):
-        maps: dict[tuple[int, int], Tensor] = {}
-        row = []
-        for t, target in enumerate(taught):
-            net = projection[s][t]  # type: ignore[index]
-            dtype = net[0].weight.dtype
-            if alignments[s][t].kind != "grid":
-                positions, aligned, mask = compared_positions(
-                    alignments[s][t], (feature, spec), (target, teacher_specs[t]), views.mask, teacher_mask
-                )
-                row.append(squared_error(net.project_tokens(positions.to(dtype), mask), aligned, mask))
-                continue
-            size = common_grid(feature, spec, target, teacher_specs[t])
-            if size not in maps:
-                own = as_map(feature, spec, size).to(dtype)
-                maps[size] = own.contiguous(memory_format=torch.channels_last)
-            if (t, size) not in pooled:
-                pooled[t, size] = map_to_tokens(as_map(target, teacher_specs[t], size))
-            row.append(squared_error(map_to_tokens(net(maps[size])), pooled[t, size]))
-        rows.append(torch.stack(row, 1))
-    return torch.stack(rows, 1)
+
+    def __init__(
+        self,
+        student_specs: Sequence[FeatureSpec],
+        teacher_specs: Sequence[FeatureSpec],
+        alignments: list[list[Alignment]],
+        *,
+        compared: int,
+        decoded: bool = False,
+        layers_per_projection: int = 1,
+        start: ProjectionInit = "random",
+    ):
+        kinds = {pair.kind for row in alignments for pair in row}
+        if decoded and kinds != {"grid"}:
+            raise ConfigurationError(
+                "The convolutional projector reads maps",
+                received=f"layers that are compared as {', '.join(sorted(kinds))}",
+                expected="a CNN, or a transformer on images with a teacher of another grid",
+                todo="use projector='shared'",
+            )
+        self.alignments, self.compared = alignments, compared
+        self.projection_of = shared_among_neighbors(student_specs, 1 if decoded else layers_per_projection)
+        specs, owners = student_specs[:compared], self.projection_of[:compared]
+        self.decoder = build_decoders(specs if decoded else [])
+        self.projection = build_shared_projections(specs, teacher_specs, owners, decoded=decoded, start=start)
+
+    def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted errors (B, compared) and those of the pairs; see `Comparison.errors`."""
+        layers = len(teacher.specs)
+        weighted: list[list[Tensor]] = [[] for _ in range(self.compared)]
+        errors: dict[tuple[int, int], Tensor] = {}
+        for group, students in find_pair_groups(student, self.alignments[: self.compared]).items():
+            values, pairs = self._group_errors(student, teacher, weights, group, students)
+            if (len(students), len(group.teachers)) == (self.compared, layers):
+                # One group holds all pairs.
+                return values, pairs
+            for index, s in enumerate(students):
+                weighted[s].append(values[:, index])
+                errors |= {(s, t): pairs[:, index, position] for position, t in enumerate(group.teachers)}
+        rows = [torch.stack([errors[s, t] for t in range(layers)], 1) for s in range(self.compared)]
+        return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
+
+    def _group_errors(
+        self,
+        student: AlignedStudent,
+        teacher: AlignedTeacher,
+        weights: Tensor,
+        group: PairGroup,
+        students: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        features = [student.at(s, group) for s in students]
+        linears = [self._linear(s, group.width) for s in students]
+        projections = [(linear.weight, linear.bias) for linear in linears]
+        if any(hasattr(linear.weight, "ds_id") for linear in linears):
+            # ZeRO-3 gathers a weight when its module is called, and not before.
+            features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
+            projections = []
+        center, scale = teacher.standardization(group.teachers)
+        return weighted_feature_error(
+            features,
+            [teacher.at(t, group) for t in group.teachers],
+            _part(weights, students, group.teachers),
+            student.mask_at(students[0], group),
+            projections=projections or None,
+            center=center,
+            scale=scale,
+        )
+
+    def _linear(self, s: int, width: int) -> nn.Linear:
+        return self.projection[self.projection_of[s]][str(width)]  # type: ignore[index]
+
+
+class PairwiseComparison(Comparison):
+    """The published projections: convolutions for every pair, and the error of each pair by itself.
+
+    Maps are pooled once for all pairs that are compared at their size, and kept in the memory layout in which
+    convolutions are fastest.
+
+    Args:
+        student_specs: The student's S layers.
+        teacher_specs: The teacher's T layers.
+        alignments: How they are aligned, S x T.
+
+    Attributes:
+        projection: `projection[s][t]`, each a `ConvolutionalProjection`.
+    """
+
+    keeps_whole = True
+
+    def __init__(
+        self,
+        student_specs: Sequence[FeatureSpec],
+        teacher_specs: Sequence[FeatureSpec],
+        alignments: list[list[Alignment]],
+    ):
+        self.alignments, self.compared = alignments, len(student_specs)
+        self.projection_of = list(range(self.compared))
+        self.decoder = nn.ModuleList()
+        self.projection = build_pairwise_projections(student_specs, teacher_specs, alignments)
+
+    def errors(self, student: AlignedStudent, teacher: AlignedTeacher, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted errors (B, S) and those of the pairs (B, S, T); see `Comparison.errors`."""
+        targets = [teacher.standardized(t, teacher.whole(t)) for t in range(len(teacher.specs))]
+        pooled: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        rows = []
+        for s, (feature, spec) in enumerate(zip(student.features, student.specs, strict=True)):
+            maps: dict[tuple[int, int], Tensor] = {}
+            row = []
+            for t, target in enumerate(targets):
+                net = self.projection[s][t]  # type: ignore[index]
+                dtype = net[0].weight.dtype
+                if self.alignments[s][t].kind != "grid":
+                    pair = (feature, spec), (target, teacher.specs[t])
+                    own, aligned, mask = compared_positions(self.alignments[s][t], *pair, student.mask, teacher.mask)
+                    row.append(squared_error(net.project_tokens(own.to(dtype), mask), aligned, mask))
+                    continue
+                size = common_grid(feature, spec, target, teacher.specs[t])
+                if size not in maps:
+                    own = as_map(feature, spec, size).to(dtype)
+                    maps[size] = own.contiguous(memory_format=torch.channels_last)
+                if (t, size) not in pooled:
+                    pooled[t, size] = map_to_tokens(as_map(target, teacher.specs[t], size))
+                row.append(squared_error(map_to_tokens(net(maps[size])), pooled[t, size]))
+            rows.append(torch.stack(row, 1))
+        errors = torch.stack(rows, 1)
+        return (weights * errors).sum(2), errors
+
+
+def _part(weights: Tensor, students: Sequence[int], teachers: Sequence[int]) -> Tensor:
+    """Return the weights (B, S', T') of some layers; indexing with a list would be a host sync."""
+    if (len(students), len(teachers)) == tuple(weights.shape[1:]):
+        return weights
+    return torch.stack([torch.stack([weights[:, s, t] for t in teachers], 1) for s in students], 1)

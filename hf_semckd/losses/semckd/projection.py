@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...choices import ProjectionInit, Projector
+from ...choices import ProjectionInit
 from ...features.geometry import Alignment
 from ...features.layers import FeatureSpec
 
@@ -106,19 +106,19 @@ def layers_per_projection(
         return 1
     widths = {spec.channels for spec in teacher_specs}
     for shared in range(1, len(student_specs) + 1):
-        owners = shared_among_neighbors(student_specs, "shared", shared)
+        owners = shared_among_neighbors(student_specs, shared)
         parameters = sum((spec.channels + 1) * width for spec in _first(student_specs, owners) for width in widths)
         if parameters < MAXIMUM_PROJECTION_SHARE * student_parameters:
             return shared
     return len(student_specs)
 
 
-def shared_among_neighbors(specs: Sequence[FeatureSpec], projector: Projector, shared: int) -> list[int]:
+def shared_among_neighbors(specs: Sequence[FeatureSpec], shared: int) -> list[int]:
     """Return the index of each student layer's projections: one for `shared` neighbors of equal width."""
     owners: list[int] = []
     sharing = 0
     for s, spec in enumerate(specs):
-        fits = bool(s) and projector == "shared" and spec.channels == specs[s - 1].channels and sharing < shared
+        fits = bool(s) and spec.channels == specs[s - 1].channels and sharing < shared
         owners.append(owners[-1] if fits else (owners[-1] + 1 if s else 0))
         sharing = sharing + 1 if fits else 1
     return owners

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...data.columns import CACHED, teacher_entries
-from ...errors import InputError
+from ..outputs import TeacherOutputs
 from .keys import right_padded_lengths, sample_keys, token_count
-from .rows import to_batch, to_rows
+from .rows import Row, check_row_count, to_batch, to_rows
 from .store import TensorStore
 
 
@@ -26,7 +26,7 @@ class Lookup:
     Attributes:
         keys: The key of each sample.
         present: Whether each sample is there.
-        values: The tensors of the samples that are, stacked, by stored name.
+        values: The tensors of the samples that are, stacked; see `to_outputs`.
     """
 
     keys: list[bytes]
@@ -93,38 +93,14 @@ class TeacherCache:
         found = [row for row in rows if row is not None]
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 
-    def rows(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    def rows(self, outputs: TeacherOutputs, inputs: Mapping[str, Any]) -> list[Row]:
         """Return what is stored of each sample of the teacher's outputs.
 
         Raises:
-            InputError: When the outputs have several rows a sample.
+            InputError: When the outputs have several rows per sample, or overflow in the cache's precision.
         """
-        samples = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-        for name, value in outputs.items():
-            if len(value) != samples:
-                raise InputError(
-                    "The teacher cache cannot hold this teacher's outputs",
-                    received=f"{len(value)} rows of `{name}` for {samples} samples (multiple choice?)",
-                    expected="one row for each sample",
-                    todo="leave teacher_cache_dir out",
-                )
-        rows = to_rows(outputs, self.lengths(inputs), token_count(inputs))
-        if self.dtype is None:
-            return rows
-        return [{name: self._narrow(name, value) for name, value in row.items()} for row in rows]
-
-    def _narrow(self, name: str, value: Tensor) -> Tensor:
-        if self.dtype is None or not value.is_floating_point() or name.startswith("logits"):
-            return value
-        narrow = value.to(self.dtype)
-        if not bool(torch.isfinite(narrow).all()) and bool(torch.isfinite(value).all()):
-            raise InputError(
-                "A teacher output does not fit the precision of the cache",
-                received=f"values up to {float(value.abs().max()):.3g} with teacher_cache_dtype='{self.dtype}'",
-                expected=f"at most {torch.finfo(self.dtype).max:.3g}",
-                todo="set teacher_cache_dtype to 'bfloat16', or to 'auto' for the teacher's own precision",
-            )
-        return narrow
+        check_row_count(outputs, len(next(value for value in inputs.values() if isinstance(value, Tensor))))
+        return to_rows(outputs, self.lengths(inputs), token_count(inputs), self.dtype)
 
 
 class CachingCollator:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .shard import KEY_BYTES
 
 # Changes when what is stored, or how it is keyed, changes.
-FORMAT = 2
+FORMAT = 3
 
 LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 

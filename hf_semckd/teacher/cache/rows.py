@@ -1,53 +1,98 @@
-"""Teacher outputs as rows, one a sample, without padding."""
+"""Teacher outputs as rows of named tensors, one row a sample, without padding; and back.
+
+A name is `logits`, `mask`, or `LAYER.KIND` (`2.mean`). Tokens also name the layer that holds their choice
+(`2.tokens.0`, chosen by `0.positions` and `0.mask`), and targets of joined losses begin with their number (`1/mask`).
+Where a tensor was cut, the name says along what: `|all` tokens of its sample, or its `|chosen` ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Behind the name of a stored tensor that was cut: it runs along all tokens of its sample, or along the chosen ones.
+from ...errors import InputError
+from ...features.targets import LAYER_TENSORS, LayerTarget, TeacherTargets, TokenChoice
+from ..outputs import TeacherOutputs
+
+LOGITS = "logits"
+
 ALL_TOKENS, CHOSEN_TOKENS = "|all", "|chosen"
 
-CHOSEN_KINDS = ("tokens", "positions", "mask")
+CHOICE_TENSORS = ("positions", "mask")
+
+Row = dict[str, Tensor]
+
+
+class Piece(NamedTuple):
+    """A tensor of the outputs.
+
+    Attributes:
+        name: Its name in a row.
+        value: (B, ...).
+        along: What its second dimension runs along, one of the endings above; empty for neither.
+        chosen: (B, K) mask of the chosen tokens that it runs along.
+    """
+
+    name: str
+    value: Tensor
+    along: str = ""
+    chosen: Tensor | None = None
 
 
 def to_rows(
-    outputs: Mapping[str, Tensor], lengths: Sequence[int] | None, width: int | None
-) -> list[dict[str, Tensor]]:
-    """Return each sample's tensors without padding; the names of those that were cut say so.
+    outputs: TeacherOutputs, lengths: Sequence[int] | None, width: int | None, dtype: torch.dtype | None = None
+) -> list[Row]:
+    """Return each sample's tensors without padding.
 
     Args:
-        outputs: Tensors whose first dimension is the batch.
+        outputs: What the teacher gave for a batch; its mask is not stored.
         lengths: Number of tokens of each sample, when padding follows them; None when nothing is known to be padding.
         width: Number of tokens of the padded samples.
+        dtype: Precision of features; None for their own. Logits always keep theirs.
+
+    Raises:
+        InputError: When a feature overflows in that precision.
     """
-    masks = {value.shape[1]: value.sum(1).tolist() for name, value in outputs.items() if name.startswith("mask.")}
-    sampled = {name.partition(".")[2] for name in outputs if name.startswith("positions.")}
-    masked = {name.partition(".")[2] for name in outputs if name.startswith("mask.")}
-    cuts: dict[str, tuple[str, Sequence[int] | None]] = {}
-    for name, value in outputs.items():
-        kind = name.partition(".")[0]
-        along_all = lengths is not None and value.dim() > 1 and value.shape[1] == width
-        cuts[name] = (name, None)
-        if sampled and "." in name and kind in CHOSEN_KINDS:
-            # The chosen ones come first. Beside layers without a mask widths would not tell which are cut.
-            if sampled <= masked and value.shape[1] in masks:
-                cuts[name] = (name + CHOSEN_TOKENS, masks[value.shape[1]])
-        elif along_all and (value.dim() == 3 or kind == "mask"):
-            cuts[name] = (name + ALL_TOKENS, lengths)
-    samples = len(next(iter(outputs.values())))
-    rows: list[dict[str, Tensor]] = [{} for _ in range(samples)]
-    for name, (stored_name, ends) in cuts.items():
+    pieces = list(_pieces(outputs))
+    rows: list[Row] = [{} for _ in range(len(pieces[0].value))]
+    counts: dict[int, list[int]] = {}
+    for piece in pieces:
+        ends: Sequence[int] | None = None
+        if piece.chosen is not None:
+            # Layers share their choice: its counts are read from the device once.
+            if id(piece.chosen) not in counts:
+                counts[id(piece.chosen)] = piece.chosen.sum(1).tolist()
+            ends = counts[id(piece.chosen)]
+        elif piece.along == ALL_TOKENS and piece.value.shape[1] == width:
+            ends = lengths
         for index, row in enumerate(rows):
-            sample = outputs[name][index]
-            row[stored_name] = sample if ends is None else sample[: ends[index]]
+            value = piece.value[index] if ends is None else piece.value[index][: ends[index]]
+            name = piece.name if ends is None else piece.name + piece.along
+            row[name] = value if piece.name == LOGITS else _narrow(value, dtype)
     return rows
 
 
-def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> dict[str, Tensor]:
-    """Return the rows' tensors stacked, by stored name, filled with zeros behind what was cut.
+def check_row_count(outputs: TeacherOutputs, samples: int) -> None:
+    """Refuse outputs with several rows per sample.
+
+    Raises:
+        InputError: When there are.
+    """
+    for piece in _pieces(outputs):
+        if len(piece.value) != samples:
+            raise InputError(
+                "The teacher cache cannot hold this teacher's outputs",
+                received=f"{len(piece.value)} rows of `{piece.name}` for {samples} samples (multiple choice?)",
+                expected="one row for each sample",
+                todo="leave teacher_cache_dir out",
+            )
+
+
+def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> Row:
+    """Return the rows' tensors stacked, by name, filled with zeros behind what was cut.
 
     Args:
         rows: Rows of one cache.
@@ -69,6 +114,77 @@ def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> dict[st
     return stacked
 
 
-def plain_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return stored tensors under the names that they had before they were cut."""
-    return {name.partition("|")[0]: value for name, value in stored.items()}
+def to_outputs(stored: Mapping[str, Tensor], layers: int) -> TeacherOutputs:
+    """Return the outputs that stacked rows were made from.
+
+    Args:
+        stored: What `to_batch` returned.
+        layers: Number of teacher layers, of which the loss may keep some alone.
+    """
+    values = {name.partition("|")[0]: value for name, value in stored.items()}
+    logits = values.pop(LOGITS, None)
+    return TeacherOutputs(logits, _targets(values, layers) if values else TeacherTargets())
+
+
+def _pieces(outputs: TeacherOutputs) -> Iterator[Piece]:
+    yield from _target_pieces(outputs.features)
+    if outputs.logits is not None:
+        yield Piece(LOGITS, outputs.logits, ALL_TOKENS if outputs.logits.dim() == 3 else "")
+
+
+def _target_pieces(targets: TeacherTargets) -> Iterator[Piece]:
+    for number, part in enumerate(targets.parts):
+        yield from (piece._replace(name=f"{number}/{piece.name}") for piece in _target_pieces(part))
+    holders: dict[TokenChoice | None, str] = {None: ""}
+    for t, layer in enumerate(targets.layers):
+        choice = layer.choice or TokenChoice()
+        # The chosen tokens come first, and their mask tells how many there are; without one, all places are taken.
+        chosen = None if choice.positions is None else choice.mask
+        along = ALL_TOKENS if choice.positions is None else CHOSEN_TOKENS
+        if layer.choice not in holders:
+            holders[layer.choice] = f".{t}"
+            for kind in CHOICE_TENSORS:
+                if getattr(choice, kind) is not None:
+                    yield Piece(f"{t}.{kind}", getattr(choice, kind), along, chosen)
+        for kind in LAYER_TENSORS:
+            value = getattr(layer, kind)
+            if value is not None and kind == "tokens":
+                yield Piece(f"{t}.tokens{holders[layer.choice]}", value, along, chosen)
+            elif value is not None:
+                yield Piece(f"{t}.{kind}", value, ALL_TOKENS if kind == "whole" and value.dim() == 3 else "")
+    if targets.mask is not None:
+        yield Piece("mask", targets.mask, ALL_TOKENS)
+
+
+def _targets(values: Mapping[str, Tensor], layers: int) -> TeacherTargets:
+    parts: dict[int, Row] = {}
+    kinds: dict[str, Row] = {str(t): {} for t in range(layers)}
+    holders: dict[str, str] = {}
+    for name, value in values.items():
+        number, joined, rest = name.partition("/")
+        if joined:
+            parts.setdefault(int(number), {})[rest] = value
+        elif name != "mask":
+            t, kind, *holder = name.split(".")
+            kinds[t][kind] = value
+            if holder:
+                holders[t] = holder[0]
+    if parts:
+        return TeacherTargets(parts=tuple(_targets(part, layers) for _, part in sorted(parts.items())))
+    choices = {t: TokenChoice(*(kinds[t].pop(kind, None) for kind in CHOICE_TENSORS)) for t in kinds}
+    entries = [LayerTarget(**kept, choice=choices[holders[t]] if t in holders else None) for t, kept in kinds.items()]
+    return TeacherTargets(tuple(entries), values.get("mask"))
+
+
+def _narrow(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not value.is_floating_point():
+        return value
+    narrow = value.to(dtype)
+    if not bool(torch.isfinite(narrow).all()) and bool(torch.isfinite(value).all()):
+        raise InputError(
+            "A teacher output does not fit the precision of the cache",
+            received=f"values up to {float(value.abs().max()):.3g} with teacher_cache_dtype='{dtype}'",
+            expected=f"at most {torch.finfo(dtype).max:.3g}",
+            todo="set teacher_cache_dtype to 'bfloat16', or to 'auto' for the teacher's own precision",
+        )
+    return narrow

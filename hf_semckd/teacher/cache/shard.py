@@ -1,4 +1,4 @@
-"""The files of a `TensorStore`: what their bytes are, how they are gathered, mapped and checked."""
+"""The format of a shard: an Arrow IPC file of one record batch, memory-mapped and checked."""
 
 from __future__ import annotations
 
@@ -6,210 +6,196 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
+import sys
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
 KEY_BYTES = 20
+# Arrow aligns the buffers of a file to 8 bytes; aligned alike within a row, so is every tensor.
+ALIGNMENT = 8
 
-# Every tensor begins at a multiple of this, in the file and therefore in memory: a cache line.
-ALIGNMENT = 64
+# `row` holds the bytes of a row's tensors, one behind the other, and `layout` their names, types and shapes as JSON.
+SCHEMA = pa.schema(
+    {
+        "key": pa.binary(KEY_BYTES),
+        "layout": pa.dictionary(pa.int32(), pa.string()),
+        "checksum": pa.uint32(),
+        "row": pa.large_binary(),
+    }
+)
 
-# What a file tells about each row, besides its key.
-COLUMNS = ("offsets", "lengths", "checksums", "layouts")
-
+# A key, an index into the layouts, a checksum and an offset.
+ROW_OVERHEAD = KEY_BYTES + 4 + 4 + 8
 Row = dict[str, Tensor]
-
-Signature = tuple[tuple[str, str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a row's tensors lie in its bytes: name, type, shape, first byte and number of bytes of each."""
-
-    text: bytes
-    fields: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
-    length: int
-
-    def views(self, blob: Tensor) -> Row:
-        """Return a row's bytes as its tensors, without a copy."""
-        return {
-            name: blob[first : first + size].view(dtype).view(shape) for name, dtype, shape, first, size in self.fields
-        }
-
-
-def layout_of(row: Mapping[str, Tensor]) -> Layout:
-    """Return how the tensors of a row are to lie in its bytes."""
-    return _layout(
-        tuple((name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in row.items())
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(signature: Signature) -> Layout:
-    fields = []
-    length = 0
-    for name, type_name, shape in signature:
-        dtype = getattr(torch, type_name)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        fields.append((name, dtype, shape, length, size))
-        length += _aligned(size)
-    return Layout(json.dumps(signature).encode(), tuple(fields), length)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed_layout(text: bytes) -> Layout:
-    return _layout(tuple((name, type_name, tuple(shape)) for name, type_name, shape in json.loads(text)))
 
 
 class Buffer:
-    """Rows on their way to one file, already laid out as they will be there."""
+    """Copies of the rows of a shard that is not written yet."""
 
-    def __init__(self, capacity: int):
-        # Zeros, not whatever the memory held: the gaps between tensors reach the disk too.
-        self.bytes = np.zeros(capacity, dtype=np.uint8)
-        self.used = 0
-        self.rows: list[tuple[bytes, Layout, int]] = []
+    def __init__(self) -> None:
         self.numbers: dict[bytes, int] = {}
+        # Key, layout, first byte and the byte behind the last.
+        self._rows: list[tuple[bytes, str, int, int]] = []
+        self._data = bytearray()
 
-    def fits(self, layout: Layout) -> bool:
-        """Tell whether there is room for one more row."""
-        return self.used + layout.length <= len(self.bytes)
+    @property
+    def size(self) -> int:
+        """Bytes that the rows take."""
+        return len(self._data) + len(self._rows) * ROW_OVERHEAD
 
-    def add(self, key: bytes, row: Mapping[str, Tensor], layout: Layout) -> None:
-        """Copy a row to behind the others."""
-        for name, view in self._views(layout, self.used).items():
-            view.copy_(row[name].detach())
-        self.rows.append((key, layout, self.used))
-        self.used += layout.length
-        self.numbers[key] = len(self.rows) - 1
+    def add(self, key: bytes, row: Mapping[str, Tensor]) -> None:
+        """Copy a row behind the others."""
+        layout = []
+        parts: list[memoryview | bytes] = []
+        for name, value in row.items():
+            layout.append((name, str(value.dtype).removeprefix("torch."), value.shape))
+            data = value.detach().cpu().resolve_conj().reshape(-1).view(torch.uint8).numpy()
+            parts += [data.data, bytes(-data.size % ALIGNMENT)]
+        first = len(self._data)
+        self._data += b"".join(parts)
+        # Interned, because most rows have the same.
+        self._rows.append((key, sys.intern(json.dumps(layout)), first, len(self._data)))
+        self.numbers[key] = len(self._rows) - 1
 
-    def row(self, number: int) -> Row:
-        """Return copies: what a caller does to them must not reach the disk."""
-        _, layout, first = self.rows[number]
-        return {name: view.clone() for name, view in self._views(layout, first).items()}
+    def row(self, key: bytes) -> Row:
+        """Return a copy: what a caller does to it must not reach the disk."""
+        _, layout, first, last = self._rows[self.numbers[key]]
+        return _views(layout, self._data[first:last], 0)
 
-    def _views(self, layout: Layout, first: int) -> Row:
-        return layout.views(torch.from_numpy(self.bytes[first : first + layout.length]))
-
-    def file_parts(self) -> list[bytes | memoryview]:
-        """Return the bytes of a safetensors file, piece by piece.
-
-        The header is composed here because `safetensors.save_file` neither aligns to more than eight bytes nor
-        flushes to the disk, and because it would copy the rows once more.
-        """
-        contents = self.bytes[: self.used]
-        texts = list(dict.fromkeys(layout.text for _, layout, _ in self.rows))
-        numbers = {text: number for number, text in enumerate(texts)}
-        table = [
-            (
-                first,
-                layout.length,
-                _checksum(key, layout.text, contents[first : first + layout.length].data),
-                numbers[layout.text],
-            )
-            for key, layout, first in self.rows
+    def batch(self) -> pa.RecordBatch:
+        """Return what the shard is to hold."""
+        keys, layouts, firsts, lasts = zip(*self._rows, strict=True)
+        data, ends = np.frombuffer(self._data, np.uint8), np.array((*firsts, lasts[-1]), np.int64)
+        checksums = [_checksum(key, layout, data[first:last]) for key, layout, first, last in self._rows]
+        columns = [
+            pa.array(keys, pa.binary(KEY_BYTES)),
+            pa.array(layouts).dictionary_encode(),
+            pa.array(checksums, pa.uint32()),
+            pa.Array.from_buffers(pa.large_binary(), len(keys), [None, pa.py_buffer(ends), pa.py_buffer(data)]),
         ]
-        columns = np.ascontiguousarray(np.array(table, dtype=np.int64).T)
-        keys = np.frombuffer(b"".join(key for key, _, _ in self.rows), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        # Rows first and keys last, so that everything is aligned to its own type.
-        arrays = {"rows": contents, **dict(zip(COLUMNS, columns, strict=True)), "keys": keys}
-        header: dict[str, Any] = {"__metadata__": {"layouts": json.dumps([text.decode() for text in texts])}}
-        end = 0
-        for name, array in arrays.items():
-            kind = "U8" if array.dtype == np.uint8 else "I64"
-            header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-            end += array.nbytes
-        encoded = json.dumps(header).encode()
-        encoded = encoded.ljust(_aligned(8 + len(encoded)) - 8)
-        pieces = [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays.values()]
-        return [len(encoded).to_bytes(8, "little"), encoded, *pieces]
+        return pa.record_batch(columns, schema=SCHEMA)
 
 
 class Shard:
-    """One file, mapped into memory; opening it reads the header and the keys."""
+    """A mapped file, of which all but the rows is read at once; see `open_shard`."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        with safe_open(path, framework="pt") as file:
-            self.texts = [text.encode() for text in json.loads(file.metadata()["layouts"])]
-            # On the CPU this is a view of the mapped file, which outlives the `with`.
-            self.bytes: Tensor = file.get_tensor("rows")
-            self._keys = file.get_tensor("keys").numpy()
-            columns = [file.get_tensor(name).numpy() for name in COLUMNS]
-        count = len(self._keys)
-        kinds = [(column.shape, column.dtype) for column in columns]
-        if kinds != [((count,), np.int64)] * len(COLUMNS) or self._keys.shape != (count, KEY_BYTES):
-            raise ValueError("its tables do not fit together")
-        if self.bytes.dtype != torch.uint8 or self._keys.dtype != np.uint8:
-            raise ValueError("its tensors are of another type")
-        self.offsets, self.lengths, self.checksums, self.layouts = columns
-        self.size = os.stat(path).st_size
-        self.verified = bytearray(count)
-        self.damaged = False
-        self.lost = False
-
-    def keys(self) -> list[bytes]:
-        """Return the rows' keys, in the order of the rows."""
-        joined = self._keys.tobytes()
-        return [joined[first : first + KEY_BYTES] for first in range(0, len(joined), KEY_BYTES)]
+    def __init__(self, path: Path, mapped: np.ndarray):
+        self._path = path
+        self._size = mapped.size
+        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        if reader.num_record_batches != 1 or not reader.schema.equals(SCHEMA):
+            raise ValueError("it has another schema")
+        batch = reader.get_batch(0)
+        # Of the rows this checks only that they lie inside the file.
+        batch.validate(full=True)
+        keys, layouts, checksums, rows = batch.columns
+        self.keys: list[bytes] = np.frombuffer(keys.buffers()[1], f"V{KEY_BYTES}", len(batch)).tolist()
+        self._layouts: list[str] = layouts.dictionary.to_pylist()
+        self._layout_numbers = layouts.indices.to_numpy()
+        self._checksums = checksums.to_numpy()
+        _, ends, values = rows.buffers()
+        self._ends = np.frombuffer(ends, np.int64, len(batch) + 1)
+        # A slice of the map, found by its address: Arrow's own buffer is read-only, which tensors cannot be.
+        first = values.address - mapped.ctypes.data
+        self._data = mapped[first : first + values.size]
+        self._verified = bytearray(len(batch))
+        self._damaged = False
+        self._cut_off = False
 
     def row(self, number: int) -> Row | None:
         """Return views of the mapped file, or None when the row is damaged."""
         if not self._whole():
             return None
-        first, length, layout = int(self.offsets[number]), int(self.lengths[number]), int(self.layouts[number])
+        layout = self._layouts[self._layout_numbers[number]]
+        first, last = self._ends[number : number + 2].tolist()
         # Once a process: the checksum takes longer than all the rest.
-        if not self.verified[number]:
-            if not self._undamaged(number, first, length, layout):
-                if not self.damaged:
-                    logger.warning("Stored teacher outputs in %s are damaged and are made again.", self.path)
-                self.damaged = True
+        if not self._verified[number]:
+            if _checksum(self.keys[number], layout, self._data[first:last]) != self._checksums[number]:
+                if not self._damaged:
+                    logger.warning("Stored teacher outputs in %s are damaged and are made again.", self._path)
+                self._damaged = True
                 return None
-            self.verified[number] = True
-        return _parsed_layout(self.texts[layout]).views(self.bytes[first : first + length])
+            self._verified[number] = True
+        return _views(layout, self._data, first)
 
     def _whole(self) -> bool:
         """Tell whether the file still has its size: to touch what was cut off would kill the process."""
-        try:
-            if not self.lost and os.stat(self.path).st_size < self.size:
-                self.lost = True
-                discard(self.path, "it was cut off")
-        except OSError:
-            # Deleted by somebody: the map stays valid.
-            pass
-        return not self.lost
-
-    def _undamaged(self, number: int, first: int, length: int, layout: int) -> bool:
-        if not 0 <= layout < len(self.texts):
-            return False
-        # An array, because its slices stop at the end whatever a damaged table says.
-        blob = self.bytes.numpy()[first : first + length].data
-        key = self._keys[number].tobytes()
-        return _checksum(key, self.texts[layout], blob) == int(self.checksums[number])
+        # Of a file that somebody deleted the map stays valid.
+        with contextlib.suppress(OSError):
+            if not self._cut_off and os.stat(self._path).st_size < self._size:
+                self._cut_off = True
+                _discard(self._path, "it was cut off")
+        return not self._cut_off
 
 
-def discard(path: Path, reason: object) -> None:
-    """Delete a file that cannot be read, and say why; in a folder that is read-only it stays."""
+def open_shard(path: Path) -> Shard | None:
+    """Map a file into memory, or return None where that fails; a damaged one is deleted."""
+    try:
+        # A private map: whoever changes a row in place changes a copy. Arrow's own map would end the process.
+        mapped = torch.from_file(str(path), shared=False, size=os.stat(path).st_size, dtype=torch.uint8).numpy()
+    except (OSError, RuntimeError) as error:
+        # No permission, or out of memory or file handles: that says nothing about the contents.
+        logger.warning("The stored teacher outputs in %s cannot be opened and are not used: %s", path, error)
+        return None
+    try:
+        return Shard(path, mapped)
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        _discard(path, error)
+        return None
+
+
+def write(batch: pa.RecordBatch, sink: pa.NativeFile) -> None:
+    """Write a shard; without the interpreter's lock, so that training goes on."""
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+def row_bytes(row: Mapping[str, Tensor]) -> int:
+    """Return how many bytes a row takes in a shard."""
+    return ROW_OVERHEAD + sum(_aligned(value.nbytes) for value in row.values())
+
+
+def _discard(path: Path, reason: object) -> None:
+    """Delete a shard that cannot be read; in a read-only folder it stays, and every run ignores it."""
     logger.warning("Stored teacher outputs in %s are unreadable, deleted and made again: %s", path, reason)
-    # A read-only folder keeps its file; every run ignores it.
     with contextlib.suppress(OSError):
         path.unlink()
 
 
-def _checksum(key: bytes, layout: bytes, blob: memoryview) -> int:
+def _views(layout: str, data: np.ndarray | bytearray, first: int) -> Row:
+    """Return zero-copy tensors of the row that begins at byte `first`."""
+    row = {}
+    for name, dtype, shape, offset, count in _fields(layout):
+        if count:
+            row[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + offset).view(shape)
+        else:
+            row[name] = torch.empty(shape, dtype=dtype, device="cpu")
+    return row
+
+
+@functools.lru_cache(maxsize=4096)
+def _fields(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]:
+    """Return name, type, shape, first byte and number of values of each tensor."""
+    fields, offset = [], 0
+    for name, type_name, shape in json.loads(layout):
+        dtype, count = getattr(torch, type_name), math.prod(shape)
+        fields.append((name, dtype, tuple(shape), offset, count))
+        offset += _aligned(count * dtype.itemsize)
+    return tuple(fields)
+
+
+def _checksum(key: bytes, layout: str, data: np.ndarray) -> int:
     """Cover all that makes a row: the same bytes under another key or in another shape are damage too."""
-    return zlib.crc32(blob, zlib.crc32(layout, zlib.crc32(key)))
+    return zlib.crc32(data.data, zlib.crc32(layout.encode(), zlib.crc32(key)))
 
 
 def _aligned(size: int) -> int:

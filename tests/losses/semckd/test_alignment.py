@@ -1,6 +1,7 @@
 """Where layers meet: every pair once, at the right positions, from tensors that are made once."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_semckd.features.geometry import Alignment
 from hf_semckd.features.layers import FeatureSpec
+from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.features.token_sampling import flat_positions, take_positions
 from hf_semckd.losses import SemCKDLoss
 from hf_semckd.losses.semckd import alignment
-from hf_semckd.losses.semckd.alignment import AlignedStudent, PairGroup, find_pair_groups
+from hf_semckd.losses.semckd.alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
 from hf_semckd.losses.semckd.selection import TeacherSelection
 
 B = 4
@@ -58,15 +60,16 @@ LAYERS = {
 }
 
 
-def setting(layers, limit=4, tokens=4, student_mask=None):
+def setting(layers, limit=4, tokens=4, student_mask=None, shown=False):
     students, teachers, masked = LAYERS[layers]
     alignments = [[Alignment.of(s, t, True) for t in teachers] for s in students]
     chooser = TeacherSelection(teachers, alignments, "summary", tokens, limit)
     mask = MASK if masked else None
     targets = chooser(features_of(teachers, 50), mask, PHASE)
     student_mask = mask if student_mask is None else student_mask
-    views = AlignedStudent(features_of(students), students, student_mask, chooser, targets)
-    return views, alignments, teachers, find_pair_groups(views, alignments, teachers)
+    teacher = AlignedTeacher(targets, teachers)
+    views = AlignedStudent(features_of(students), students, student_mask, teacher, limit, [shown] * len(students))
+    return views, teacher, find_pair_groups(views, alignments)
 
 
 def expected_place(student, teacher, limit):
@@ -82,7 +85,7 @@ def expected_place(student, teacher, limit):
 @pytest.mark.parametrize("limit", [None, 1, 2, 4])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_pair_of_layers_is_in_exactly_one_meeting_at_the_right_place(layers, limit):
-    _, _, _, meetings = setting(layers, limit)
+    _, _, meetings = setting(layers, limit)
     students, teachers, _ = LAYERS[layers]
     pairs = [(s, t) for place, members in meetings.items() for s in members for t in place.teachers]
     assert sorted(pairs) == list(itertools.product(range(len(students)), range(len(teachers))))
@@ -93,12 +96,12 @@ def test_every_pair_of_layers_is_in_exactly_one_meeting_at_the_right_place(layer
 
 
 def test_layers_that_meet_alike_meet_together():
-    _, _, _, meetings = setting("text")
+    _, _, meetings = setting("text")
     assert meetings == {
         PairGroup("tokens", None, 4, (0, 2)): [0, 1, 2],
         PairGroup("tokens", None, 6, (1, 3)): [0, 1, 2],
     }
-    _, _, _, meetings = setting("pyramids", limit=2)
+    _, _, meetings = setting("pyramids", limit=2)
     assert meetings == {
         PairGroup("grid", (2, 2), 6, (0, 1)): [0, 1, 2, 3],
         PairGroup("grid", (2, 2), 7, (2,)): [0, 1, 2, 3],
@@ -108,10 +111,10 @@ def test_layers_that_meet_alike_meet_together():
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_both_sides_of_a_meeting_have_the_same_positions(layers):
-    views, _, _, meetings = setting(layers)
+    views, teacher, meetings = setting(layers)
     for place, members in meetings.items():
         shapes = {views.at(s, place).shape[:2] for s in members}
-        taught = {views.selection.at(views.targets, t, place.size, place.kind).shape[:2] for t in place.teachers}
+        taught = {teacher.at(t, place).shape[:2] for t in place.teachers}
         assert len(shapes | taught) == 1
         for mask in (views.mask_at(s, place) for s in members):
             assert mask is None or {mask.shape} == shapes
@@ -127,8 +130,8 @@ def naive_pool(maps, size):
 
 
 def test_a_student_is_seen_at_its_chosen_tokens():
-    views, _, _, meetings = setting("text")
-    positions = views.targets["positions.0"]
+    views, teacher, meetings = setting("text")
+    positions = teacher.choice(0).positions
     for place, members in meetings.items():
         for s, i in itertools.product(members, range(B)):
             seen = views.at(s, place)[i]
@@ -137,7 +140,7 @@ def test_a_student_is_seen_at_its_chosen_tokens():
 
 @pytest.mark.parametrize("limit", [None, 2, 4])
 def test_a_student_is_seen_as_a_map_pooled_to_the_limit_and_then_to_the_meeting(limit):
-    views, _, _, meetings = setting("pyramids", limit)
+    views, _, meetings = setting("pyramids", limit)
     for place, members in meetings.items():
         for s in members:
             feature = views.features[s].numpy()
@@ -152,7 +155,8 @@ def test_a_student_is_seen_as_the_mean_over_what_counts():
     chooser = TeacherSelection([text(5, 11)], [[Alignment("mean")]], None, 4, 4)
     features = features_of(specs)
     features[0][MASK == 0] = float("nan")
-    views = AlignedStudent(features, specs, MASK, chooser, chooser(features_of([text(5, 11)])))
+    teacher = AlignedTeacher(chooser(features_of([text(5, 11)])), [text(5, 11)])
+    views = AlignedStudent(features, specs, MASK, teacher, 4)
     place = PairGroup("mean", None, 5, (0,))
     expected = np.stack([features[0][i][MASK[i] == 1].numpy().mean(0) for i in range(B)])
     np.testing.assert_allclose(views.at(0, place)[:, 0], expected, rtol=1e-12)
@@ -162,12 +166,12 @@ def test_a_student_is_seen_as_the_mean_over_what_counts():
 @pytest.mark.parametrize("limit", [None, 2, 4])
 @pytest.mark.parametrize("shown", [True, False])
 def test_summaries_are_maps_of_at_most_four_and_carry_no_gradient(limit, shown):
-    views, _, _, _ = setting("pyramids", limit)
+    views, _, _ = setting("pyramids", limit, shown=shown)
     for s in range(4):
         views.features[s].requires_grad_()
         side = min(4, views.features[s].shape[2])
         expected = naive_pool(views.features[s].detach().numpy(), (side, side)).reshape(B, -1)
-        actual = views.summary(s, shown)
+        actual = views.summary(s)
         assert not actual.requires_grad
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
@@ -175,8 +179,8 @@ def test_summaries_are_maps_of_at_most_four_and_carry_no_gradient(limit, shown):
 def test_the_mask_of_a_meeting_is_what_counts_for_both():
     own = MASK.clone()
     own[:, 2] = 0
-    views, _, _, meetings = setting("text", student_mask=own)
-    positions, kept = views.targets["positions.0"], views.targets["mask.0"]
+    views, teacher, meetings = setting("text", student_mask=own)
+    positions, kept = teacher.choice(0).positions, teacher.choice(0).mask
     for place, members in meetings.items():
         for s in members:
             mask = views.mask_at(s, place)
@@ -190,9 +194,11 @@ def test_the_mask_of_a_meeting_is_what_counts_for_both():
 
 @pytest.mark.parametrize("tokens", [None, 8, 100])
 def test_the_mask_of_a_meeting_is_the_students_where_the_teacher_has_none(tokens):
-    views, _, _, meetings = setting("text", tokens=tokens)
+    views, teacher, meetings = setting("text", tokens=tokens)
     place = next(iter(meetings))
-    own, views.targets = MASK.flip(0), {name: x for name, x in views.targets.items() if name != "mask.0"}
+    own, choice = MASK.flip(0), replace(teacher.choice(0), mask=None)
+    layers = tuple(replace(layer, choice=choice) for layer in teacher.targets.layers)
+    views.teacher = AlignedTeacher(replace(teacher.targets, layers=layers), teacher.specs)
     views.mask = own
     assert torch.equal(views.mask_at(0, place) != 0, own != 0)
     views.mask = torch.ones(B, 5)
@@ -208,10 +214,11 @@ def test_no_mask_speaks_of_a_vector(side, tokens):
     alignments = [[Alignment.of(s, t, True) for t in teachers] for s in students]
     chooser = TeacherSelection(teachers, alignments, None, tokens, 4)
     features = [[normal(B, 8, spec.channels), normal(B, 4)] for spec in (students[0], teachers[0])]
-    views = AlignedStudent(features[0], students, mask, chooser, chooser(features[1], mask, PHASE))
+    teacher = AlignedTeacher(chooser(features[1], mask, PHASE), teachers)
+    views = AlignedStudent(features[0], students, mask, teacher, 4)
     masks = {
         (s, place.teachers): views.mask_at(s, place)
-        for place, members in find_pair_groups(views, alignments, teachers).items()
+        for place, members in find_pair_groups(views, alignments).items()
         for s in members
         if place.kind == "tokens"
     }
@@ -305,8 +312,7 @@ def test_every_view_of_a_layer_waits_for_the_layer_above(name, spec):
     for layer in range(3):
         states.append(told(states[-1] * 2, f"layer {layer}"))
     specs = [spec] * 3
-    kept = TeacherSelection(specs, [[Alignment.of(spec, spec, True)] * 3] * 3, None, max_grid=4)
-    views = AlignedStudent(states[1:], specs, None, kept, {})
+    views = AlignedStudent(states[1:], specs, None, AlignedTeacher(TeacherTargets(), specs), 4)
     made = [told(getattr(views, name)(s), f"view {s}") for s in range(3)]
     (states[-1].sum() + sum(view.sum() for view in made)).backward()
     assert order == ["view 2", "layer 2", "view 1", "layer 1", "view 0", "layer 0"]

@@ -13,14 +13,13 @@ from hf_semckd.features.geometry import Alignment, as_map, as_tokens, common_gri
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.features.summaries import Average, summary
 from hf_semckd.losses.semckd.association import (
-    FeatureEmbedding,
-    SimilarityEmbedding,
-    attention_weights,
+    SimilarityAssociation,
     bound_of_cosine_weights,
     fixed_weights,
     kl_to_uniform,
-    similarity_weights,
+    product_weights,
 )
+from hf_semckd.losses.semckd.networks import FeatureEmbedding, SimilarityEmbedding
 from hf_semckd.losses.semckd.projection import ConvolutionalProjection
 
 # A batch of one.
@@ -249,9 +248,9 @@ def test_feature_embedding_takes_features_of_another_precision(dtype):
 # Association weights
 
 
-def test_attention_weights_are_the_softmax_of_scaled_products():
+def test_product_weights_are_the_softmax_of_scaled_products():
     query, key = [normal(4, 3, seed=s) for s in range(2)], [normal(4, 3, seed=10 + t) for t in range(5)]
-    actual = attention_weights(query, key, 1.7)
+    actual = product_weights(query, key, 1.7)
     logits = np.array([[[1.7 * float(query[s][i] @ key[t][i]) for t in range(5)] for s in range(2)] for i in range(4)])
     np.testing.assert_allclose(actual, special.softmax(logits, axis=2), rtol=1e-12)
 
@@ -266,42 +265,42 @@ def test_similarity_weights_are_the_softmax_of_row_correlations():
     expected = np.empty((6, 2, 3))
     for i, s, t in np.ndindex(6, 2, 3):
         expected[i, s, t] = np.corrcoef(cosines(student[s])[i], cosines(teacher[t])[i])[0, 1]
-    actual = similarity_weights(student, teacher, 0.2)
+    actual = SimilarityAssociation(0.2).of_summaries(student, teacher)
     np.testing.assert_allclose(actual, special.softmax(expected / 0.2, axis=2), rtol=1e-10)
 
 
 def test_similarity_weights_follow_a_permutation_of_the_batch():
     student, teacher = [normal(7, 4, seed=s) for s in range(2)], [normal(7, 5, seed=9 + t) for t in range(3)]
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    expected = similarity_weights(student, teacher, 0.2)[order]
-    actual = similarity_weights([x[order] for x in student], [x[order] for x in teacher], 0.2)
+    expected = SimilarityAssociation(0.2).of_summaries(student, teacher)[order]
+    actual = SimilarityAssociation(0.2).of_summaries([x[order] for x in student], [x[order] for x in teacher])
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
     assert (expected - expected[torch.arange(7).roll(1)]).abs().max() > 0.01
 
 
 def test_similarity_weights_of_one_sample_are_uniform():
-    weights = similarity_weights([normal(1, 4)] * 2, [normal(1, 5, seed=t) for t in range(4)], 0.2)
+    weights = SimilarityAssociation(0.2).of_summaries([normal(1, 4)] * 2, [normal(1, 5, seed=t) for t in range(4)])
     assert weights.tolist() == [[[0.25] * 4] * 2]
 
 
 def test_similarity_weights_of_equal_samples_are_nearly_uniform():
     student = [normal(1, 40, seed=s, dtype=torch.float32).repeat(9, 1) for s in range(2)]
     teacher = [normal(1, 50, seed=5 + t, dtype=torch.float32).repeat(9, 1) for t in range(4)]
-    weights = similarity_weights(student, teacher, 0.2)
+    weights = SimilarityAssociation(0.2).of_summaries(student, teacher)
     np.testing.assert_allclose(weights, 0.25, atol=0.1)
 
 
 def test_similarity_weights_do_not_depend_on_scale_or_rotation_of_a_layer():
     student, teacher = [normal(6, 4)], [normal(6, 5, seed=1), normal(6, 5, seed=2)]
     rotation = torch.linalg.qr(normal(5, 5, seed=3)).Q
-    expected = similarity_weights(student, teacher, 0.2)
-    actual = similarity_weights([student[0] * 100], [teacher[0] @ rotation, teacher[1] * 0.01], 0.2)
+    expected = SimilarityAssociation(0.2).of_summaries(student, teacher)
+    actual = SimilarityAssociation(0.2).of_summaries([student[0] * 100], [teacher[0] @ rotation, teacher[1] * 0.01])
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_similarity_weights_prefer_the_teacher_layer_that_sees_the_samples_alike():
     signal = normal(16, 8)
-    weights = similarity_weights([signal @ normal(8, 8, seed=5)], [normal(16, 8, seed=6), signal], 0.2)
+    weights = SimilarityAssociation(0.2).of_summaries([signal @ normal(8, 8, seed=5)], [normal(16, 8, seed=6), signal])
     assert weights.mean(0)[0].argmax() == 1
 
 
@@ -312,7 +311,7 @@ def test_similarity_weights_of_text_do_not_change_with_padding(extra):
 
     def weights(layers, mask):
         rows = [summary(layer, text(5, layer.shape[1]), Average(mask)) for layer in layers]
-        return similarity_weights(rows[:2], rows[2:], 0.2)
+        return SimilarityAssociation(0.2).of_summaries(rows[:2], rows[2:])
 
     padded = [torch.cat([layer, torch.full((4, extra, 5), float("nan"))], 1) for layer in layers]
     wider = torch.cat([mask, torch.zeros(4, extra, dtype=mask.dtype)], 1)
@@ -321,7 +320,7 @@ def test_similarity_weights_of_text_do_not_change_with_padding(extra):
 
 def test_similarity_weights_carry_no_gradient():
     student = normal(4, 3).requires_grad_()
-    assert not similarity_weights([student], [normal(4, 3, seed=1)], 0.2).requires_grad
+    assert not SimilarityAssociation(0.2).of_summaries([student], [normal(4, 3, seed=1)]).requires_grad
 
 
 # Fixed weights

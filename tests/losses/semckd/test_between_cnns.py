@@ -13,8 +13,8 @@ from hf_semckd.config import SemCKDConfig
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.losses import SemCKDLoss
-from hf_semckd.losses.semckd.association import sinkhorn_weights
 from hf_semckd.losses.semckd.projection import FeatureDecoder
+from hf_semckd.losses.semckd.sinkhorn import sinkhorn_weights
 from hf_semckd.training.options import loss_options
 
 STUDENT = [(4, 9, 9), (5, 5, 4), (6, 2, 2)]
@@ -77,17 +77,17 @@ def test_the_loss_by_hand(tmp_path, association):
     out = loss(student, teacher)
     errors = errors_by_hand(loss, student, teacher, compared=2)
     assert relative(out.errors[:, :2], errors) < 1e-9 and bool(out.errors[:, 2].isnan().all())
-    expected = (out.attention[:, :2] * errors).sum((1, 2)) / 2
+    expected = (out.association[:, :2] * errors).sum((1, 2)) / 2
     if association == "learned":
-        assert torch.equal(out.attention[:, 2], torch.full((BATCH, 3), 1 / 3, dtype=torch.float64))
-        expected = expected + 0.5 * divergence_by_hand(out.attention[:, :2]).mean(1)
+        assert torch.equal(out.association[:, 2], torch.full((BATCH, 3), 1 / 3, dtype=torch.float64))
+        expected = expected + 0.5 * divergence_by_hand(out.association[:, :2]).mean(1)
     assert relative(out.per_sample, expected) < 1e-9 and relative(out.total, expected.mean()) < 1e-9
 
 
 def test_the_defaults(tmp_path):
     loss = configured(tmp_path)
-    assert (loss.projector, loss.association, loss.compared) == ("convolutional", "sinkhorn", 2)
-    assert (loss.relation_weight, loss.default_weight, loss.temperature) == (0.0, 100.0, 0.02)
+    assert (loss.projector, loss.association.name, loss.compared) == ("convolutional", "sinkhorn", 2)
+    assert (loss.relation_weight, loss.default_weight, loss.association.temperature) == (0.0, 100.0, 0.02)
     assert loss.settings == {
         "association": "sinkhorn", "association_temperature": 0.02, "relation_weight": 0.0,
         "projector": "convolutional", "projection_init": "random", "max_grid": 8,
@@ -137,7 +137,7 @@ def test_one_layer_alone_is_compared(tmp_path):
 
 def test_a_linear_projection_has_the_weight_that_suits_it(tmp_path):
     loss = configured(tmp_path, projector="shared")
-    assert (loss.default_weight, loss.relation_weight, loss.association) == (3.0, 20.0, "similarity")
+    assert (loss.default_weight, loss.relation_weight, loss.association.name) == (3.0, 20.0, "similarity")
     assert not len(loss.decoder)
 
 

@@ -90,8 +90,8 @@ def test_published_total_and_attention_are_those_of_the_equations(grids):
     out = loss(student, teacher)
     total, attention = published_oracle(loss, student, teacher)
     assert relative(out.total, total) < 1e-10
-    assert relative(out.attention, attention) < 1e-10
-    assert out.attention.std() > 1e-3, "a constant attention would not test the networks"
+    assert relative(out.association, attention) < 1e-10
+    assert out.association.std() > 1e-3, "a constant attention would not test the networks"
     assert relative(out.per_sample.mean(), total) < 1e-10 and out.per_sample.shape == (8,)
 
 
@@ -153,7 +153,7 @@ def test_published_has_no_statistics_and_no_learned_scale():
 
 def test_published_weights_stay_within_the_bound_of_unit_vectors():
     loss, student, teacher = published_problem("student larger")
-    attention = loss(student, teacher).attention
+    attention = loss(student, teacher).association
     assert loss.upper_bound == pytest.approx(math.e / (math.e + 2 / math.e))
     assert attention.max() <= loss.upper_bound and attention.min() >= 1 / (1 + 2 * math.e**2)
 
@@ -163,7 +163,7 @@ def test_published_takes_token_layers_one_position_at_a_time():
     loss = SemCKDLoss.published([(5, 4)], [(5, 3), (5, 6)], 8).double()
     student, teacher = [normal(8, 5, 4)], [normal(8, 5, 3, seed=1), normal(8, 5, 6, seed=2)]
     as_maps = [[feature.mT.unsqueeze(3) for feature in features] for features in (student, teacher)]
-    out, attention = loss(student, teacher), loss(student, teacher).attention
+    out, attention = loss(student, teacher), loss(student, teacher).association
     errors = [
         ((project_map(as_maps[0][0], loss.projection[0][t]) - as_maps[1][t]) ** 2).mean((1, 2, 3)) for t in range(2)
     ]
@@ -235,7 +235,7 @@ def problem(scenario, association="similarity", projector="shared", **options):
         **options,
     ).double()
     if association == "learned" and loss.required_batch_size is None:
-        loss.log_scale.data.fill_(0.6)
+        loss.association.scale.log.data.fill_(0.6)
     return loss, features_of(students, 0), features_of(teachers, 60, scale=3.0)
 
 
@@ -302,8 +302,8 @@ class CalibratedOracle:
         total = 0.0
         for i, s, t in np.ndindex(samples, students, teachers):
             total += float(weights[i, s, t] * errors[i, s, t])
-        total /= samples * (1 if self.loss.association == "last" else students)
-        if self.loss.association == "learned":
+        total /= samples * (1 if self.loss.association.name == "last" else students)
+        if self.loss.association.name == "learned":
             total += TEMPERATURE * special.rel_entr(weights, np.full(teachers, 1 / teachers)).sum(-1).mean()
         return total, weights, errors
 
@@ -344,14 +344,14 @@ class CalibratedOracle:
 
     def weights(self):
         size, students, teachers = len(self.student[0]), len(self.student), len(self.targets)
-        if self.loss.association == "similarity":
+        if self.loss.association.name == "similarity":
             return self.similarity_weights()
-        if self.loss.association == "learned":
+        if self.loss.association.name == "learned":
             return self.learned_weights()
         fixed = np.zeros((students, teachers))
-        if self.loss.association == "uniform":
+        if self.loss.association.name == "uniform":
             fixed[:] = 1 / teachers
-        elif self.loss.association == "last":
+        elif self.loss.association.name == "last":
             fixed[-1, -1] = 1
         else:  # two student layers in every scenario
             fixed[0, {2: 0, 3: 1}[teachers]] = fixed[1, teachers - 1] = 1
@@ -394,7 +394,7 @@ def test_calibrated_is_the_naive_sum_over_samples_layers_and_positions(scenario,
     loss, student, teacher = problem(scenario, association, projector)
     out = loss(student, teacher, *masks_of(scenario))
     total, weights, errors = CalibratedOracle(loss, scenario, student, teacher).run()
-    assert relative(out.attention, weights.copy()) < 1e-7
+    assert relative(out.association, weights.copy()) < 1e-7
     assert relative(out.errors, errors) < 1e-9
     assert relative(out.total, total) < 1e-7
     assert torch.equal(out.total, out.per_sample.mean())
@@ -409,7 +409,7 @@ def naive_total(loss, student, teacher, masks):
         linear = loss.projection[s][str(targets[t].shape[2])]
         squares = ((student[s] @ linear.weight.T + linear.bias - targets[t]) ** 2).mean(2)
         error = (squares * masks[0]).sum(1) / masks[0].sum(1)
-        total = total + (out.attention[:, s, t] * error).mean() / len(student)
+        total = total + (out.association[:, s, t] * error).mean() / len(student)
     return total
 
 
@@ -450,7 +450,7 @@ def test_wider_padding_changes_neither_loss_nor_gradients(scenario, association,
     padded = [pad(feature, 5.0) for feature in student], [pad(feature, filling) for feature in teacher]
     other, other_features, other_parameters = every_gradient(wide, *padded, wider)
     torch.testing.assert_close(other.per_sample, out.per_sample, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(other.attention, out.attention, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(other.association, out.association, rtol=1e-9, atol=1e-12)
     for left, right in zip(other_features, features, strict=True):
         if right.dim():  # the `last` association leaves all student layers but one without gradient
             torch.testing.assert_close(left[:, :6], right, rtol=1e-8, atol=1e-12)
@@ -482,7 +482,7 @@ def test_calibrated_loss_does_not_depend_on_the_order_of_the_batch(scenario, ass
     permuted_masks = [mask if mask is None else mask[order] for mask in masks]
     permuted = other([feature[order] for feature in student], [feature[order] for feature in teacher], *permuted_masks)
     torch.testing.assert_close(permuted.total, out.total, rtol=1e-11, atol=0)
-    torch.testing.assert_close(permuted.attention, out.attention[order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(permuted.association, out.association[order], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(permuted.errors, out.errors[order], rtol=1e-9, atol=1e-12)
 
 
@@ -491,7 +491,7 @@ def test_published_loss_does_depend_on_the_order_of_the_batch():
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     out = loss(student, teacher)
     permuted = loss([feature[order] for feature in student], [feature[order] for feature in teacher])
-    assert (permuted.attention - out.attention[order]).abs().max() > 0.01
+    assert (permuted.association - out.association[order]).abs().max() > 0.01
     assert relative(permuted.total, out.total) > 1e-4
     torch.testing.assert_close(permuted.errors, out.errors[order], rtol=1e-9, atol=1e-12)
 
@@ -506,7 +506,7 @@ def test_a_batch_of_one_trains(scenario, association, projector):
     assert out.per_sample.shape == (1,) and out.total.isfinite()
     assert all(entry.isfinite().all() for entry in [*features, *parameters])
     if association == "similarity":
-        np.testing.assert_allclose(out.attention, 1 / len(teacher), rtol=1e-12)
+        np.testing.assert_allclose(out.association, 1 / len(teacher), rtol=1e-12)
 
 
 def test_the_teacher_gets_no_gradient_and_reported_tensors_carry_none():
@@ -515,7 +515,7 @@ def test_the_teacher_gets_no_gradient_and_reported_tensors_carry_none():
         out = loss(student, teacher)
         out.total.backward()
         assert all(feature.grad is None for feature in teacher)
-        assert not out.attention.requires_grad and not out.errors.requires_grad and out.per_sample.requires_grad
+        assert not out.association.requires_grad and not out.errors.requires_grad and out.per_sample.requires_grad
 
 
 @pytest.mark.parametrize("association", ASSOCIATIONS)
@@ -617,7 +617,7 @@ def test_published_survives_autocast_on_maps_whose_similarity_overflows(dtype):
     expected = copy.deepcopy(loss)(student, teacher)
     with torch.autocast("cpu", dtype=dtype):
         out = loss(student, teacher)
-    torch.testing.assert_close(out.attention, expected.attention, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.association, expected.association, rtol=1e-4, atol=1e-5)
     assert relative(out.total.detach(), expected.total.detach()) < 2e-2
 
 
@@ -690,13 +690,18 @@ def test_a_configuration_builds_the_loss_that_it_describes(tmp_path):
     basics = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
     given = {"association": "uniform", "association_temperature": 0.7, "projector": "shared"}
     loss = SemCKDLoss.for_layers(*specs, loss_options(SemCKDConfig(**basics, **given)))
-    assert (loss.association, loss.projector, len(loss.statistics), loss.temperature) == ("uniform", "shared", 2, 0.7)
+    assert (loss.association.name, loss.projector, len(loss.statistics), loss.association.temperature) == (
+        "uniform",
+        "shared",
+        2,
+        0.7,
+    )
     published = SemCKDLoss.for_layers(
         *specs, loss_options(SemCKDConfig.published(**basics, per_device_train_batch_size=12))
     )
     reference = SemCKDLoss.published([(4, 4, 4)], [(6, 2, 2)] * 2, 12)
     shapes = [{name: value.shape for name, value in entry.state_dict().items()} for entry in (published, reference)]
-    assert shapes[0] == shapes[1] and published.required_batch_size == 12 and published.temperature == 1.0
+    assert shapes[0] == shapes[1] and published.required_batch_size == 12 and published.association.temperature == 1.0
 
 
 @pytest.mark.parametrize("association", ASSOCIATIONS)
@@ -743,7 +748,7 @@ def train_on_planted_problem(build, seed, steps=150):
         out.total.backward()
         optimizer.step()
         if step >= steps - WINDOW:
-            window.append((out.attention.mean(0), out.errors.mean(0)))
+            window.append((out.association.mean(0), out.errors.mean(0)))
     assert 4 < signal.std() < 6
     weights, errors = (torch.stack(entries).mean(0) for entries in zip(*window, strict=True))
     return weights.double().numpy(), errors.double().numpy()
@@ -905,7 +910,7 @@ def test_a_few_tokens_and_small_maps_are_the_naive_sum_over_what_is_left(scenari
     masks = masks_of(scenario)
     out = loss(student, loss.select(teacher, masks[1], PHASE), *masks)
     total, weights, errors = SampledOracle(loss, scenario, student, teacher, tokens, limit).run()
-    assert relative(out.attention, weights.copy()) < 1e-7
+    assert relative(out.association, weights.copy()) < 1e-7
     assert relative(out.errors, errors) < 1e-9
     assert relative(out.total, total) < 1e-7
 
@@ -936,7 +941,7 @@ def test_gradients_of_a_few_tokens_are_those_of_the_plain_squares():
         linear = loss.projection[s][str(teacher[t].shape[2])]
         target = loss.statistics[t](teacher[t])[i, places]
         squares = (student[s][i, places] @ linear.weight.T + linear.bias - target) ** 2
-        total = total + out.attention[i, s, t] * squares.mean() / 16
+        total = total + out.association[i, s, t] * squares.mean() / 16
     expected = torch.autograd.grad(total, wanted)
     assert all(relative(left, right) < 1e-10 for left, right in zip(actual, expected, strict=True))
     untouched = (actual[0].abs().sum(2) == 0) & (MASK == 1)
@@ -968,7 +973,7 @@ def test_longer_padding_of_sampled_tokens_changes_neither_loss_nor_gradients(sce
     assert out.total.isfinite()
     torch.testing.assert_close(other.per_sample, out.per_sample, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(other.errors, out.errors, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(other.attention, out.attention, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(other.association, out.association, rtol=1e-9, atol=1e-12)
     own, added = (slice(0, 6), slice(6, None)) if side == "right" else (slice(5, None), slice(0, 5))
     for left, right in zip(other_features, features, strict=True):
         if right.dim():  # the `last` association leaves all student layers but one without gradient
@@ -1029,11 +1034,11 @@ def test_selected_features_give_what_the_features_give(scenario, association, pr
     loss, student, teacher = problem(scenario, association, projector, **options)
     other, masks = copy.deepcopy(loss), masks_of(scenario)
     selected = other.select(teacher, masks[1])
-    assert other.select(selected) is selected and other.select(selected, masks[1], PHASE) is selected
+    assert other.targets(selected) is selected and other.targets(selected, masks[1]) is selected
     out, features, parameters = every_gradient(loss, student, teacher, masks)
     # The mask of the teacher's tokens went into the selection.
     again, other_features, other_parameters = every_gradient(other, student, selected, [masks[0], None])
-    for name in ("total", "per_sample", "attention", "errors"):
+    for name in ("total", "per_sample", "association", "errors"):
         assert torch.equal(getattr(again, name), getattr(out, name))
     for left, right in zip([*other_features, *other_parameters], [*features, *parameters], strict=True):
         assert torch.equal(left, right)
@@ -1119,15 +1124,18 @@ def test_shared_projections_give_what_equal_projections_of_their_own_give(scenar
     (shared, student, teacher), (own, _, _) = build(2), build(1)
     masks = masks_of(scenario)
     widths = [feature.shape[1 if feature.dim() == 4 else 2] for feature in student]
-    assert shared.projection_of == ([0, 0, 1, 1] if widths[2] == widths[3] else [0, 0, 1, 2])
-    assert own.projection_of == [0, 1, 2, 3] and len(shared.projection) == shared.projection_of[-1] + 1
-    for s, owner in enumerate(shared.projection_of):
+    assert shared.comparison.projection_of == ([0, 0, 1, 1] if widths[2] == widths[3] else [0, 0, 1, 2])
+    assert (
+        own.comparison.projection_of == [0, 1, 2, 3]
+        and len(shared.projection) == shared.comparison.projection_of[-1] + 1
+    )
+    for s, owner in enumerate(shared.comparison.projection_of):
         own.projection[s].load_state_dict(shared.projection[owner].state_dict())
     out, expected = shared(student, teacher, *masks), own(student, teacher, *masks)
     out.total.backward(), expected.total.backward()
     assert relative(out.total, expected.total) < 1e-12 and relative(out.errors, expected.errors) < 1e-12
     for owner, entry in enumerate(shared.projection):
-        members = [own.projection[s] for s in range(4) if shared.projection_of[s] == owner]
+        members = [own.projection[s] for s in range(4) if shared.comparison.projection_of[s] == owner]
         for name, parameter in entry.named_parameters():
             gradients = [member.get_parameter(name).grad for member in members]
             torch.testing.assert_close(parameter.grad, sum(gradients), rtol=1e-9, atol=1e-13)
@@ -1142,10 +1150,10 @@ def test_only_neighbors_of_one_width_share_a_projection():
         (100, [0, 0, 0, 1, 1, 2, 2, 2, 2]),
     ]:
         loss = SemCKDLoss([(6, width) for width in widths], [(6, 5)], layers_per_projection=shared)
-        assert loss.projection_of == expected
-        assert [loss.projection[n]["5"].in_features for n in loss.projection_of] == widths
+        assert loss.comparison.projection_of == expected
+        assert [loss.projection[n]["5"].in_features for n in loss.comparison.projection_of] == widths
     pairwise = SemCKDLoss([(6, 4)] * 3, [(6, 5)], projector="pairwise", layers_per_projection=3)
-    assert pairwise.projection_of == [0, 1, 2] and len(pairwise.projection) == 3
+    assert pairwise.comparison.projection_of == [0, 1, 2] and len(pairwise.projection) == 3
 
 
 def size_of_projections(students, teachers, shared):
@@ -1196,7 +1204,7 @@ def test_projections_stay_under_a_fifth_of_ordinary_students(pair, tmp_path):
     config = SemCKDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     loss = SemCKDLoss.for_layers(students, teachers, loss_options(config), student_parameters=int(parameters))
     assert sum(entry.numel() for entry in loss.projection.parameters()) < 0.2 * parameters
-    sharing = max(loss.projection_of.count(entry) for entry in loss.projection_of)
+    sharing = max(loss.comparison.projection_of.count(entry) for entry in loss.comparison.projection_of)
     assert sharing == layers_per_projection(students, teachers, int(parameters)) == shared
 
 
@@ -1209,6 +1217,6 @@ def test_a_configuration_says_how_much_is_compared(tmp_path, options, tokens, si
     text = FeatureSpec.from_shape((20, 4), "text")
     image = FeatureSpec.from_shape((4, 8, 8), "map")
     loss = SemCKDLoss.for_layers([text, image], [text, image], loss_options(config))
-    kept = loss.select([normal(2, 20, 4), normal(2, 4, 8, 8)])
-    assert kept["tokens.0"].shape == (2, tokens, 4) and kept["grid.1"].shape == (2, 4, side, side)
+    text_layer, map_layer = loss.select([normal(2, 20, 4), normal(2, 4, 8, 8)]).layers
+    assert text_layer.tokens.shape == (2, tokens, 4) and map_layer.grid.shape == (2, 4, side, side)
     assert loss.samples_tokens == (tokens < 20)

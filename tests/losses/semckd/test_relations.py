@@ -9,6 +9,7 @@ import makers
 import numpy as np
 import pytest
 import torch
+from kept import named
 from torch import Tensor
 
 from hf_semckd import SemCKDConfig
@@ -274,10 +275,10 @@ def test_the_relation_part_by_hand(kind, association):
         )
     )
     layers = 1 if association == "last" else len(student)
-    expected = plain.per_sample + R * (plain.attention * relations).sum((1, 2)) / layers
+    expected = plain.per_sample + R * (plain.association * relations).sum((1, 2)) / layers
     torch.testing.assert_close(found.per_sample, expected.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.total, found.per_sample.mean())
-    torch.testing.assert_close(found.attention, plain.attention)
+    torch.testing.assert_close(found.association, plain.association)
     torch.testing.assert_close(found.errors, plain.errors)
     assert (found.per_sample - plain.per_sample).min() > 1e-3
 
@@ -288,7 +289,7 @@ def test_the_pairwise_projector_takes_relations_too(kind):
     plain = made(kind, 0.0, projector="pairwise")(student, teacher, mask, mask)
     found = made(kind, R, projector="pairwise")(student, teacher, mask, mask)
     errors = relation_errors(embeddings_by_hand(kind, student), embeddings_by_hand(kind, teacher))
-    expected = plain.per_sample + R * (plain.attention * errors).sum((1, 2)) / len(student)
+    expected = plain.per_sample + R * (plain.association * errors).sum((1, 2)) / len(student)
     torch.testing.assert_close(found.per_sample, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -306,9 +307,9 @@ def test_embeddings_are_kept_only_for_relations(kind, projector):
     without = made(kind, 0.0, projector=projector)
     related = made(kind, R, projector=projector)
     names = {f"embedding.{t}" for t in range(len(teacher))}
-    assert not names & set(without.select(teacher, mask))
-    kept = related.select(teacher, mask)
-    assert set(kept) == set(without.select(teacher, mask)) | names
+    assert not names & set(named(without.select(teacher, mask)))
+    kept = named(related.select(teacher, mask))
+    assert set(kept) == set(named(without.select(teacher, mask))) | names
     for t, embedding in enumerate(embeddings_by_hand(kind, teacher)):
         torch.testing.assert_close(kept[f"embedding.{t}"], embedding)
     # Losses that say the same share a teacher cache: these two must not.
@@ -323,7 +324,7 @@ def test_selected_features_give_the_same_loss(kind, association):
     direct, selected = made(kind, R, **options), made(kind, R, **options)
     first = direct(student, teacher, mask, mask)
     second = selected(student, selected.select(teacher, mask), mask, mask)
-    assert torch.equal(first.per_sample, second.per_sample) and torch.equal(first.attention, second.attention)
+    assert torch.equal(first.per_sample, second.per_sample) and torch.equal(first.association, second.association)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from kept import named
 
-from hf_semckd.features.geometry import Alignment, fitting_mask
+from hf_semckd.features.geometry import Alignment, fitting_mask, limited_grid
 from hf_semckd.features.layers import FeatureSpec
+from hf_semckd.losses.semckd.alignment import AlignedTeacher, PairGroup
 from hf_semckd.losses.semckd.selection import TeacherSelection
 
 B = 5
@@ -91,20 +93,20 @@ KEPT = [
 
 @pytest.mark.parametrize(("layers", "association", "options", "masked", "names"), KEPT)
 def test_nothing_is_kept_that_is_not_needed(layers, association, options, masked, names):
-    kept = selection(*layers, association, **options)(features_of(layers[1]), MASK if masked else None, PHASE)
+    kept = named(selection(*layers, association, **options)(features_of(layers[1]), MASK if masked else None, PHASE))
     assert set(kept) == set(names.split())
     assert all(len(value) == B and not value.requires_grad for value in kept.values())
 
 
 def test_another_tokenization_keeps_means_alone():
-    kept = selection(*TEXT, "summary", tokens_aligned=False, max_tokens=4)(features_of(TEXT[1]), MASK)
+    kept = named(selection(*TEXT, "summary", tokens_aligned=False, max_tokens=4)(features_of(TEXT[1]), MASK))
     assert set(kept) == {"mean.0", "mean.1"}
 
 
 @pytest.mark.parametrize(("layers", "association", "options", "masked", "names"), KEPT)
 def test_the_full_features_can_be_freed(layers, association, options, masked, names):
     features = features_of(layers[1])
-    kept = selection(*layers, association, **options)(features, MASK if masked else None, PHASE)
+    kept = named(selection(*layers, association, **options)(features, MASK if masked else None, PHASE))
     full = {feature.untyped_storage().data_ptr(): tuple(feature.shape) for feature in features}
     for name, value in kept.items():
         if value.untyped_storage().data_ptr() in full and value.is_floating_point():
@@ -118,7 +120,7 @@ def test_the_full_features_can_be_freed(layers, association, options, masked, na
 def test_sampled_tokens_are_smaller_than_what_they_were_taken_from():
     specs = [text(64, 128)] * 3
     features = features_of(specs)
-    kept = selection([text(3, 128)], specs, "summary", max_tokens=32)(features, None, PHASE)
+    kept = named(selection([text(3, 128)], specs, "summary", max_tokens=32)(features, None, PHASE))
     bytes_of = [sum(value.untyped_storage().nbytes() for value in entries) for entries in (kept.values(), features)]
     assert bytes_of[0] < 0.28 * bytes_of[1]
 
@@ -137,7 +139,7 @@ def test_kept_tokens_are_the_chosen_ones_and_zeros(side, filling):
     for feature in features:
         feature[mask == 0] = filling
     chooser = selection(*TEXT, "summary", max_tokens=4)
-    kept = chooser(features, mask, PHASE)
+    kept = named(chooser(features, mask, PHASE))
     for t, i in np.ndindex(2, B):
         places = chosen_positions(mask[i].tolist(), 4, float(PHASE[i]))
         assert kept["positions.0"][i, : len(places)].tolist() == places
@@ -154,13 +156,13 @@ def test_a_sample_without_tokens_keeps_zeros():
     mask[2] = 0
     features = features_of(TEXT[1])
     features[0][2] = float("nan")
-    kept = selection(*TEXT, "summary", max_tokens=4)(features, mask, PHASE)
+    kept = named(selection(*TEXT, "summary", max_tokens=4)(features, mask, PHASE))
     assert not kept["mask.0"][2].any() and kept["mask.0"][[0, 1, 3, 4]].any(1).all()
     assert kept["tokens.0"][2].abs().max() == 0 and kept["mean.0"][2].abs().max() == 0
 
 
 def test_without_a_phase_the_first_token_is_chosen():
-    kept = selection(*TEXT, None, max_tokens=4)(features_of(TEXT[1]), MASK)
+    kept = named(selection(*TEXT, None, max_tokens=4)(features_of(TEXT[1]), MASK))
     assert kept["positions.0"][:, 0].tolist() == [0] * B
     assert kept["positions.0"][1].tolist() == [0, 2, 4, 6]
 
@@ -170,11 +172,12 @@ def test_layers_of_one_layout_share_positions_and_others_have_their_own(limit):
     specs = [text(4), text(6, 12), text(5), text(3, 12)]
     chooser = selection([text(3), text(3, 12)], specs, None, max_tokens=limit)
     features = features_of(specs)
-    kept = chooser(features, MASK, PHASE)
+    targets = chooser(features, MASK, PHASE)
+    kept = named(targets)
     shapes = {name: tuple(kept[name].shape) for name in kept if name.startswith("positions")}
     assert shapes == {"positions.0": (B, min(8, limit)), "positions.1": (B, min(12, limit))}
-    assert [chooser.positions_of(kept, t) is kept[f"positions.{t % 2}"] for t in range(4)] == [True] * 4
-    assert chooser.mask_of(kept, 2) is kept["mask.0"] and chooser.mask_of(kept, 3) is None
+    assert [targets.layers[t].choice.positions is kept[f"positions.{t % 2}"] for t in range(4)] == [True] * 4
+    assert targets.layers[2].choice.mask is kept["mask.0"] and targets.layers[3].choice.mask is None
     for t, i in np.ndindex(4, B):
         row = [1] * 12 if t % 2 else MASK[i].tolist()
         places = chosen_positions(row, limit, float(PHASE[i]))
@@ -185,8 +188,8 @@ def test_a_vector_is_one_token_that_no_mask_speaks_of():
     specs = [text(4), VECTOR]
     chooser = selection([text(3), VECTOR], specs, None, max_tokens=2)
     features = features_of(specs)
-    kept = chooser(features, MASK.flip(1), PHASE)
-    assert torch.equal(kept["tokens.1"], features[1][:, None]) and chooser.mask_of(kept, 1) is None
+    vector = chooser(features, MASK.flip(1), PHASE).layers[1]
+    assert torch.equal(vector.tokens, features[1][:, None]) and vector.choice.mask is None
 
 
 def naive_pool(maps, size):
@@ -203,38 +206,40 @@ def test_grids_are_pooled_to_the_limit_and_summaries_to_four(limit):
     specs = [map_layer(4, 7, 5), map_layer(3, 2, 6), image_tokens(5, side=5, prefix=2)]
     features = features_of(specs)
     chooser = selection([map_layer(3, 8, 8)], specs, "summary", max_grid=limit)
-    kept = chooser(features)
+    targets = chooser(features)
+    kept, teacher = named(targets), AlignedTeacher(targets, specs)
     patches = features[2][:, 2:].unflatten(1, (5, 5)).permute(0, 3, 1, 2)
     for t, (maps, spec) in enumerate(zip([*features[:2], patches], specs, strict=True)):
         size = spec.grid if limit is None else tuple(min(limit, side) for side in spec.grid)
-        assert chooser.grid_size(features[t], spec) == size
+        assert limited_grid(features[t], spec, limit) == size
         np.testing.assert_allclose(kept[f"grid.{t}"], naive_pool(maps.numpy(), size), rtol=1e-4, atol=1e-5)
         expected = naive_pool(maps.numpy(), tuple(min(4, side) for side in spec.grid)).reshape(B, -1)
-        np.testing.assert_allclose(chooser.summary_of(kept, t), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(teacher.summary(t), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_is_read_at_a_smaller_grid_as_a_mean_or_as_its_tokens():
     specs = [map_layer(4, 6, 6), text(5)]
     chooser = selection([map_layer(3, 8, 8), text(3)], specs, None, max_grid=4)
     features = features_of(specs)
-    kept = chooser(features, MASK)
+    teacher = AlignedTeacher(chooser(features, MASK), specs)
     pooled = naive_pool(naive_pool(features[0].numpy(), (4, 4)), (2, 3)).reshape(B, 4, 6).transpose(0, 2, 1)
-    np.testing.assert_allclose(chooser.at(kept, 0, (2, 3), "grid"), pooled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(teacher.at(0, PairGroup("grid", (2, 3), 4, (0,))), pooled, rtol=1e-4, atol=1e-5)
     mean = features[0].numpy().mean((2, 3))[:, None]
-    np.testing.assert_allclose(chooser.at(kept, 0, None, "mean"), mean, rtol=1e-4, atol=1e-5)
-    assert torch.equal(chooser.at(kept, 1, None, "tokens"), features[1])
+    np.testing.assert_allclose(teacher.at(0, PairGroup("mean", None, 4, (0,))), mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(teacher.at(1, PairGroup("tokens", None, 5, (1,))), features[1])
 
 
 @pytest.mark.parametrize("association", ["summary", "mean", None])
 def test_statistics_are_taken_from_what_is_compared(association):
     specs = [text(4), text(5, 9), map_layer(3, 6, 6)]
     chooser = selection([text(3), map_layer(3, 8, 8)], specs, association, max_tokens=4, max_grid=3)
-    kept = chooser(features_of(specs), MASK, PHASE)
-    values, mask = chooser.values_of(kept, 0)
+    targets = chooser(features_of(specs), MASK, PHASE)
+    kept, teacher = named(targets), AlignedTeacher(targets, specs)
+    values, mask = teacher.values(0)
     assert values is kept["tokens.0"] and mask is kept["mask.0"]
-    values, mask = chooser.values_of(kept, 1)
+    values, mask = teacher.values(1)
     assert torch.equal(values, kept["mean.1"][:, None]) and mask is None
-    values, mask = chooser.values_of(kept, 2)
+    values, mask = teacher.values(2)
     assert values is kept["grid.2"] and mask is None
 
 
@@ -242,9 +247,9 @@ def test_statistics_of_whole_features_leave_out_padding_of_token_layers_only():
     specs = [text(4), map_layer(3, 6, 6), VECTOR]
     features = features_of(specs)
     chooser = selection([], specs, "whole")
-    kept = chooser(features, MASK)
-    assert [chooser.values_of(kept, t)[1] is MASK for t in range(3)] == [True, False, False]
-    assert [tuple(chooser.values_of(kept, t)[0].shape) for t in range(3)] == [(B, 8, 4), (B, 3, 6, 6), (B, 1, 4)]
+    teacher = AlignedTeacher(chooser(features, MASK), specs)
+    assert [teacher.values(t)[1] is MASK for t in range(3)] == [True, False, False]
+    assert [tuple(teacher.values(t)[0].shape) for t in range(3)] == [(B, 8, 4), (B, 3, 6, 6), (B, 1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -258,11 +263,11 @@ def test_whether_tokens_may_be_left_out_is_known_beforehand(layers, limit, sampl
 @pytest.mark.parametrize(("layers", "association", "options", "masked", "names"), KEPT)
 def test_a_batch_is_selected_sample_by_sample(layers, association, options, masked, names):
     chooser, features = selection(*layers, association, **options), features_of(layers[1])
-    whole = chooser(features, MASK if masked else None, PHASE)
+    whole = named(chooser(features, MASK if masked else None, PHASE))
     order = torch.tensor([3, 0, 4, 2, 1])
-    other = chooser([feature[order] for feature in features], MASK[order] if masked else None, PHASE[order])
+    other = named(chooser([feature[order] for feature in features], MASK[order] if masked else None, PHASE[order]))
     parts = [
-        chooser([feature[i] for feature in features], MASK[i] if masked else None, PHASE[i])
+        named(chooser([feature[i] for feature in features], MASK[i] if masked else None, PHASE[i]))
         for i in (slice(0, 1), slice(1, 5))
     ]
     for name, value in whole.items():
@@ -274,24 +279,24 @@ def test_a_batch_is_selected_sample_by_sample(layers, association, options, mask
 def test_shapes_follow_from_shapes_alone(layers, association, options, masked, names):
     # Tensors without values: whatever had to look at one, on a GPU after waiting for it, would fail here.
     chooser, features = selection(*layers, association, **options), features_of(layers[1])
-    real = chooser(features, MASK if masked else None, PHASE)
-    hollow = chooser([x.to("meta") for x in features], MASK.to("meta") if masked else None, PHASE.to("meta"))
+    real = named(chooser(features, MASK if masked else None, PHASE))
+    hollow = named(chooser([x.to("meta") for x in features], MASK.to("meta") if masked else None, PHASE.to("meta")))
     assert {name: x.shape for name, x in hollow.items()} == {name: x.shape for name, x in real.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_compared_tensors_keep_the_teachers_precision(dtype):
     features = [feature.to(dtype) for feature in features_of(TEXT[1])]
-    kept = selection(*TEXT, None, max_tokens=4)(features, MASK, PHASE)
+    kept = named(selection(*TEXT, None, max_tokens=4)(features, MASK, PHASE))
     assert kept["tokens.0"].dtype == kept["tokens.1"].dtype == dtype
     maps = [feature.to(dtype) for feature in features_of(MAPS[1])]
-    assert selection(*MAPS, None, max_grid=4)(maps)["grid.0"].dtype == dtype
+    assert named(selection(*MAPS, None, max_grid=4)(maps))["grid.0"].dtype == dtype
 
 
 def test_features_that_carry_a_gradient_are_kept_without_it():
     features = [feature.requires_grad_() for feature in features_of(TEXT[1])]
     for association in ("summary", "whole"):
-        kept = selection(*TEXT, association, max_tokens=4)(features, MASK, PHASE)
+        kept = named(selection(*TEXT, association, max_tokens=4)(features, MASK, PHASE))
         assert not any(value.requires_grad for value in kept.values())
 
 
@@ -333,7 +338,7 @@ CHOICES = [
 def test_equal_words_are_said_of_equal_tensors_and_other_words_of_others(teachers):
     features = features_of(teachers)
     choosers = [selection(students, teachers, association, **options) for students, association, options in CHOICES]
-    kept = [chooser(features, MASK, PHASE) for chooser in choosers]
+    kept = [named(chooser(features, MASK, PHASE)) for chooser in choosers]
     alike = 0
     for (one, left), (other, right) in itertools.combinations(zip(choosers, kept, strict=True), 2):
         same = set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)

@@ -39,8 +39,9 @@ def test_the_cka_weights_by_numpy():
     # One teacher layer that says what the student's first does.
     teacher = [torch.randn(9, 5, 7, generator=generator), student[0] @ torch.randn(6, 7, generator=generator)]
     teacher += [torch.randn(9, 5, 3, generator=generator)]
-    loss = CenteredKernelAlignment([(5, 6), (5, 4)], [(5, 7), (5, 7), (5, 3)])
-    found = loss(student, teacher).attention
+    association = CenteredKernelAlignment()
+    loss = SemCKDLoss([(5, 6), (5, 4)], [(5, 7), (5, 7), (5, 3)], association=association)
+    found = loss(student, teacher).association
     means = [[x.mean(1).double().numpy() for x in layers] for layers in (student, teacher)]
     alignment = np.array([[numpy_cka(own, theirs) for theirs in means[1]] for own in means[0]])
     expected = np.exp(alignment / 0.2) / np.exp(alignment / 0.2).sum(1, keepdims=True)
@@ -51,10 +52,10 @@ def test_the_cka_weights_by_numpy():
 
 
 def test_random_weights_are_uniform_on_the_simplex():
-    loss = RandomWeights([(5, 6), (5, 4)], [(5, 7)] * 3)
+    loss = SemCKDLoss([(5, 6), (5, 4)], [(5, 7)] * 3, association=RandomWeights())
     student, teacher = [torch.randn(400, 5, 6), torch.randn(400, 5, 4)], [torch.randn(400, 5, 7)] * 3
     torch.manual_seed(0)
-    first, second = loss(student, teacher).attention, loss(student, teacher).attention
+    first, second = loss(student, teacher).association, loss(student, teacher).association
     assert first.shape == (400, 2, 3) and first.min() >= 0 and not torch.equal(first, second)
     torch.testing.assert_close(first.sum(-1), torch.ones(400, 2))
     # Of a flat Dirichlet of three: means 1/3, variances 1/18.
@@ -81,8 +82,8 @@ def trained(digits: Any, folder: Path, method: Any, steps: int = 8, **arguments:
 def test_studied_associations_train_and_choose(digits, tmp_path, name):
     (method,) = read_methods([name])
     trainer = trained(digits, tmp_path, method)
-    trainer_type, loss_type = STUDIED[method.association]
-    assert isinstance(trainer, trainer_type) and type(trainer.feature_loss) is loss_type
+    trainer_type, _ = STUDIED[method.association]
+    assert isinstance(trainer, trainer_type) and trainer.feature_loss.association.name == method.association
     assert trainer.feature_loss.relation_weight == 20.0 and trainer.state.global_step == 8
     losses = [entry["feature_loss"] for entry in trainer.state.log_history if "feature_loss" in entry]
     assert losses and all(math.isfinite(loss) for loss in losses)
@@ -95,9 +96,10 @@ def test_studied_associations_train_and_choose(digits, tmp_path, name):
 def test_gradient_agreement_by_hand():
     """Task gradients that are those of one teacher's error give that teacher the most weight."""
     torch.manual_seed(0)
-    loss = GradientAgreement([(5, 6)], [(5, 7)] * 3).train()
+    loss = SemCKDLoss([(5, 6)], [(5, 7)] * 3).train()
+    loss.association = GradientAgreement(loss.comparison)
     student, teacher = torch.randn(4, 5, 6, requires_grad=True), [torch.randn(4, 5, 7) for _ in range(3)]
-    torch.testing.assert_close(loss([student], teacher).attention, torch.full((4, 1, 3), 1 / 3))
+    torch.testing.assert_close(loss([student], teacher).association, torch.full((4, 1, 3), 1 / 3))
     loss.collecting = False
     gradients = []
     for statistics, entry in zip(loss.statistics, teacher, strict=True):
@@ -105,22 +107,22 @@ def test_gradient_agreement_by_hand():
         error = (loss.projection[0]["7"](student) - target).square().mean((1, 2)).sum()
         gradients.append(torch.autograd.grad(error, student)[0])
     for task in gradients:
-        loss.task_gradients = [task]
+        loss.association.task_gradients = [task]
         cosine = torch.stack([torch.cosine_similarity(g.flatten(1), task.flatten(1)) for g in gradients], 1)
         expected = torch.softmax(cosine / 0.2, -1).unsqueeze(1)
-        torch.testing.assert_close(loss([student], teacher).attention, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(loss([student], teacher).association, expected, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(loss([student], teacher).attention, torch.full((4, 1, 3), 1 / 3))
+        torch.testing.assert_close(loss([student], teacher).association, torch.full((4, 1, 3), 1 / 3))
 
 
 def test_the_look_ahead_moves_towards_what_agrees():
-    loss = LookAhead([(5, 6), (5, 6)], [(5, 7)] * 3)
+    association = LookAhead(2, 3)
     for _ in range(10):
-        loss.look(torch.tensor([[0.3, 0.0, -0.3], [-0.1, 0.0, 0.1]]))
-    weights = torch.softmax(loss.score, -1)
+        association.look(torch.tensor([[0.3, 0.0, -0.3], [-0.1, 0.0, 0.1]]))
+    weights = torch.softmax(association.score, -1)
     assert weights[0].tolist() == sorted(weights[0].tolist(), reverse=True)
     assert weights[1].tolist() == sorted(weights[1].tolist()) and weights[0, 0] > 0.4
-    still = LookAhead([(5, 6)], [(5, 7)] * 3)
+    still = LookAhead(1, 3)
     still.look(torch.full((1, 3), 0.5))
     assert torch.equal(still.score, torch.zeros(1, 3))
 

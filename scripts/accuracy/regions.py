@@ -1,14 +1,16 @@
-"""What the README and the page of results print of the accuracy benchmark, all of it computed from the rows."""
+"""What README.md and docs/results say of the accuracy benchmark, all of it computed from the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
-from hf_semckd.errors import InputError
-
-from .rows import TEACHER, Row, read_rows
+from .rows import TEACHER, Row, accuracies, read_rows
+from .statistics import compare
 from .studies import (
+    NegativeMap,
     association_table,
     curve_table,
     curves,
@@ -39,6 +41,8 @@ PAIRS = (
     "minilm_snippets",
     "minilm_newsgroups",
 )
+# The pairs of images, without the one whose teacher is a transformer and whose student is a CNN.
+GAINING = tuple(name for name in PAIRS if name != "vit_resnet_fashion" and not name.startswith("minilm"))
 BASELINES = (
     "kd", "fitnet", "at", "sp", "vid", "pkt", "rkd", "cc", "crd", "simkd", "pkd", "minilm", "layer-map",
 )  # fmt: skip
@@ -57,7 +61,7 @@ REGIMES = (
     "minilm_newsgroups_full",
     "minilm_first_layers",
 )
-# Every way to weigh teacher layers that is known here.
+# Every way to weight teacher layers that was tried.
 ASSOCIATIONS = "digits_association"
 # Standardized targets apart from the weights.
 TARGETS = "digits_targets"
@@ -73,83 +77,72 @@ FRESH_SEEDS = range(10, 30)
 
 
 def read_shown(results: Path) -> list[Row]:
-    """Return the rows of all that the README and the page of results show."""
+    """Return the rows of everything that the pages show."""
     paths = [results / f"{name}.jsonl" for name in (*PAIRS, *REGIMES, PLANTED, ASSOCIATIONS, TARGETS, *NEGATIVE)]
     paths += sorted(path for name in SWEEPS for path in results.glob(f"{name}@*.jsonl"))
     return [row for path in paths for row in read_rows(path)]
 
 
-def blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the texts that the README must contain word for word, by what they are."""
-    fresh, rows = _apart(rows)
-    shown = _tested(rows, PAIRS)
-    methods = _made(rows, shown, METHODS)
-    texts = {
-        "headline": headline_sentence(headline(rows, shown, methods)),
-        "methods": main_table(rows, shown, methods),
-    }
-    if fresh:
-        texts["fresh"] = fresh_sentence(fresh, shown)
-    planted = _of(rows, PLANTED)
-    texts["planted"] = main_table(planted, [PLANTED], _made(planted, [PLANTED], PLANTED_METHODS))
-    if _made(planted, [PLANTED], ["semckd"]):
-        texts["found"] = _found(planted)
-    return texts
+def accuracy_regions(rows: Sequence[Row]) -> dict[str, Callable[..., str]]:
+    """Return what computes each region's text from the rows, by the region's name; see `pages.fill`.
 
-
-def detail_blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the texts that the page of results must contain word for word, by what they are."""
+    Regions with arguments, for numbers within a sentence: `gain <method> <other> <pair> ...` and `fresh-gain`, mean
+    differences in points; `accuracy <method> <pair>`, a mean in percent.
+    """
     fresh, rows = _apart(rows)
     shown, regimes = _tested(rows, PAIRS), _tested(rows, REGIMES)
     methods, study = _made(rows, shown, METHODS), ["kd", "semckd", *_made(rows, shown, STUDY)]
-    texts = {
-        "study": main_table(rows, shown, study),
-        "tuned": tuned_table(rows, shown, [*methods, *study]),
-        "regimes": main_table(rows, regimes, _made(rows, regimes, (*METHODS, *STUDY))),
-        "regimes-headline": headline_sentence(headline(rows, regimes, _made(rows, regimes, METHODS))),
-        # Of what was not run there is nothing to say.
-        "differences": difference_table(rows, shown, methods, gaps=False),
+    regions: dict[str, Callable[..., str]] = {
+        "headline": lambda: headline_sentence(headline(rows, shown, methods)),
+        "methods": lambda: main_table(rows, shown, methods),
+        "fresh": lambda: fresh_sentence(fresh, shown),
+        "fresh-table": lambda: fresh_table(fresh, shown),
+        "planted": lambda: main_table(_of(rows, PLANTED), [PLANTED], PLANTED_METHODS),
+        "found": lambda: _found(_of(rows, PLANTED)),
+        "study": lambda: main_table(rows, shown, study),
+        "tuned": lambda: tuned_table(rows, shown, [*methods, *study]),
+        "regimes": lambda: main_table(rows, regimes, _made(rows, regimes, (*METHODS, *STUDY))),
+        "regimes-headline": lambda: headline_sentence(headline(rows, regimes, _made(rows, regimes, METHODS))),
+        "differences": lambda: difference_table(rows, shown, methods, gaps=False),
+        # Of methods without relations, none of which is the default.
+        TARGETS: lambda: main_table(_of(rows, TARGETS), [TARGETS], _every(rows, TARGETS), "semckd-no-relation"),
+        "mismatch": lambda: mismatch_table(rows, [*shown, PLANTED, ASSOCIATIONS]),
+        "gain": partial(_gain, rows),
+        "fresh-gain": partial(_gain, fresh),
+        "accuracy": lambda method, pair: f"{100 * _mean(rows, method, pair):.1f}",
+        "harmful": lambda name: _harmful(negative_map(_of(rows, name), name)),
     }
-    if fresh:
-        texts["fresh"] = f"{fresh_sentence(fresh, shown)}\n\n{fresh_table(fresh, shown)}"
     for name in (ASSOCIATIONS, PLANTED):
-        texts[name] = main_table(_of(rows, name), [name], _every(rows, name))
-    # Of methods without relations, none of which is the default.
-    texts[TARGETS] = main_table(_of(rows, TARGETS), [TARGETS], _every(rows, TARGETS), "semckd-no-relation")
+        regions[name] = lambda name=name: main_table(_of(rows, name), [name], _every(rows, name))
     for name in SWEEPS:
         swept = [row for row in rows if row["protocol"].startswith(f"{name}@")]
-        texts[name] = curve_table(curves(swept, name))
-    for name in _tested(rows, NEGATIVE):
-        found = negative_map(_of(rows, name), name)
-        texts[name] = f"{negative_table(found)}\n\n{negative_sentence(found)}"
-    for name in _tested(rows, ASSOCIATED):
-        texts[f"association_{name}"] = association_table(mean_association([*rows, *fresh], name)[0])
-    texts["mismatch"] = mismatch_table(rows, [*shown, PLANTED, ASSOCIATIONS])
-    return texts
+        regions[name] = lambda name=name, swept=swept: curve_table(curves(swept, name))
+    for name in NEGATIVE:
+        regions[name] = lambda name=name: negative_table(negative_map(_of(rows, name), name))
+    for name in ASSOCIATED:
+        regions[f"association_{name}"] = lambda name=name: association_table(
+            mean_association([*rows, *fresh], name)[0]
+        )
+    return regions
 
 
-def updated(text: str, texts: Mapping[str, str]) -> str:
-    """Return a Markdown text with what stands between `<!-- name -->` and `<!-- /name -->` replaced.
+def _gain(rows: Sequence[Row], method: str, other: str, *pairs: str) -> str:
+    """Return by how many points a method exceeds another, over their common seeds; of several pairs, the range."""
+    gains = []
+    for pair in pairs:
+        found = accuracies(rows, [pair], [method, other])[pair]
+        gains.append(compare(pair, method, other, found[method], found[other]).mean)
+    low, high = (f"{100 * value:+.1f}" for value in (min(gains), max(gains)))
+    return low if low == high else f"{low} to {high}"
 
-    Args:
-        text: The README, or the page of results.
-        texts: What `blocks` or `detail_blocks` returned.
 
-    Raises:
-        InputError: When a pair of marks is missing.
-    """
-    for name, content in texts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if begin not in text or end not in text:
-            raise InputError(
-                f"The page has no place for `{name}`",
-                received="a text without the marks",
-                expected=f"{begin.strip()} and {end}",
-                todo="put them where the text belongs",
-            )
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}{content}\n{end}{rest.split(end, 1)[1]}"
-    return text
+def _mean(rows: Sequence[Row], method: str, pair: str) -> float:
+    return mean(accuracies(rows, [pair], [method])[pair][method].values())
+
+
+def _harmful(found: NegativeMap) -> str:
+    """Say how many forced pairs of layers lie below the baseline."""
+    return negative_sentence(found).split(" pairs")[0]
 
 
 def _found(rows: Sequence[Row]) -> str:
@@ -158,9 +151,9 @@ def _found(rows: Sequence[Row]) -> str:
     useless = rows[0]["settings"]["teacher"]["planted"]["useless"]
     left, equal = 100 * weights[:, -useless:].mean(), 100 / weights.shape[1]
     return (
-        f"The similarity weights find the useless layers out: each is left {left:.1f} % of the weight (mean of "
-        f"{seeds} seeds), where equal weights give it {equal:.1f} %. With that they are level with equal weights "
-        "all the same, and better than both maps made by hand."
+        f"The similarity weights detect the useless layers: each gets {left:.1f} % of the weight (mean of {seeds} "
+        f"seeds), where equal weights give it {equal:.1f} %. The accuracy is that of equal weights all the same, and "
+        "better than with either map made by hand."
     )
 
 

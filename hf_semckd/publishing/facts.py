@@ -1,0 +1,156 @@
+"""The facts of a student that its model card states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from torch import nn
+from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+
+from ..errors import InputError
+from .redaction import is_hub_id
+
+# Heads for which the Hub has a pipeline, by the end of the class name.
+PIPELINES = {
+    "ImageClassification": "image-classification",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "CausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "MaskedLM": "fill-mask",
+    "QuestionAnswering": "question-answering",
+    "SemanticSegmentation": "image-segmentation",
+}
+
+PROCESSORS = (
+    (PreTrainedTokenizerBase, "AutoTokenizer"),
+    (ProcessorMixin, "AutoProcessor"),
+    (BaseImageProcessor, "AutoImageProcessor"),
+    (FeatureExtractionMixin, "AutoFeatureExtractor"),
+)
+
+# Trainer.evaluate returns these beside the metrics.
+_BOOKKEEPING = frozenset(
+    {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
+)
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """A student, its teacher and its training, before redaction; None or empty where unknown.
+
+    Attributes:
+        repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
+        student_class: The auto class that loads it.
+        parameters: Number of the student's parameters, >= 1.
+        pipeline_tag: The Hub's name of the task.
+        processor: The auto class of the processor saved beside the student.
+        base_model: Hub id or class name of the model that the student was initialized from.
+        teacher: Hub id or class name.
+        teacher_parameters: Number of the teacher's parameters, >= 1.
+        dataset: Hub id, or a description in words.
+        method: Name of the feature loss, or of several joined by " + ".
+        settings: Distillation settings in the order in which they are shown.
+        metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
+        license: The Hub's name of the license.
+        language: ISO 639 code or codes.
+        tags: Further tag or tags.
+
+    Raises:
+        InputError: When a class is not a Python name, a number of parameters is below 1, or a metric not a number.
+    """
+
+    repo_name: str
+    student_class: str
+    parameters: int
+    pipeline_tag: str | None = None
+    processor: str | None = None
+    base_model: str | None = None
+    teacher: str | None = None
+    teacher_parameters: int | None = None
+    dataset: str | None = None
+    method: str = "SemCKD"
+    settings: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    license: str | None = None
+    language: str | Sequence[str] | None = None
+    tags: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("student_class", "processor"):
+            value = getattr(self, name)
+            if value is not None and not value.isidentifier():
+                raise _invalid(name, repr(value), "an auto class, such as 'AutoModelForImageClassification'")
+        for name in ("parameters", "teacher_parameters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _invalid(name, value, "a number of parameters >= 1")
+        for name, value in self.metrics.items():
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise _invalid(f"metrics[{name!r}]", type(value).__name__, "an int or a float")
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The metrics that tell the student's quality, as Python floats."""
+        named = {name.removeprefix("eval_"): float(value) for name, value in self.metrics.items()}
+        return {name: value for name, value in named.items() if name not in _BOOKKEEPING}
+
+
+def model_facts(repo_name: str, student: nn.Module, teacher: nn.Module | None, processing_class: Any) -> StudentFacts:
+    """Return the facts that the models tell.
+
+    Args:
+        repo_name: As in `StudentFacts`.
+        student: The plain student.
+        teacher: The teacher, loaded or on the meta device; None without distillation.
+        processing_class: The processor saved beside the student, or None.
+    """
+    student_class, pipeline_tag = auto_class(student)
+    return StudentFacts(
+        repo_name=repo_name,
+        student_class=student_class,
+        parameters=count_parameters(student),
+        pipeline_tag=pipeline_tag,
+        processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
+        base_model=hub_source(student),
+        teacher=None if teacher is None else hub_source(teacher) or type(teacher).__name__,
+        teacher_parameters=None if teacher is None else count_parameters(teacher),
+    )
+
+
+def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the numbers of the last evaluation in a trainer's log, by their names with "eval_"."""
+    for row in reversed(log_history):
+        found = {name: value for name, value in row.items() if name.startswith("eval_")}
+        if found:
+            return {name: float(value) for name, value in found.items() if isinstance(value, Real)}
+    return {}
+
+
+def auto_class(model: nn.Module) -> tuple[str, str | None]:
+    """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
+    name = type(model).__name__
+    for head, pipeline in PIPELINES.items():
+        if name.endswith(head):
+            return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline
+    return "AutoModel", None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def hub_source(model: nn.Module) -> str | None:
+    """Return the Hub id that a model was loaded from; None for a folder or a new model."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and is_hub_id(name) else None
+
+
+def _invalid(name: str, received: object, expected: str) -> InputError:
+    return InputError(
+        f"The model card cannot state {name}", received=received, expected=expected, todo=f"correct {name}"
+    )

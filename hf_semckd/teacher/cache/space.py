@@ -1,0 +1,69 @@
+"""Whether there is room on a disk, and below a limit, for what is to be stored."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from ...errors import InputError
+
+# What a store leaves free on its disk: checkpoints and everybody else's files need room too.
+RESERVE_BYTES = 2**30
+RESERVE_SHARE = 0.02
+
+ADVICE = (
+    'lower max_tokens, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
+    "teacher_cache_limit_gb, or choose a folder on another disk."
+)
+
+
+def check_space(folder: str | os.PathLike[str], needed_bytes: int, limit_bytes: int | None) -> None:
+    """Make sure that what is to be stored fits below the limit and on the disk.
+
+    Args:
+        folder: Where it will be stored; need not exist yet.
+        needed_bytes: Size of what is still to be written, besides what the folder holds already.
+        limit_bytes: Limit for the folder's total size; None for none.
+
+    Raises:
+        InputError: If it does not fit.
+        OSError: If the disk does not tell.
+    """
+    folder = Path(folder)
+    if limit_bytes is not None and (used := _folder_bytes(folder)) + needed_bytes > limit_bytes:
+        raise _misfit(
+            f"about {_readable(needed_bytes)} to be written, beside {_readable(used)} that {folder} holds",
+            f"no more than teacher_cache_limit_gb in total, that is {_readable(limit_bytes)}",
+        )
+    existing = next((place for place in (folder, *folder.absolute().parents) if os.path.exists(place)), Path("."))
+    disk = shutil.disk_usage(existing)
+    reserve = max(RESERVE_BYTES, int(RESERVE_SHARE * disk.total))
+    if needed_bytes > disk.free - reserve:
+        raise _misfit(
+            f"about {_readable(needed_bytes)} to be written below {folder}",
+            f"no more than the {_readable(disk.free)} free on its disk, less {_readable(reserve)} reserve",
+        )
+
+
+def _misfit(received: str, expected: str) -> InputError:
+    what = "The teacher's outputs do not fit where they are to be stored"
+    return InputError(what, received=received, expected=expected, todo=ADVICE)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*"):
+        # A file may go while the folder is being read.
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _readable(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

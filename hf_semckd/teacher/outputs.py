@@ -1,0 +1,80 @@
+"""What the teacher gives for one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from ..errors import TeacherOutputError
+from ..features.layers import FeatureSpec
+from ..features.targets import TeacherTargets
+
+
+@dataclass
+class TeacherOutputs:
+    """What the teacher gave for one batch.
+
+    Attributes:
+        logits: (B, ...), or None when they are not needed.
+        features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
+        mask: (B, N) mask of the teacher's tokens, or None.
+    """
+
+    logits: Tensor | None = None
+    features: TeacherTargets = field(default_factory=TeacherTargets)
+    mask: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor."""
+        yield from (tensor for tensor in (self.logits, self.mask) if tensor is not None)
+        yield from self.features.tensors()
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What a small batch tells of a teacher.
+
+    Attributes:
+        logits: Shape of the logits, or None when they are not needed; without the batch (and without the tokens) for
+            a teacher that is known from an earlier run alone.
+        specs: The chosen layers; empty when features are not distilled.
+        features: What they gave; empty for a teacher that is known from an earlier run alone.
+    """
+
+    logits: tuple[int, ...] | None
+    specs: list[FeatureSpec]
+    features: list[Tensor]
+
+
+def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
+    """Refuse NaN and infinite teacher outputs, naming the layer and the sample.
+
+    Args:
+        outputs: The outputs.
+        layers: Names of the teacher's layers.
+
+    Raises:
+        TeacherOutputError: When there are any outside the padding.
+    """
+    # The first broken layer is the cause, logits follow.
+    found = sorted(outputs.features.values(), key=itemgetter(0))
+    named = [(f"layer {layers[t]}", values, mask) for t, values, mask in found]
+    if outputs.logits is not None:
+        named.append(("logits", outputs.logits, outputs.mask))
+    for name, values, mask in named:
+        bad = ~torch.isfinite(values)
+        if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
+            bad &= mask.bool().unsqueeze(-1)
+        samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
+        if samples:
+            raise TeacherOutputError(
+                f"The teacher's {name} {'are' if name == 'logits' else 'is'} not finite",
+                received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
+                expected="finite values",
+                todo="check the teacher's weights and these samples; train with bf16 instead of fp16, in "
+                "which the teacher runs too, and load it in float32 or bfloat16 when it is in float16",
+            )

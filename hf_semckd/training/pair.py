@@ -1,0 +1,146 @@
+"""Teacher and student before the first batch: loaded, checked, and with the layers that are to be captured."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import SemCKDConfig
+from ..features.capture import FeatureCapture
+from ..losses import FeatureLoss
+from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
+from ..models.loading import empty_model, load_model
+from ..teacher.cached import CachedTeacher
+from ..teacher.notes import TeacherRequest, is_noted, source_digest
+from ..teacher.teacher import Teacher
+from .checks import check_encoder_decoder, check_label_names, check_models
+from .inputs import InputRouter
+
+ModelSource = nn.Module | str | os.PathLike[str]
+GIGABYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and its teacher.
+
+    Attributes:
+        student: The student, without wrappers.
+        teacher: The teacher.
+        capture: Takes the student's features out of its forward.
+        router: Tells what of a batch the student takes.
+        source: The feature loss as it was given, or its name; None where features are not distilled.
+    """
+
+    student: nn.Module
+    teacher: Teacher | CachedTeacher
+    capture: FeatureCapture
+    router: InputRouter
+    source: LossSource | None
+
+    @property
+    def cached_teacher(self) -> CachedTeacher | None:
+        """The teacher, where a cache answers for it."""
+        return self.teacher if isinstance(self.teacher, CachedTeacher) else None
+
+    @property
+    def student_layer_names(self) -> list[str]:
+        """Names of the student's captured layers; none where features are not distilled."""
+        return [] if self.source is None else self.capture.names()
+
+    @property
+    def teacher_layer_names(self) -> list[str]:
+        """Names of the teacher's captured layers; none where features are not distilled."""
+        return [] if self.source is None else self.teacher.layer_names
+
+    @classmethod
+    def of(
+        cls, student: nn.Module, teacher: Teacher | CachedTeacher, args: SemCKDConfig, source: LossSource | None
+    ) -> Pair:
+        """Return a pair for a teacher that is there already.
+
+        Raises:
+            LayerNotFoundError: When a chosen layer does not exist.
+        """
+        if isinstance(teacher, CachedTeacher):
+            # A trial may need other outputs than the one before.
+            teacher.request = _request(student, args, source)
+        layers = chosen_layers(args.student_layers, source, student, "student")
+        capture, router = FeatureCapture(student, layers, "student"), InputRouter(student, teacher.model)
+        return cls(student, teacher, capture, router, source)
+
+    @classmethod
+    def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
+        """Load the teacher and check that it can teach this student.
+
+        Args:
+            student: The student.
+            teacher: A model, or a name or folder to load it from.
+            args: The configuration.
+            source: The feature loss, or its name; None where features are not distilled.
+
+        Raises:
+            InputError: When the teacher cannot be loaded, or is the student.
+            ConfigurationError: When the arguments do not suit these models.
+        """
+        opened = _open_teacher(student, teacher, args, source)
+        check_label_names(student, opened.model)
+        check_encoder_decoder((student, opened.model), args)
+        opened.to(args.device)
+        return cls.of(student, opened, args, source)
+
+
+def chosen_layers(given: list[Any] | None, source: LossSource | None, model: nn.Module, role: str) -> list[Any] | None:
+    """Return the layers that the user chose, or else those that the feature loss asks for; None for all blocks."""
+    return given if given is not None or source is None else find_layers(source, model, role)
+
+
+def _open_teacher(
+    student: nn.Module, source: ModelSource, args: SemCKDConfig, loss: LossSource | None
+) -> Teacher | CachedTeacher:
+    """Load the teacher, unless it was cached before and may stay where it is."""
+
+    def load() -> Teacher:
+        model = load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype())
+        return make(model)
+
+    def make(model: nn.Module) -> Teacher:
+        # Before it is frozen, and with it whatever it shares.
+        check_models(student, model)
+        layers = chosen_layers(args.teacher_layers, loss, model, "teacher")
+        return Teacher(model, layers, compiled=args.teacher_compile)
+
+    folder = args.teacher_cache_dir
+    if folder is None:
+        return load()
+    digest = None if args.teacher_compile else source_digest(source)
+    request = _request(student, args, loss)
+    # A loss given as an object is tried on the teacher's features, and a reused classifier is copied from it.
+    wanted = isinstance(loss, FeatureLoss) or reuses_teacher_head(loss)
+    limit = None if args.teacher_cache_limit_gb is None else int(args.teacher_cache_limit_gb * GIGABYTE)
+    unloaded = digest is not None and not wanted and is_noted(folder, digest, request)
+    return CachedTeacher(
+        make(empty_model(source, like=student)) if unloaded else load(),  # type: ignore[arg-type]
+        folder,
+        load=load if unloaded else None,
+        digest=digest,
+        request=request,
+        dtype=args.resolved_cache_dtype(),
+        limit_bytes=limit,
+    )
+
+
+def _request(student: nn.Module, args: SemCKDConfig, loss: LossSource | None) -> TeacherRequest:
+    """Return what is asked of the teacher, but for the inputs."""
+    # A method that captures modules of its own choice has other layers than one that captures blocks.
+    named = args.teacher_layers is None and loss is not None and names_layers(loss)
+    return TeacherRequest(
+        head=type(student).__name__.rpartition("For")[2],
+        layers=str(loss) if named else args.teacher_layers,
+        dtype=args.teacher_dtype,
+        logits=args.distils_logits,
+        features=loss is not None,
+    )

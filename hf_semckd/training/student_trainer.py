@@ -1,0 +1,247 @@
+"""A trainer whose student stays a plain model: in checkpoints, in what it saves, and on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import SaveStrategy
+
+from ..config import SemCKDConfig
+from ..data.samples import column_names
+from ..losses import FeatureLoss
+from ..publishing.facts import last_evaluation, model_facts
+from ..publishing.hub import Publisher
+from .attachment import without_feature_loss
+from .checkpoint import TRAINING_STATE, finish_folder, reload_student, resume_feature_loss, save_feature_loss
+from .distillation import Distillation
+from .pair import Pair
+
+
+class StudentTrainer(Trainer):
+    """`transformers.Trainer` that saves, reloads and publishes the student without what it is trained with.
+
+    Attributes:
+        pair: Student and teacher, or None without distillation.
+        distillation: The parts of the distillation, once they were built.
+    """
+
+    args: SemCKDConfig
+    pair: Pair | None
+    distillation: Distillation | None
+    _signature_columns: list[str] | None
+
+    @property
+    def student(self) -> Any:
+        """The plain student; while training it holds the feature loss as a submodule."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def teacher(self) -> Any:
+        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
+        if self.pair is None:
+            return None
+        cached = self.pair.cached_teacher
+        return self.pair.teacher.model if cached is None else cached.load().model
+
+    @property
+    def student_layer_names(self) -> list[str]:
+        """Names of the student layers that are captured: hidden-state indices or module names.
+
+        Between CNNs SemCKD leaves the last one to the logits (`feature_loss.compared` tells how many learn).
+        """
+        return [] if self.pair is None else self.pair.student_layer_names
+
+    @property
+    def teacher_layer_names(self) -> list[str]:
+        """Names of the teacher layers that are learned from."""
+        return [] if self.pair is None else self.pair.teacher_layer_names
+
+    @property
+    def feature_loss(self) -> FeatureLoss | None:
+        """The feature loss that is trained with the student, or None."""
+        return None if self.distillation is None else self.distillation.loss
+
+    def association(self) -> np.ndarray | None:
+        """Return the mean association weights of the last logging window.
+
+        Returns:
+            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
+            from, or would if it were not left to the logits; None when nothing was logged yet or there is no
+            association.
+        """
+        found = None if self.distillation is None else self.distillation.monitor.last_association
+        return None if found is None else found.copy()
+
+    def distillation_settings(self) -> dict[str, Any]:
+        """Return the settings of the distillation, with what is used where they were left open, ready for JSON."""
+        return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first and self.pair is not None and self._signature_columns is not None:
+            columns = column_names(self.train_dataset)
+            extra = self.pair.router.extra_columns(self._signature_columns, columns)
+            self._signature_columns = [*self._signature_columns, *extra]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.pair is None or self.model.training else self.pair.router.student_inputs(inputs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count the student's operations alone: neither the teacher nor the feature loss stays."""
+        if self.distillation is None or not self.distillation.attached:
+            return super().floating_point_ops(inputs)
+        return self.distillation.student_operations(inputs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict with the student as it will be; see `Trainer.evaluation_loop`."""
+        with self._finished_student():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextmanager
+    def _finished_student(self) -> Iterator[None]:
+        """Let the student be what it will be in the end: with the teacher's classifier, for SimKD."""
+        undo = (lambda: None) if self.distillation is None else self.distillation.finish_student()
+        try:
+            yield
+        finally:
+            undo()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._finished_student():
+            if self.distillation is not None:
+                self.distillation.guard.check_pending(self.state.global_step)
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.distillation is None:
+            super()._save(output_dir, state_dict)
+        else:
+            with self.distillation.plain_student():
+                super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            teacher = None if self.pair is None else self.pair.teacher.model
+            finish_folder(folder, self.args, teacher, self.distillation_settings())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        loss = self.feature_loss
+        if loss is not None and self.distillation.attached and self._reloads_here:  # type: ignore[union-attr]
+            # What the last step observed belongs to this checkpoint, on every process.
+            loss.synchronize(self.distillation.objective.services.reduce_sum)  # type: ignore[union-attr]
+            if self.args.should_save:
+                save_feature_loss(loss, output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        distillation = self.distillation
+        if distillation is None or not self._reloads_here:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with distillation.plain_student():
+            if isinstance(self.model, PreTrainedModel):
+                reload_student(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if distillation.attached and distillation.loss is not None:
+            resume_feature_loss(distillation.loss, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        distillation, best = self.distillation, self.state.best_model_checkpoint
+        if distillation is None:
+            super()._load_best_model()
+            return
+        with distillation.plain_student():
+            if self._reloads_here and isinstance(self.model, PreTrainedModel) and best is not None:
+                reload_student(self.model, best)
+            else:
+                super()._load_best_model()
+
+    @property
+    def _reloads_here(self) -> bool:
+        """Whether checkpoints hold whole tensors; FSDP and DeepSpeed carry the feature loss in their own state."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- The Hub -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _publisher(self) -> Publisher:
+        return Publisher(self.args, is_main=self.is_world_process_zero(), training_state=TRAINING_STATE)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it; see `Publisher.create_repository`."""
+        self._publisher.create_repository(token, private)
+        self.hub_model_id = self._publisher.repo_id
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Upload the student, its processor and its card; see `Publisher.push`. `card` goes to `create_model_card`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        result = self._publisher.push(
+            partial(self.save_model, _internal_call=True),
+            partial(self.create_model_card, **card),
+            commit_message=commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+        )
+        self.hub_model_id = self._publisher.repo_id
+        return result
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or self._publisher.name
+        teacher = None if self.pair is None else self.pair.teacher.model
+        known = model_facts(name, self.student, teacher, self.processing_class)
+        data = dataset_tags or dataset
+        facts = replace(
+            known,
+            base_model=finetuned_from or known.base_model,
+            dataset=data[0] if isinstance(data, list) else data,
+            method="KD" if self.feature_loss is None else self.feature_loss.title,
+            settings=self.distillation_settings(),
+            metrics=last_evaluation(self.state.log_history),
+            license=license,
+            language=language,
+            tags=tags,
+        )
+        self._publisher.write_card(facts)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
+        self._publisher.push_checkpoint(Path(checkpoint_folder), moment, self.create_model_card)
+
+    def _finish_current_push(self) -> None:
+        self._publisher.wait()

@@ -1,0 +1,68 @@
+"""The task loss of a batch: the model's own, a user's function, label smoothing, or that of plain modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..losses.logits import cross_entropy
+from ..models.outputs import logits_of
+from .counts import StepCounts, safe_labels, scaled
+from .plan import Plan
+
+
+class TaskLoss:
+    """Computes a micro-batch's share of the task loss of its optimizer step.
+
+    Args:
+        plan: What was decided about the training.
+        custom: `Trainer`'s compute_loss_func, if any.
+        smoother: `Trainer`'s label smoother, if any.
+        device: Where the student is trained.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        custom: Callable[..., Tensor] | None,
+        smoother: Callable[..., Tensor] | None,
+        device: torch.device,
+    ):
+        self.plan = plan
+        self.device = device
+        self.custom = custom
+        self.smoother = smoother
+
+    @property
+    def drops_labels(self) -> bool:
+        """Whether the student must not compute the task loss by itself."""
+        elsewhere = self.custom is not None or self.smoother is not None
+        return elsewhere or self.plan.task_weight == 0 or not self.plan.student_computes_loss
+
+    def __call__(self, outputs: Any, labels: Any, counts: StepCounts) -> Tensor:
+        """Return the micro-batch's share; without a single label, 0 that reaches every parameter."""
+        labels = safe_labels(labels, counts.items)
+        if self.custom is not None:
+            total = counts.totals[0].clamp(min=1).to(self.device, torch.float32, non_blocking=True)
+            loss = self.custom(outputs, labels, num_items_in_batch=total)
+            return scaled(loss, (counts.items > 0) * counts.processes)
+        if self.smoother is not None and labels is not None:
+            loss = self.smoother(outputs, labels, shift_labels=self.plan.shifts_labels)
+        elif not self.plan.student_computes_loss:
+            loss = cross_entropy(logits_of(outputs, "student"), labels)
+        else:
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        return scaled(loss, counts.task_scale())
+
+    def of_plain_module(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        """Return the loss of a model that computes none, as `Trainer.compute_loss` would; None where it can."""
+        labels = self.plan.labels_of(inputs)
+        if self.plan.student_computes_loss or labels is None or self.custom is not None:
+            return None
+        names = {"labels", *self.plan.label_names}
+        logits = logits_of(model(**{key: value for key, value in inputs.items() if key not in names}), "student")
+        loss = cross_entropy(logits, labels)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss

@@ -1,0 +1,94 @@
+"""Tiny models and data on disk, which take the place of those that README.md and docs name on the Hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Picture
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
+
+try:  # the one that needs no torchvision
+    from transformers import ViTImageProcessorPil as ViTImageProcessor
+except ImportError:  # before transformers 5.4
+    from transformers import ViTImageProcessor
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>", "good", "bad", "film", "a"]
+
+
+def save(folder: Path, auto: type, config: PreTrainedConfig, words: list[str]) -> None:
+    """Save a new model and, where it reads text, a tokenizer that knows the words."""
+    auto.from_config(config).save_pretrained(folder)
+    if words:
+        vocabulary = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+        vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "<|endoftext|>", "model_max_length": 32}
+        PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(folder)
+
+
+def bert(folder: Path, words: list[str] = WORDS) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 12}
+    save(folder, AutoModelForSequenceClassification, BertConfig(vocab_size=len(words), **sizes), words)
+
+
+def other_bert(folder: Path) -> None:
+    bert(folder, [*WORDS[:6], "very", *WORDS[6:]])
+
+
+def gpt2(folder: Path) -> None:
+    config = GPT2Config(vocab_size=len(WORDS), n_embd=24, n_layer=2, n_head=2, n_positions=32)
+    save(folder, AutoModelForCausalLM, config, WORDS)
+
+
+def vit(folder: Path) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
+    config = ViTConfig(image_size=16, patch_size=8, num_labels=10, **sizes)
+    save(folder, AutoModelForImageClassification, config, [])
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+def sentences(folder: Path) -> None:
+    folder.mkdir()
+    for split, count in (("train", 6), ("validation", 4)):
+        rows = [f"a {'good' if index % 2 else 'bad'} film,{index % 2}" for index in range(count)]
+        (folder / f"{split}.csv").write_text("\n".join(["sentence,label", *rows]))
+
+
+def pictures(folder: Path) -> None:
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    rows = {"img": [Picture.fromarray(entry) for entry in pixels], "label": list(range(8))}
+    features = Features({"img": Image(), "label": ClassLabel(num_classes=10)})
+    Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
+
+
+STAND_INS: dict[str, Callable[[Path], None]] = {
+    "textattack/bert-base-uncased-SST-2": bert,
+    "textattack/roberta-base-SST-2": other_bert,
+    "stanfordnlp/sst2": sentences,
+    "openai-community/gpt2": gpt2,
+    "distilbert/distilgpt2": gpt2,
+    "nateraw/vit-base-patch16-224-cifar10": vit,
+    "uoft-cs/cifar10": pictures,
+}
+
+
+def with_stand_ins(code: str, folder: Path) -> str:
+    """Return code with every name of the Hub replaced by a folder that is made for it."""
+    for name, make in STAND_INS.items():
+        if f'"{name}"' in code:
+            place = folder / name.replace("/", "--")
+            if not place.exists():
+                make(place)
+            code = code.replace(f'"{name}"', repr(str(place)))
+    return code
