@@ -31,11 +31,11 @@ from accuracy.data import Rows, collate, texts
 from accuracy.models import COMMON, QUIET, accuracy, make_model, trained_teacher
 from accuracy.rows import OUTPUTS
 from accuracy.statistics import compare
+from markdown_tables import format_markdown_table
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.publishing.environment import environment
-from hf_semckd.publishing.tables import format_markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sampling"
 SEEDS = list(range(10, 20))
