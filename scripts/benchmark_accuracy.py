@@ -71,7 +71,7 @@ def tables(protocols: Sequence[Protocol], methods: Sequence[str], results: Path)
 
 
 def main() -> None:
-    """Run what was asked for and print the tables."""
+    """Run the chosen protocols and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", metavar="protocol.yaml")
     parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")

@@ -46,7 +46,7 @@ ROUNDS, QUICK_ROUNDS = 9, 2
 
 
 def main() -> None:
-    """Measure what was asked for, and print the table."""
+    """Measure the chosen pairs or the growth, and print the table."""
     options = parse()
     if options.table is not None:
         show(json.loads(options.table.read_text()))
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def add_pairs(stored: dict[str, Any], options: argparse.Namespace) -> None:
-    """Measure the pairs that were asked for, and write the file after each."""
+    """Measure the chosen pairs, and write the file after each."""
     arguments = [
         "--threads",
         str(options.threads),

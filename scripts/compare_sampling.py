@@ -29,12 +29,13 @@ import torch
 from accuracy import sources
 from accuracy.data import Rows, collate, texts
 from accuracy.models import COMMON, QUIET, accuracy, make_model, trained_teacher
+from accuracy.rows import OUTPUTS
 from accuracy.statistics import compare
+from markdown_tables import format_markdown_table
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.publishing.environment import environment
-from hf_semckd.publishing.tables import format_markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sampling"
 SEEDS = list(range(10, 20))
@@ -185,7 +186,7 @@ def run_protocol(name: str, seeds: Sequence[int]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     protocol = PROTOCOLS[name]
     train, test = (shuffled(rows, count, 0) for rows, count in zip(protocol.load(), protocol.most, strict=True))
-    teacher = trained_teacher({"name": name}, protocol.teacher, protocol.teacher_args, train)
+    teacher = trained_teacher({"name": name}, protocol.teacher, protocol.teacher_args, train, outputs=OUTPUTS)
     for variant, seed in missing:
         row = {"protocol": name, **run(protocol, teacher, train, test, variant, seed)}
         row |= {"args": dict(protocol.args), "environment": environment()}
@@ -218,7 +219,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Run what was asked for and print the table."""
+    """Run the chosen protocols and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", default=[], metavar="protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

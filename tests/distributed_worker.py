@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launching import WORLD
+from makers import distiller, images
 from safetensors.torch import load_file, save_file
 from tiny import PROBLEMS, Outcome, fit, make, outcome
 
@@ -41,6 +42,18 @@ def resumed(folder: Path, problem: str, **changes: Any) -> Outcome:
     fit(make(problem, folder, save_strategy="steps", save_steps=1, **changes))
     trainer = make(problem, folder, **changes)
     fit(trainer, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    done = outcome(trainer)
+    _assert_equal_on_all_processes(done)
+    return done
+
+
+def evaluated(folder: Path) -> Outcome:
+    """Train twice, with an evaluation before and between, which prepares the student as well."""
+    cut = {"max_steps": 3, "per_device_train_batch_size": 2}
+    trainer = distiller(folder, cut, eval_dataset=images(4))
+    for _ in range(2):
+        trainer.evaluate()
+        fit(trainer)
     done = outcome(trainer)
     _assert_equal_on_all_processes(done)
     return done
@@ -79,6 +92,7 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
     "resnet-cnns": job(trained, "resnet", *WHOLE, samples=24, association=None),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
+    "vit-evaluated": evaluated,
 }
 
 

@@ -114,7 +114,7 @@ def test_every_method_is_tuned_with_the_same_budget():
 
 def test_a_pair_of_layers_is_forced():
     (method,) = read_methods(["pair-2-13"])
-    assert method.loss == "semckd" and method.candidates() == [{}]
+    assert (method.loss, method.association, method.candidates()) == ("semckd", None, [{}])
     assert method.arguments == {"association": "uniform", "student_layers": [2], "teacher_layers": [13]}
 
 

@@ -4,31 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any
 
 import pytest
 from accuracy import rows
-
-
-def row(**changes: Any) -> dict[str, Any]:
-    return {
-        "protocol": "digits",
-        "teacher": "ViT-6",
-        "student": "ViT-3",
-        "method": "semckd",
-        "seed": 1,
-        "split": "test",
-        "metric": "accuracy",
-        "value": 0.75,
-        "settings": {"tuned": {}, "epochs": 3},
-        "commit": "abc",
-        "versions": {"torch": "2.0"},
-        "machine": "a processor",
-        "seconds": 1.5,
-        "parameters": 10,
-        "extras": {},
-        **changes,
-    }
+from accuracy_cases import row
 
 
 def test_what_is_appended_is_read_back(tmp_path):
