@@ -34,6 +34,9 @@ REQUIRED = [
     "huggingface-hub>=1.3",
     "safetensors>=0.4.3",
     "numpy>=2.0",
+    # Come with datasets and torch; imported by name.
+    "pyarrow>=16.1",
+    "jinja2>=3.1",
 ]
 
 PLOTS = ["matplotlib>=3.9"]

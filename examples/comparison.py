@@ -20,7 +20,6 @@ from transformers.utils import logging
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.files import write_json
 from hf_semckd.publishing.environment import environment
-from hf_semckd.publishing.tables import format_table
 
 FOLDERS = {
     "teacher": "teacher",
@@ -215,11 +214,12 @@ class Comparison:
         content |= {"association": {**layers, "weights": trainer.association()}, "settings": settings}
         write_json(out / "report.json", {**content, "environment": environment()})
 
-        table = [(r["name"], r["parameters"], r["metric"], r["seconds"] and round(r["seconds"])) for r in self.rows]
-        columns = ("model", "parameters", "accuracy", "seconds")
         written = [name for name in ("student", "teacher", "report.json", "association.png") if (out / name).exists()]
         auto = "AutoModelFor" + type(trainer.student).__name__.rpartition("For")[2]
         print(f"\n{self.name}, {self.data['eval_samples']} {self.data['eval_split']} {self.unit}, seed {args.seed}\n")
-        print(format_table([dict(zip(columns, cells, strict=True)) for cells in table], columns))
+        print(f"{'model':17}  {'parameters':>12}  {'accuracy':>8}  {'seconds':>7}")
+        for row in self.rows:
+            seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
+            print(f"{row['name']:17}  {row['parameters']:12,}  {row['metric']:8.4f}  {seconds:>7}")
         print(f"\nWritten to {out}: {', '.join(written)}. The student is a plain model:\n")
         print(f'    from transformers import {auto}\n    model = {auto}.from_pretrained("{out / "student"}")')

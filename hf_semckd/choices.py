@@ -10,24 +10,15 @@ from typing import Any, Literal
 from .errors import ConfigurationError, nearest
 
 Association = Literal["similarity", "sinkhorn", "learned", "uniform", "last", "one_to_one"]
-
 TargetNorm = Literal["channel", "none"]
-
 Projector = Literal["shared", "convolutional", "pairwise"]
-
 ProjectionInit = Literal["zero", "random"]
-
 CacheDtype = Literal["auto", "float16", "bfloat16"]
-
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def check_projection_init(projector: Projector | None, projection_init: ProjectionInit | None) -> None:
-    """Refuse published projections that start at zero.
-
-    Raises:
-        ConfigurationError: For the pairwise projector with zero initialization.
-    """
+    """Refuse published projections that start at zero, with a `ConfigurationError`."""
     if projection_init == "zero" and projector == "pairwise":
         raise ConfigurationError(
             "The pairwise projector cannot start at zero",
@@ -37,12 +28,12 @@ def check_projection_init(projector: Projector | None, projection_init: Projecti
         )
 
 
-def require_number(name: str, value: object, *, strict: bool) -> None:
-    """Refuse what is no finite number >= 0, or > 0 where `strict`."""
-    expected = f"a finite number {'>' if strict else '>='} 0"
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (value > 0 or (not strict and value == 0)):  # type: ignore[operator]
-        return
+def require_number(name: str, value: object, *, positive: bool) -> None:
+    """Refuse what is no finite number >= 0, or > 0 where `positive`."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if 0 < float(value) < math.inf or (value == 0 and not positive):
+            return
+    expected = f"a finite number {'>' if positive else '>='} 0"
     raise ConfigurationError(
         f"`{name}` is out of range", received=repr(value), expected=expected, todo=f"set {name} to {expected}"
     )
@@ -50,27 +41,25 @@ def require_number(name: str, value: object, *, strict: bool) -> None:
 
 def require_limit(name: str, limit: object, unit: str, default: object) -> None:
     """Refuse what is no whole number >= 0."""
-    if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
-        return
-    raise ConfigurationError(
-        f"`{name}` is not a number of {unit}",
-        received=repr(limit),
-        expected="a whole number >= 1, or 0 for no limit",
-        todo=f"set {name} to {default}, or to 0 to compare everything",
-    )
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+        raise ConfigurationError(
+            f"`{name}` is not a number of {unit}",
+            received=repr(limit),
+            expected="a whole number >= 1, or 0 for no limit",
+            todo=f"set {name} to {default}, or to 0 to compare everything",
+        )
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices, and name the nearest."""
-    if value in choices:
-        return
-    close = nearest(str(value), choices, count=1)
-    raise ConfigurationError(
-        f"`{name}` is not one of the known values",
-        received=repr(value),
-        expected=", ".join(map(repr, choices)),
-        todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
-    )
+    if value not in choices:
+        close = nearest(str(value), choices, count=1)
+        raise ConfigurationError(
+            f"`{name}` is not one of the known values",
+            received=repr(value),
+            expected=", ".join(map(repr, choices)),
+            todo=f"did you mean {close[0]!r}?" if close else f"set {name} to one of these",
+        )
 
 
 def layer_list(name: str, layers: Any) -> list[Any] | None:
@@ -79,8 +68,7 @@ def layer_list(name: str, layers: Any) -> list[Any] | None:
         return None
     listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     listed = [int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]+", layer) else layer for layer in listed]
-    kinds = {type(layer) for layer in listed}
-    if kinds in ({int}, {str}) and len(set(listed)) == len(listed):
+    if {type(layer) for layer in listed} in ({int}, {str}) and len(set(listed)) == len(listed):
         return listed
     raise ConfigurationError(
         f"`{name}` is not a list of layers",

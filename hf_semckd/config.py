@@ -26,17 +26,8 @@ from .errors import ConfigurationError
 
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_PROJECTION_LEARNING_RATE = 1e-3
-# Numbers that must be positive (True) or at least zero, whole numbers, and fields with a few choices.
-NUMBERS = {
-    "temperature": True,
-    "task_weight": False,
-    "logit_weight": False,
-    "feature_weight": False,
-    "relation_weight": False,
-    "association_temperature": True,
-    "projection_learning_rate": True,
-    "teacher_cache_limit_gb": True,
-}
+POSITIVE = ("temperature", "association_temperature", "projection_learning_rate", "teacher_cache_limit_gb")
+NOT_NEGATIVE = ("task_weight", "logit_weight", "feature_weight", "relation_weight")
 LIMITS = {"max_tokens": "tokens", "max_grid": "rows and columns"}
 CHOICES = {
     "association": Association,
@@ -58,27 +49,26 @@ class SemCKDConfig(TrainingArguments):
     """Arguments of `SemCKDTrainer` and `DistillationTrainer`.
 
     Takes every field of `transformers.TrainingArguments` and the ones below; can be parsed from a command line with
-    `transformers.HfArgumentParser`. The help of each field is in its metadata, and shown by `--help`.
-
-    Raises:
-        ConfigurationError: For a value, or a combination of values, that cannot work.
+    `transformers.HfArgumentParser`, whose `--help` describes each field. A value, or a combination of values, that
+    cannot work raises `ConfigurationError`.
     """
 
     temperature: float = option(
-        4.0, "Temperature of the logit distillation, > 0. It softens the teacher's and the student's distribution."
+        4.0,
+        "Temperature of the logit distillation, > 0. Higher softens the teacher's and the student's distributions.",
     )
     task_weight: float = option(1.0, "Weight of the task loss, >= 0. With 0 no labels are needed.")
     logit_weight: float = option(1.0, "Weight of the logit distillation (Hinton et al., 2015), >= 0. 0: off.")
     feature_weight: float | None = option(
         None,
-        "Weight of the feature distillation, >= 0. 0: off. None: the loss's own, which for a baseline is the "
-        "published one and for SemCKD 100 between CNNs and 3 elsewhere (text may gain from 10; a short training "
-        "at a low learning rate needs less). SemCKD's published form needs 50 to 400.",
+        "Weight of the feature distillation, >= 0. 0: off. None: the published weight for a baseline; for SemCKD 100 "
+        "between CNNs and 3 elsewhere (text may gain from 10; a short training at a low learning rate needs less). "
+        "SemCKD's published form needs 50 to 400.",
     )
     association: Association | None = option(
         None,
         "How teacher layers are weighted for each student layer and sample. similarity: by how similarly both layers "
-        "place the sample in the batch. sinkhorn: the same, shared out by Sinkhorn iterations, so that student layers "
+        "place the sample in the batch. sinkhorn: the same, balanced by Sinkhorn iterations, so that student layers "
         "do not all take the same teacher layer. learned: by small networks trained with the student. uniform, last, "
         "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform layer map). None: sinkhorn "
         "between CNNs, similarity elsewhere.",
@@ -87,7 +77,7 @@ class SemCKDConfig(TrainingArguments):
         None,
         "Weight, >= 0, of the relation error within the feature term: the difference between both layers' distances "
         "from a sample to the others of the micro-batch. 0: features alone, as published. None: 20 between image "
-        "models one of which is a transformer, 0 elsewhere (between CNNs it added nothing, on text it did harm).",
+        "models of which at least one is a transformer, 0 elsewhere (it did not help between CNNs and hurt on text).",
     )
     target_norm: TargetNorm = option(
         "channel",
@@ -116,13 +106,12 @@ class SemCKDConfig(TrainingArguments):
     )
     teacher_dtype: TeacherDtype = option(
         "auto",
-        "Precision of the teacher. auto: as given or saved. float32, bfloat16, float16: loaded in it, or copied when "
-        "a model object has another one. With bf16 or fp16 it computes in the student's mixed precision all the same.",
+        "Precision of the teacher's weights. auto: as given or saved. float32, bfloat16, float16: loaded in it; a "
+        "model object with another one is copied. With bf16 or fp16 it still runs in the student's mixed precision.",
     )
     teacher_compile: bool = option(
         False,
-        "Run the teacher under torch.compile, falling back to eager where that fails. Pays off in long trainings on a "
-        "GPU.",
+        "Run the teacher under torch.compile, or eagerly where that fails. Pays off in long trainings on a GPU.",
     )
     association_temperature: float | None = option(
         None,
@@ -132,13 +121,13 @@ class SemCKDConfig(TrainingArguments):
     )
     max_tokens: int = option(
         16,
-        "Compare at most this many tokens of a sample, evenly spaced and the same ones every epoch. 0: no limit. Not "
-        "with the pairwise projector.",
+        "Compare at most this many tokens of a sample, evenly spaced and the same ones every epoch. 0: no limit. Ignored "
+        "by the pairwise projector.",
     )
     max_grid: int | None = option(
         None,
-        "Pool feature maps to at most this many rows and columns before they are compared. 0: no limit, which needs "
-        "memory between CNNs. None: 8 between CNNs, 4 elsewhere. Not with the pairwise projector.",
+        "Pool feature maps to at most this many rows and columns before they are compared. 0: no limit, which takes "
+        "much memory between CNNs. None: 8 between CNNs, 4 elsewhere. Ignored by the pairwise projector.",
     )
     projection_learning_rate: float | None = option(
         None,
@@ -148,7 +137,7 @@ class SemCKDConfig(TrainingArguments):
     teacher_cache_dir: str | None = option(
         None,
         "Folder for teacher outputs, keyed by the sample's content and the teacher, so that the teacher runs once per "
-        "sample, for all epochs and runs. None: no cache.",
+        "sample, across epochs and runs. None: no cache.",
     )
     teacher_cache_dtype: CacheDtype = option(
         "auto",
@@ -157,7 +146,7 @@ class SemCKDConfig(TrainingArguments):
     )
     teacher_cache_limit_gb: float | None = option(
         None,
-        "Largest size of one teacher's cache in gigabytes (2^30 bytes), > 0. A data set that will not fit is refused "
+        "Largest size of one teacher's cache in gigabytes (2^30 bytes), > 0. A dataset that will not fit is refused "
         "before training. None: what the disk can spare.",
     )
 
@@ -174,10 +163,7 @@ class SemCKDConfig(TrainingArguments):
         Temperature 4, weights 1 (task), 1 (logits) and 400 (features; CIFAR-100 in the paper, 50 on ImageNet), and an
         association temperature of 1. The association networks take similarity rows, so every batch must have
         `per_device_train_batch_size` samples: set `dataloader_drop_last=True` or let the dataset be divisible.
-
-        Args:
-            output_dir: As in `TrainingArguments`.
-            arguments: Any other field; what is given here wins over the published value.
+        `arguments` are any other fields and win over the published values.
         """
         settings: dict[str, Any] = {
             "association": "learned",
@@ -194,7 +180,7 @@ class SemCKDConfig(TrainingArguments):
 
     @classmethod
     def of(cls, args: TrainingArguments | None) -> SemCKDConfig:
-        """Return the arguments as a configuration; where there are none, the one that `Trainer` would start from."""
+        """Return the arguments as a configuration; for None, with the output folder that `Trainer` would use."""
         if args is None:
             return cls(output_dir="tmp_trainer")
         return args if isinstance(args, SemCKDConfig) else cls.from_training_arguments(args)
@@ -239,7 +225,7 @@ class SemCKDConfig(TrainingArguments):
         return max(self.learning_rate, MINIMUM_PROJECTION_LEARNING_RATE)
 
     def resolved_teacher_dtype(self) -> torch.dtype | None:
-        """Return the precision that the teacher is wanted in; None leaves it as it is."""
+        """Return the precision of the teacher's weights, or None to leave it as it is."""
         return None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
 
     def resolved_cache_dtype(self) -> torch.dtype | None:
@@ -247,30 +233,23 @@ class SemCKDConfig(TrainingArguments):
         return None if self.teacher_cache_dtype == "auto" else getattr(torch, self.teacher_cache_dtype)
 
     def distillation_settings(self) -> dict[str, Any]:
-        """Return what was asked of the distillation, ready for JSON, without paths: for the record and the card.
-
-        What depends on the models is None where it was left open; a trainer knows it.
-        """
+        """Return the distillation's fields, ready for JSON and without paths; None where the models decide."""
         settings = {name: getattr(self, name) for name in distillation_fields() if name != "teacher_cache_dir"}
         settings["projection_learning_rate"] = self.resolved_projection_learning_rate()
         return settings
 
     def validate_distillation(self) -> None:
-        """Check the distillation's values and combinations again, after fields were set by hand.
-
-        Raises:
-            ConfigurationError: For a value, or a combination of values, that cannot work.
-        """
+        """Check the distillation's values and combinations again, after fields were set by hand."""
         self._validate_values()
         self._validate_combinations()
 
     def _validate_values(self) -> None:
-        for name, default in ((name, self.__dataclass_fields__[name].default) for name in distillation_fields()):
-            value = getattr(self, name)
+        for name in distillation_fields():
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value is None and default is None:
                 continue
-            if name in NUMBERS:
-                require_number(name, value, strict=NUMBERS[name])
+            if name in POSITIVE or name in NOT_NEGATIVE:
+                require_number(name, value, positive=name in POSITIVE)
             elif name in CHOICES:
                 require_choice(name, value, get_args(CHOICES[name]))
             elif name in LIMITS:

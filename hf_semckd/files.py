@@ -21,12 +21,8 @@ from .errors import InputError
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a file appear as a whole: give a temporary name beside it to write to, then rename, which is atomic.
 
-    Args:
-        path: File to write or replace; missing parent folders are made. The temporary name is the file's, followed
-            by a unique number and `.partial`.
-
-    Raises:
-        OSError: When the file cannot be written; an old file is then left as it was, and no temporary file stays.
+    Missing parent folders are made. After a failure an old file is as it was, and no temporary file
+    ("<name>.<unique number>.partial") stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,22 +39,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write a file that is there as a whole or not at all, and return its path; see `replacing`."""
+    """Write a file as a whole or not at all, and return its path; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
 
 
 def write_json(path: str | os.PathLike[str], payload: object) -> Path:
-    """Write a payload as JSON so that a reader finds the old file or the whole new one, never half of it.
+    """Write a payload as JSON with `write_atomic` and return the path.
 
     Args:
         path: File to write; missing parent folders are made.
         payload: Mappings, sequences, dataclasses, numpy arrays and scalars, torch tensors and JSON's own types,
             nested; NaN and infinities become null, which JSON has no word for.
-
-    Returns:
-        The path.
 
     Raises:
         InputError: When a value or key is of another type; the message tells its place in the payload.
@@ -71,9 +64,7 @@ def write_json(path: str | os.PathLike[str], payload: object) -> Path:
 
 def _jsonable(value: object, place: str) -> object:
     """Return a value made of JSON's types only, `place` being where it lies in the payload."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    elif isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         value = value.tolist()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -81,26 +72,16 @@ def _jsonable(value: object, place: str) -> object:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {_json_key(key, place): _jsonable(item, f"{place}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    raise InputError(
-        f"{place} has no form in JSON",
-        received=type(value).__name__,
-        expected="numbers, text, lists, mappings, dataclasses, arrays or tensors",
-        todo="convert it first",
-    )
+    if not isinstance(value, Mapping):
+        raise _no_json(place, value, "numbers, text, lists, mappings, dataclasses, arrays or tensors")
+    for key in value:
+        if not isinstance(key, (str, int, np.integer)) or isinstance(key, bool):
+            raise _no_json(f"The key {key!r} of {place}", key, "text or an integer")
+    return {str(key): _jsonable(item, f"{place}[{key!r}]") for key, item in value.items()}
 
 
-def _json_key(key: object, place: str) -> str:
-    if isinstance(key, str):
-        return key
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        return str(int(key))
-    raise InputError(
-        f"A key of {place} has no form in JSON",
-        received=f"{key!r} ({type(key).__name__})",
-        expected="text or an integer",
-        todo="convert it first",
-    )
+def _no_json(what: str, value: object, expected: str) -> InputError:
+    received = type(value).__name__
+    return InputError(f"{what} has no form in JSON", received=received, expected=expected, todo="convert it first")

@@ -16,16 +16,12 @@ scripts/fetch_text_parts.py, scripts/fetch_image_parts.py or the Debian package 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
-
-from accuracy.protocol import Protocol, read_protocols  # noqa: E402
-from accuracy.rows import RESULTS, read_rows  # noqa: E402
-from accuracy.tables import (  # noqa: E402
+from accuracy.protocol import Protocol, read_protocols
+from accuracy.rows import OUTPUTS, RESULTS, read_rows
+from accuracy.tables import (
     LEGEND,
     difference_table,
     headline,
@@ -33,6 +29,8 @@ from accuracy.tables import (  # noqa: E402
     main_table,
     tuned_table,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_protocol(
@@ -43,11 +41,12 @@ def run_protocol(
     seeds: Sequence[int] | None = None,
     device: str = "cpu",
     jobs: int = 1,
+    outputs: Path = OUTPUTS,
 ) -> None:
     """Run what is not there yet of one protocol: in this process, on one thread, or several runs at once in others."""
     from accuracy.parallel import make_bench, run_ahead
 
-    place = (path, name, results, device)
+    place = (path, name, results, device, outputs)
     bench = make_bench(*place)
     if jobs > 1:
         run_ahead(bench, place, methods, seeds, jobs)
@@ -72,7 +71,7 @@ def tables(protocols: Sequence[Protocol], methods: Sequence[str], results: Path)
 
 
 def main() -> None:
-    """Run what was asked for and print the tables."""
+    """Run the chosen protocols and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", metavar="protocol.yaml")
     parser.add_argument("--methods", nargs="+", help="Only these methods of the protocols.")

@@ -33,10 +33,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import conditions
 import torch
-from step_cost import conditions, growth, measure, memory, pairs, picture, summary, variants
+from step_cost import growth, measure, memory, pairs, picture, summary, variants
 
-from hf_semckd.errors import MissingDependencyError
 from hf_semckd.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ ROUNDS, QUICK_ROUNDS = 9, 2
 
 
 def main() -> None:
-    """Measure what was asked for, and print the table."""
+    """Measure the chosen pairs or the growth, and print the table."""
     options = parse()
     if options.table is not None:
         show(json.loads(options.table.read_text()))
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def add_pairs(stored: dict[str, Any], options: argparse.Namespace) -> None:
-    """Measure the pairs that were asked for, and write the file after each."""
+    """Measure the chosen pairs, and write the file after each."""
     arguments = [
         "--threads",
         str(options.threads),
@@ -110,14 +110,11 @@ def show(stored: Mapping[str, Any]) -> None:
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> None:
-    """Draw the picture, or say why there is none."""
+    """Draw the picture, or say that it would show nothing."""
     if not any("kd" in record["seconds"] for record in stored["pairs"].values()):
         print("no picture: it shows times relative to kd, which was not measured", file=sys.stderr)
         return
-    try:
-        picture.draw(stored, path)
-    except MissingDependencyError as error:
-        print(error, file=sys.stderr)
+    picture.draw(stored, path)
 
 
 def parse() -> argparse.Namespace:

@@ -19,212 +19,156 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
+import numpy as np
+import torch
+from accuracy import sources
+from accuracy.data import Rows, collate, texts
+from accuracy.models import COMMON, QUIET, accuracy, make_model, trained_teacher
+from accuracy.rows import OUTPUTS
+from accuracy.statistics import compare
+from markdown_tables import format_markdown_table
+from transformers.trainer_callback import PrinterCallback
 
-import torch  # noqa: E402
-from accuracy.statistics import compare  # noqa: E402
-from common import accuracy, some_rows  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from distill_text import make_bert, tokenize  # noqa: E402
-from distill_vit import load_processor, make_vit  # noqa: E402
-from image_data import load_digits_images, load_fashion_mnist, prepare_images  # noqa: E402
-from text_data import load_movie_snippets  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from hf_semckd import SemCKDConfig, SemCKDTrainer
+from hf_semckd.publishing.environment import environment
 
-from hf_semckd import SemCKDConfig, SemCKDTrainer  # noqa: E402
-from hf_semckd.publishing.environment import environment  # noqa: E402
-from hf_semckd.publishing.tables import format_markdown_table  # noqa: E402
-
-RESULTS = ROOT / "scripts" / "results" / "sampling"
-FASHION = "/usr/share/datasets/fashion-mnist"
-TEXT = ROOT / "data" / "text"
+RESULTS = Path(__file__).resolve().parent / "results" / "sampling"
 SEEDS = list(range(10, 20))
 VARIANTS: dict[str, dict[str, Any]] = {"everything": {"max_tokens": 0, "max_grid": 0}, "default": {}}
-QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 COLUMNS = ("protocol", "seeds", "everything %", "default %", "default - everything", "95 % interval")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Protocol:
-    """A trained teacher, how a student is made, and the data of both.
+    """What is trained on what.
 
     Attributes:
-        teacher: Trained on `teacher_train`.
-        student: Makes an untrained student; the seed is set before.
-        train: The student's samples by seed.
-        test: What accuracy is measured on.
-        processor: Tokenizer or image processor.
+        load: Returns the rows to train and to test on.
+        most: How many of them the teacher trains on and both are tested on; None: all.
+        count: How many of the teacher's a student trains on, others for each seed.
+        teacher: See `accuracy.models.make_model`.
+        student: The same.
+        teacher_args: How the teacher trains.
         args: How students train.
     """
 
-    teacher: Any
-    student: Callable[[], Any]
-    train: Callable[[int], Dataset]
-    test: Dataset
-    processor: Any
-    args: dict[str, Any]
+    load: Callable[[], tuple[Rows, Rows]]
+    most: tuple[int | None, int | None]
+    count: int
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any]
+    teacher_args: Mapping[str, Any]
+    args: Mapping[str, Any]
 
 
-def train_teacher(teacher: Any, train: Dataset, processor: Any, **args: Any) -> Any:
-    """Fine-tune a teacher, always with the same seed, and return it."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(folder, seed=0, lr_scheduler_type="cosine", warmup_steps=0.05, **QUIET, **args)
-        Trainer(teacher, settings, train_dataset=train, processing_class=processor).train()
-    return teacher.eval()
+def images(load: Callable[[], sources.Source], mean: float, deviation: float, channels: int) -> tuple[Rows, Rows]:
+    """Return normalized images to train and to test on, gray ones repeated over the channels."""
+    source = load()
+
+    def rows(split: str) -> Rows:
+        pixels = torch.from_numpy(source.inputs[split].astype(np.float32) / 255)
+        values = ((pixels - mean) / deviation).unsqueeze(1).repeat(1, channels, 1, 1)
+        return Rows({"pixel_values": values, "labels": torch.from_numpy(source.labels[split])}, source.classes)
+
+    return rows("train"), rows("test")
+
+
+def snippets() -> tuple[Rows, Rows]:
+    """Return movie snippets of 64 tokens at most."""
+    train, _, test = texts(sources.movie_snippets(), 64)
+    return train, test
+
+
+def shuffled(rows: Rows, count: int | None, seed: int) -> Rows:
+    """Return some of the rows in a random order."""
+    return rows if count is None else rows.take(np.random.default_rng(seed).permutation(len(rows))[:count])
+
+
+def sized(epochs: int, rate: float, batch: int, decay: float = 0.05) -> dict[str, Any]:
+    """Return training arguments."""
+    return {
+        "num_train_epochs": epochs,
+        "learning_rate": rate,
+        "per_device_train_batch_size": batch,
+        "weight_decay": decay,
+    }
 
 
 def digits(patch: int) -> Protocol:
     """ViT on scikit-learn's digits, as in examples/distill_vit.py but for the patches: of 1 they give 65 tokens."""
-    data, processor = load_digits_images(), load_processor(None, 8)
-    inputs = {"pixel_values": processor}
-    names = data["train"].features["label"].names
-    train = prepare_images(data["train"], inputs)
-    set_seed(0)
-    teacher = train_teacher(
-        make_vit(8, patch, 6, 96, names), train, None, num_train_epochs=20, learning_rate=1e-3,
-        per_device_train_batch_size=32, weight_decay=0.05, remove_unused_columns=False,
-    )  # fmt: skip
+    vit = {"family": "vit", "size": 8, "patch": patch, "expansion": 4}
     return Protocol(
-        teacher,
-        lambda: make_vit(8, patch, 3, 48, names),
-        lambda seed: train.shuffle(seed=seed).select(range(300)),
-        prepare_images(data["test"], inputs),
-        None,
-        {"num_train_epochs": 80, "learning_rate": 2e-3, "per_device_train_batch_size": 32, "weight_decay": 0.05},
+        load=lambda: images(sources.digits, 0.5, 0.5, channels=3),
+        most=(None, None),
+        count=300,
+        teacher={"name": "vit-6x96", **vit, "depth": 6, "width": 96},
+        student={"name": "vit-3x48", **vit, "depth": 3, "width": 48},
+        teacher_args=sized(20, 1e-3, 32),
+        args=sized(80, 2e-3, 32),
     )
 
 
-def make_resnet(width: int, depth: int, labels: int) -> ResNetForImageClassification:
-    """Return a ResNet of three stages for small gray images; the first keeps 14 x 14 cells of 28 x 28 pixels."""
-    config = ResNetConfig(
-        num_channels=1,
-        embedding_size=width,
-        hidden_sizes=[width, 2 * width, 4 * width],
-        depths=[depth] * 3,
-        layer_type="basic",
-        num_labels=labels,
-        downsample_in_first_stage=False,
-    )
-    model = ResNetForImageClassification(config)
-    model.resnet.embedder.pooler = torch.nn.Identity()
-    return model
-
-
-def fashion() -> Protocol:
-    """ResNet on Fashion-MNIST: a student of 14 x 14, 7 x 7 and 4 x 4 cells, 100 labels a class."""
-    data, processor = load_fashion_mnist(FASHION), load_processor(None, 28)
-    processor.do_convert_rgb = False
-    inputs = {"pixel_values": processor}
-    processor.image_mean, processor.image_std = [0.286], [0.353]
-    train = prepare_images(some_rows(data["train"], 20000), inputs, channels=1)
-    set_seed(0)
-    teacher = train_teacher(
-        make_resnet(32, 2, 10), train, None, num_train_epochs=5, learning_rate=2e-3,
-        per_device_train_batch_size=64, weight_decay=0.05, remove_unused_columns=False,
-    )  # fmt: skip
-    return Protocol(
-        teacher,
-        lambda: make_resnet(8, 1, 10),
-        lambda seed: train.shuffle(seed=seed).select(range(1000)),
-        prepare_images(some_rows(data["test"], 5000), inputs, channels=1),
-        None,
-        {"num_train_epochs": 20, "learning_rate": 4e-3, "per_device_train_batch_size": 64, "weight_decay": 0.05},
-    )
-
-
-def fashion_tokens() -> Protocol:
-    """ViT on Fashion-MNIST in patches of 2 x 2 pixels: 197 tokens as in a full-size ViT, 100 labels a class."""
-    data, processor = load_fashion_mnist(FASHION), load_processor(None, 28)
-    inputs = {"pixel_values": processor}
-    names = data["train"].features["label"].names
-    train = prepare_images(some_rows(data["train"], 8000), inputs)
-    set_seed(0)
-    teacher = train_teacher(
-        make_vit(28, 2, 6, 48, names), train, None, num_train_epochs=4, learning_rate=2e-3,
-        per_device_train_batch_size=64, weight_decay=0.05, remove_unused_columns=False,
-    )  # fmt: skip
-    return Protocol(
-        teacher,
-        lambda: make_vit(28, 2, 3, 24, names),
-        lambda seed: train.shuffle(seed=seed).select(range(1000)),
-        prepare_images(some_rows(data["test"], 2000), inputs),
-        None,
-        {"num_train_epochs": 15, "learning_rate": 4e-3, "per_device_train_batch_size": 64, "weight_decay": 0.05},
-    )
-
-
-def text() -> Protocol:
-    """MiniLM-L6, fine-tuned on movie snippets, to a new BERT of two layers, as in examples/distill_text.py."""
-    tokenizer = AutoTokenizer.from_pretrained(TEXT / "minilm-l6")
-    data = load_movie_snippets(TEXT / "movie_snippets")
-    names = data["train"].features["label"].names
-    train = tokenize(data["train"], tokenizer, 64)
-    set_seed(0)
-    teacher = AutoModelForSequenceClassification.from_pretrained(TEXT / "minilm-l6", num_labels=len(names))
-    teacher = train_teacher(
-        teacher, train, tokenizer, num_train_epochs=1, learning_rate=1e-4, per_device_train_batch_size=32
-    )
-    return Protocol(
-        teacher,
-        lambda: make_bert(tokenizer, 2, 128, 64, names),
-        lambda seed: train.shuffle(seed=seed).select(range(2000)),
-        tokenize(data["test"], tokenizer, 64),
-        tokenizer,
-        {
-            "num_train_epochs": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 32, "weight_decay": 0.01,
-            "feature_weight": 10.0,
-            # As when the kept rows were made; on text the default is zero now.
-            "projection_init": "random",
-        },
-    )  # fmt: skip
-
-
-PROTOCOLS: dict[str, Callable[[], Protocol]] = {
-    "digits-65-tokens": lambda: digits(1),
-    "fashion-197-tokens": fashion_tokens,
-    "fashion-maps": fashion,
-    "text": text,
+PROTOCOLS = {
+    "digits-65-tokens": digits(1),
+    # ViT on Fashion-MNIST in patches of 2 x 2 pixels: 197 tokens as in a full-size ViT, 100 labels a class.
+    "fashion-197-tokens": Protocol(
+        load=lambda: images(sources.fashion_mnist, 0.5, 0.5, channels=3),
+        most=(8000, 2000),
+        count=1000,
+        teacher={"name": "vit-6x48", "family": "vit", "size": 28, "patch": 2, "expansion": 4, "depth": 6, "width": 48},
+        student={"name": "vit-3x24", "family": "vit", "size": 28, "patch": 2, "expansion": 4, "depth": 3, "width": 24},
+        teacher_args=sized(4, 2e-3, 64),
+        args=sized(15, 4e-3, 64),
+    ),
+    # ResNet on Fashion-MNIST: a student of 14 x 14, 7 x 7 and 4 x 4 cells, 100 labels a class.
+    "fashion-maps": Protocol(
+        load=lambda: images(sources.fashion_mnist, 0.286, 0.353, channels=1),
+        most=(20000, 5000),
+        count=1000,
+        teacher={"name": "resnet-2x32", "family": "resnet", "width": 32, "depth": 2, "pooled": False},
+        student={"name": "resnet-1x8", "family": "resnet", "width": 8, "depth": 1, "pooled": False},
+        teacher_args=sized(5, 2e-3, 64),
+        args=sized(20, 4e-3, 64),
+    ),
+    # MiniLM-L6, fine-tuned on movie snippets, to a new BERT of two layers, as in examples/distill_text.py.
+    "text": Protocol(
+        load=snippets,
+        most=(None, None),
+        count=2000,
+        teacher={"name": "minilm-l6", "family": "minilm"},
+        student={"name": "bert-2x128", "family": "bert", "depth": 2, "width": 128, "length": 64},
+        teacher_args={"num_train_epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32},
+        # Random as when the kept rows were made; on text the default is zero now.
+        args={**sized(8, 1e-3, 32, decay=0.01), "feature_weight": 10.0, "projection_init": "random"},
+    ),
 }
 
 
-def run(protocol: Protocol, variant: str, seed: int) -> dict[str, Any]:
+def run(protocol: Protocol, teacher: Any, rows: Rows, test: Rows, variant: str, seed: int) -> dict[str, Any]:
     """Train one student and return its accuracy."""
-    set_seed(seed)
-    student = protocol.student()
-    settings = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_eval_batch_size": 256}
-    settings |= {"remove_unused_columns": protocol.processor is not None}
+    student = make_model(protocol.student, rows, seed)
     with tempfile.TemporaryDirectory() as folder:
-        settings["teacher_cache_dir"] = folder
+        args = {**QUIET, **COMMON, "logging_strategy": "no", **protocol.args, **VARIANTS[variant]}
         trainer = SemCKDTrainer(
             student,
-            SemCKDConfig(output_dir=folder, seed=seed, **QUIET, **settings, **protocol.args, **VARIANTS[variant]),
-            teacher_model=copy.deepcopy(protocol.teacher),
-            train_dataset=protocol.train(seed),
-            eval_dataset=protocol.test,
-            processing_class=protocol.processor,
-            compute_metrics=accuracy,
+            SemCKDConfig(output_dir=folder, seed=seed, use_cpu=True, teacher_cache_dir=folder, **args),
+            teacher_model=copy.deepcopy(teacher),
+            train_dataset=shuffled(rows, protocol.count, seed),
+            data_collator=collate,
         )
-        if variant == "everything" and max(trainer.feature_loss.projection_of) + 1 < len(trainer.student_layer_names):
+        trainer.remove_callback(PrinterCallback)
+        own = trainer.feature_loss.comparison.projection_of
+        if variant == "everything" and max(own) + 1 < len(trainer.student_layer_names):
             raise SystemExit("The student is so small that its layers share projections: that is no full comparison.")
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        value = trainer.evaluate()["eval_accuracy"]
-    return {"variant": variant, "seed": seed, "accuracy": value, "seconds": round(seconds, 1)}
+    return {"variant": variant, "seed": seed, "accuracy": accuracy(student, test), "seconds": round(seconds, 1)}
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
@@ -240,9 +184,12 @@ def run_protocol(name: str, seeds: Sequence[int]) -> None:
     if not missing:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    protocol = PROTOCOLS[name]()
+    protocol = PROTOCOLS[name]
+    train, test = (shuffled(rows, count, 0) for rows, count in zip(protocol.load(), protocol.most, strict=True))
+    teacher = trained_teacher({"name": name}, protocol.teacher, protocol.teacher_args, train, outputs=OUTPUTS)
     for variant, seed in missing:
-        row = {"protocol": name, **run(protocol, variant, seed), "args": protocol.args, "environment": environment()}
+        row = {"protocol": name, **run(protocol, teacher, train, test, variant, seed)}
+        row |= {"args": dict(protocol.args), "environment": environment()}
         with (RESULTS / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name} {variant} seed {seed}: {100 * row['accuracy']:.2f} %", file=sys.stderr, flush=True)
@@ -272,7 +219,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Run what was asked for and print the table."""
+    """Run the chosen protocols and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocols", nargs="*", default=[], metavar="protocol", help=", ".join(PROTOCOLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

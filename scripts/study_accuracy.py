@@ -22,14 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_accuracy import RESULTS, run_protocol
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "scripts")]
-
-from accuracy.protocol import METHODS, Method, Protocol, read_protocols  # noqa: E402
-from accuracy.rows import read_rows  # noqa: E402
-from accuracy.studies import (  # noqa: E402
+from accuracy.protocol import METHODS, Method, Protocol, read_protocols
+from accuracy.rows import RESULTS, read_rows
+from accuracy.studies import (
     association_table,
     curve_table,
     curves,
@@ -39,10 +34,12 @@ from accuracy.studies import (  # noqa: E402
     negative_sentence,
     negative_table,
 )
-from accuracy.study_pictures import plot_curves, plot_negative_map, save_picture  # noqa: E402
+from accuracy.study_pictures import plot_curves, plot_negative_map
+from benchmark_accuracy import run_protocol
+from pictures import save_picture
 
-from hf_semckd.errors import InputError  # noqa: E402
-from hf_semckd.publishing.plots import plot_association  # noqa: E402
+from hf_semckd.errors import InputError
+from hf_semckd.publishing.plots import plot_association
 
 PICTURES = RESULTS / "pictures"
 # What a swept key is called below a curve.

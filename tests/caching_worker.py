@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from distributed_worker import write
-from launching import WORLD, run_jobs
+from distributed_worker import run_jobs, write
+from launching import WORLD
 from tiny import fit, make, outcome
 from torch import Tensor, nn
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from launching import WORLD, run_jobs
+from launching import WORLD
+from makers import distiller, images
 from safetensors.torch import load_file, save_file
 from tiny import PROBLEMS, Outcome, fit, make, outcome
 
@@ -40,6 +42,18 @@ def resumed(folder: Path, problem: str, **changes: Any) -> Outcome:
     fit(make(problem, folder, save_strategy="steps", save_steps=1, **changes))
     trainer = make(problem, folder, **changes)
     fit(trainer, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    done = outcome(trainer)
+    _assert_equal_on_all_processes(done)
+    return done
+
+
+def evaluated(folder: Path) -> Outcome:
+    """Train twice, with an evaluation before and between, which prepares the student as well."""
+    cut = {"max_steps": 3, "per_device_train_batch_size": 2}
+    trainer = distiller(folder, cut, eval_dataset=images(4))
+    for _ in range(2):
+        trainer.evaluate()
+        fit(trainer)
     done = outcome(trainer)
     _assert_equal_on_all_processes(done)
     return done
@@ -78,6 +92,7 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
     "resnet-cnns": job(trained, "resnet", *WHOLE, samples=24, association=None),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
+    "vit-evaluated": evaluated,
 }
 
 
@@ -113,6 +128,24 @@ def _assert_equal_on_all_processes(done: Outcome) -> None:
     worst = torch.stack(gaps)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     assert not [name for name, gap in zip(names, worst.tolist(), strict=True) if gap != 0]
+
+
+def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
+    """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
+
+    A job that fails writes why, and ends this process; torchrun then ends the other one, which may wait for it.
+    """
+    torch.set_num_threads(1)
+    for name, job in jobs.items():
+        (folder / name).mkdir(exist_ok=True)
+        try:
+            job(folder / name)
+        except Exception:
+            rank = dist.get_rank() if dist.is_initialized() else "unknown"
+            (folder / name / f"failure.{rank}.txt").write_text(f"{name}: {traceback.format_exc()}")
+            raise
+    print(f"world size {dist.get_world_size()}", flush=True)
+    dist.destroy_process_group()
 
 
 def written(do: Callable[[Path], Outcome]) -> Callable[[Path], None]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from filelock import FileLock
 
 TESTS = Path(__file__).resolve().parent
@@ -61,18 +59,29 @@ def torchrun(script: Path, *arguments: object, **options: Any) -> subprocess.Com
     return python(*launcher, script, *arguments, **options)
 
 
-def launch_once(worker: str, name: str, tmp_path_factory: Any, request: Any) -> Path:
-    """Run a worker of this folder in two processes, once, also when pytest-xdist spreads the tests over its own.
+@contextmanager
+def shared_folder(name: str, tmp_path_factory: Any, request: Any) -> Iterator[tuple[Path, bool]]:
+    """Give a folder that all processes of pytest-xdist have in common, and whether it has to be filled.
 
-    Returns:
-        The folder that the worker was given, with all that was printed in `output.txt`.
+    The others wait until the first one has filled it.
     """
     spread = hasattr(request.config, "workerinput")
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if spread else base) / name
     with FileLock(f"{folder}.lock"):
-        if not (folder / "output.txt").is_file():
-            folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        yield folder, not (folder / "filled").is_file()
+        (folder / "filled").touch()
+
+
+def launch_once(worker: str, name: str, tmp_path_factory: Any, request: Any) -> Path:
+    """Run a worker of this folder in two processes, once for all processes of pytest-xdist.
+
+    Returns:
+        The folder that the worker was given, with all that was printed in `output.txt`.
+    """
+    with shared_folder(name, tmp_path_factory, request) as (folder, empty):
+        if empty:
             done = torchrun(TESTS / worker, folder)
             (folder / "output.txt").write_text(f"{done.stdout}{done.stderr}\nexit status {done.returncode}\n")
     return folder
@@ -83,21 +92,3 @@ def assert_launched(folder: Path) -> None:
     output = (folder / "output.txt").read_text()
     assert output.count(f"world size {WORLD}") == WORLD, output[-3000:]
     assert "exit status 0" in output, output[-3000:]
-
-
-def run_jobs(jobs: Mapping[str, Callable[[Path], object]], folder: Path) -> None:
-    """Run jobs one after the other in one of the processes that torchrun started, each in a folder of its own.
-
-    A job that fails writes why, and ends this process; torchrun then ends the other one, which may wait for it.
-    """
-    torch.set_num_threads(1)
-    for name, job in jobs.items():
-        (folder / name).mkdir(exist_ok=True)
-        try:
-            job(folder / name)
-        except Exception:
-            rank = dist.get_rank() if dist.is_initialized() else "unknown"
-            (folder / name / f"failure.{rank}.txt").write_text(f"{name}: {traceback.format_exc()}")
-            raise
-    print(f"world size {dist.get_world_size()}", flush=True)
-    dist.destroy_process_group()

@@ -1,9 +1,12 @@
 """Every feature loss on every kind of model that it can be used on."""
 
+import itertools
+
 from makers import bert, config, images, resnet, texts, vit
 
 from hf_semckd import DistillationTrainer
 from hf_semckd.losses import FEATURE_LOSSES
+from hf_semckd.losses.registry import names_layers, reuses_teacher_head
 
 FAMILIES = {
     "vit": (vit, lambda: vit(4, 24, seed=9), lambda: images(10)),
@@ -40,3 +43,10 @@ def make(folder, name, family, teacher=None, **arguments):
 
 
 CASES = [(name, family) for name in NAMES for family in FAMILIES if (name, family) not in REFUSED]
+
+
+def joinable(family):
+    """Return the joined pairs of methods that a kind of model allows."""
+    names = [name for name in FEATURE_LOSSES if (name, family) not in REFUSED and not reuses_teacher_head(name)]
+    pairs = itertools.combinations(names, 2)
+    return [f"{one}+{other}" for one, other in pairs if names_layers(one) == names_layers(other)]

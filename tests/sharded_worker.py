@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.losses import SemCKDLoss
 
 LAYERS, TEACHERS, TOKENS = 3, 4, 20
@@ -21,7 +22,7 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(LAYERS))
         self.calibration = SemCKDLoss([(TOKENS, 8)] * LAYERS, [(TOKENS, 12)] * TEACHERS, max_tokens=6)
 
-    def forward(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, targets: TeacherTargets) -> torch.Tensor:
         states = []
         for block in self.blocks:
             x = torch.tanh(block(x))

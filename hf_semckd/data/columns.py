@@ -9,6 +9,11 @@ from typing import Any
 TEACHER_PREFIX = "teacher_"
 
 
+def has_own_tokens(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch holds another tokenization for the teacher, so that positions do not correspond."""
+    return f"{TEACHER_PREFIX}input_ids" in batch
+
+
 def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
     own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}

@@ -1,4 +1,4 @@
-"""Attention transfer (Zagoruyko and Komodakis, 2017): the student is to be active where the teacher is."""
+"""Attention transfer (Zagoruyko and Komodakis, 2017): the student learns where the teacher is active."""
 
 from __future__ import annotations
 
@@ -12,38 +12,27 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from ..features.targets import TeacherTargets
 from .base import Shape, layer_specs
-from .baseline import BaselineLoss, skip_map
+from .baseline import BaselineBatch, BaselineLoss, skip_map
 from .reduction import masked_mean
 
 
 class ATLoss(BaselineLoss):
-    """Student layers are to spread their activity over the positions as the teacher layers at their depth do.
+    """The squared difference of attention maps between each student layer and the teacher layer at its depth.
 
     per_sample[i] = sum over pairs (s, t) of the mean over positions n that count of (q_s[i, n] - q_t[i, n])^2, with q
     the attention map of a layer: the mean over channels of squared activations, scaled to unit length over the
-    positions that count. Each student layer is paired with the teacher layer that `calibration.skip_map` names. Pairs
-    are summed, as in the published code, for which the default weight was published: deeper students have larger
-    losses.
+    positions that count. Pairs are those of `skip_map`; they are summed, as in the published code, which the default
+    weight belongs to.
 
-    Maps and image tokens of different sizes are pooled to the smaller grid first. A pair that meets at one position
-    only (other tokenizations, vectors, maps of one cell) has nothing to compare, as its map is always 1: it is left
-    out. The loss has no parameters, and the models need not share their width.
-
-    Features are (B, C, H, W) or (B, N, C), the loss of each sample is (B).
-
-    Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input.
+    A pair that shares a single position (other tokenizations, vectors, maps of one cell) is left out: its map is
+    always 1. There are no parameters, and the models need not share their width.
 
     Attributes:
         pairs: The positions (student layer, teacher layer) of the pairs that are compared.
 
     Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
-        ConfigurationError: When all pairs meet at one position only.
+        ConfigurationError: When no pair shares more than one position.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
         the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al.,
@@ -57,31 +46,30 @@ class ATLoss(BaselineLoss):
     ):
         students, teachers = layer_specs(student_shapes, "student"), layer_specs(teacher_shapes, "teacher")
         pairing = list(enumerate(skip_map(len(students), len(teachers))))
-        pairs = [(s, t) for s, t in pairing if not _meet_at_one(students[s], teachers[t], tokens_aligned)]
+        pairs = [(s, t) for s, t in pairing if not _share_one(students[s], teachers[t], tokens_aligned)]
         if not pairs:
+            named = (f"{students[s].name} ({students[s].kind}) with {teachers[t].name}" for s, t in pairing)
             raise ConfigurationError(
                 "Attention transfer compares where layers are active, and no pair of layers shares positions",
-                received=f"pairs that meet at one position only: {_named(students, teachers, pairing)}",
+                received=f"pairs that share one position only: {', '.join(named)}",
                 expected="a pair of maps or image tokens, or of token sequences of one tokenization",
                 todo="choose other layers with student_layers / teacher_layers, or another method",
             )
         super().__init__(students, teachers, tokens_aligned=tokens_aligned, used_teacher_layers=[t for _, t in pairs])
         self.pairs = pairs
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the sum over pairs of each sample's mean (B); see `BaselineLoss.per_sample`."""
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the sum over pairs of each sample's mean (B)."""
         losses = []
         for s, t in self.pairs:
-            student, target, mask = self.positions(student_features, targets, s, t, student_mask)
+            student, target, mask = batch.pair(s, t)
             difference = attention_map(student, mask) - attention_map(target, mask)
             losses.append(masked_mean(difference.square(), mask))
         return torch.stack(losses).sum(0)
 
 
 def attention_map(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return how active each position is (B, N), a row of unit length for each sample, at least in float32.
+    """Return the activity of each position (B, N), a row of unit length per sample, at least in float32.
 
     Args:
         tokens: (B, N, C).
@@ -95,13 +83,9 @@ def attention_map(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.normalize(tokens.square().mean(-1), dim=1)
 
 
-def _meet_at_one(student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> bool:
+def _share_one(student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> bool:
     """Whether two layers are compared at a single position, where an attention map says nothing."""
     kind = Alignment.of(student, teacher, tokens_aligned).kind
     if kind == "grid" and student.grid is not None and teacher.grid is not None:
         return min(student.grid[0], teacher.grid[0]) * min(student.grid[1], teacher.grid[1]) == 1
     return kind == "mean" or student.length == 1
-
-
-def _named(students: Sequence[FeatureSpec], teachers: Sequence[FeatureSpec], pairs: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{students[s].name} ({students[s].kind}) with {teachers[t].name}" for s, t in pairs)

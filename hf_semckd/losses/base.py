@@ -41,8 +41,11 @@ class FeatureLoss(nn.Module, ABC):
     batch size; a feature is a map (B, C, H, W), tokens (B, N, C) or a vector (B, C).
 
     Attributes:
+        title: Name of the method on a model card; by default the class's.
         student_specs, teacher_specs: The layers the loss was built for; empty for a loss that takes any.
         default_weight: `feature_weight` where none is given; for a baseline, the published one.
+        kept: Description of what `select` keeps: losses with equal descriptions share a teacher cache.
+        samples_tokens: Whether `select` samples tokens, at positions that depend on `phase`.
         reuses_teacher_head: Whether the student ends with the teacher's classifier, which `finish` puts there.
         upper_bound: The largest weight that a learned association can give a layer; None when none is learned.
         required_batch_size: The only batch size the loss takes, or None for any.
@@ -51,24 +54,30 @@ class FeatureLoss(nn.Module, ABC):
         collecting: Whether training forwards collect teacher statistics; off for batches that were collected before.
     """
 
+    title: str = ""
     student_specs: Sequence[FeatureSpec] = ()
     teacher_specs: Sequence[FeatureSpec] = ()
     default_weight: float = 1.0
+    kept: str = "whole features"
+    samples_tokens: bool = False
     reuses_teacher_head: ClassVar[bool] = False
     upper_bound: float | None = None
     required_batch_size: int | None = None
     automatic_synchronization: bool = True
     collecting: bool = True
 
-    @property
-    def title(self) -> str:
-        """Name of the method on a model card."""
-        return type(self).__name__.removesuffix("Loss")
+    def __init_subclass__(cls) -> None:
+        cls.title = cls.__dict__.get("title", cls.__name__.removesuffix("Loss"))
 
     @property
     def settings(self) -> dict[str, Any]:
         """Values in use of the `SemCKDConfig` fields whose defaults depend on the models."""
         return {}
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether teacher statistics have to be collected before the first batch; a host sync."""
+        return False
 
     @classmethod
     def for_layers(
@@ -159,21 +168,6 @@ class FeatureLoss(nn.Module, ABC):
             targets: What `select` kept of the teacher's; by default every layer's `whole` output, and `mask`.
             student_mask: (B, N), 0 for padding tokens; None: all count.
         """
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether teacher statistics have to be collected before the first batch can be compared."""
-        return False
-
-    @property
-    def samples_tokens(self) -> bool:
-        """Whether `select` samples tokens, at positions that depend on `phase`."""
-        return False
-
-    @property
-    def kept(self) -> str:
-        """Description of what `select` keeps: losses with equal descriptions share a teacher cache."""
-        return "whole features"
 
     def select(
         self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None

@@ -4,21 +4,61 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..features.geometry import Alignment
+from ..features.layers import FeatureSpec
 from ..features.summaries import Average, embedding
 from ..features.targets import TeacherTargets
 from .base import FeatureLoss, FeatureLossOutput, Shape, layer_specs
 from .positions import compared_positions
 
 
-class BaselineLoss(FeatureLoss):
-    """A loss on some of the layers, which keeps only these of the teacher.
+@dataclass(frozen=True)
+class BaselineBatch:
+    """A batch of both models' features.
 
-    A subclass returns the loss of each sample (`per_sample`). The arguments are those of every baseline.
+    Attributes:
+        features: S features of the student.
+        mask: (B, N) mask of the student's tokens, or None.
+        targets: The whole outputs of the used teacher layers, and the mask of the teacher's tokens.
+        student_specs, teacher_specs, tokens_aligned: As in `BaselineLoss`.
+    """
+
+    features: Sequence[Tensor]
+    mask: Tensor | None
+    targets: TeacherTargets
+    student_specs: Sequence[FeatureSpec]
+    teacher_specs: Sequence[FeatureSpec]
+    tokens_aligned: bool
+
+    def pair(self, s: int, t: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return student layer s and teacher layer t as tokens (B, N, C) at the same positions, and their mask (B, N).
+
+        Maps and image tokens of different sizes are pooled to the smaller grid, row by row; sequences that do not
+        correspond position by position are averaged to one.
+        """
+        own, theirs = self.student_specs[s], self.teacher_specs[t]
+        alignment = Alignment.of(own, theirs, self.tokens_aligned)
+        student, teacher = (self.features[s], own), (self.targets.whole(t), theirs)
+        return compared_positions(alignment, student, teacher, self.mask, self.targets.mask)
+
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `summaries.embedding`."""
+        last = len(self.teacher_specs) - 1
+        return (
+            embedding(self.features[-1], self.student_specs[-1], Average(self.mask)),
+            embedding(self.targets.whole(last), self.teacher_specs[last], Average(self.targets.mask)),
+        )
+
+
+class BaselineLoss(FeatureLoss):
+    """A loss on some of the layers, which keeps only these of the teacher. A subclass implements `per_sample`.
+
+    All baselines take these arguments; where layers of different sizes are compared, see `BaselineBatch.pair`.
 
     Args:
         student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per student layer.
@@ -49,69 +89,26 @@ class BaselineLoss(FeatureLoss):
         self.tokens_aligned = tokens_aligned
         count = len(self.teacher_specs)
         used = self.default_used if used_teacher_layers is None else used_teacher_layers
-        used = range(count) if used is None else used
-        self.used_teacher_layers = sorted({layer % count for layer in used})
+        self.used_teacher_layers = sorted({layer % count for layer in (range(count) if used is None else used)})
+        self.kept = f"whole features of the layers at {self.used_teacher_layers}"
 
     def compare(
         self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> FeatureLossOutput:
         """Return `per_sample` and its mean."""
-        losses = self.per_sample(student_features, targets, student_mask)
+        specs = self.student_specs, self.teacher_specs
+        losses = self.per_sample(BaselineBatch(student_features, student_mask, targets, *specs, self.tokens_aligned))
         return FeatureLossOutput(losses.mean(), losses)
 
     @abstractmethod
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the loss of each sample (B).
-
-        Args:
-            student_features: S tensors.
-            targets: The whole outputs of the used teacher layers, and the mask of the teacher's tokens.
-            student_mask: (B, N) mask of the student's tokens.
-        """
-
-    @property
-    def kept(self) -> str:
-        """Description of what `select` keeps."""
-        return f"whole features of the layers at {self.used_teacher_layers}"
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the loss of each sample (B), the `per_sample` of the class's equation."""
 
     def select(
         self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
     ) -> TeacherTargets:
         """Return the teacher layers that are used; see `FeatureLoss.select`."""
         return TeacherTargets.of_whole(features, mask, self.used_teacher_layers)
-
-    def positions(
-        self,
-        student_features: Sequence[Tensor],
-        targets: TeacherTargets,
-        s: int,
-        t: int,
-        student_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return student layer s and teacher layer t as tokens (B, N, C) at the same positions, and their mask (B, N).
-
-        Maps are pooled to the smaller grid, row by row.
-        """
-        s, t = s % len(self.student_specs), t % len(self.teacher_specs)
-        return compared_positions(
-            Alignment.of(self.student_specs[s], self.teacher_specs[t], self.tokens_aligned),
-            (student_features[s], self.student_specs[s]),
-            (targets.whole(t), self.teacher_specs[t]),
-            student_mask,
-            targets.mask,
-        )
-
-    def embeddings(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `summaries.embedding`."""
-        last = len(self.teacher_specs) - 1
-        return (
-            embedding(student_features[-1], self.student_specs[-1], Average(student_mask)),
-            embedding(targets.whole(last), self.teacher_specs[last], Average(targets.mask)),
-        )
 
 
 class SkipMapLoss(BaselineLoss):
@@ -131,11 +128,6 @@ class SkipMapLoss(BaselineLoss):
 
 
 def skip_map(students: int, teachers: int) -> list[int]:
-    """Return the teacher layer of each student layer in the uniform layer map: last to last, evenly below.
-
-    Args:
-        students: S >= 1.
-        teachers: T >= 1.
-    """
+    """Return the teacher layer of each of S student layers in the uniform layer map: last to last, evenly below."""
     # ceil((s + 1) * T / S) - 1 in whole numbers.
     return [max(-(-(s + 1) * teachers // students) - 1, 0) for s in range(students)]

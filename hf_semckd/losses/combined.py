@@ -37,6 +37,9 @@ class CombinedLoss(FeatureLoss):
                 todo="use one of them alone",
             )
         self.losses = nn.ModuleList(losses)
+        self.title = " + ".join(loss.title for loss in losses)
+        self.kept = repr([loss.kept for loss in losses])
+        self.samples_tokens = any(loss.samples_tokens for loss in losses)
         self.default_weight = losses[0].default_weight
         self.shares = [loss.default_weight / losses[0].default_weight for loss in losses]
         self.required_batch_size = next((x.required_batch_size for x in losses if x.required_batch_size), None)
@@ -58,11 +61,6 @@ class CombinedLoss(FeatureLoss):
         return FeatureLossOutput(per_sample.mean(), per_sample, shown.association, shown.errors)
 
     @property
-    def title(self) -> str:
-        """Names of the methods on a model card."""
-        return " + ".join(loss.title for loss in self._parts())
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Values in use of the fields whose defaults depend on the models, of all losses."""
         return {name: value for loss in self._parts() for name, value in loss.settings.items()}
@@ -71,16 +69,6 @@ class CombinedLoss(FeatureLoss):
     def needs_statistics(self) -> bool:
         """Whether one of the losses needs teacher statistics before the first batch."""
         return any(loss.needs_statistics for loss in self._parts())
-
-    @property
-    def samples_tokens(self) -> bool:
-        """Whether one of the losses samples tokens."""
-        return any(loss.samples_tokens for loss in self._parts())
-
-    @property
-    def kept(self) -> str:
-        """Description of what `select` keeps."""
-        return repr([loss.kept for loss in self._parts()])
 
     def select(
         self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None

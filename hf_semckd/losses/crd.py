@@ -11,37 +11,33 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.precision import at_least_float32, full_precision
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import BaselineLoss
+from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
 
 TEMPERATURE = 0.07
 
 
 class CRDLoss(BaselineLoss):
-    """The student's embedding of a sample is told from those of other samples by the teacher's, and the reverse.
+    """Contrastive loss: an embedding of one model tells the other model's of the same sample from those of others.
 
-    Both embeddings go through a linear layer to 128 channels and to unit length. With g = <anchor, other> / 0.07 and
-    h(g) = exp(g) / (exp(g) + N * c), a sample loses -log h of its own pair, minus the sum over N negatives of
-    log(1 - h); once with the student's embedding as the anchor among the teacher's, once the other way round. `total`
-    is the mean over the samples of both. c is the mean of exp(g) over the negatives of the first training batch with
-    any, as the published code normalizes (there it is called Z, and the size of the data set cancels).
+    per_sample = -log h(own pair) - sum over N negatives of log(1 - h), once with the student's embedding as the anchor
+    among the teacher's and once the other way round, where h = exp(g) / (exp(g) + N * c), g = <anchor, other> / 0.07,
+    and both embeddings are projected linearly to 128 channels and to unit length. c is the mean of exp(g) over the
+    negatives of the first training batch with any, as in the published code (where it is called Z, and the size of the
+    data set cancels).
 
-    Negatives are the other samples of the batch and the latest embeddings of earlier training batches, as they were
-    then. They are kept in a ring in the module's state: a run that resumes goes on with them. Departures from the
-    paper follow from features that come without sample numbers and labels:
+    Negatives are the other samples of the batch and the latest embeddings of earlier training batches, in a ring
+    buffer that is part of the module's state, so that a resumed run goes on with it. Features come without sample
+    indices and labels, hence these departures from the paper:
 
-    - the published memory has an entry for each sample, moved by a momentum of 0.5; the ring has none to move;
+    - the published memory has an entry per sample, updated with a momentum of 0.5; the ring has none to update;
     - a sample's own older embedding may be among its negatives, and so are samples of its class;
-    - the other half of the positive pair is the current embedding, and not the memory's; it and the other samples of
-      the batch pass gradients to both linear layers;
-    - N grows from B - 1 to `negatives` + B - 1, where the published one is 16384 from random entries on.
+    - the positive is the current embedding, not the memory's; it and the other samples of the batch pass gradients to
+      both linear layers;
+    - N grows from B - 1 to `negatives` + B - 1, where the published one is 16384 random entries from the start.
 
     Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer; the last is compared.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input; it makes no difference here.
         negatives: Number of embeddings of each model that the ring holds; >= 1.
         embedding_size: Width of both embeddings.
 
@@ -52,11 +48,10 @@ class CRDLoss(BaselineLoss):
         log_normalizer: (2) log c for either anchor, infinite before it is known.
 
     Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When `negatives` is below one.
 
     Source: Contrastive Representation Distillation (Tian et al., 2020), sections 3.1 and 3.2: the objective of the
-    critic, h(T, S) = exp(g / t) / (exp(g / t) + N / M), and the implementation with a memory of negatives.
+        critic, h(T, S) = exp(g / t) / (exp(g / t) + N / M), and the implementation with a memory of negatives.
     """
 
     default_weight: float = 0.8
@@ -90,14 +85,9 @@ class CRDLoss(BaselineLoss):
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("log_normalizer", torch.full((2,), torch.inf))
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the loss of each sample as an anchor of either model (B), and store the batch while training.
-
-        See `BaselineLoss.per_sample`.
-        """
-        student, teacher = self.embeddings(student_features, targets, student_mask)
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the loss of each sample as an anchor of either model (B), and store the batch while training."""
+        student, teacher = batch.embeddings()
         own = F.normalize(at_least_float32(regress(self.student_head, student)), dim=1)
         theirs = F.normalize(at_least_float32(regress(self.teacher_head, teacher)), dim=1)
         # Both directions before anything is stored.

@@ -1,4 +1,4 @@
-"""The uniform layer map that practitioners make by hand: each student layer regresses one teacher layer."""
+"""The uniform layer map: each student layer regresses the teacher layer at its depth."""
 
 from __future__ import annotations
 
@@ -7,36 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import SkipMapLoss
+from .baseline import BaselineBatch, SkipMapLoss
 from .positions import regress
 from .reduction import squared_error
 
 
 class LayerMapLoss(SkipMapLoss):
-    """Every student layer, projected linearly, is to hit the teacher layer at its depth: their mean squared error.
+    """The mean squared error of every student layer, linearly projected, against the teacher layer at its depth.
 
     per_sample[i] = mean over student layers s, positions n that count and teacher channels c of
-    (W_s F_s[i, n] + b_s - F_t(s)[i, n])[c]^2, where t(s) is `calibration.skip_map`: last to last, evenly below.
+    (W_s F_s[i, n] + b_s - F_t(s)[i, n])[c]^2, where t(s) is `skip_map`.
 
-    TinyBERT shares one projection among all layers; here each student layer has its own, as layers may differ in
-    width. Maps and image tokens of different sizes are pooled to the smaller grid. The mean over student layers
-    instead of the paper's sum keeps the size of the loss independent of the student's depth.
-
-    Features are (B, C, H, W) or (B, N, C), the loss of each sample is (B).
-
-    Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input.
+    TinyBERT shares one projection among all layers; here each has its own, as layers may differ in width. The mean
+    over student layers instead of the paper's sum keeps the size of the loss independent of the student's depth.
 
     Attributes:
-        teacher_of: The teacher layer of each student layer.
-        projection: One linear map for each student layer, from its channels to those of its teacher layer.
-
-    Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
+        projection: One linear map per student layer, from its channels to those of its teacher layer.
 
     Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020,
         the loss of the hidden states, with the uniform layer mapping; the weight of a layer is 1 there.
@@ -53,12 +40,10 @@ class LayerMapLoss(SkipMapLoss):
             for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
         )
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the mean over student layers of each sample's error (B); see `BaselineLoss.per_sample`."""
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the mean over student layers of each sample's error (B)."""
         errors = []
         for s, (t, projection) in enumerate(zip(self.teacher_of, self.projection, strict=True)):
-            student, target, mask = self.positions(student_features, targets, s, t, student_mask)
+            student, target, mask = batch.pair(s, t)
             errors.append(squared_error(regress(projection, student, mask), target, mask))
         return torch.stack(errors).mean(0)

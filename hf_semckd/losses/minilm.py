@@ -12,9 +12,8 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32, full_precision
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import BaselineLoss
+from .baseline import BaselineBatch, BaselineLoss
 from .reduction import masked_mean
 
 # What query, key and value are called in one attention block.
@@ -28,29 +27,26 @@ MAXIMUM_HEADS = 48
 
 
 class MiniLMLoss(BaselineLoss):
-    """Queries, keys and values of the student's last attention relate to one another as those of the teacher's do.
+    """The divergence of the last self-attentions' relations between queries, between keys and between values.
 
-    For each of the three: X (B, N, C) is cut into relation heads of width d, and R = softmax(X X^T / sqrt(d)).
-    total = mean over samples, the three relations, relation heads and positions of KL(R_t || R_s). Padding takes part
-    neither as a position nor in a softmax.
+    total = mean over samples, the three relations, relation heads and positions of KL(R_t || R_s), where X (B, N, C)
+    is cut into relation heads of width d, and R = softmax(X X^T / sqrt(d)). Padding takes part neither as a position
+    nor in a softmax.
 
-    Relation heads need not be the models' attention heads, so that both may have any number of these; there are no
-    parameters. The paper takes a layer below the last of 24-layer teachers: name its modules in `teacher_layers`.
+    Relation heads need not be the models' attention heads, of which both may have any number; there are no parameters.
+    The paper takes a layer below the last of 24-layer teachers: name its modules in `teacher_layers`. The layers are
+    three each, the outputs of the modules that `find_layers` names.
 
     Args:
-        student_shapes: Three (tokens, C) or `FeatureSpec`: of the queries, the keys and the values; see `find_layers`.
-        teacher_shapes: The same of the teacher.
-        tokens_aligned: Whether position n of both models stands for the same input; it must.
         relation_heads: How many heads are compared, a divisor of all widths; None for the largest up to 48.
 
     Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
         ConfigurationError: When there are not three layers each, they are not tokens at the same positions, or
             `relation_heads` does not divide their widths.
 
     Source: MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers (Wang et
-    al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
-    Q-Q, K-K and V-V, each with weight 1/3.
+        al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
+        Q-Q, K-K and V-V, each with weight 1/3.
     """
 
     default_weight: float = 1.0
@@ -79,14 +75,7 @@ class MiniLMLoss(BaselineLoss):
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str]:
-        """Return the names of the linear layers that make query, key and value in the last self-attention.
-
-        Args:
-            model: The student or the teacher.
-            role: `student` or `teacher`, for messages.
-
-        Returns:
-            Three names, in the order query, key, value.
+        """Return the names of the linear layers of query, key and value in the last self-attention, in this order.
 
         Raises:
             ConfigurationError: When there is no self-attention with three such layers of known names.
@@ -108,13 +97,11 @@ class MiniLMLoss(BaselineLoss):
             todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
         )
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the mean divergence of each sample (B) over the three relations; see `BaselineLoss.per_sample`."""
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the mean divergence of each sample (B) over the three relations."""
         losses = []
         for layer in range(len(self.student_specs)):
-            own, theirs, mask = self.positions(student_features, targets, layer, layer, student_mask)
+            own, theirs, mask = batch.pair(layer, layer)
             student, teacher = self._log_relations(own, mask), self._log_relations(theirs, mask)
             divergences = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
             losses.append(masked_mean(divergences, mask))

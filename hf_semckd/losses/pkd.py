@@ -12,39 +12,30 @@ from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import BaselineLoss, skip_map
+from .baseline import BaselineBatch, BaselineLoss, skip_map
 from .positions import regress
 
 
 class PKDLoss(BaselineLoss):
-    """The first tokens (CLS) of the student's layers follow those of teacher layers at even distances.
+    """The squared difference of the normalized first tokens (CLS) of student layers and teacher layers at their depth.
 
     total = mean over samples, pairs of layers and channels of (s / |s| - t / |t|)^2, where s is the first token of a
-    student layer and t that of its teacher layer. Every student layer takes part but the last, whose output the
-    logits already follow. This is the average that the published code takes and that the published weights belong to;
-    the paper writes the sum over layers and channels.
-
-    The paper has equal widths. Where they differ, a linear layer projects the student's token to the teacher's width.
-
-    Args:
-        student_shapes: One (tokens, C) or `FeatureSpec` for each student layer, at least two.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input; it makes no difference here: the
-            first token stands for the whole of both.
+    student layer and t that of its teacher layer in `skip_map`. The last student layer does not take part: the logits
+    already train it. This is the average of the published code, which the published weights belong to; the paper
+    writes the sum over layers and channels. Where widths differ, which the paper does not have, a linear layer
+    projects the student's token to the teacher's. Positions need not correspond: the first token stands for the whole.
 
     Attributes:
         pairs: The (student layer, teacher layer) that are compared.
-        projection: One module for each pair: a linear layer, or the identity where widths are equal.
+        projection: One module per pair: a linear layer, or the identity where widths are equal.
 
     Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
-        ConfigurationError: When there is only one student layer, or a layer that is compared has no first token that
-            stands for the whole: a map, or image patches alone.
+        ConfigurationError: When there is only one student layer, or a compared layer has no first token that stands
+            for the whole: a map, or image patches alone.
 
     Source: Patient Knowledge Distillation for BERT Model Compression (Sun et al., 2019), section 3.2: the patient loss
-    L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
+        L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
     """
 
     default_weight: float = 100.0
@@ -70,17 +61,12 @@ class PKDLoss(BaselineLoss):
             nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in widths
         )
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token.
-
-        See `BaselineLoss.per_sample`.
-        """
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token."""
         errors = []
         for (s, t), projection in zip(self.pairs, self.projection, strict=True):
-            token, counts = first_token(student_features[s], student_mask)
-            target, target_counts = first_token(targets.whole(t), targets.mask)
+            token, counts = first_token(batch.features[s], batch.mask)
+            target, target_counts = first_token(batch.targets.whole(t), batch.targets.mask)
             if isinstance(projection, nn.Linear):
                 token = regress(projection, token)
             own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)

@@ -45,7 +45,6 @@ FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
     }
 )
 
-
 # A name, several joined by "+", a loss that was made for the layers at hand, or a class that can be made for them.
 LossSource = str | FeatureLoss | type[FeatureLoss]
 
@@ -66,47 +65,29 @@ def make_feature_loss(
 ) -> FeatureLoss:
     """Return the feature loss of a name, of several joined by "+", or of a class, for the layers that were found.
 
-    Args:
-        source: See `FEATURE_LOSSES`; or a class.
-        student_specs: The student's layers.
-        teacher_specs: The teacher's layers.
-        options: What the user chose.
-        tokens_aligned: Whether position n of both models stands for the same input.
-        student_parameters: Number of the student's parameters.
+    The other arguments are those of `FeatureLoss.for_layers`.
 
     Raises:
         ConfigurationError: When a method cannot be used for these layers, or with another one.
     """
-    methods = [FEATURE_LOSSES[part] for part in source.split("+")] if isinstance(source, str) else [source]
-    losses = [
-        method.for_layers(
-            student_specs,
-            teacher_specs,
-            options,
-            tokens_aligned=tokens_aligned,
-            student_parameters=student_parameters,
-        )
-        for method in methods
-    ]
+    known = {"tokens_aligned": tokens_aligned, "student_parameters": student_parameters}
+    losses = [method.for_layers(student_specs, teacher_specs, options, **known) for method in _methods(source)]
     return losses[0] if len(losses) == 1 else CombinedLoss(losses)
 
 
 def names_layers(source: LossSource) -> bool:
     """Whether a method, or one of several joined by "+", compares modules of its own choice and not blocks."""
-    methods: list[Any] = [FEATURE_LOSSES[part] for part in source.split("+")] if isinstance(source, str) else [source]
     plain: Any = FeatureLoss.find_layers
-    return any(method.find_layers.__func__ is not plain.__func__ for method in methods)
+    return any(method.find_layers.__func__ is not plain.__func__ for method in _methods(source))
 
 
 def reuses_teacher_head(source: LossSource | None) -> bool:
     """Whether a method, however it is given, ends the student with the teacher's classifier."""
-    if isinstance(source, str):
-        return any(FEATURE_LOSSES[part].reuses_teacher_head for part in source.split("+"))
-    return source is not None and source.reuses_teacher_head
+    return source is not None and any(method.reuses_teacher_head for method in _methods(source))
 
 
 def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | None:
-    """Return the modules that a feature loss asks for where the user chose no layers; None for all blocks.
+    """Return the modules that a feature loss compares where the user chose no layers; None for all blocks.
 
     Args:
         source: See `LossSource`.
@@ -116,9 +97,7 @@ def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | 
     Raises:
         ConfigurationError: When the model lacks them, or joined methods want different ones.
     """
-    if not isinstance(source, str):
-        return source.find_layers(model, role)
-    found = [FEATURE_LOSSES[part].find_layers(model, role) for part in source.split("+")]
+    found = [method.find_layers(model, role) for method in _methods(source)]
     if all(layers == found[0] for layers in found):
         return found[0]
     raise ConfigurationError(
@@ -127,3 +106,7 @@ def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | 
         expected="methods that compare the same layers of a model",
         todo="use one of them alone",
     )
+
+
+def _methods(source: LossSource) -> list[Any]:
+    return [FEATURE_LOSSES[part] for part in source.split("+")] if isinstance(source, str) else [source]

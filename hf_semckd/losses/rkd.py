@@ -10,36 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import BaselineLoss
+from .baseline import BaselineBatch, BaselineLoss
 
 # Squared distances up to this are those of identical samples, as in the published code.
 EPSILON = 1e-12
 
 
 class RKDLoss(BaselineLoss):
-    """The student's samples lie at the distances and under the angles of the teacher's.
+    """The student's embeddings have the distances and angles of the teacher's.
 
     total = distance_weight * mean over i, j of l(d_s[i, j] - d_t[i, j])
     + angle_weight * mean over i, j, k of l(a_s[i, j, k] - a_t[i, j, k]), where d are Euclidean distances of
     embeddings, divided by the mean of those that are not zero, a is the cosine of the angle at i between j and k, and
     l the Huber loss. As in the published code, means are taken over all B^2 and B^3 entries.
 
-    It has no parameters and takes any widths. The angles need B^2 * C and B^3 numbers.
+    There are no parameters, and the models need not share their width. The angles need B^2 * C and B^3 numbers.
 
     Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer; the last is compared.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input; it makes no difference here.
         distance_weight: Factor of the distances.
         angle_weight: Factor of the angles.
 
-    Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
-
     Source: Relational Knowledge Distillation (Park et al., 2019), section 3.2: the equations of the distance-wise loss
-    (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
+        (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
     """
 
     default_weight: float = 1.0
@@ -58,28 +51,18 @@ class RKDLoss(BaselineLoss):
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the share of each sample (B), its row of distances and the angles at it.
-
-        See `BaselineLoss.per_sample`.
-        """
-        student, teacher = self.embeddings(student_features, targets, student_mask)
-        own, own_angles = relations(student)
-        theirs, their_angles = relations(teacher)
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the share of each sample (B): its row of distances, and the angles at it."""
+        (own, own_angles), (theirs, their_angles) = map(relations, batch.embeddings())
         distances = F.smooth_l1_loss(own, theirs, reduction="none").mean(1)
         angles = F.smooth_l1_loss(own_angles, their_angles, reduction="none").mean((1, 2))
         return self.distance_weight * distances + self.angle_weight * angles
 
 
 def relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances of every two samples and the cosines of the angles of every three.
+    """Return the distances of every two samples of (B, C) and the cosines of the angles of every three.
 
     Identical samples are at distance zero and have no direction: their cosines and their gradients are zero.
-
-    Args:
-        embeddings: (B, C).
 
     Returns:
         (B, B) distances over the mean of those that are not zero, and (B, B, B) cosines whose first index is the

@@ -9,32 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from ..features.targets import TeacherTargets
 from .base import FeatureLoss, Shape
-from .baseline import BaselineLoss
+from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
 from .reduction import squared_error
 
 
 class SimKDLoss(BaselineLoss):
-    """The last map of the student, projected, is to equal the teacher's, so that the teacher's classifier fits it.
+    """The mean squared error of the projected last maps, so that the teacher's classifier fits the student.
 
-    loss = mean squared error of projection(F_s) and F_t over positions and channels, both pooled to the smaller grid.
+    per_sample = mean over positions and channels of (projection(F_s) - F_t)^2, both pooled to the smaller grid.
 
     The published projector is a stack of convolutions that stays in the student. Here it is one linear map: the
-    average of a map, the projection and the teacher's linear classifier are then one linear classifier, and `finish`
-    writes it into the student's own, which remains a plain model of its class. It needs models whose classifier is
-    linear and reads the average of their last map, as those of most CNNs do; a trainer checks that before training.
+    average of a map, the projection and the teacher's linear classifier are then one linear classifier, which `finish`
+    writes into the student's own, so that the student remains a plain model of its class. Both models must have a
+    linear classifier on the average of their last map, as most CNNs do; a trainer checks that before training.
 
-    Published weights: 1, with `task_weight=0` and `logit_weight=0`, so that only features are learned from. With
-    others the student's own classifier trains too and is replaced at the end, and a resumed run goes on from that.
-
-    Args:
-        student_shapes: The student's layers; the last is used, and must be a map.
-        teacher_shapes: The same of the teacher.
-        tokens_aligned: Without meaning for maps.
+    Published weights: 1, with `task_weight=0` and `logit_weight=0`. With others the student's own classifier trains
+    too and is replaced at the end, and a resumed run goes on from that.
 
     Raises:
         ConfigurationError: When one of the last layers is no map.
@@ -42,6 +35,7 @@ class SimKDLoss(BaselineLoss):
     Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, the feature loss.
     """
 
+    title = "SimKD with a linear projector"
     default_weight: float = 1.0
     default_used: ClassVar[Sequence[int]] = (-1,)
     reuses_teacher_head: ClassVar[bool] = True
@@ -51,24 +45,24 @@ class SimKDLoss(BaselineLoss):
     ):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
-            _check_map(role, spec)
+            if spec.kind == "map":
+                continue
+            raise ConfigurationError(
+                f"SimKD needs a classifier on the average of the last map, and the {role}'s last layer is no map",
+                received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
+                expected="(channels, height, width)",
+                todo="use it between convolutional networks, or choose another feature loss",
+            )
         self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)
 
-    @property
-    def title(self) -> str:
-        """What the method is called on a model card."""
-        return "SimKD with a linear projector"
-
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean squared error of each sample (B)."""
-        own, theirs, mask = self.positions(student_features, targets, -1, -1, student_mask)
+        own, theirs, mask = batch.pair(-1, len(self.teacher_specs) - 1)
         return squared_error(regress(self.projection, own, mask), at_least_float32(theirs), mask)
 
     @torch.no_grad()
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
-        """Write the teacher's classifier behind the projection into the student's; return what undoes it."""
+        """Write projection and teacher's classifier into the student's classifier; return a function to undo it."""
         own, theirs = find_head(student, "student"), find_head(teacher, "teacher")
         weight = theirs.weight.to(self.projection.weight)
         bias = weight @ self.projection.bias
@@ -106,15 +100,4 @@ def find_head(model: nn.Module, role: str) -> nn.Linear:
         received=type(model).__name__,
         expected="a model that ends in a linear classifier",
         todo="use another feature loss",
-    )
-
-
-def _check_map(role: str, spec: FeatureSpec) -> None:
-    if spec.kind == "map":
-        return
-    raise ConfigurationError(
-        f"SimKD needs a classifier that reads the average of the last map, and the {role}'s last layer is no map",
-        received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
-        expected="(channels, height, width)",
-        todo="use it between convolutional networks, or choose another feature loss",
     )

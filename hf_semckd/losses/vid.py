@@ -10,39 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.precision import at_least_float32
-from ..features.targets import TeacherTargets
 from .base import Shape
-from .baseline import SkipMapLoss
+from .baseline import BaselineBatch, SkipMapLoss
 from .positions import regress
 from .reduction import masked_mean
 
-INITIAL_VARIANCE = 5.0
-
-SMALLEST_VARIANCE = 1e-5
+INITIAL_VARIANCE, SMALLEST_VARIANCE = 5.0, 1e-5
 
 
 class VIDLoss(SkipMapLoss):
     """The negative log-likelihood of the teacher's layers under Gaussians whose means the student's layers predict.
 
     per_sample[i] = sum over student layers s of the mean over positions n that count and teacher channels c of
-    ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `calibration.skip_map`. It
+    ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `skip_map`. Its negative
     bounds the mutual information of both layers from below, up to a constant. It may be negative.
 
-    Maps and image tokens of different sizes are pooled to the smaller grid.
-
-    Features are (B, C, H, W) or (B, N, C), the loss of each sample is (B).
-
-    Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` for each student layer.
-        teacher_shapes: The same for each teacher layer.
-        tokens_aligned: Whether position n of both models stands for the same input.
-
     Attributes:
-        teacher_of: The teacher layer of each student layer.
-        gaussian: One `GaussianRegressor` for each student layer.
-
-    Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
+        gaussian: One `GaussianRegressor` per student layer.
 
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2: the
         Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight 1 are those
@@ -60,19 +44,14 @@ class VIDLoss(SkipMapLoss):
             for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
         )
 
-    def per_sample(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
-    ) -> Tensor:
-        """Return the sum over pairs of each sample's mean (B); see `BaselineLoss.per_sample`."""
-        pairs = [
-            gaussian(*self.positions(student_features, targets, s, t, student_mask))
-            for s, (t, gaussian) in enumerate(zip(self.teacher_of, self.gaussian, strict=True))
-        ]
-        return torch.stack(pairs).sum(0)
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the sum over pairs of each sample's mean (B)."""
+        pairs = zip(self.teacher_of, self.gaussian, strict=True)
+        return torch.stack([gaussian(*batch.pair(s, t)) for s, (t, gaussian) in enumerate(pairs)]).sum(0)
 
 
 class GaussianRegressor(nn.Module):
-    """A Gaussian over teacher channels: its mean is a network of the student's, its variance one number a channel.
+    """A Gaussian over teacher channels: its mean is a network of the student's, its variance one number per channel.
 
     Args:
         student_channels: C_s.
@@ -80,7 +59,7 @@ class GaussianRegressor(nn.Module):
 
     Attributes:
         mean: Three linear maps C_s, C_t, C_t, C_t over channels (1x1 convolutions) without bias, ReLU between.
-        raw_variance: (C_t) from which softplus makes the variance; 5 at the start.
+        raw_variance: (C_t), softplus of which is the variance; 5 at the start.
 
     Source: Ahn et al., 2019, sections 2 and 3; the sizes are those of the authors' code.
     """

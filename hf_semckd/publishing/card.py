@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,24 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .facts import StudentFacts
 from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, repository_name, shown_setting
-from .tables import format_markdown_table
-
-TEMPLATE = "card.md.jinja"
-LOCAL_MODEL = "a local model"
-LOCAL_DATA = "a local data set"
-LONGEST_VALUE = 200
 
 
 def create_model_card(facts: StudentFacts) -> str:
-    """Return the model card of a student: metadata for the Hub, then a short text for people.
+    """Return the model card of a student as Markdown: a YAML block for the Hub, then a short text for people.
 
     No local path and no access token gets into it: every value is checked against the allow-lists of `redaction`.
     Models and data that are not on the Hub are called local; settings off the list show as "(not shown)"; metadata,
     metrics and descriptions off it are left out.
-
-    Returns:
-        Markdown that starts with a YAML block and ends with a newline.
     """
     # ModelCard parses the metadata again: what the Hub's client cannot read fails here.
     return str(ModelCard(_template().render(_context(facts))))
+
+
+def format_decimal(value: float) -> str:
+    """Return a float with the digits that matter at its size, the same number of decimals for comparable values."""
+    if abs(value) >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 @functools.cache
@@ -44,8 +42,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["markdown_table"] = format_markdown_table
-    return environment.get_template(TEMPLATE)
+    environment.filters["decimal"] = format_decimal
+    return environment.get_template("card.md.jinja")
 
 
 def _context(facts: StudentFacts) -> dict[str, Any]:
@@ -63,22 +61,20 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
         "teacher": _model_link(facts.teacher),
         "teacher_parameters": facts.teacher_parameters,
         "dataset": _dataset_link(facts.dataset),
-        "method": facts.method if is_plain_text(facts.method) else None,
+        "method": _kept(facts.method),
         "is_semckd": _is_semckd(facts.method),
-        "results": [{"metric": f"`{name}`", "value": value} for name, value in results.items()],
-        "settings": [
-            {"setting": f"`{name}`", "value": f"`{_shortened(shown_setting(name, value))}`"}
-            for name, value in facts.settings.items()
-            if is_plain_text(name)
-        ],
+        "results": results,
+        "settings": {
+            name: shown_setting(name, value) for name, value in facts.settings.items() if is_plain_text(name)
+        },
     }
 
 
 def _metadata(facts: StudentFacts, repo: str, results: Mapping[str, float]) -> ModelCardData:
     """Return the YAML block's content; unknown entries are left out, not guessed."""
-    dataset = facts.dataset if facts.dataset and is_dataset_id(facts.dataset) else None
+    dataset = _kept(facts.dataset, is_dataset_id)
     metrics = [name for name in results if name != "loss"]  # the Hub knows no metric of that name
-    task, license = _plain(facts.pipeline_tag), _plain(facts.license)
+    task = _kept(facts.pipeline_tag)
     evaluations = [
         EvalResult(
             task_type=task,
@@ -92,16 +88,16 @@ def _metadata(facts: StudentFacts, repo: str, results: Mapping[str, float]) -> M
     ]
     own = ["knowledge-distillation", *(["semckd"] if _is_semckd(facts.method) else []), "generated_from_trainer"]
     return ModelCardData(
-        base_model=facts.base_model if facts.base_model and is_model_id(facts.base_model) else None,
+        base_model=_kept(facts.base_model, is_model_id),
         datasets=[dataset] if dataset else None,
         eval_results=evaluations or None,
-        language=[*filter(is_plain_text, _listed(facts.language))] or None,
+        language=_plain_items(facts.language) or None,
         library_name="transformers",
-        license=license,
+        license=_kept(facts.license),
         metrics=metrics or None,
         model_name=repo if evaluations else None,
         pipeline_tag=task,
-        tags=[*own, *filter(is_plain_text, _listed(facts.tags))],
+        tags=[*own, *_plain_items(facts.tags)],
     )
 
 
@@ -109,12 +105,12 @@ def _is_semckd(method: str) -> bool:
     return "semckd" in method.lower().split(" + ")
 
 
-def _listed(value: str | Sequence[str] | None) -> Sequence[str]:
-    return [value] if isinstance(value, str) else value or ()
+def _kept(text: str | None, allowed: Callable[[str], bool] = is_plain_text) -> str | None:
+    return text if text and allowed(text) else None
 
 
-def _plain(text: str | None) -> str | None:
-    return text if text and is_plain_text(text) else None
+def _plain_items(value: str | Sequence[str] | None) -> list[str]:
+    return list(filter(is_plain_text, [value] if isinstance(value, str) else value or ()))
 
 
 def _model_link(name: str | None) -> str | None:
@@ -122,7 +118,7 @@ def _model_link(name: str | None) -> str | None:
     if not name:
         return None
     if not is_hub_id(name):
-        return LOCAL_MODEL
+        return "a local model"
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
@@ -134,8 +130,4 @@ def _dataset_link(name: str | None) -> str | None:
         return f"[{name}](https://huggingface.co/datasets/{name})"
     # One word that is not an id, such as "train.csv", may be a file or a folder.
     described = is_hub_id(name) or (is_plain_text(name) and " " in name and not os.path.exists(name))
-    return name if described else LOCAL_DATA
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+    return name if described else "a local data set"

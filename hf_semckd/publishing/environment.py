@@ -12,10 +12,8 @@ import torch
 def environment() -> dict[str, object]:
     """Return what a reader needs to judge a timing or repeat a run, and nothing that tells who ran it or where.
 
-    Returns:
-        Versions under "python", "torch", "transformers", "accelerate", "hf_semckd" (None: not installed);
-        "platform" (system and processor family), "cpu_count" (logical processors), "torch_threads", and
-        "accelerator" (the first CUDA device's model, None without one). No host name, user or path.
+    Versions are None where a package is not installed; "accelerator" is the first CUDA device's model, None without
+    one. No host name, user or path.
     """
     return {
         "python": platform.python_version(),

@@ -65,6 +65,11 @@ class CompiledForward:
         self._compiled: Any = torch.compile(call)
         self._warm = False
 
+    @property
+    def active(self) -> bool:
+        """Whether compiling has not failed."""
+        return self._compiled is not None
+
     def cool(self) -> None:
         """Run eagerly once more."""
         self._warm = False

@@ -40,6 +40,7 @@ class Teacher:
 
     Attributes:
         stream: Runs it beside the student on CUDA.
+        compiled: Runs the model under `torch.compile`, or None.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None = None, compiled: bool = False):
@@ -55,7 +56,7 @@ class Teacher:
             logger.warning(
                 "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
             )
-        self._compiled = CompiledForward(model) if compiled and not self.capture.by_name else None
+        self.compiled = CompiledForward(model) if compiled and not self.capture.by_name else None
 
     @property
     def layer_names(self) -> list[str]:
@@ -77,15 +78,15 @@ class Teacher:
     def remove_traces(self) -> None:
         """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
         remove_capturing_traces(self.model)
-        if self._compiled is not None:
-            self._compiled.cool()
+        if self.compiled is not None:
+            self.compiled.cool()
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
         """Run the model on its own inputs; return its raw output and what the hooks recorded."""
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
-        run = self.model if self._compiled is None else self._compiled
+        run = self.model if self.compiled is None else self.compiled
         if not features:
             return run(**inputs), {}
         with self.capture.recording(self.model) as recorded:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.columns import TEACHER_PREFIX
+from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.capture import FeatureCapture
 from ..features.layers import FeatureSpec, describe
@@ -66,7 +66,7 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
         student_specs=[describe(x, n, student, inputs) for x, n in zip(taken, capture.names(), strict=False)],
         student_features=taken,
         teacher=described,
-        tokens_aligned=f"{TEACHER_PREFIX}input_ids" not in batch,
+        tokens_aligned=not has_own_tokens(batch),
     )
 
 

@@ -65,6 +65,9 @@ class Pair:
         Raises:
             LayerNotFoundError: When a chosen layer does not exist.
         """
+        if isinstance(teacher, CachedTeacher):
+            # A trial may need other outputs than the one before.
+            teacher.request = _request(student, args, source)
         layers = chosen_layers(args.student_layers, source, student, "student")
         capture, router = FeatureCapture(student, layers, "student"), InputRouter(student, teacher.model)
         return cls(student, teacher, capture, router, source)

@@ -1,6 +1,6 @@
 """Ways to weigh teacher layers that are compared with the library's, and are not part of it.
 
-Each is a `SemCKDLoss` with other weights: targets, projections and errors stay the same.
+Each takes the place of a `SemCKDLoss`'s association: targets, projections and errors stay the same.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_semckd import DistillationTrainer
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.losses import CombinedLoss, FeatureLoss, SemCKDLoss
 from hf_semckd.losses.registry import find_layers, make_feature_loss
-from hf_semckd.losses.semckd.alignment import AlignedStudent
+from hf_semckd.losses.semckd.alignment import AlignedStudent, AlignedTeacher
+from hf_semckd.losses.semckd.association import Association
+from hf_semckd.losses.semckd.comparison import Comparison
 from hf_semckd.losses.similarity import similarity_matrix
 
 from .protocol import Method
@@ -28,52 +30,62 @@ SHARPNESS = 0.2
 EVERY, RATE, MEMORY = 5, 1.0, 0.95
 
 
-class CenteredKernelAlignment(SemCKDLoss):
+class CenteredKernelAlignment(Association):
     """One weight for a whole batch: softmax over t of the CKA of layers s and t (Kornblith et al., 2019) / 0.2."""
 
+    name = "cka"
+
     @torch.no_grad()
-    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
-        student = [_centred(views.summary(s, False)) for s in range(len(self.student_specs))]
-        teacher = [_centred(self._teacher_summary(targets, t)) for t in range(len(self.teacher_specs))]
-        alignment = torch.stack([torch.stack([_cosine(own, theirs) for theirs in teacher]) for own in student])
-        return torch.softmax(alignment / SHARPNESS, -1).expand(len(views.features[0]), -1, -1)
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return the weights (B, S, T)."""
+        own = [_centered(student.summary(s)) for s in range(len(student.specs))]
+        theirs = [_centered(teacher.summary(t)) for t in range(len(teacher.specs))]
+        alignment = torch.stack([torch.stack([_cosine(left, right) for right in theirs]) for left in own])
+        return torch.softmax(alignment / SHARPNESS, -1).expand(len(student.features[0]), -1, -1)
 
 
-class RandomWeights(SemCKDLoss):
+class RandomWeights(Association):
     """Weights drawn anew for every batch, sample and student layer, uniformly from the simplex."""
 
-    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
-        shape = (len(views.features[0]), len(self.student_specs), len(self.teacher_specs))
-        drawn = torch.empty(shape).exponential_()
+    name = "random"
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return the weights (B, S, T)."""
+        drawn = torch.empty(len(student.features[0]), len(student.specs), len(teacher.specs)).exponential_()
         return drawn / drawn.sum(-1, keepdim=True)
 
 
-class GradientAgreement(SemCKDLoss):
+class GradientAgreement(Association):
     """Weights by how much a pair's gradient at the student's features points where the task's does.
 
     softmax over t of cosine(d error_st / d F_s, d task / d F_s) / 0.2 for each sample; the trainer leaves the task's
     gradients in `task_gradients` before each forward.
     """
 
+    name = "gradient"
     task_gradients: Sequence[Tensor] | None = None
 
-    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
-        batch, students, teachers = len(views.features[0]), len(self.student_specs), len(self.teacher_specs)
-        uniform = views.features[0].new_full((batch, students, teachers), 1.0 / teachers)
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return the weights (B, S, T)."""
+        batch, teachers = len(student.features[0]), len(teacher.specs)
+        uniform = student.features[0].new_full((batch, len(student.specs), teachers), 1.0 / teachers)
         if self.task_gradients is None or not torch.is_grad_enabled():
             return uniform
-        leaves = [feature.detach().requires_grad_() for feature in views.features]
-        own = self.views(leaves, views.mask, targets)
+        leaves = [feature.detach().requires_grad_() for feature in student.features]
         agreement = uniform.new_zeros(uniform.shape)
+        own = student.with_features(leaves)
         for t in range(teachers):
             # All weight on one layer: the weighted error is that of the pair.
-            errors, _ = self._shared_errors(own, targets, one_hot(uniform, t))
-            for s, gradient in enumerate(torch.autograd.grad(errors.sum(), leaves[: self.compared])):
+            errors, _ = self.comparison.errors(own, teacher, one_hot(uniform, t))
+            for s, gradient in enumerate(torch.autograd.grad(errors.sum(), leaves[: self.comparison.compared])):
                 agreement[:, s, t] = F.cosine_similarity(gradient.flatten(1), self.task_gradients[s].flatten(1))
         return torch.softmax(agreement / SHARPNESS, -1)
 
 
-class LookAhead(SemCKDLoss):
+class LookAhead(nn.Module, Association):
     """One set of weights, moved so that a step on the weighted errors would lower the task loss of another batch.
 
     To first order, one step of size r on sum_t w_st e_st changes the task loss by -r * sum_t w_st <d task, d e_st>
@@ -81,12 +93,15 @@ class LookAhead(SemCKDLoss):
     scaled to unit spread, are taken into a running score; weights are its softmax.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.register_buffer("score", torch.zeros(len(self.student_specs), len(self.teacher_specs)))
+    name = "lookahead"
 
-    def _weights(self, views: AlignedStudent, targets: Mapping[str, Tensor]) -> Tensor:
-        return torch.softmax(self.score, -1).expand(len(views.features[0]), -1, -1)
+    def __init__(self, students: int, teachers: int):
+        super().__init__()
+        self.register_buffer("score", torch.zeros(students, teachers))
+
+    def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
+        """Return the weights (B, S, T)."""
+        return torch.softmax(self.score, -1).expand(len(student.features[0]), -1, -1)
 
     def look(self, agreement: Tensor) -> None:
         """Take the cosines (S, T) of one look into the score."""
@@ -102,7 +117,7 @@ class GradientTrainer(DistillationTrainer):
         if self.model.training and self.is_in_train:
             outputs, features = _plain_forward(self, inputs)
             gradients = torch.autograd.grad(outputs.loss, features, allow_unused=True)
-            self.feature_loss.task_gradients = [
+            self.feature_loss.association.task_gradients = [
                 torch.zeros_like(x) if g is None else g for g, x in zip(gradients, features, strict=True)
             ]
         return super().compute_loss(model, inputs, *args, **options)
@@ -119,7 +134,7 @@ class LookAheadTrainer(DistillationTrainer):
         if self.model.training and self.is_in_train:
             loss = self.feature_loss
             if self._last is not None and self._steps_done % EVERY == 0 and not loss.needs_statistics:
-                loss.look(self._agreement(inputs))
+                loss.association.look(self._agreement(inputs))
             self._steps_done, self._last = self._steps_done + 1, inputs
         return super().compute_loss(model, inputs, *args, **options)
 
@@ -132,22 +147,22 @@ class LookAheadTrainer(DistillationTrainer):
         direction = _flat(torch.autograd.grad(task.loss, parameters, allow_unused=True), parameters)
         targets = self.distillation.run_teacher(inputs).features
         _, features = _plain_forward(self, inputs)
-        views = loss.views(features, inputs.get("attention_mask"), targets)
-        uniform = features[0].new_full((len(features[0]), *loss.score.shape), 1.0 / loss.score.shape[1])
-        found = torch.zeros_like(loss.score)
+        student, teacher = loss.align(features, inputs.get("attention_mask"), targets)
+        found = torch.zeros_like(loss.association.score)
+        uniform = features[0].new_full((len(features[0]), *found.shape), 1.0 / found.shape[1])
         for t in range(found.shape[1]):
-            errors, _ = loss._shared_errors(views, targets, one_hot(uniform, t))
+            errors, _ = loss.comparison.errors(student, teacher, one_hot(uniform, t))
             for s in range(loss.compared):
                 gradient = torch.autograd.grad(errors[:, s].mean(), parameters, retain_graph=True, allow_unused=True)
                 found[s, t] = F.cosine_similarity(_flat(gradient, parameters), direction, dim=0)
         return found
 
 
-STUDIED: dict[str, tuple[type[DistillationTrainer], type[SemCKDLoss]]] = {
-    "cka": (DistillationTrainer, CenteredKernelAlignment),
-    "random": (DistillationTrainer, RandomWeights),
-    "gradient": (GradientTrainer, GradientAgreement),
-    "lookahead": (LookAheadTrainer, LookAhead),
+STUDIED: dict[str, tuple[type[DistillationTrainer], Callable[[SemCKDLoss], Association]]] = {
+    "cka": (DistillationTrainer, lambda _: CenteredKernelAlignment()),
+    "random": (DistillationTrainer, lambda _: RandomWeights()),
+    "gradient": (GradientTrainer, lambda loss: GradientAgreement(loss.comparison)),
+    "lookahead": (LookAheadTrainer, lambda loss: LookAhead(len(loss.student_specs), len(loss.teacher_specs))),
 }
 
 
@@ -168,8 +183,8 @@ def trainer_class(method: Method) -> type[DistillationTrainer]:
             expected=", ".join(STUDIED),
             todo="correct the method",
         )
-    trainer, loss = STUDIED[method.association]
-    return _with_loss(trainer, _study(loss))
+    trainer, association = STUDIED[method.association]
+    return _with_loss(trainer, _weighted_by(association))
 
 
 def _with_loss(trainer: type[DistillationTrainer], change: Change) -> Any:
@@ -201,8 +216,12 @@ def _made_with(options: Mapping[str, Any]) -> Change:
     return change
 
 
-def _study(loss: type[SemCKDLoss]) -> Change:
-    return lambda made, *specs, **known: loss.for_layers(*specs, **known)
+def _weighted_by(association: Callable[[SemCKDLoss], Association]) -> Change:
+    def change(made: Any, *specs: Any, **known: Any) -> FeatureLoss:
+        made.association = association(made)
+        return made
+
+    return change
 
 
 def one_hot(like: Tensor, layer: int) -> Tensor:
@@ -226,7 +245,7 @@ def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> T
     return torch.cat([entry.flatten() for entry in filled])
 
 
-def _centred(rows: Tensor) -> Tensor:
+def _centered(rows: Tensor) -> Tensor:
     similarity = similarity_matrix(rows)
     similarity = similarity - similarity.mean(0, keepdim=True)
     return similarity - similarity.mean(1, keepdim=True)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from image_data import load_digits_images, load_emoji, read_idx
-from text_data import load_movie_snippets, load_newsgroups
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from hf_semckd.errors import ConfigurationError
 
-ROOT = Path(__file__).resolve().parents[2]
-FASHION = Path("/usr/share/datasets/fashion-mnist")
-TEXT, IMAGES = ROOT / "data" / "text", ROOT / "data" / "image"
+from . import sources
+from .sources import TEXT, Source
+
+# Those of the pretrained image teacher's own training.
+IMAGENET_MEAN, IMAGENET_DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # What splits a pool into training and validation rows, the same in all runs.
 SPLIT_SEED = 0
 
@@ -111,7 +111,7 @@ def draw(pool: Rows, count: int, seed: int, noise: float = 0.0) -> Rows:
 
 @functools.lru_cache(maxsize=2)
 def load_splits(name: str, limits: tuple[tuple[str, Any], ...] = ()) -> Splits:
-    """Load a data set by name, at most as large as asked for.
+    """Load a data set by name, with splits of these sizes at most.
 
     Args:
         name: See `LOADERS`.
@@ -143,73 +143,50 @@ def _first(rows: Rows, count: int | None) -> Rows:
     return rows if count is None else rows.take(order[:count])
 
 
-def _digits() -> tuple[Rows, None, Rows]:
-    data = load_digits_images()
+def _gray_images(source: Source, mean: float, deviation: float) -> tuple[Rows, None, Rows]:
+    """Return images of one channel; their validation split is drawn from the pool."""
 
-    def rows(split: Any) -> Rows:
-        pixels = np.stack([np.asarray(image.convert("L"), dtype=np.float32) for image in split["image"]]) / 255
-        return _images(pixels[:, None], np.asarray(split["label"]), 10, 0.3, 0.38)
+    def rows(split: str) -> Rows:
+        pixels = source.inputs[split].astype(np.float32)[:, None] / 255
+        values = torch.tensor((pixels - mean) / deviation, dtype=torch.float32)
+        return Rows({"pixel_values": values, "labels": torch.tensor(source.labels[split])}, source.classes)
 
-    return rows(data["train"]), None, rows(data["test"])
-
-
-def _fashion_mnist() -> tuple[Rows, None, Rows]:
-    if not FASHION.is_dir():
-        raise ConfigurationError(
-            "Fashion-MNIST is not there",
-            received=f"no folder {FASHION}",
-            expected="the files of the Debian package dataset-fashion-mnist",
-            todo="apt install dataset-fashion-mnist",
-        )
-
-    def rows(prefix: str) -> Rows:
-        pixels = read_idx(FASHION / f"{prefix}-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 255
-        return _images(pixels, read_idx(FASHION / f"{prefix}-labels-idx1-ubyte.gz"), 10, 0.286, 0.353)
-
-    return rows("train"), None, rows("t10k")
+    return rows("train"), None, rows("test")
 
 
-def _emoji(size: int, teacher_size: int) -> tuple[Rows, Rows, Rows]:
-    data = load_emoji(IMAGES / "emoji")
-    classes = data["train"].features["label"].num_classes
+def _color_images(source: Source, size: int, teacher_size: int) -> tuple[Rows, Rows, Rows]:
+    """Return images in the sizes of student and teacher, normalized as the pretrained teacher's were."""
 
-    def rows(split: Any) -> Rows:
-        images = [image.convert("RGB") for image in split["image"]]
+    def rows(split: str) -> Rows:
+        images = [Image.fromarray(pixels) for pixels in source.inputs[split]]
         columns: dict[str, Tensor] = {}
         for name, side in (("pixel_values", size), ("teacher_pixel_values", teacher_size)):
             pixels = np.stack([np.asarray(image.resize((side, side)), dtype=np.float32) for image in images]) / 255
-            # The means and deviations of ImageNet, which the pretrained teacher was trained with.
-            pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+            pixels = (pixels - IMAGENET_MEAN) / IMAGENET_DEVIATION
             columns[name] = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32).contiguous()
-        columns["labels"] = torch.tensor(split["label"])
-        return Rows(columns, classes)
+        return Rows({**columns, "labels": torch.tensor(source.labels[split])}, source.classes)
 
-    return rows(data["train"]), rows(data["validation"]), rows(data["test"])
-
-
-def _images(pixels: np.ndarray, labels: np.ndarray, classes: int, mean: float, deviation: float) -> Rows:
-    values = torch.tensor((pixels - mean) / deviation, dtype=torch.float32)
-    return Rows({"pixel_values": values, "labels": torch.tensor(labels.astype(np.int64))}, classes)
+    return rows("train"), rows("validation"), rows("test")
 
 
-def _texts(data: Any, length: int) -> tuple[Rows, Rows, Rows]:
+def texts(source: Source, length: int) -> tuple[Rows, Rows, Rows]:
+    """Return texts as the tokens of the pretrained teacher, padded to a length."""
     tokenizer = AutoTokenizer.from_pretrained(TEXT / "minilm-l6")
-    classes = data["train"].features["label"].num_classes
 
-    def rows(split: Any) -> Rows:
+    def rows(split: str) -> Rows:
         encoded = tokenizer(
-            list(split["text"]), truncation=True, max_length=length, padding="max_length", return_tensors="pt"
+            source.inputs[split], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
         )
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        return Rows({**columns, "labels": torch.tensor(split["label"])}, classes)
+        return Rows({**columns, "labels": torch.tensor(source.labels[split])}, source.classes)
 
-    return rows(data["train"]), rows(data["validation"]), rows(data["test"])
+    return rows("train"), rows("validation"), rows("test")
 
 
-LOADERS = {
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-    "emoji": _emoji,
-    "movie_snippets": lambda length: _texts(load_movie_snippets(TEXT / "movie_snippets"), length),
-    "newsgroups": lambda length: _texts(load_newsgroups(TEXT / "newsgroups"), length),
+LOADERS: dict[str, Callable[..., tuple[Rows, Rows | None, Rows]]] = {
+    "digits": lambda: _gray_images(sources.digits(), 0.3, 0.38),
+    "fashion_mnist": lambda: _gray_images(sources.fashion_mnist(), 0.286, 0.353),
+    "emoji": lambda **sizes: _color_images(sources.emoji(), **sizes),
+    "movie_snippets": lambda length: texts(sources.movie_snippets(), length),
+    "newsgroups": lambda length: texts(sources.newsgroups(), length),
 }

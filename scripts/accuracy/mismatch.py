@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def _teacher_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> list[Tensor]:
-    teacher = trainer.pair.teacher
+    cached = trainer.pair.cached_teacher
+    teacher: Any = trainer.pair.teacher if cached is None else cached.load()
     inputs = teacher.inputs(batch)
     found = teacher.capture.collect(*teacher.forward(inputs, features=True))
     teacher.remove_traces()

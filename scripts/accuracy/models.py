@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import distill_text
 import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     Dinov2ForImageClassification,
     PreTrainedModel,
     RegNetConfig,
@@ -30,63 +31,69 @@ from transformers import (
     set_seed,
 )
 
-from .data import IMAGES, ROOT, TEXT, Rows, collate
+from .data import Rows, collate
+from .rows import OUTPUTS
+from .sources import IMAGES, TEXT
 
-TEACHERS = ROOT / "outputs" / "accuracy" / "teachers"
 TEACHER_SEED = 0
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "log_level": "error"}
 COMMON = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "remove_unused_columns": False}
 
 
-def make_resnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
-    """Return a ResNet of basic blocks, whose stages have width, 2 * width, ... channels."""
-    config = ResNetConfig(
-        num_channels=channels,
-        embedding_size=width,
-        hidden_sizes=[width * 2**stage for stage in range(stages)],
-        depths=[depth] * stages,
-        layer_type="basic",
-        num_labels=classes,
-    )
-    return ResNetForImageClassification(config)
+def make_resnet(
+    classes: int, channels: int, *, width: int, depth: int, stages: int = 3, pooled: bool = True
+) -> PreTrainedModel:
+    """Return a ResNet of basic blocks, whose stages have width, 2 * width, ... channels.
+
+    Args:
+        classes: Number of classes.
+        channels: Of the images.
+        width: Channels of the stem and of the first stage.
+        depth: Blocks in a stage.
+        stages: Number of stages.
+        pooled: Whether the stem's convolution, of stride 2, is followed by its pooling; without, for small images.
+    """
+    sizes = _stages(width, depth, stages)
+    config = ResNetConfig(num_channels=channels, layer_type="basic", num_labels=classes, **sizes)
+    model = ResNetForImageClassification(config)
+    if not pooled:
+        model.resnet.embedder.pooler = nn.Identity()
+    return model
 
 
 def make_regnet(classes: int, channels: int, *, width: int, depth: int, stages: int = 3) -> PreTrainedModel:
     """Return a RegNet-Y, of bottlenecks with grouped convolutions, of width, 2 * width, ... channels in its stages."""
-    config = RegNetConfig(
-        num_channels=channels,
-        embedding_size=width,
-        hidden_sizes=[width * 2**stage for stage in range(stages)],
-        depths=[depth] * stages,
-        groups_width=width // 2,
-        layer_type="y",
-        num_labels=classes,
+    sizes = {**_stages(width, depth, stages), "groups_width": width // 2}
+    return RegNetForImageClassification(
+        RegNetConfig(num_channels=channels, layer_type="y", num_labels=classes, **sizes)
     )
-    return RegNetForImageClassification(config)
 
 
-def make_vit(classes: int, channels: int, *, size: int, patch: int, depth: int, width: int) -> PreTrainedModel:
+def make_vit(
+    classes: int, channels: int, *, size: int, patch: int, depth: int, width: int, expansion: int = 2
+) -> PreTrainedModel:
     """Return a ViT with heads of about 24 channels."""
     config = ViTConfig(
         num_channels=channels,
         image_size=size,
         patch_size=patch,
-        num_hidden_layers=depth,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_attention_heads=max(1, width // 24),
-        # 0.02 is for a width of 768; with it a narrow model hardly starts to learn.
-        initializer_range=0.02 * (768 / width) ** 0.5,
         num_labels=classes,
+        **_blocks(width, depth, 24, expansion),
     )
     return ViTForImageClassification(config)
 
 
 def make_bert(classes: int, channels: int, *, depth: int, width: int, length: int) -> PreTrainedModel:
-    """Return a BERT with the vocabulary of the pretrained teacher."""
-    # Labels without names of their own, as the other models' are.
-    names = [f"LABEL_{label}" for label in range(classes)]
-    return distill_text.make_bert(AutoTokenizer.from_pretrained(TEXT / "minilm-l6"), depth, width, length, names)
+    """Return a BERT with the vocabulary of the pretrained teacher and heads of 32 channels."""
+    tokenizer = AutoTokenizer.from_pretrained(TEXT / "minilm-l6")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=length,
+        num_labels=classes,
+        **_blocks(width, depth, 32, expansion=4),
+    )
+    return BertForSequenceClassification(config)
 
 
 def load_minilm(classes: int, channels: int, *, depth: int | None = None) -> PreTrainedModel:
@@ -98,6 +105,22 @@ def load_minilm(classes: int, channels: int, *, depth: int | None = None) -> Pre
 def load_dinov2(classes: int, channels: int) -> PreTrainedModel:
     """Return the pretrained DINOv2-small with a new classifier."""
     return Dinov2ForImageClassification.from_pretrained(IMAGES / "dinov2-small", num_labels=classes)
+
+
+def _stages(width: int, depth: int, stages: int) -> dict[str, Any]:
+    widths = [width * 2**stage for stage in range(stages)]
+    return {"embedding_size": width, "hidden_sizes": widths, "depths": [depth] * stages}
+
+
+def _blocks(width: int, depth: int, head: int, expansion: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "intermediate_size": expansion * width,
+        "num_attention_heads": max(1, width // head),
+        # 0.02 is for a width of 768; with it a narrow model hardly starts to learn.
+        "initializer_range": 0.02 * (768 / width) ** 0.5,
+    }
 
 
 FAMILIES = {
@@ -133,7 +156,12 @@ def teacher_rows(rows: Rows) -> Rows:
 
 
 def trained_teacher(
-    data: Mapping[str, Any], model: Mapping[str, Any], training: Mapping[str, Any], rows: Rows, device: str = "cpu"
+    data: Mapping[str, Any],
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+    rows: Rows,
+    device: str = "cpu",
+    outputs: Path = OUTPUTS,
 ) -> Any:
     """Return a teacher on the CPU, trained now with a fixed seed or loaded if it was trained before.
 
@@ -143,16 +171,18 @@ def trained_teacher(
         training: Training arguments.
         rows: What it is trained on.
         device: `cpu` or `cuda`, where it is trained if it has to be.
+        outputs: Folder whose subfolder `teachers` keeps it.
     """
     described = {"data": data, "model": model, "training": training, "rows": len(rows)}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     teacher = make_model(model, teacher_rows(rows), TEACHER_SEED)
-    folder = TEACHERS / f"{model['name']}-{key}"
+    teachers = outputs / "teachers"
+    folder = teachers / f"{model['name']}-{key}"
     if folder.is_dir():
         return type(teacher).from_pretrained(folder).eval()
     print(f"training teacher {model['name']} on {len(rows)} rows", file=sys.stderr, flush=True)
-    TEACHERS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=TEACHERS) as work:
+    teachers.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=teachers) as work:
         args = TrainingArguments(work, seed=TEACHER_SEED, use_cpu=device == "cpu", **{**QUIET, **COMMON, **training})
         Trainer(teacher, args, train_dataset=_own_columns(teacher_rows(rows)), data_collator=collate).train()
         kept = Path(work) / "kept"

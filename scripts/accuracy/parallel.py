@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from .protocol import read_protocols
+from .record import Run
 from .runs import Bench
 
-# What a bench is made from: the protocol's file, the protocol in it, the folder of the rows, the device.
-Place = tuple[str, str, Path, str]
+# What a bench is made from: the protocol's file, the protocol in it, the folder of the rows, the device, the outputs.
+Place = tuple[str, str, Path, str, Path]
 
 
-def make_bench(path: str, name: str, results: Path, device: str) -> Bench:
+def make_bench(path: str, name: str, results: Path, device: str, outputs: Path) -> Bench:
     """Return a protocol made ready in this process, on one thread."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     protocol = next(entry for entry in read_protocols(path) if entry.name == name)
-    return Bench(protocol, results, device)
+    return Bench(protocol, results, device, outputs)
 
 
 def run_ahead(
@@ -41,7 +41,7 @@ def run_ahead(
     """
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for split in ("tuning", "test"):
-            runs = [pool.submit(_run, place, *run) for run in bench.missing(methods, seeds, split)]
+            runs = [pool.submit(_train, place, run) for run in bench.missing(methods, seeds, split)]
             try:
                 for run in runs:
                     run.result()
@@ -56,7 +56,5 @@ def run_ahead(
 _bench_of = functools.lru_cache(maxsize=1)(make_bench)
 
 
-def _run(place: Place, method: str, tuned: Mapping[str, Any], seed: int, split: str) -> None:
-    bench = _bench_of(*place)
-    chosen = next(entry for entry in bench.protocol.methods if entry.name == method)
-    bench.train(chosen, tuned, seed, split)
+def _train(place: Place, run: Run) -> None:
+    _bench_of(*place).train(run)

@@ -17,12 +17,13 @@ try:
 except ImportError:  # Windows has none; runs that write to one file at the same time are then on their own.
     fcntl = None  # type: ignore[assignment]
 
-# Where the kept rows lie.
-RESULTS = Path(__file__).resolve().parents[2] / "scripts" / "results" / "accuracy"
+ROOT = Path(__file__).resolve().parents[2]
+# Where the kept rows lie, and what can be made again: trained teachers and their cached outputs.
+RESULTS, OUTPUTS = ROOT / "scripts" / "results" / "accuracy", ROOT / "outputs" / "accuracy"
 Row = dict[str, Any]
 Key = tuple[str, str, int, str, str]
 
-# The methods that do not distil: the teacher itself, whose seed is its own, and the student trained alone.
+# The methods that do not distill: the teacher itself, whose seed is its own, and the student trained alone.
 TEACHER, STUDENT = "teacher", "student"
 SPLITS = ("tuning", "test")
 METRICS = ("accuracy",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -113,9 +112,9 @@ def compare(
         mean = 0.0 if abs(mean) <= ROUNDING else mean
         p = 0.0 if mean else 1.0
         return Comparison(pair, method, other, count, mean, 0.0, (mean, mean), p, p)
-    half = float(stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return Comparison(pair, method, other, count, mean, std, (mean - half, mean + half), p, p)
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = map(float, test.confidence_interval(1 - ALPHA))
+    return Comparison(pair, method, other, count, mean, std, (low, high), float(test.pvalue), float(test.pvalue))
 
 
 def compare_all(accuracies: Mapping[str, Mapping[str, Mapping[int, float]]], reference: str) -> list[Comparison]:
@@ -162,11 +161,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         raise InputError(
             "These are no p-values", received=list(p_values), expected="all in [0, 1]", todo="check the tests"
         )
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda entry: p_values[entry])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    # scipy has the corrections of Benjamini and Hochberg alone.
+    given = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(given, kind="stable")
+    scaled = np.minimum(1.0, np.arange(len(given), 0, -1) * given[order])
+    return np.maximum.accumulate(scaled)[np.argsort(order)].tolist()
 
 
 def ari(pairs: Sequence[tuple[float, float, float]]) -> Ari:

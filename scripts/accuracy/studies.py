@@ -13,9 +13,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from markdown_tables import format_markdown_table
 
 from hf_semckd.errors import InputError
-from hf_semckd.publishing.tables import format_markdown_table
 
 from .protocol import PAIR
 from .rows import TEACHER, accuracies

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pictures import GRID, INK, bare, new_figure
 
-from hf_semckd.errors import InputError, MissingDependencyError
-from hf_semckd.files import write_atomic
+from hf_semckd.errors import InputError
 
 from .studies import Curve, NegativeMap
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Red below zero and blue above, which any color vision tells apart.
 DIVERGING = "RdBu"
@@ -33,8 +27,6 @@ COLORS = {
 }
 OTHER_COLORS = ("#D55E00", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
-INK, EMPTY = "#24292f", "#d0d7de"
-DOTS_PER_INCH = 150
 CELL = 0.72
 # A map of differences this small, in points, is pale: it is nothing but noise.
 LEAST_LIMIT = 0.5
@@ -51,16 +43,13 @@ def plot_negative_map(found: NegativeMap, *, title: str | None = None) -> tuple[
 
     Returns:
         The figure and the axes of the map; the figure belongs to no `pyplot` window and is never shown.
-
-    Raises:
-        MissingDependencyError: When matplotlib is not installed.
     """
     points = np.ma.masked_invalid(100 * found.mean)
     students, teachers = points.shape
     largest = float(np.abs(points).max()) if points.count() else 0.0
     limit = max(largest, LEAST_LIMIT)
-    figure, axes = _figure(CELL * teachers + 2.1, CELL * students + 1.3)
-    axes.set_facecolor(EMPTY)
+    figure, axes = new_figure(CELL * teachers + 2.1, CELL * students + 1.3)
+    axes.set_facecolor(GRID)
     mesh = axes.pcolormesh(
         np.arange(teachers + 1) + 0.5,
         np.arange(students + 1) + 0.5,
@@ -106,11 +95,10 @@ def plot_curves(found: Sequence[Curve], *, label: str = "value", title: str | No
 
     Raises:
         InputError: When there is no curve; it is a ValueError.
-        MissingDependencyError: When matplotlib is not installed.
     """
     if not found:
         raise InputError("There is nothing to draw", received="no curve", expected="at least one", todo="pass curves")
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     others = [curve.method for curve in found if curve.method not in COLORS]
     for index, curve in enumerate(found):
         color = COLORS.get(curve.method)
@@ -133,9 +121,7 @@ def plot_curves(found: Sequence[Curve], *, label: str = "value", title: str | No
         axes.set_xscale("log")
     axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#d0d7de", linewidth=0.6)
-    axes.set_axisbelow(True)
+    bare(axes, grid="both")
     _label(axes, label, "test accuracy, in %", title)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure, axes
@@ -144,33 +130,6 @@ def plot_curves(found: Sequence[Curve], *, label: str = "value", title: str | No
 def is_wide(values: np.ndarray) -> bool:
     """Whether values (V,) are positive and span more than a factor of 10."""
     return bool(values.min() > 0 and values.max() > LINEAR_SPAN * values.min())
-
-
-def save_picture(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Save a figure as a .png, so that no reader ever finds half a picture.
-
-    Raises:
-        OSError: When the file cannot be written.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
-    return write_atomic(path, buffer.getvalue())
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "The pictures need matplotlib",
-            received="no module named matplotlib",
-            expected="the plots extra",
-            todo="pip install 'hf-semckd[plots]'; the tables are there without it",
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot(facecolor="white")
 
 
 def _label(axes: Axes, horizontal: str, vertical: str, title: str | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from hf_semckd.publishing.tables import format_markdown_table
+from markdown_tables import format_markdown_table
 
 from .rows import STUDENT, TEACHER, accuracies, canonical
 from .statistics import ROUNDING, Ari, Comparison, ari, compare, compare_all

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from hf_semckd import SemCKDConfig
@@ -46,10 +47,7 @@ AXES = tuple(Sizes.__dataclass_fields__)
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """Return the exponent p of seconds = c * size ** p, by least squares over the logarithms."""
-    x, y = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
-    middle, height = mean(x), mean(y)
-    spread = sum((entry - middle) ** 2 for entry in x)
-    return sum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / spread
+    return float(stats.linregress(np.log(sizes), np.log(seconds)).slope)
 
 
 def measure_growth(form: str, device: str, repeats: int, tiny: bool = False) -> dict[str, Any]:

@@ -29,7 +29,7 @@ PART_REPEATS = 5
 # The estimate of the published form leaves out what is freed again within a step.
 ESTIMATE_MARGIN = 1.25
 GIGABYTE = 1e9
-NOT_ASKED_FOR = "not asked for with --variants"
+NOT_CHOSEN = "not chosen with --variants"
 
 
 def measure_pair(pair: Pair, wanted: Sequence[str], device: str, rounds: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _make_variants(
     """Return the variants, why others are missing, and the published form's estimated bytes with an optimizer."""
     student = pair.make_student()
     made: dict[str, Variant] = {}
-    skipped = {name: NOT_ASKED_FOR for name in kinds.NAMES if name not in wanted}
+    skipped = {name: NOT_CHOSEN for name in kinds.NAMES if name not in wanted}
     estimate = None
     for name in kinds.NAMES:
         if name not in wanted:

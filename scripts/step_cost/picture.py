@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_semckd.errors import MissingDependencyError
+from matplotlib.axes import Axes
+from pictures import INK, bare, new_figure, save_picture
 
 from .summary import STEP_TARGET, ratios_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Okabe and Ito's colors, which any color vision tells apart.
 COLORS = {"ce": "#999999", "cached": "#56B4E9", "kd": "#E69F00", "semckd": "#0072B2", "published": "#CC79A7"}
@@ -23,43 +21,23 @@ LABELS = {
     "semckd": "SemCKD",
     "published": "SemCKD as published",
 }
-INK = "#24292f"
 TARGET, TARGET_LABEL = "#D55E00", "target for SemCKD"
 # Longer bars are cut, and say so: the published form would leave no room to tell 1.00 from 1.05.
 LONGEST = 2.0
 BAR = 0.17
-DOTS_PER_INCH = 150
 
 
 def draw(stored: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw the step times of a stored measurement and save them as a picture.
-
-    Raises:
-        MissingDependencyError: When matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "The picture needs matplotlib",
-            received="no module named matplotlib",
-            expected="the plots extra",
-            todo="pip install 'hf-semckd[plots]'; the numbers and the table are there without it",
-        ) from error
+    """Draw the step times of a stored measurement and save them as a picture."""
     pairs = [record for record in stored["pairs"].values() if "kd" in record["seconds"]]
-    figure = Figure(figsize=(8.5, 1.2 + 1.15 * len(pairs)), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(8.5, 1.2 + 1.15 * len(pairs))
     for index, record in enumerate(pairs):
         _draw_pair(axes, record, middle=-index)
     _finish(axes, [record["pair"] for record in pairs])
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", metadata={"Software": None})
-    return Path(path)
+    return save_picture(figure, path)
 
 
 def _draw_pair(axes: Axes, record: Mapping[str, Any], middle: float) -> None:
@@ -94,8 +72,6 @@ def _finish(axes: Axes, names: list[str]) -> None:
         "time of a step, without the optimizer's part; a KD step = 1 (thin lines: quartiles)", fontsize=10, color=INK
     )
     axes.set_ylim(-len(names) + 0.45, 0.55)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#d0d7de", linewidth=0.6)
+    bare(axes, grid="x")
     axes.axvline(1.0, color="#8c959f", linewidth=1, zorder=0.5)
-    axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=2)

@@ -1,4 +1,4 @@
-"""Rounds in which every variant takes one step with the same batch, so that a disturbance meets all of them alike."""
+"""Rounds in which every variant takes one step with the same batch, so that a disturbance hits all of them alike."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from hf_semckd.publishing.tables import format_markdown_table
+from markdown_tables import format_markdown_table
 
 from .growth import growth_rows
 

@@ -21,7 +21,7 @@ NAMES = ("ce", "kd", "semckd", "published", "cached")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked for; a GPU is still at it when Python goes on."""
+    """Wait until the device is idle: kernels on a GPU are launched asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

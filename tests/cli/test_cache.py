@@ -1,8 +1,9 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
+import runpy
+
 import pytest
 from datasets import Dataset, DatasetDict
-from launching import python
 from makers import images, vit
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
@@ -46,10 +47,12 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
     assert not calls and trainer.state.global_step == 3
 
 
-def test_it_runs_as_a_module(parts):
-    done = python("-m", "hf_semckd.cli", "cache", *parts)
-    assert done.returncode == 0, done.stderr
-    assert "9 samples are cached" in done.stdout
+def test_it_runs_as_a_module(parts, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-semckd", "cache", *parts])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hf_semckd.cli", run_name="__main__")
+    assert ended.value.code == 0
+    assert "9 samples are cached" in capsys.readouterr().out
 
 
 def test_without_words_it_explains_itself(capsys):

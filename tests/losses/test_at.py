@@ -133,7 +133,9 @@ def test_a_dead_layer_has_a_finite_gradient():
     ],
 )
 def test_pairs_that_all_meet_at_one_position_are_refused(students, teachers, aligned):
-    with pytest.raises(ConfigurationError, match=r"(?s)received: pairs that meet.*expected: .*what to do: "):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)received: pairs that share one position.*expected: .*what to do: "
+    ):
         ATLoss(students, teachers, tokens_aligned=aligned)
 
 

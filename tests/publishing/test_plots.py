@@ -7,7 +7,12 @@ import pytest
 from launching import python
 
 from hf_semckd.errors import InputError, MissingDependencyError
-from hf_semckd.publishing.plots import figure_to_array, plot_association, save_association_plot
+from hf_semckd.publishing.plots import (
+    figure_to_array,
+    plot_association,
+    save_association_plot,
+    validate_association,
+)
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib import style  # noqa: E402
@@ -145,6 +150,30 @@ def test_the_style_of_the_user_changes_nothing(name, tmp_path):
     with style.context(name), matplotlib.rc_context({"savefig.facecolor": "black", "savefig.transparent": True}):
         np.testing.assert_array_equal(figure_to_array(plot_association(weights(3, 4), title="t")[0]), expected)
         assert save_association_plot(weights(3, 4), tmp_path / "styled.png").read_bytes() == saved
+
+
+@pytest.mark.parametrize(
+    ("association", "received"),
+    [
+        (np.full((2, 3, 4), 0.25), r"\(2, 3, 4\)"),
+        (np.full(4, 0.25), r"\(4,\)"),
+        (np.zeros((0, 4)), r"\(0, 4\)"),
+        (np.array([[0.5, np.nan]]), "1 NaN or infinite"),
+        (np.array([[np.inf, -np.inf]]), "2 NaN or infinite"),
+        (np.array([[1.5, -0.5]]), "from -0.5 to 1.5"),
+    ],
+)
+def test_what_are_no_weights_is_refused(association, received):
+    with pytest.raises(ValueError, match=f"received: .*{received}(.|\n)*expected: (.|\n)*what to do: "):
+        validate_association(association)
+
+
+def test_validation_copies_and_clips_what_rounding_left_over():
+    weights = np.array([[1.004, -0.004], [0.0, 1.0]])
+    checked = validate_association(weights)
+    np.testing.assert_array_equal(checked, np.eye(2))
+    checked[0, 0] = 0.5
+    assert weights[0, 0] == 1.004
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny import fit
 from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.teacher.notes import TeacherNote, describe_extra_tokens, read_note, source_digest, write_note
-from hf_semckd.training import trainer as trainer_module
+from hf_semckd.training import pair as pair_module
 
 
 def distil(folder, source, *, text=False, rows=None, **args):
@@ -24,7 +24,7 @@ def distil(folder, source, *, text=False, rows=None, **args):
 
 def run(*args, **kwargs):
     """Train; return the losses and how often a teacher was loaded."""
-    with mock.patch.object(trainer_module, "load_model", wraps=trainer_module.load_model) as load:
+    with mock.patch.object(pair_module, "load_model", wraps=pair_module.load_model) as load:
         trainer = distil(*args, **kwargs)
         fit(trainer)
     loads = sum(call.args[1] == "teacher" for call in load.call_args_list)
@@ -49,7 +49,7 @@ def test_a_cached_teacher_is_not_loaded_and_gives_the_same_losses(tmp_path, sour
     cached, second, trainer = run(tmp_path, source, text=text)
     assert (first, second) == (1, 0)
     assert filled == pytest.approx(live, rel=1e-5) and cached == pytest.approx(live, rel=1e-5)
-    assert all(entry.is_meta for entry in trainer._teacher_model.parameters())
+    assert all(entry.is_meta for entry in trainer.pair.teacher.model.parameters())
     assert not any(entry.is_meta for entry in trainer.teacher.parameters())
 
 

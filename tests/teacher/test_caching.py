@@ -882,4 +882,4 @@ def test_images_of_several_sizes_can_be_cached_where_batches_have_one(tmp_path):
     args = arguments(tmp_path, "all", teacher_cache_dir=str(tmp_path / "cache"), per_device_train_batch_size=1)
     trainer = SemCKDTrainer(problem.student().double(), args, None, rows, teacher_model=problem.teacher().double())
     fit(trainer)
-    assert len(trainer._teacher.cache.store) == 8
+    assert len(trainer.pair.teacher.cache.store) == 8

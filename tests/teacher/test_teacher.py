@@ -22,10 +22,13 @@ from makers import (
 from torch import nn
 from transformers import BertForSequenceClassification, BertModel, ViTForImageClassification
 
+from hf_semckd.data.columns import has_own_tokens
 from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
+from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.models.inputs import forward_parameters, select_inputs
 from hf_semckd.models.loading import load_model
-from hf_semckd.teacher.teacher import Teacher, TeacherOutputs
+from hf_semckd.teacher.outputs import TeacherOutputs
+from hf_semckd.teacher.teacher import Teacher
 
 
 class Plain(nn.Module):
@@ -90,7 +93,7 @@ def test_columns_of_its_own_lose_the_prefix():
     inputs = Teacher(bert()).inputs(batch)
     assert set(inputs) == {"input_ids", "attention_mask"}
     assert inputs["input_ids"] is batch["teacher_input_ids"]
-    assert Teacher(bert()).has_own_tokens(batch) and not Teacher(bert()).has_own_tokens(batch_of_texts())
+    assert has_own_tokens(batch) and not has_own_tokens(batch_of_texts())
 
 
 def test_floats_are_cast_to_the_teachers_precision_and_integers_are_not():
@@ -121,9 +124,9 @@ def test_it_evaluates_again_after_somebody_called_train():
 def test_what_is_not_asked_for_is_not_given():
     teacher = Teacher(vit(), [1, 2])
     outputs = teacher.run(pictures(), logits=False, features=True)
-    assert outputs.logits is None and len(outputs.features) == 2 and outputs.mask is None
+    assert outputs.logits is None and len(outputs.features.layers) == 2 and outputs.mask is None
     outputs = teacher.run(pictures(), logits=True, features=False)
-    assert outputs.logits.shape == (2, 3) and outputs.features == []
+    assert outputs.logits.shape == (2, 3) and outputs.features.layers == ()
 
 
 def test_features_are_the_models_own_hidden_states():
@@ -132,14 +135,14 @@ def test_features_are_the_models_own_hidden_states():
     with torch.no_grad():
         expected = model(**batch, output_hidden_states=True)
     assert torch.equal(outputs.logits, expected.logits)
-    assert torch.equal(outputs.features[0], expected.hidden_states[0])
-    assert torch.equal(outputs.features[1], expected.hidden_states[2])
+    assert torch.equal(outputs.features.whole(0), expected.hidden_states[0])
+    assert torch.equal(outputs.features.whole(1), expected.hidden_states[2])
     assert torch.equal(outputs.mask, batch["attention_mask"])
 
 
 def test_a_teacher_without_logits_can_give_features():
     teacher = Teacher(BertModel(bert().config).eval(), [1])
-    assert teacher.run(batch_of_texts(), logits=False, features=True).features[0].shape == (3, 10, 16)
+    assert teacher.run(batch_of_texts(), logits=False, features=True).features.whole(0).shape == (3, 10, 16)
     with pytest.raises(InputError, match="(?s)teacher returns no logits.*last_hidden_state.*task head"):
         teacher.run(batch_of_texts(), logits=True, features=False)
 
@@ -147,7 +150,7 @@ def test_a_teacher_without_logits_can_give_features():
 def test_named_modules_are_recorded_and_no_hook_stays():
     teacher = Teacher(Plain(), ["body"])
     outputs = teacher.run({"x": torch.ones(2, 4)}, logits=True, features=True)
-    assert torch.equal(outputs.features[0], teacher.model.body(torch.ones(2, 4)))
+    assert torch.equal(outputs.features.whole(0), teacher.model.body(torch.ones(2, 4)))
     assert not any(module._forward_hooks for module in teacher.model.modules())
 
 
@@ -164,7 +167,7 @@ def test_plain_modules_give_no_hidden_states():
 def test_signatures_are_read_once(monkeypatch):
     teacher, batch = Teacher(vit(), [1]), pictures()
     monkeypatch.setattr("inspect.signature", None)
-    assert len(teacher.run(batch, logits=True, features=True).features) == 1
+    assert len(teacher.run(batch, logits=True, features=True).features.layers) == 1
 
 
 # ---- Compiled ----------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def test_compiled_it_gives_the_same(make, compiler):
         outputs = teacher.run(batch, logits=True, features=True)
         assert (len(compiler) > 0) == (graphs > 0)
         torch.testing.assert_close(outputs.logits, expected.logits)
-        for one, other in zip(outputs.features, expected.features, strict=True):
+        for one, other in zip(outputs.features.tensors(), expected.features.tensors(), strict=True):
             torch.testing.assert_close(one, other)
     graphs = len(compiler)
     teacher.run(batch, logits=True, features=True)
@@ -211,7 +214,7 @@ def test_compiled_it_gives_hidden_states_in_every_training(tmp_path, compiler):
         trainer = distiller(tmp_path, {"teacher_compile": compiled})
         trainer.train()
         trainer.train()
-        assert not compiled or (compiler and trainer._teacher._compiled is not None)
+        assert not compiled or (compiler and trainer.pair.teacher.compiled.active)
         seen.append(losses(trainer, "feature_loss") + losses(trainer, "logit_loss"))
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)
 
@@ -239,7 +242,7 @@ def test_what_the_model_cannot_take_is_its_own_error(compiler):
 def test_named_layers_are_not_compiled(caplog, compiler):
     teacher = Teacher(Plain(), ["body"], compiled=True)
     for _ in range(3):
-        assert len(teacher.run({"x": torch.ones(2, 4)}, logits=True, features=True).features) == 1
+        assert len(teacher.run({"x": torch.ones(2, 4)}, logits=True, features=True).features.layers) == 1
     assert not compiler
     assert sum("named layers" in record.message for record in caplog.records) == 1
 
@@ -251,7 +254,7 @@ def test_the_real_compiler_gives_the_same():
     teacher = Teacher(model, [1], compiled=True)
     first, second = (teacher.run(batch, logits=True, features=True) for _ in range(2))
     assert teacher._compiled is not None
-    torch.testing.assert_close(first.features[0], second.features[0])
+    torch.testing.assert_close(first.features.whole(0), second.features.whole(0))
 
 
 # ---- Beside the student ------------------------------------------------------------------------------------------
@@ -280,19 +283,19 @@ def test_on_cuda_it_runs_beside_the_student_until_it_is_waited_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, stream: told.append(f"kept for {stream.name}"))
     teacher = Teacher(vit(), [1, 2])
-    teacher._stream = Stream("teacher", told)
-    teacher.aside(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
+    teacher.stream._stream = Stream("teacher", told)
+    teacher.stream.run(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
     assert told[:4] == ["teacher waits for student", "on teacher", "run", "off teacher"]
     assert told[4:] == ["kept for student"] * 3, "logits and two features"
-    teacher.wait()
+    teacher.stream.wait()
     assert told[-1] == "student waits for teacher"
 
 
 def test_on_the_cpu_there_is_nothing_to_wait_for():
     teacher = Teacher(vit(), [1])
     teacher.to(torch.device("cpu"))
-    assert len(teacher.aside(lambda: teacher.run(pictures(), logits=False, features=True)).features) == 1
-    teacher.wait()
+    assert len(teacher.stream.run(lambda: teacher.run(pictures(), logits=False, features=True)).features.layers) == 1
+    teacher.stream.wait()
 
 
 # ---- Values ------------------------------------------------------------------------------------------------------
@@ -309,17 +312,19 @@ def test_a_bad_feature_is_reported_with_its_layer():
     features = [torch.zeros(2, 5, 4), torch.zeros(2, 5, 4)]
     features[1][0, 2, 3] = torch.nan
     with pytest.raises(TeacherOutputError, match=r"(?s)layer head is not finite.*batch index 0\b"):
-        Teacher(Plain(), ["body", "head"]).check_finite(TeacherOutputs(torch.zeros(2, 3), features))
+        Teacher(Plain(), ["body", "head"]).check_finite(
+            TeacherOutputs(torch.zeros(2, 3), TeacherTargets.of_whole(features))
+        )
 
 
 def test_padding_may_hold_anything():
     features, mask = [torch.zeros(2, 3, 4)], torch.tensor([[1, 1, 0], [1, 1, 1]])
     features[0][0, 2] = torch.nan
     teacher = Teacher(Plain(), ["body"])
-    teacher.check_finite(TeacherOutputs(None, features, mask))
+    teacher.check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask))
     features[0][1, 2] = torch.nan
     with pytest.raises(TeacherOutputError, match=r"batch index 1\b"):
-        teacher.check_finite(TeacherOutputs(None, features, mask))
+        teacher.check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask))
 
 
 # ---- Loading -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_two_processes_took_part(results):
     assert_launched(results)
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("vit-published", "resnet-cnns")])
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("vit-published", "resnet-cnns", "vit-evaluated")])
 def test_two_processes_train_as_one_does_by_hand(job, results, tmp_path):
     done, world = read(results, job)
     assert world == WORLD
@@ -64,6 +64,12 @@ def test_two_processes_train_between_cnns_as_accumulation_does(results, tmp_path
     two, world = read(results, "resnet-cnns")
     assert world == WORLD and any(name.startswith("calibration.decoder.") for name in one.state), sorted(one.state)
     assert_same(without_running_averages(two), without_running_averages(one))
+
+
+def test_two_processes_do_not_drift_apart_when_evaluation_comes_between(results):
+    """The processes themselves compare what they hold, bit by bit."""
+    done, world = read(results, "vit-evaluated")
+    assert world == WORLD and all(value.isfinite().all() for value in done.state.values())
 
 
 def without_running_averages(done: Outcome) -> Outcome:

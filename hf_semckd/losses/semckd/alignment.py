@@ -161,6 +161,11 @@ class AlignedStudent:
         # Layers of one layout and length share their chosen tokens.
         self._flat: dict[tuple[TokenChoice, int], Tensor] = {}
 
+    def with_features(self, features: Sequence[Tensor]) -> AlignedStudent:
+        """Return the same layers with other features."""
+        shared = self.specs, self.mask, self.teacher, self.max_grid, self.compared_as_map, self.decoders
+        return AlignedStudent(features, *shared)
+
     def at(self, s: int, group: PairGroup) -> Tensor:
         """Return student layer s as tokens (B, N, C) at the positions of a group."""
         if group.kind == "mean":

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,15 @@ from .networks import FeatureEmbedding, LearnedScale, SimilarityEmbedding
 from .selection import AssociationInput
 from .sinkhorn import sinkhorn_weights
 
+FixedName = Literal["uniform", "last", "one_to_one"]
+
 
 class Association(ABC):
-    """A way to weigh teacher layers. `SemCKDLoss` registers its networks, and an association that is itself a module.
+    """A way to weigh teacher layers. `SemCKDLoss` registers its networks, or the association itself if it is a module.
 
     Attributes:
         name: Its name among the settings.
-        needs: What it is computed from, and so must be kept of the teacher.
+        needs: The teacher features it is computed from, which must be kept.
         temperature: tau.
         upper_bound: The largest weight it can learn to give a layer; None when nothing is learned.
         required_batch_size: The only batch size it takes, or None for any.
@@ -62,11 +64,11 @@ class Association(ABC):
         """Return alpha (B, S, T), non-negative, summing to 1 over the teacher layers."""
 
     def penalty(self, weights: Tensor) -> Tensor | None:
-        """Return what is added to the loss of each sample (B), given the weights of the compared layers; or None."""
+        """Return the penalty of each sample (B), given the weights of the compared layers; None for none."""
         return None
 
     def taught(self, layers: int) -> int:
-        """Return how many of these student layers learn from any: the number that the error is averaged over."""
+        """Return how many of these student layers have any weight: the number that errors are averaged over."""
         return layers
 
     @property
@@ -76,10 +78,9 @@ class Association(ABC):
 
 
 class SimilarityAssociation(Association):
-    """Weights by how alike both layers see a sample among the others; not trained.
+    """Weights by how alike both layers see a sample among the others; uniform for a batch of one.
 
-    Trained weights drift to the teacher layer that is easiest to imitate; these cannot. For a batch of one, which has
-    nothing to compare, they are uniform.
+    Trained weights drift to the teacher layer that is easiest to imitate; these are not trained.
 
     Args:
         temperature: tau > 0; smaller is sharper.
@@ -97,7 +98,7 @@ class SimilarityAssociation(Association):
 
     @torch.no_grad()
     def of_summaries(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Return the weights of layers given by S tensors (B, D_s) and T tensors (B, D_t), see `summary`."""
+        """Return alpha of layers given by S tensors (B, D_s) and T tensors (B, D_t), see `summary`."""
         own, theirs = (torch.stack(by_shape(cosine_matrix, rows)) for rows in (student, teacher))
         return self.normalize(row_cosine(own, theirs) / self.temperature)
 
@@ -107,7 +108,7 @@ class SimilarityAssociation(Association):
 
 
 class SinkhornAssociation(SimilarityAssociation):
-    """Weights by similarity, where no teacher layer serves too many student layers; see `sinkhorn_weights`."""
+    """Weights by similarity, with the total weight of each teacher layer bounded; see `sinkhorn_weights`."""
 
     name = "sinkhorn"
 
@@ -117,7 +118,7 @@ class SinkhornAssociation(SimilarityAssociation):
 
 
 class QueryKeyAssociation(Association):
-    """Weights by the products of queries and keys.
+    """Weights by products of queries and keys.
 
     Args:
         query: One network per compared student layer.
@@ -136,8 +137,9 @@ class QueryKeyAssociation(Association):
         """The query and key networks."""
         return {"query": self.query, "key": self.key}
 
-    def with_spared(self, weights: Tensor, students: int) -> Tensor:
-        """Append uniform weights for the student layers that are not compared, from which nothing can be learned."""
+    def of_products(self, queries: Sequence[Tensor], keys: Sequence[Tensor], scale: Any, students: int) -> Tensor:
+        """Return alpha (B, S, T) of queries and keys (B, d), uniform for student layers without a query."""
+        weights = product_weights(queries, keys, scale)
         batch, compared, teachers = weights.shape
         if compared == students:
             return weights
@@ -145,7 +147,7 @@ class QueryKeyAssociation(Association):
 
 
 class LearnedAssociation(QueryKeyAssociation):
-    """Weights by learned embeddings of a sample's mean features, which any batch size and order leaves as they are.
+    """Weights by learned embeddings of mean features, which depend neither on batch size nor on order.
 
     The penalty keeps them from collapsing onto one layer; see `kl_to_uniform`.
 
@@ -171,7 +173,7 @@ class LearnedAssociation(QueryKeyAssociation):
         """Return alpha (B, S, T)."""
         queries = [net(student.mean(s)) for s, net in enumerate(self.query)]
         keys = [net(teacher.mean(t)) for t, net in enumerate(self.key)]
-        return self.with_spared(product_weights(queries, keys, self.scale()), len(student.specs))
+        return self.of_products(queries, keys, self.scale(), len(student.specs))
 
     def penalty(self, weights: Tensor) -> Tensor:
         """Return the mean of `kl_to_uniform` over the student layers (B)."""
@@ -179,7 +181,7 @@ class LearnedAssociation(QueryKeyAssociation):
 
 
 class PublishedAssociation(QueryKeyAssociation):
-    """The paper's weights: embeddings of the rows of both layers' similarity matrices, whose length is the batch size.
+    """The paper's weights: learned embeddings of the rows of similarity matrices, whose length is the batch size.
 
     Args:
         students: Number of compared student layers.
@@ -214,11 +216,11 @@ class PublishedAssociation(QueryKeyAssociation):
         """
         queries = [net(_similarity(student.features[s], student.mask)) for s, net in enumerate(self.query)]
         keys = [net(_similarity(teacher.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
-        return self.with_spared(product_weights(queries, keys, 1.0 / self.temperature), len(student.specs))
+        return self.of_products(queries, keys, 1.0 / self.temperature, len(student.specs))
 
 
 class FixedAssociation(Association):
-    """The weights of a control: equal; the last layer to the last layer alone; or a uniform layer map.
+    """The weights of a control; see `fixed_weights`.
 
     Args:
         name: Which one.
@@ -227,8 +229,8 @@ class FixedAssociation(Association):
 
     needs = None
 
-    def __init__(self, name: Literal["uniform", "last", "one_to_one"], temperature: float = 1.0):
-        self.name = name
+    def __init__(self, name: FixedName, temperature: float = 1.0):
+        self.name: FixedName = name
         self.temperature = temperature
 
     def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
@@ -240,11 +242,11 @@ class FixedAssociation(Association):
         return 1 if self.name == "last" else layers
 
 
-def fixed_weights(name: str, students: int, teachers: int, like: Tensor) -> Tensor:
-    """Return the weights (B, S, T) of a control.
+def fixed_weights(name: FixedName, students: int, teachers: int, like: Tensor) -> Tensor:
+    """Return weights (B, S, T): equal; 1 from the last layer to the last alone; or 1 from each layer by `skip_map`.
 
     Args:
-        name: See `FixedAssociation`.
+        name: Which of them.
         students: S.
         teachers: T.
         like: A tensor of the batch, for size, type and device.
@@ -262,35 +264,19 @@ def fixed_weights(name: str, students: int, teachers: int, like: Tensor) -> Tens
 
 
 def product_weights(query: Sequence[Tensor], key: Sequence[Tensor], scale: Tensor | float) -> Tensor:
-    """Return softmax over t of scale * <Q_s, K_t> (SemCKD, equation 6, with scale = 1 / temperature).
-
-    Args:
-        query: S tensors (B, d).
-        key: T tensors (B, d).
-        scale: Factor of the logits.
-
-    Returns:
-        (B, S, T); sums to one over the last dimension.
-    """
+    """Return softmax over t of scale * <Q_s, K_t> (B, S, T), given S queries and T keys (B, d)."""
     queries, keys = at_least_float32(torch.stack(list(query), 1)), at_least_float32(torch.stack(list(key), 1))
     with full_precision(queries):
         return torch.softmax(torch.einsum("bsd,btd->bst", queries, keys) * scale, dim=-1)
 
 
 def kl_to_uniform(weights: Tensor, temperature: float) -> Tensor:
-    """Return temperature * KL(weights || uniform) for every sample and student layer.
+    """Return temperature * KL(weights || uniform) (B, S) of weights (B, S, T).
 
     For errors e, sum_t w_t e_t + temperature * KL(w || uniform) is strictly convex in w, and its only minimum over
     the simplex is the Gibbs distribution w_t ~ exp(-e_t / temperature). Every weight there is at least
     exp(-(max e - min e) / temperature) / T: the minimum is never on the border, so training cannot collapse onto
     one layer, as it does without this term.
-
-    Args:
-        weights: (B, S, T).
-        temperature: > 0, in units of the (standardized) error.
-
-    Returns:
-        (B, S), zero for uniform weights.
     """
     return temperature * (math.log(weights.shape[-1]) - entropy(weights))
 

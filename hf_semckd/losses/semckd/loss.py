@@ -147,6 +147,7 @@ class SemCKDLoss(FeatureLoss):
             max_grid,
             relations=relation_weight > 0,
         )
+        self.kept, self.samples_tokens = self.selection.describe(), self.selection.samples_tokens
 
     @classmethod
     def published(
@@ -276,16 +277,6 @@ class SemCKDLoss(FeatureLoss):
             "projection_init": self.projection_init,
             "max_grid": self.max_grid or 0,
         }
-
-    @property
-    def samples_tokens(self) -> bool:
-        """Whether only some of the tokens are compared."""
-        return self.selection.samples_tokens
-
-    @property
-    def kept(self) -> str:
-        """Description of what `select` keeps."""
-        return self.selection.describe()
 
     def select(
         self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None

@@ -104,7 +104,7 @@ class Shard:
         self._checksums = checksums.to_numpy()
         _, ends, values = rows.buffers()
         self._ends = np.frombuffer(ends, np.int64, len(batch) + 1)
-        # By its address, because Arrow hands out the buffer as read-only, of which torch makes no tensors.
+        # A slice of the map, found by its address: Arrow's own buffer is read-only, which tensors cannot be.
         first = values.address - mapped.ctypes.data
         self._data = mapped[first : first + values.size]
         self._verified = bytearray(len(batch))
@@ -172,13 +172,13 @@ def _discard(path: Path, reason: object) -> None:
 
 
 def _views(layout: str, data: np.ndarray | bytearray, first: int) -> Row:
-    """Return the tensors of the row that begins at byte `first`, without a copy."""
+    """Return zero-copy tensors of the row that begins at byte `first`."""
     row = {}
     for name, dtype, shape, offset, count in _fields(layout):
         if count:
             row[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + offset).view(shape)
         else:
-            row[name] = torch.empty(shape, dtype=dtype)
+            row[name] = torch.empty(shape, dtype=dtype, device="cpu")
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -109,10 +110,10 @@ class TensorStore:
             raise ValueError(f"Every key must have {KEY_BYTES} bytes.")
         with self._locked():
             for key, row in zip(keys, rows, strict=True):
-                if not self._writable:
-                    return
                 if self._filling.size + row_bytes(row) > self.shard_bytes:
                     self._hand_over()
+                if not self._writable:
+                    return
                 self._filling.add(key, row)
             backlog = [future for _, future in self._writing[:-WAITING_BUFFERS]]
         # Outside the lock, so that others read meanwhile.
@@ -135,7 +136,7 @@ class TensorStore:
             self._shards, self._index = [], {}
 
     def refresh(self) -> None:
-        """Take in what others have written since."""
+        """Open the shards that others have written since."""
         with self._locked():
             self._refreshed = time.monotonic()
             with contextlib.suppress(OSError):
@@ -152,12 +153,14 @@ class TensorStore:
             return key in self._index or any(key in buffer.numbers for buffer in self._pending())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reader, (self.folder, self.limit_bytes, self.shard_bytes)
+        opening = functools.partial(TensorStore, limit_bytes=self.limit_bytes, shard_bytes=self.shard_bytes)
+        # Only the process that pickles writes.
+        return opening, (self.folder,), {"_writable": False}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock, in front of what has been written by now."""
-        # In a forked child, a thread that does not exist may hold the parent's lock.
+        """Hold the lock, after taking in what the background thread has written."""
+        # In a forked child, a thread that does not exist there may hold the parent's lock.
         if os.getpid() != self._process:
             self._start_over()
             self._writable = False
@@ -240,7 +243,7 @@ class TensorStore:
 
 
 def write_manifest(folder: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
-    """Write a description beside the shards, at once; raises OSError where that is not possible."""
+    """Write a description beside the shards, atomically; raises OSError where that fails."""
     write_json(Path(folder) / MANIFEST, contents)
 
 
@@ -251,13 +254,6 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return contents if isinstance(contents, dict) else None
-
-
-def _reader(folder: Path, limit_bytes: int | None, shard_bytes: int) -> TensorStore:
-    """Open what another process pickled; only that one writes."""
-    store = TensorStore(folder, limit_bytes=limit_bytes, shard_bytes=shard_bytes)
-    store._writable = False
-    return store
 
 
 def _write_shard(folder: Path, buffer: Buffer, limit_bytes: int | None) -> str:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept import named
 from makers import distiller, vit
 
 from hf_semckd.data.columns import CACHED
 from hf_semckd.errors import InputError
+from hf_semckd.features.targets import LayerTarget, TeacherTargets, TokenChoice
 from hf_semckd.teacher.cache.cache import CachingCollator, TeacherCache, lookup_of
 from hf_semckd.teacher.cache.keys import (
     right_padded_lengths,
@@ -17,8 +19,9 @@ from hf_semckd.teacher.cache.keys import (
     token_count,
     weights_digest,
 )
-from hf_semckd.teacher.cache.rows import plain_names, to_batch, to_rows
+from hf_semckd.teacher.cache.rows import to_batch, to_outputs, to_rows
 from hf_semckd.teacher.cache.shard import KEY_BYTES
+from hf_semckd.teacher.outputs import TeacherOutputs
 
 
 def sentences(count: int = 10) -> list[dict[str, torch.Tensor]]:
@@ -180,79 +183,115 @@ def test_there_are_no_lengths_and_no_width_without_a_mask_of_tokens() -> None:
 # ---- Rows ----------------------------------------------------------------------------------------------------------
 
 
-def sampled(width: int, limit: int, counts: list[int]) -> dict[str, torch.Tensor]:
+def sampled(width: int, limit: int, counts: list[int]) -> TeacherTargets:
     """Return what a selection keeps of samples: the first chosen tokens, then zeros."""
     kept = min(width, limit)
     mask = torch.arange(kept) < torch.tensor(counts).clamp(max=limit).unsqueeze(1)
-    tokens = torch.randn(len(counts), kept, 4) * mask.unsqueeze(-1)
-    return {"positions.0": torch.arange(kept).expand(len(counts), kept) * mask, "mask.0": mask, "tokens.0": tokens}
+    choice = TokenChoice(torch.arange(kept).expand(len(counts), kept) * mask, mask)
+    tokens = [torch.randn(len(counts), kept, 4) * mask.unsqueeze(-1) for _ in range(2)]
+    return TeacherTargets(tuple(LayerTarget(tokens=entry, choice=choice) for entry in tokens))
+
+
+def targets_of(**kinds: torch.Tensor) -> TeacherTargets:
+    """Return targets of one layer."""
+    return TeacherTargets((LayerTarget(**kinds),))
+
+
+def stored_and_read(
+    targets: TeacherTargets, lengths: list[int] | None, width: int, to: int, logits: torch.Tensor | None = None
+) -> TeacherOutputs:
+    """Return what comes back from rows in a batch of another width."""
+    rows = to_rows(TeacherOutputs(logits, targets), lengths, width)
+    return to_outputs(to_batch(rows, to), max(len(part.layers) for part in (targets, *targets.parts)))
+
+
+def assert_equal(first: TeacherTargets, second: TeacherTargets) -> None:
+    left, right = named(first), named(second)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_rows_hold_nothing_of_the_padding() -> None:
-    logits, whole = torch.randn(2, 5, 7), torch.randn(2, 5, 4)
-    rows = to_rows({"logits": logits, "feature_0": whole}, [5, 2], 5)
-    assert [value.shape[0] for value in rows[1].values()] == [2, 2]
-    stacked = plain_names(to_batch(rows, 8))
-    for name, value in (("logits", logits), ("feature_0", whole)):
-        assert stacked[name].shape[:2] == (2, 8)
-        assert torch.equal(stacked[name][0, :5], value[0])
-        assert torch.equal(stacked[name][1, :2], value[1, :2])
-        assert not stacked[name][1, 2:].any()
+    logits, whole, mask = torch.randn(2, 5, 7), torch.randn(2, 5, 4), torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    targets = TeacherTargets.of_whole([whole], mask)
+    rows = to_rows(TeacherOutputs(logits, targets), [5, 2], 5)
+    assert [value.shape[0] for value in rows[1].values()] == [2, 2, 2]
+    back = stored_and_read(targets, [5, 2], 5, 8, logits)
+    for found, value in ((back.logits, logits), (back.features.whole(0), whole), (back.features.mask, mask)):
+        assert found.shape[:2] == (2, 8)
+        assert torch.equal(found[0, :5], value[0])
+        assert torch.equal(found[1, :2], value[1, :2])
+        assert not found[1, 2:].any()
 
 
 @pytest.mark.parametrize(("width", "limit"), [(9, 4), (4, 4), (4, 9), (9, 9)])
 def test_chosen_tokens_come_back_as_they_were(width, limit) -> None:
     torch.manual_seed(0)
-    outputs = sampled(width, limit, [width, 2, 3])
-    rows = to_rows(outputs, [width, 2, 3], width)
-    assert [len(row) for row in rows] == [3, 3, 3]
-    assert [next(iter(row.values())).shape[0] for row in rows] == [min(width, limit), 2, 3]
-    back = plain_names(to_batch(rows, width))
-    assert back.keys() == outputs.keys()
-    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+    targets = sampled(width, limit, [width, 2, 3])
+    rows = to_rows(TeacherOutputs(None, targets), [width, 2, 3], width)
+    # Positions, mask, and the tokens of both layers.
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert [{value.shape[0] for value in row.values()} for row in rows] == [{min(width, limit)}, {2}, {3}]
+    back = stored_and_read(targets, [width, 2, 3], width, width).features
+    assert_equal(back, targets)
+    assert back.layers[0].choice is back.layers[1].choice
 
 
 def test_chosen_tokens_of_narrow_and_wide_batches_make_one() -> None:
     torch.manual_seed(0)
     narrow, wide = sampled(3, 4, [3, 2]), sampled(9, 4, [9, 1])
-    rows = to_rows(narrow, [3, 2], 3) + to_rows(wide, [9, 1], 9)
-    back = plain_names(to_batch(rows, 9))
-    assert back["mask.0"].sum(1).tolist() == [3, 2, 4, 1]
-    assert torch.equal(back["tokens.0"][:2, :3], narrow["tokens.0"])
-    assert torch.equal(back["tokens.0"][2:], wide["tokens.0"])
+    rows = to_rows(TeacherOutputs(None, narrow), [3, 2], 3) + to_rows(TeacherOutputs(None, wide), [9, 1], 9)
+    layer = to_outputs(to_batch(rows, 9), 2).features.layers[1]
+    assert layer.choice.mask.sum(1).tolist() == [3, 2, 4, 1]
+    assert torch.equal(layer.tokens[:2, :3], narrow.layers[1].tokens)
+    assert torch.equal(layer.tokens[2:], wide.layers[1].tokens)
 
 
 def test_chosen_tokens_of_left_padded_samples_come_back_as_they_were() -> None:
     torch.manual_seed(0)
-    outputs = sampled(9, 4, [9, 2])
-    back = plain_names(to_batch(to_rows(outputs, None, 9), 9))
-    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+    targets = sampled(9, 4, [9, 2])
+    assert_equal(stored_and_read(targets, None, 9, 9).features, targets)
 
 
 def test_unsampled_tokens_are_filled_up_to_the_width_of_the_batch() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     tokens = torch.randn(2, 3, 4) * mask.unsqueeze(-1)
-    rows = to_rows({"tokens.0": tokens, "mask.0": mask}, [2, 1], 3)
-    back = plain_names(to_batch(rows, 8))
-    assert back["tokens.0"].shape == (2, 8, 4)
-    assert back["mask.0"].tolist() == [[1, 1] + [0] * 6, [1] + [0] * 7]
+    layer = stored_and_read(targets_of(tokens=tokens, choice=TokenChoice(mask=mask)), [2, 1], 3, 8).features.layers[0]
+    assert layer.tokens.shape == (2, 8, 4) and layer.choice.positions is None
+    assert layer.choice.mask.tolist() == [[1, 1] + [0] * 6, [1] + [0] * 7]
+
+
+def test_layers_of_two_layouts_and_joined_losses_come_back_apart() -> None:
+    """As many tokens in both layouts, of which one has no mask: widths alone would not tell what is cut."""
+    torch.manual_seed(0)
+    first, other = sampled(3, 4, [3, 2]), TokenChoice(torch.arange(3).expand(2, 3))
+    free = LayerTarget(tokens=torch.randn(2, 3, 5), choice=other, mean=torch.randn(2, 3), summary=torch.randn(2, 3))
+    mixed = TeacherTargets((*first.layers, free, LayerTarget()))
+    whole = TeacherTargets.of_whole([torch.randn(2, 3, 5)] * 4, torch.tensor([[1, 1, 1], [1, 1, 0]]), used=[3])
+    whole.layers[3].whole[1, 2] = 0
+    back = stored_and_read(TeacherTargets(parts=(mixed, whole)), [3, 2], 3, 3).features
+    assert_equal(back, TeacherTargets(parts=(mixed, whole)))
+    assert [len(part.layers) for part in back.parts] == [4, 4] and back.layers == ()
 
 
 @pytest.mark.parametrize(
     "outputs",
     [
-        {"logits": torch.randn(2, 3)},
-        {"mean.0": torch.randn(2, 3)},
-        {"summary.0": torch.randn(2, 3)},
-        {"grid.0": torch.randn(2, 3, 2, 2)},
-        {"feature_0": torch.randn(2, 3, 5, 5)},
-        {"logits": torch.randn(2)},
+        TeacherOutputs(torch.randn(2, 3)),
+        TeacherOutputs(None, targets_of(mean=torch.randn(2, 3))),
+        TeacherOutputs(None, targets_of(summary=torch.randn(2, 3))),
+        TeacherOutputs(None, targets_of(grid=torch.randn(2, 3, 2, 2))),
+        TeacherOutputs(None, targets_of(whole=torch.randn(2, 3, 5, 5))),
+        TeacherOutputs(None, targets_of(whole=torch.randn(2, 3))),
+        TeacherOutputs(torch.randn(2)),
     ],
-    ids=lambda outputs: f"{next(iter(outputs))} {next(iter(outputs.values())).dim()}",
+    ids=["logits 2", "mean 2", "summary 2", "grid 4", "whole 4", "whole 2", "logits 1"],
 )
 def test_what_has_as_many_channels_as_there_are_tokens_is_not_cut(outputs) -> None:
-    back = plain_names(to_batch(to_rows(outputs, [1, 2], 3), 6))
-    assert all(torch.equal(back[name], value) for name, value in outputs.items())
+    back = to_outputs(to_batch(to_rows(outputs, [1, 2], 3), 6), 1)
+    assert (back.logits is None) == (outputs.logits is None)
+    assert outputs.logits is None or torch.equal(back.logits, outputs.logits)
+    assert_equal(back.features, outputs.features)
 
 
 def test_no_rows_make_no_batch() -> None:
@@ -266,7 +305,7 @@ def test_a_lookup_tells_who_is_there(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, "teacher", lambda batch: {"pixel_values": batch["pixel_values"]})
     batch = {"pixel_values": torch.randn(3, 2), "labels": torch.zeros(3)}
     logits = torch.randn(3, 5)
-    cache.store.write(cache.keys(batch)[1:], cache.rows({"logits": logits[1:]}, {"pixel_values": logits[1:]}))
+    cache.store.write(cache.keys(batch)[1:], cache.rows(TeacherOutputs(logits[1:]), {"pixel_values": logits[1:]}))
     found = cache.look_up(batch)
     assert found.present == [False, True, True]
     assert torch.equal(found.values["logits"], logits[1:])
@@ -281,19 +320,21 @@ def test_the_teachers_own_columns_are_what_counts(tmp_path: Path) -> None:
 
 def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_are_not(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, "teacher", dict, dtype=torch.float16)
-    outputs = {"logits": torch.randn(2, 3), "mean.0": torch.randn(2, 4), "positions.0": torch.arange(4).view(2, 2)}
-    row = cache.rows(outputs, {"x": torch.zeros(2)})[0]
+    choice = TokenChoice(torch.arange(4).view(2, 2))
+    targets = targets_of(mean=torch.randn(2, 4), tokens=torch.randn(2, 2, 4), choice=choice)
+    row = cache.rows(TeacherOutputs(torch.randn(2, 3), targets), {"x": torch.zeros(2)})[0]
     assert {name: value.dtype for name, value in row.items()} == {
         "logits": torch.float32,
-        "mean.0": torch.float16,
-        "positions.0": torch.int64,
+        "0.mean": torch.float16,
+        "0.tokens.0": torch.float16,
+        "0.positions": torch.int64,
     }
 
 
 def test_outputs_with_several_rows_a_sample_are_refused(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, "teacher", dict)
-    with pytest.raises(InputError, match=r"8 rows of `mean\.0` for 2 samples"):
-        cache.rows({"logits": torch.zeros(2, 4), "mean.0": torch.zeros(8, 3)}, {"x": torch.zeros(2, 4, 5)})
+    with pytest.raises(InputError, match=r"8 rows of `0\.mean` for 2 samples"):
+        cache.rows(TeacherOutputs(torch.zeros(2, 4), targets_of(mean=torch.zeros(8, 3))), {"x": torch.zeros(2, 4, 5)})
 
 
 @pytest.mark.parametrize("in_thread", [True, False])

@@ -46,6 +46,13 @@ def test_every_row_comes_back_bit_equal(tmp_path: Path, shard_bytes: int, flushe
     store.close()
 
 
+def test_rows_are_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    with closing(TensorStore(tmp_path)) as store:
+        store.write([key_of(0)], ODD_ROWS[:1])
+    with torch.device("meta"):
+        assert same(TensorStore(tmp_path).read([key_of(0)])[0], ODD_ROWS[0])
+
+
 def test_files_are_plain_arrow(tmp_path: Path) -> None:
     rows = [row_of(0, 3), row_of(1, 3), row_of(2, 50)]
     with closing(TensorStore(tmp_path)) as store:

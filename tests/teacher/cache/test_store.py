@@ -190,6 +190,14 @@ store_module._write_shard = lambda *arguments: end.wait() and write(*arguments)
 store = store_module.TensorStore(folder, shard_bytes=1)
 store.write([bytes(20), bytes(19) + b"1"], [row_of(0), row_of(1)])
 print("written", len(store))
+
+def late():
+    threading.main_thread().join()
+    other = store_module.TensorStore(folder + "/late", shard_bytes=1)
+    other.write([bytes(20), bytes(19) + b"1"], [row_of(0), row_of(1)])
+    print("writable", other.writable, len(other))
+
+threading.Thread(target=late).start()
 end.set()
 """
 )
@@ -428,11 +436,13 @@ def test_a_forked_child_does_not_wait_for_the_parents_thread(tmp_path: Path, mon
 
 
 def test_the_interpreter_exits_without_close(tmp_path: Path) -> None:
-    """A full file that still waits for the disk is written; what was not full or flushed is lost."""
-    done = subprocess.run(python(ABANDONER, tmp_path), timeout=LONG, stdout=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stdout) == (0, "written 2\n")
+    """A full file that waits for the disk is written, what was not full is lost; what comes later is not stored."""
+    done = subprocess.run(python(ABANDONER, tmp_path), timeout=LONG, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "written 2\nwritable False 0\n")
+    assert done.stderr.count(WARNING) == 1 and "Traceback" not in done.stderr
     store = TensorStore(tmp_path)
     assert len(store) == 1 and same(store.read([bytes(20)])[0], row_of(0))
+    assert shards(tmp_path / "late") == []
 
 
 def test_a_killed_process_loses_what_was_not_flushed(tmp_path: Path) -> None:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from accuracy import tables
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PAIRS = ["a", "b"]
 METHODS = ["kd", "fitnet", "semckd"]
-
-
-@pytest.fixture(scope="module")
-def tables() -> Any:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("accuracy.tables")
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 def runs(protocol: str, method: str, *values: float, split: str = "test", **tuned: float) -> list[dict[str, Any]]:
@@ -53,7 +41,7 @@ def example() -> list[dict[str, Any]]:
 # ---- The main table ------------------------------------------------------------------------------------------------
 
 
-def test_the_main_table_by_hand(tables):
+def test_the_main_table_by_hand():
     # ARI of kd: (5.1 / 10 + 1 / 9) / 2 = 31.06 %, of fitnet: -2 / 17.1 = -11.7 %.
     assert tables.main_table(example(), PAIRS, METHODS).splitlines() == [
         "| method | a | b | ARI | semckd − method |",
@@ -66,7 +54,7 @@ def test_the_main_table_by_hand(tables):
     ]
 
 
-def test_the_order_of_rows_does_not_matter(tables):
+def test_the_order_of_rows_does_not_matter():
     shuffled = example()
     random.Random(0).shuffle(shuffled)
     for name in ("main_table", "difference_table", "headline", "tuned_table"):
@@ -74,18 +62,18 @@ def test_the_order_of_rows_does_not_matter(tables):
         assert table(shuffled, PAIRS, METHODS) == table(example(), PAIRS, METHODS)
 
 
-def test_methods_without_rows_and_repeated_names_are_tolerated(tables):
+def test_methods_without_rows_and_repeated_names_are_tolerated():
     lines = tables.main_table(example(), PAIRS, ["student", "teacher", "kd", "kd", "crd"]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| student", "| kd", "| crd", "| semckd"]
     assert lines[5] == "| crd | - | - | - | - |"
     assert tables.main_table([], ["a"], ["semckd"]).splitlines()[-1] == "| semckd | - | - | - |"
 
 
-def test_without_the_reference_nothing_is_marked(tables):
+def test_without_the_reference_nothing_is_marked():
     assert tables.main_table(example(), ["c"], ["kd"]).splitlines()[4] == "| kd | **55.00 ± 7.07** | - | - |"
 
 
-def test_more_comparisons_ask_for_more(tables):
+def test_more_comparisons_ask_for_more():
     # t = 6 with two degrees of freedom: p = 0.0267, which one comparison passes and two do not.
     one = [*runs("a", "kd", 0.5, 0.5, 0.5), *runs("a", "semckd", 0.51, 0.51, 0.516)]
     two = [*one, *runs("b", "kd", 0.5, 0.5, 0.5), *runs("b", "semckd", 0.51, 0.51, 0.516)]
@@ -93,7 +81,7 @@ def test_more_comparisons_ask_for_more(tables):
     assert tables.main_table(two, PAIRS, ["kd"]).count("▼") == 0
 
 
-def test_equal_means_are_both_the_best(tables):
+def test_equal_means_are_both_the_best():
     rows = [*runs("a", "kd", 0.5, 0.7), *runs("a", "semckd", 0.7, 0.5), *runs("a", "teacher", 0.9)]
     assert tables.main_table(rows, ["a"], ["kd"]).count("**60.00 ± 14.14**") == 2
     counts = tables.headline(rows, ["a"], ["kd"])
@@ -102,7 +90,7 @@ def test_equal_means_are_both_the_best(tables):
     assert "best mean on 0 of 1 pair, and shares it on 1 (" in tables.headline_sentence(counts)
 
 
-def test_pairs_without_a_ratio_are_counted(tables):
+def test_pairs_without_a_ratio_are_counted():
     rows = [
         *runs("a", "student", 0.5, 0.5), *runs("a", "kd", 0.6, 0.6), *runs("a", "semckd", 0.65, 0.65),
         *runs("b", "student", 0.5, 0.5), *runs("b", "kd", 0.4, 0.4), *runs("b", "semckd", 0.65, 0.65),
@@ -111,7 +99,7 @@ def test_pairs_without_a_ratio_are_counted(tables):
     assert "| - (0 of 1 pair) |" in tables.main_table(rows, ["b"], ["kd"])
 
 
-def test_the_ari_is_of_the_seeds_that_all_three_have(tables):
+def test_the_ari_is_of_the_seeds_that_all_three_have():
     rows = [*runs("a", "student", 0.5), *runs("a", "kd", 0.6, 0.1), *runs("a", "semckd", 0.65, 0.9, 0.9)]
     assert tables.relative_improvement(rows, ["a"], "kd").percent == pytest.approx(50.0)
 
@@ -119,7 +107,7 @@ def test_the_ari_is_of_the_seeds_that_all_three_have(tables):
 # ---- Differences and headline --------------------------------------------------------------------------------------
 
 
-def test_the_differences_by_hand(tables):
+def test_the_differences_by_hand():
     # Half an interval is 4.3027 std / sqrt(3): 0.248 and 4.968. p of b: t = sqrt(3) / 2, 1 - t / sqrt(2.75) = 0.478.
     assert tables.difference_table(example(), PAIRS, METHODS).splitlines() == [
         "| pair | other | difference | std | 95 % interval | n | p | adjusted p | verdict |",
@@ -133,14 +121,14 @@ def test_the_differences_by_hand(tables):
     ]
 
 
-def test_comparisons_that_were_not_made_may_be_left_out(tables):
+def test_comparisons_that_were_not_made_may_be_left_out():
     every = tables.difference_table(example(), PAIRS, METHODS).splitlines()
     left = tables.difference_table(example(), PAIRS, METHODS, gaps=False).splitlines()
     assert [line for line in every if line not in left] == ["| b | fitnet | - | - | - | - | - | - | - |"]
     assert [line for line in left if line not in every] == []
 
 
-def test_the_headline_by_hand(tables):
+def test_the_headline_by_hand():
     counts = tables.headline(example(), [*PAIRS, "c"], METHODS)
     means = {method: entry.pop("mean_difference") for method, entry in counts["baselines"].items()}
     assert means == pytest.approx({"student": 12.55, "kd": 3.05, "fitnet": -2.0})
@@ -159,7 +147,7 @@ def test_the_headline_by_hand(tables):
     }
 
 
-def test_the_headline_in_words(tables):
+def test_the_headline_in_words():
     assert tables.headline_sentence(tables.headline(example(), PAIRS, METHODS)) == (
         "semckd is more accurate than kd on 2 of 2 pairs (1 significantly), less accurate on 0 (0 significantly) and "
         "equal on 0, +3.05 points on average; of 3 comparisons with 2 other methods semckd is significantly better "
@@ -168,14 +156,14 @@ def test_the_headline_in_words(tables):
     )
 
 
-def test_a_headline_says_where_it_loses(tables):
+def test_a_headline_says_where_it_loses():
     rows = [*runs("a", "kd", 0.7, 0.7), *runs("a", "semckd", 0.6, 0.6)]
     sentence = tables.headline_sentence(tables.headline(rows, ["a"], ["kd"]))
     assert "on 0 of 1 pair (0 significantly), less accurate on 1 (1 significantly)" in sentence
     assert "-10.00 points" in sentence and "best mean on 0 of 1 pair" in sentence
 
 
-def test_a_headline_of_nothing_claims_nothing(tables):
+def test_a_headline_of_nothing_claims_nothing():
     counts = tables.headline([], PAIRS, METHODS)
     assert counts["baselines"]["kd"]["mean_difference"] is None
     assert tables.headline_sentence(counts) == (
@@ -190,7 +178,7 @@ def test_a_headline_of_nothing_claims_nothing(tables):
 # ---- Tuning --------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_tuned_by_hand(tables):
+def test_what_was_tuned_by_hand():
     rows = [
         *example(),
         *runs("a", "fitnet", 0.6, split="tuning", feature_weight=1.0),
@@ -208,7 +196,7 @@ def test_what_was_tuned_by_hand(tables):
     ]
 
 
-def test_two_choices_at_once_are_refused(tables):
+def test_two_choices_at_once_are_refused():
     rows = [*example(), *runs("a", "fitnet", 0.9, feature_weight=1.0)]
     with pytest.raises(ValueError, match="fitnet on a differ in what was tuned"):
         tables.main_table(rows, PAIRS, METHODS)

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import threading
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def rows() -> Any:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("accuracy.rows")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+from accuracy import rows
+from accuracy_cases import row
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    return {
-        "protocol": "digits",
-        "teacher": "ViT-6",
-        "student": "ViT-3",
-        "method": "semckd",
-        "seed": 1,
-        "split": "test",
-        "metric": "accuracy",
-        "value": 0.75,
-        "settings": {"tuned": {}, "epochs": 3},
-        "commit": "abc",
-        "versions": {"torch": "2.0"},
-        "machine": "a processor",
-        "seconds": 1.5,
-        "parameters": 10,
-        "extras": {},
-        **changes,
-    }
-
-
-def test_what_is_appended_is_read_back(rows, tmp_path):
+def test_what_is_appended_is_read_back(tmp_path):
     path = tmp_path / "new" / "digits.jsonl"
     written = [row(seed=1), row(seed=2, commit=None, value=1, extras={"name": "ä\nb"})]
     for entry in written:
@@ -53,14 +19,14 @@ def test_what_is_appended_is_read_back(rows, tmp_path):
     assert path.read_bytes().count(b"\n") == 2
 
 
-def test_a_folder_is_read_by_the_names_of_its_files(rows, tmp_path):
+def test_a_folder_is_read_by_the_names_of_its_files(tmp_path):
     rows.append_row(tmp_path / "b.jsonl", row(protocol="b"))
     rows.append_row(tmp_path / "a.jsonl", row(protocol="a"))
     (tmp_path / "notes.txt").write_text("no row")
     assert [entry["protocol"] for entry in rows.read_rows(tmp_path)] == ["a", "b"]
 
 
-def test_nothing_is_there_yet(rows, tmp_path):
+def test_nothing_is_there_yet(tmp_path):
     assert rows.read_rows(tmp_path) == rows.read_rows(tmp_path / "missing.jsonl") == []
 
 
@@ -86,13 +52,13 @@ def test_nothing_is_there_yet(rows, tmp_path):
         ({"vale": 0.5}, r"unknown \['vale'\]"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_written(rows, tmp_path, changes, words):
+def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         rows.append_row(tmp_path / "digits.jsonl", row(**changes))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_key_is_named(rows, tmp_path):
+def test_a_missing_key_is_named(tmp_path):
     entry = row()
     del entry["machine"]
     with pytest.raises(ValueError, match=r"missing \['machine'\]"):
@@ -103,7 +69,7 @@ def test_a_missing_key_is_named(rows, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])
-def test_an_unfinished_last_line_is_left_out_and_cut_off(rows, tmp_path, kept):
+def test_an_unfinished_last_line_is_left_out_and_cut_off(tmp_path, kept):
     path = tmp_path / "digits.jsonl"
     rows.append_row(path, row(seed=1))
     with open(path, "ab") as file:
@@ -115,14 +81,14 @@ def test_an_unfinished_last_line_is_left_out_and_cut_off(rows, tmp_path, kept):
     assert rows.read_rows(path) == [row(seed=1), row(seed=3)]
 
 
-def test_a_last_line_that_is_cut_within_a_character_is_left_out(rows, tmp_path):
+def test_a_last_line_that_is_cut_within_a_character_is_left_out(tmp_path):
     path = tmp_path / "digits.jsonl"
     path.write_bytes('{"protocol": "ä'.encode()[:-1])
     with pytest.warns(UserWarning, match="unfinished"):
         assert rows.read_rows(path) == []
 
 
-def test_a_whole_last_line_without_its_end_is_kept(rows, tmp_path):
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     path = tmp_path / "digits.jsonl"
     path.write_text(json.dumps(row(seed=1)))
     assert rows.read_rows(path) == [row(seed=1)]
@@ -131,14 +97,14 @@ def test_a_whole_last_line_without_its_end_is_kept(rows, tmp_path):
 
 
 @pytest.mark.parametrize("line", ['{"half": ', "[1]", json.dumps(row(value=2.0)), json.dumps(row(value=float("nan")))])
-def test_another_broken_line_is_named(rows, tmp_path, line):
+def test_another_broken_line_is_named(tmp_path, line):
     path = tmp_path / "digits.jsonl"
     path.write_text(f"{json.dumps(row())}\n{line}\n{json.dumps(row(seed=2))}\n")
     with pytest.raises(ValueError, match=r"digits\.jsonl, line 2: Wrong"):
         rows.read_rows(path)
 
 
-def test_of_duplicates_the_later_wins(rows, tmp_path):
+def test_of_duplicates_the_later_wins(tmp_path):
     path = tmp_path / "digits.jsonl"
     for entry in (row(value=0.5), row(seed=2), row(value=0.6)):
         rows.append_row(path, entry)
@@ -147,7 +113,7 @@ def test_of_duplicates_the_later_wins(rows, tmp_path):
     assert [(entry["seed"], entry["value"]) for entry in found] == [(1, 0.6), (2, 0.75)]
 
 
-def test_writers_at_the_same_time_lose_nothing(rows, tmp_path):
+def test_writers_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "digits.jsonl"
 
     def write(begin: int) -> None:
@@ -165,7 +131,7 @@ def test_writers_at_the_same_time_lose_nothing(rows, tmp_path):
 # ---- Keys ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_is_of_what_was_tuned(rows):
+def test_the_key_is_of_what_was_tuned():
     tuned = {"b": 10.0, "a": {"y": 1, "x": [0.5, 2.0]}}
     expected = ("digits", "semckd", 1, "test", '{"a":{"x":[0.5,2],"y":1},"b":10}')
     assert rows.key_of(row(settings={"tuned": tuned, "epochs": 3})) == expected
@@ -177,14 +143,14 @@ def test_the_key_is_of_what_was_tuned(rows):
     "changes",
     [{"protocol": "b"}, {"method": "kd"}, {"seed": 2}, {"split": "tuning"}, {"settings": {"tuned": {"a": True}}}],
 )
-def test_other_runs_have_other_keys(rows, changes):
+def test_other_runs_have_other_keys(changes):
     assert rows.key_of(row(**changes)) != rows.key_of(row())
 
 
 # ---- Accuracies ----------------------------------------------------------------------------------------------------
 
 
-def test_accuracies_are_those_of_the_test_split_by_seed(rows):
+def test_accuracies_are_those_of_the_test_split_by_seed():
     found = rows.accuracies(
         [
             row(seed=3, value=0.3),
@@ -200,7 +166,7 @@ def test_accuracies_are_those_of_the_test_split_by_seed(rows):
     assert list(found["digits"]["semckd"]) == [2, 3]
 
 
-def test_test_rows_of_two_choices_are_refused(rows):
+def test_test_rows_of_two_choices_are_refused():
     entries = [row(seed=seed, settings={"tuned": {"feature_weight": seed}}) for seed in (1, 10)]
     with pytest.raises(ValueError, match=r'semckd on digits differ.*\n.*\{"feature_weight":1\} and'):
         rows.accuracies(entries, ["digits"], ["semckd"])

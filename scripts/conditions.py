@@ -14,7 +14,7 @@ import torch
 
 from hf_semckd.publishing.environment import environment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
@@ -28,7 +28,7 @@ def conditions(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "precision": "bfloat16 autocast" if device == "cuda" else "float32",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -49,10 +49,17 @@ def file_name(device: str, threads: int) -> str:
     return name if device == "cuda" else f"{name}-{threads}-thread{'s' if threads > 1 else ''}"
 
 
-def _commit() -> str | None:
-    """Return the commit of the measured code, with a mark when files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match", "no-tag"]
+def commit() -> str | None:
+    """Return the commit of the library, marked where its files differ from it; None outside a checkout.
+
+    Files beside the library do not count: rows and tables change while they are made.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = git("status", "--porcelain", "hf_semckd")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
