@@ -37,14 +37,9 @@ DEFAULTS = {
 
 @dataclass
 class TextArguments(Arguments):
-    text_dir: str = HfArg(
-        default="data/text",
-        help="Where scripts/fetch_text_parts.py put the default teacher and the movie snippets.",
-    )
-    dataset_name: str | None = HfArg(
-        default=None, help="Hub dataset, or a folder that load_dataset takes. None: the movie snippets."
-    )
-    train_file: str | None = HfArg(default=None, help="csv file to train on, in place of a dataset.")
+    text_dir: str = HfArg(default="data/text", help="Where scripts/fetch_text_parts.py put teacher and snippets.")
+    dataset_name: str | None = HfArg(default=None, help="Hub dataset or folder of one. None: the movie snippets.")
+    train_file: str | None = HfArg(default=None, help="Instead: a csv file to train on.")
     test_file: str | None = HfArg(default=None, help="csv file to evaluate on. None: a part of train_file.")
     text_column: str = HfArg(default="text", help="Column of the texts.")
     label_column: str = HfArg(default="label", help="Column of the classes.")
@@ -66,13 +61,13 @@ def fetched(path: Path) -> Path:
 
 
 def load_texts(options: TextArguments, seed: int) -> DatasetDict:
-    if options.dataset_name is None and options.train_file is None:
-        return load_movie_snippets(Path(options.text_dir) / "movie_snippets")
     columns = {"text": options.text_column, "label": options.label_column}
+    if options.train_file is not None:
+        files = {"train": options.train_file, **({"test": options.test_file} if options.test_file else {})}
+        return load_labeled("csv", None, columns, seed, data_files=files)
     if options.dataset_name is not None:
         return load_labeled(options.dataset_name, options.dataset_config, columns, seed)
-    files = {"train": options.train_file, **({"test": options.test_file} if options.test_file else {})}
-    return load_labeled("csv", None, columns, seed, data_files=files)
+    return load_movie_snippets(Path(options.text_dir) / "movie_snippets")
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int, teacher_tokenizer: Any = None) -> Dataset:
@@ -91,7 +86,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int, teacher_tokenize
 
 def main() -> None:
     options, args = parse_arguments(TextArguments, DEFAULTS)
-    given = options.dataset_name or options.train_file
+    given = options.train_file or options.dataset_name
     comparison = Comparison(given or "movie_snippets", "sentences", options, args)
     source = options.teacher_name_or_path or str(fetched(Path(options.text_dir) / "minilm-l6"))
     teacher_tokenizer = AutoTokenizer.from_pretrained(source)
