@@ -12,26 +12,30 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import SemCKDConfig
-from ..data.samples import collate, is_map_style, spread_samples
+from ..data.samples import collate, first_samples, is_map_style, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.space import check_space
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
-from .pair import Pair
+from .pair import GIGABYTE, Pair
 
 logger = logging.getLogger(__name__)
 # Enough to tell how large a row is on average, and few enough for a large teacher.
 MEASURED_SAMPLES = 8
-GIGABYTE = 2**30
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training samples and the collator, as a training data loader has them."""
+    """The training samples and the collator as a data loader has them; `prepare` moves a batch to the device."""
 
     dataset: Any
     collator: Callable[[Any], Any]
+    prepare: Callable[[Any], Any]
+
+    def first_batch(self) -> Any:
+        """Return a small batch on the device."""
+        return self.prepare(collate(self.collator, first_samples(self.dataset)))
 
 
 def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
@@ -46,16 +50,8 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
     )
 
 
-def check_cache(
-    teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner, prepare: Callable[[Any], Any]
-) -> None:
-    """Read a few samples: they must stay the same, and all of them must find room.
-
-    Args:
-        teacher: The teacher, with its cache open.
-        data: The training samples.
-        run_teacher: Computes what is stored, as training does.
-        prepare: Moves a batch to the device.
+def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> None:
+    """Read a few samples, with the cache open: they must stay the same, and all of them must find room.
 
     Raises:
         InputError: When samples change whenever they are read, or the cache would not fit.
@@ -82,9 +78,8 @@ def check_cache(
     if not missing:
         return
     live = TeacherRunner(teacher.load(), run_teacher.loss, logits=run_teacher.logits, autocast=run_teacher.autocast)
-    sizes = [_stored_bytes(teacher, live, prepare(batch)) for batch in missing]
-    share = len(missing) / len(batches)
-    needed = int(sum(sizes) / len(sizes) * share * len(dataset) * views)
+    sizes = [_stored_bytes(teacher, live, data.prepare(batch)) for batch in missing]
+    needed = int(sum(sizes) / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
 
@@ -92,10 +87,9 @@ def check_cache(
 def fill_cache(
     teacher: CachedTeacher, run_teacher: TeacherRunner, loader: DataLoader, prepare: Callable[[Any], Any], quiet: bool
 ) -> None:
-    """Run the teacher on every sample that the cache lacks.
+    """Run the teacher on every sample of a loader that the open cache lacks.
 
     Args:
-        teacher: The teacher, with its cache open.
         run_teacher: Runs it and stores what it computed.
         loader: Every version of every training sample once.
         prepare: Moves a batch to the device.

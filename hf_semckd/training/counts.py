@@ -55,15 +55,7 @@ def count_step(
     reduce_sum: Callable[[Tensor], Tensor],
     processes: int = 1,
 ) -> list[StepCounts]:
-    """Count the items of all micro-batches of an optimizer step, here and over all processes.
-
-    Args:
-        batches: The micro-batches of this process.
-        task: The kind of head.
-        shifted: Whether position n predicts label n + 1.
-        reduce_sum: Adds a tensor over processes; called once.
-        processes: Number of processes.
-    """
+    """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`."""
     counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
     totals = reduce_sum(counts.sum(0))
     return [StepCounts(items, totals, processes) for items in counts[:, 0].unbind()]
@@ -79,8 +71,6 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
     """Count what the terms of a micro-batch are averages over, without waiting for the device.
 
     Args:
-        batch: The micro-batch.
-        task: The kind of head.
         shifted: Whether position n predicts label n + 1 (causal language models).
 
     Returns:
@@ -88,9 +78,12 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
         or for token tasks the labels that are not -100; logit items without labels are the tokens that are not
         padding.
     """
-    kind = _widest(batch)
-    samples = torch.full((), float(batch_size(batch)), **kind)
     labels = batch.get("labels")
+    tensors = (value for value in (labels, *batch.values()) if isinstance(value, Tensor))
+    device = next((value.device for value in tensors), torch.device("cpu"))
+    # Sums of counts are exact in the widest precision of the device.
+    kind: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+    samples = torch.full((), float(batch_size(batch)), **kind)
     if task == "tokens":
         mask = token_targets(labels, batch.get("attention_mask"), shifted)
         count = samples if mask is None else mask.sum().to(**kind)
@@ -105,22 +98,14 @@ def safe_labels(labels: Any, items: Tensor) -> Any:
 
     The mean over nothing would be NaN, and so would its gradient. The term is multiplied by the number of items, so
     what stands in adds nothing, and no process has to know of it: each reaches every parameter and logs every term.
+    Labels that cannot be counted, or are none, come back as they are.
 
     Args:
-        labels: The batch's labels, or anything else, which is returned as it is.
         items: What `count_items` counted, a scalar.
     """
     if not _countable(labels):
         return labels
     return torch.where((items > 0).to(labels.device, non_blocking=True), labels, torch.zeros_like(labels))
-
-
-def _widest(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the device of a batch and the widest precision there, in which sums of counts are exact."""
-    device = next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))
-    labels = batch.get("labels")
-    device = labels.device if isinstance(labels, Tensor) else device
-    return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 
 
 def _countable(labels: Any) -> bool:

@@ -13,12 +13,7 @@ from ..models.inputs import InputSelector, forward_parameters
 
 
 class InputRouter:
-    """Takes the teacher's entries out of the student's batches, and keeps them in the data set's columns.
-
-    Args:
-        student: The student.
-        teacher: The teacher's model.
-    """
+    """Takes the teacher's entries out of the student's batches, and keeps them in the data set's columns."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module):
         self._select = InputSelector(student)
@@ -45,12 +40,7 @@ class InputRouter:
         return {**self._select(batch), **labels}
 
     def extra_columns(self, kept: Sequence[str], columns: Sequence[str]) -> list[str]:
-        """Return the columns that must stay besides those that `Trainer` keeps for the student.
-
-        Args:
-            kept: What `Trainer` keeps.
-            columns: The data set's columns.
-        """
+        """Return which of a data set's columns must stay besides those kept by `Trainer` for the student."""
         extra = [name for name in self._teacher_takes if name not in kept]
         extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
         if not self._pretrained and not {*kept} & {*columns}:

@@ -23,8 +23,7 @@ class WindowAverages:
 
     Attributes:
         terms: The unweighted loss terms that were computed, and `association/entropy` in nats.
-        association: (S, T) mean weights, or None without an association.
-        spread: (S, T) standard deviations of the weights over samples, or None.
+        association, spread: (S, T) mean and standard deviation of the weights; None without an association.
     """
 
     terms: dict[str, float]
@@ -68,12 +67,7 @@ class LossMeter:
         return not self._terms and self._association is None
 
     def average(self, steps: int, reduce_sum: Callable[[Tensor], Tensor]) -> WindowAverages:
-        """Return the averages over all processes and start anew.
-
-        Args:
-            steps: Optimizer steps since the last call, at least 1.
-            reduce_sum: Adds a tensor over processes; called once.
-        """
+        """Return the averages over the optimizer steps since the last call, on all processes, and start anew."""
         names = [name for name in TERMS if name in self._terms]
         parts = [self._terms[name].reshape(1) for name in names]
         if self._association is not None:

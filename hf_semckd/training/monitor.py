@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..losses import FeatureLoss
-from .meters import LossMeter, WindowAverages
+from .meters import LossMeter
 from .plan import Plan
 from .services import Services
 
@@ -31,12 +31,12 @@ class Monitor:
     Nothing is read from the device before a window ends, and a window costs one reduction over processes.
 
     Args:
-        plan: What was decided about the training.
-        loss: The feature loss, or None.
-        services: The engine.
-        student_layers: Names of the student's layers.
-        teacher_layers: Names of the teacher's layers.
         custom_loss: Whether the task loss is a user's function, of which nothing is known.
+
+    Attributes:
+        judges_student: Whether a task loss at chance tells that the student has learned nothing.
+        last_association: (S, T) mean weights of the last window that had any.
+        task_losses: Steps and mean task loss of the last windows.
     """
 
     def __init__(
@@ -46,22 +46,17 @@ class Monitor:
         services: Services,
         student_layers: Sequence[str],
         teacher_layers: Sequence[str],
-        custom_loss: bool = False,
+        *,
+        custom_loss: bool,
     ):
         self.plan = plan
         self.services = services
         self.student_layers = list(student_layers)
         self.teacher_layers = list(teacher_layers)
         self.upper_bound = None if loss is None else loss.upper_bound
-        self.judges_student = not (
-            loss is None
-            or loss.reuses_teacher_head
-            or plan.classes is None
-            or plan.classes < 2
-            or plan.task != "single_label"
-            or plan.feature_weight == 0
-            or custom_loss
-        )
+        classifies = plan.task == "single_label" and plan.classes is not None and plan.classes > 1
+        learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0
+        self.judges_student = classifies and learns_features and not custom_loss
         self.last_association: np.ndarray | None = None
         self._warned_of_collapse = False
         self.start(0)
@@ -80,20 +75,21 @@ class Monitor:
             self._meter.add_association(features["association"])
 
     def finish(self, step: int) -> dict[str, float]:
-        """End the logging window on all processes at once; return its terms and keep its association.
-
-        Args:
-            step: The optimizer steps taken so far.
-        """
+        """End the logging window on all processes at once; return its terms and keep its association."""
         if self._meter.empty:
             return {}
         steps = step - self._averaged_to
         averages = self._meter.average(steps, self.services.reduce_sum)
         self._averaged_to = step
-        self._remember_task_loss(steps, averages.terms)
+        if "task_loss" in averages.terms:
+            self.task_losses.append((steps, averages.terms["task_loss"]))
+            # Only the last windows, which make up `JUDGED_STEPS` steps.
+            while sum(count for count, _ in self.task_losses) - self.task_losses[0][0] >= JUDGED_STEPS:
+                self.task_losses.popleft()
         if averages.association is not None:
             self.last_association = averages.association
-        self._warn_of_collapse(averages)
+            if averages.collapsed(self.upper_bound):
+                self._warn_of_collapse(averages.association)
         return averages.terms
 
     def warn_of_idle_student(self, step: int, learning_rate: float) -> None:
@@ -123,22 +119,13 @@ class Monitor:
                 steps,
             )
 
-    def _remember_task_loss(self, steps: int, terms: Mapping[str, float]) -> None:
-        """Keep the last windows that make up `JUDGED_STEPS` steps."""
-        if "task_loss" not in terms:
-            return
-        self.task_losses.append((steps, terms["task_loss"]))
-        while sum(count for count, _ in self.task_losses) - self.task_losses[0][0] >= JUDGED_STEPS:
-            self.task_losses.popleft()
-
-    def _warn_of_collapse(self, averages: WindowAverages) -> None:
-        if self._warned_of_collapse or not averages.collapsed(self.upper_bound) or not self.services.is_main:
-            return
-        self._warned_of_collapse = True
-        layer = self.teacher_layers[int(averages.association[0].argmax())]  # type: ignore[index]
-        logger.warning(
-            "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
-            "every sample alike, so it carries no information. Use association='similarity', or raise "
-            "association_temperature.",
-            layer,
-        )
+    def _warn_of_collapse(self, association: np.ndarray) -> None:
+        """Warn once that the association carries no information."""
+        if self.services.is_main and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            logger.warning(
+                "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
+                "every sample alike, so it carries no information. Use association='similarity', or raise "
+                "association_temperature.",
+                self.teacher_layers[int(association[0].argmax())],
+            )

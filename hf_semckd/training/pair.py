@@ -25,11 +25,9 @@ GIGABYTE = 2**30
 
 @dataclass(frozen=True)
 class Pair:
-    """A student and its teacher.
+    """A student, without wrappers, and its teacher.
 
     Attributes:
-        student: The student, without wrappers.
-        teacher: The teacher.
         capture: Takes the student's features out of its forward.
         router: Tells what of a batch the student takes.
         source: The feature loss as it was given, or its name; None where features are not distilled.
@@ -60,11 +58,7 @@ class Pair:
     def of(
         cls, student: nn.Module, teacher: Teacher | CachedTeacher, args: SemCKDConfig, source: LossSource | None
     ) -> Pair:
-        """Return a pair for a teacher that is there already.
-
-        Raises:
-            LayerNotFoundError: When a chosen layer does not exist.
-        """
+        """Return a pair for a teacher that is there already; `LayerNotFoundError` when a chosen layer is not."""
         if isinstance(teacher, CachedTeacher):
             # A trial may need other outputs than the one before.
             teacher.request = _request(student, args, source)
@@ -75,12 +69,6 @@ class Pair:
     @classmethod
     def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
         """Load the teacher and check that it can teach this student.
-
-        Args:
-            student: The student.
-            teacher: A model, or a name or folder to load it from.
-            args: The configuration.
-            source: The feature loss, or its name; None where features are not distilled.
 
         Raises:
             InputError: When the teacher cannot be loaded, or is the student.
@@ -104,8 +92,7 @@ def _open_teacher(
     """Load the teacher, unless it was cached before and may stay where it is."""
 
     def load() -> Teacher:
-        model = load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype())
-        return make(model)
+        return make(load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype()))
 
     def make(model: nn.Module) -> Teacher:
         # Before it is frozen, and with it whatever it shares.
@@ -113,23 +100,22 @@ def _open_teacher(
         layers = chosen_layers(args.teacher_layers, loss, model, "teacher")
         return Teacher(model, layers, compiled=args.teacher_compile)
 
-    folder = args.teacher_cache_dir
-    if folder is None:
+    if args.teacher_cache_dir is None:
         return load()
     digest = None if args.teacher_compile else source_digest(source)
     request = _request(student, args, loss)
     # A loss given as an object is tried on the teacher's features, and a reused classifier is copied from it.
     wanted = isinstance(loss, FeatureLoss) or reuses_teacher_head(loss)
-    limit = None if args.teacher_cache_limit_gb is None else int(args.teacher_cache_limit_gb * GIGABYTE)
-    unloaded = digest is not None and not wanted and is_noted(folder, digest, request)
+    limit = args.teacher_cache_limit_gb
+    unloaded = digest is not None and not wanted and is_noted(args.teacher_cache_dir, digest, request)
     return CachedTeacher(
         make(empty_model(source, like=student)) if unloaded else load(),  # type: ignore[arg-type]
-        folder,
+        args.teacher_cache_dir,
         load=load if unloaded else None,
         digest=digest,
         request=request,
         dtype=args.resolved_cache_dtype(),
-        limit_bytes=limit,
+        limit_bytes=None if limit is None else int(limit * GIGABYTE),
     )
 
 

@@ -14,14 +14,11 @@ class Plan:
     """Which terms are minimized, and on what.
 
     Attributes:
-        task: The kind of task head.
         shifts_labels: Whether position n predicts label n + 1 (causal language models).
         label_names: Columns of a batch that hold labels.
         student_computes_loss: Whether the student's forward takes labels and returns their loss.
         classes: Number of classes of a classifier of whole samples; None for any other head.
-        temperature: Of the logit distillation.
         task_weight, logit_weight, feature_weight: Weights of the terms; with 0 a term is not computed.
-        distils_features: Whether the feature term is on.
     """
 
     task: Task

@@ -34,17 +34,12 @@ class Services:
     @classmethod
     def of(cls, accelerator: Accelerator, device: torch.device) -> Services:
         """Return the services of an accelerator whose training runs on a device."""
+        processes = accelerator.num_processes
 
         def reduce_sum(tensor: Tensor) -> Tensor:
-            if accelerator.num_processes == 1:
+            if processes == 1:
                 return tensor
             return accelerator.reduce(tensor.to(device), reduction="sum").to(tensor.device)
 
-        return cls(
-            device=device,
-            processes=accelerator.num_processes,
-            is_main=accelerator.is_main_process,
-            mixed_precision=accelerator.mixed_precision,
-            autocast=accelerator.autocast,
-            reduce_sum=reduce_sum,
-        )
+        main, precision = accelerator.is_main_process, accelerator.mixed_precision
+        return cls(device, processes, main, precision, accelerator.autocast, reduce_sum)
