@@ -80,13 +80,12 @@ class StudentAttachment:
 
     def detach(self) -> None:
         """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
-        if not self.removable:
-            return
-        self._take_off()
-        for name in (*PREPARATION, "forward"):
-            self.student.__dict__.pop(name, None)
-        if self._bound_forward is not None:
-            self.student.__dict__["forward"] = self._bound_forward
+        if self.removable:
+            self._take_off()
+            for name in (*PREPARATION, "forward"):
+                self.student.__dict__.pop(name, None)
+            if self._bound_forward is not None:
+                self.student.__dict__["forward"] = self._bound_forward
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

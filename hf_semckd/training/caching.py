@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,7 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
 
 
 def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> None:
-    """Read a few samples, with the cache open: they must stay the same, and all of them must find room.
-
-    Raises:
-        InputError: When samples change whenever they are read, or the cache would not fit.
-    """
+    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room."""
     dataset, cache = data.dataset, teacher.cache
     if not is_map_style(dataset) or not len(dataset):
         return
@@ -78,8 +74,13 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     if not missing:
         return
     live = TeacherRunner(teacher.load(), run_teacher.loss, logits=run_teacher.logits, autocast=run_teacher.autocast)
-    sizes = [_stored_bytes(teacher, live, data.prepare(batch)) for batch in missing]
-    needed = int(sum(sizes) / len(batches) * len(dataset) * views)
+    size = 0.0
+    for batch in map(data.prepare, missing):
+        outputs = live(batch)
+        live.wait()
+        rows = cache.rows(outputs, teacher.inputs(batch))
+        size += sum(map(row_bytes, rows)) / len(rows)
+    needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
 
@@ -87,14 +88,7 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
 def fill_cache(
     teacher: CachedTeacher, run_teacher: TeacherRunner, loader: DataLoader, prepare: Callable[[Any], Any], quiet: bool
 ) -> None:
-    """Run the teacher on every sample of a loader that the open cache lacks.
-
-    Args:
-        run_teacher: Runs it and stores what it computed.
-        loader: Every version of every training sample once.
-        prepare: Moves a batch to the device.
-        quiet: Whether to show no progress.
-    """
+    """Run the teacher on what the open cache lacks of a loader's samples; `prepare` moves a batch to the device."""
     for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
         run_teacher(prepare(batch))
         if not teacher.cache.store.writable:
@@ -115,11 +109,3 @@ def check_filled(teacher: CachedTeacher) -> int:
             todo="see the warning above; free the disk, raise teacher_cache_limit_gb, or name another folder",
         )
     return len(store)
-
-
-def _stored_bytes(teacher: CachedTeacher, live: TeacherRunner, batch: Mapping[str, Any]) -> float:
-    """Return how many bytes the cache would take for a sample of a batch, on average."""
-    outputs = live(batch)
-    live.wait()
-    rows = teacher.cache.rows(outputs, teacher.inputs(batch))
-    return sum(map(row_bytes, rows)) / len(rows)

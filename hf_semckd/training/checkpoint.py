@@ -61,10 +61,9 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back, or warn that the checkpoint holds the student alone.
+    """Read the feature loss back; `CheckpointError` when it is missing or of another shape.
 
-    Raises:
-        CheckpointError: When the checkpoint should hold one and does not, or one of another shape.
+    A checkpoint that was meant to hold the student alone is a warning.
     """
     if not (Path(folder) / OPTIMIZER_FILE).is_file():
         logger.warning(
@@ -120,10 +119,9 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
 
 
 def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None, settings: Mapping[str, Any]) -> None:
-    """Write what was asked of the training beside a saved student, for the record: loading does not need it.
+    """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
-    It holds no paths and tokens, and takes the place of Trainer's pickled arguments, which only this library could
-    read back.
+    They take the place of Trainer's pickled arguments, which only this library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}

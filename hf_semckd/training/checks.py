@@ -1,4 +1,4 @@
-"""Refuses models and data (`InputError`) and options (`ConfigurationError`) that cannot work, before the first step."""
+"""Refuses models, data (`InputError`) and options (`ConfigurationError`) that cannot work, before the first step."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ..models.tasks import IGNORED, Task, batch_size, token_targets
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"
+Reduction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class StepCounts:
     Attributes:
         items: Items of the task loss in the micro-batch, a scalar.
         totals: (3) task items, logit items and samples over the whole step and all processes.
-        processes: Number of processes.
     """
 
     items: Tensor
@@ -49,11 +49,7 @@ class StepCounts:
 
 
 def count_step(
-    batches: Sequence[Mapping[str, Any]],
-    task: Task,
-    shifted: bool,
-    reduce_sum: Callable[[Tensor], Tensor],
-    processes: int = 1,
+    batches: Sequence[Mapping[str, Any]], task: Task, shifted: bool, reduce_sum: Reduction, processes: int = 1
 ) -> list[StepCounts]:
     """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`."""
     counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
@@ -68,15 +64,10 @@ def scaled(loss: Tensor, scale: Tensor) -> Tensor:
 
 
 def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count what the terms of a micro-batch are averages over, without waiting for the device.
+    """Return the task items, logit items and samples of a micro-batch, scalars on its device that nobody waits for.
 
-    Args:
-        shifted: Whether position n predicts label n + 1 (causal language models).
-
-    Returns:
-        Task items, logit items, samples: scalars on the batch's device, in its widest precision. Items are samples,
-        or for token tasks the labels that are not -100; logit items without labels are the tokens that are not
-        padding.
+    Items are samples, or for token tasks the labels that are not -100; logit items without labels are the tokens that
+    are not padding. `shifted` tells that position n predicts label n + 1 (causal language models).
     """
     labels = batch.get("labels")
     tensors = (value for value in (labels, *batch.values()) if isinstance(value, Tensor))
@@ -99,9 +90,6 @@ def safe_labels(labels: Any, items: Tensor) -> Any:
     The mean over nothing would be NaN, and so would its gradient. The term is multiplied by the number of items, so
     what stands in adds nothing, and no process has to know of it: each reaches every parameter and logs every term.
     Labels that cannot be counted, or are none, come back as they are.
-
-    Args:
-        items: What `count_items` counted, a scalar.
     """
     if not _countable(labels):
         return labels

@@ -26,9 +26,8 @@ from .objective import Objective
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
 from .options import loss_options
 from .pair import Pair
-from .plan import Plan
-from .services import Services
-from .task_loss import TaskLoss, UserFunctions
+from .plan import Plan, Services
+from .task_loss import TaskLoss
 
 
 class Distillation:
@@ -39,33 +38,21 @@ class Distillation:
 
     Attributes:
         attachment: Joins loss and student; None without a feature loss.
-        settings: What is used of the settings that depend on the models.
+        settings: Those of the configuration, with what is used where they depend on the models.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        plan: Plan,
-        loss: FeatureLoss | None,
-        args: SemCKDConfig,
-        services: Services,
-        user: UserFunctions,
-    ):
+    def __init__(self, pair: Pair, plan: Plan, loss: FeatureLoss | None, args: SemCKDConfig, services: Services):
         self.pair = pair
         self.plan = plan
         self.loss = loss
         self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distils_logits, autocast=services.autocast)
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
-        layers = pair.student_layer_names, pair.teacher_layer_names
-        self.monitor = Monitor(plan, loss, services, *layers, custom_loss=user.loss is not None)
-        task_loss = TaskLoss(plan, user, services.device)
+        self.monitor = Monitor(plan, pair, loss, services)
+        task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
-        self.settings = {
-            **args.distillation_settings(),
-            **({} if loss is None else loss.settings),
-            "feature_weight": plan.feature_weight,
-        }
+        chosen = {} if loss is None else loss.settings
+        self.settings = {**args.distillation_settings(), **chosen, "feature_weight": plan.feature_weight}
         self._borrowed: BorrowedOptimizer | None = None
         count = getattr(pair.student, "num_parameters", None)
         self._student_parameters = 0 if count is None else int(count(exclude_embeddings=True))
@@ -78,23 +65,15 @@ class Distillation:
         data: TrainingData | None,
         args: SemCKDConfig,
         services: Services,
-        user: UserFunctions,
+        *,
+        label_names: tuple[str, ...],
     ) -> Distillation:
-        """Run a small batch through both models, and make the parts for the layers that were found.
-
-        Args:
-            batch: A small training batch, on the device.
-            data: The training samples, where they can be read ahead of training.
-
-        Raises:
-            InputError: When models, loss and data do not fit together.
-            ConfigurationError: When a method cannot be used for these layers.
-        """
+        """Run a small training batch through both models, and make the parts for the layers that were found."""
         try:
             found = inspect_pair(pair, batch, logits=args.distils_logits, features=pair.source is not None)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
-            plan = _make_plan(pair, found, loss, args, user.label_names)
-            distillation = cls(pair, plan, loss, args, services, user)
+            plan = _make_plan(pair, found, loss, args, label_names)
+            distillation = cls(pair, plan, loss, args, services)
             if pair.cached_teacher is not None:
                 distillation._open_cache(pair.cached_teacher, found, data, services)
         finally:
@@ -115,8 +94,6 @@ class Distillation:
             check_cache(teacher, data, self.run_teacher)
         if services.is_main:
             teacher.write_note(found.batch, found.teacher)
-
-    # ---- Training ----------------------------------------------------------------------------------------------
 
     @property
     def attached(self) -> bool:
@@ -157,16 +134,13 @@ class Distillation:
             return self.loss.finish(self.pair.student, self.pair.teacher.model)
         return lambda: None
 
-    def add_to_optimizer(self, optimizer: Any, args: SemCKDConfig) -> None:
-        """Append the feature loss's parameters to the student's own optimizer."""
+    def extend_optimizer(self, optimizer: Any, scheduler: Any, args: SemCKDConfig, *, borrowed: bool) -> None:
+        """Append the feature loss's parameters to the optimizer; to one of the user's for the time of training."""
         assert self.loss is not None
-        rate = args.resolved_projection_learning_rate()
-        add_feature_loss_groups(optimizer, self.loss, learning_rate=rate, weight_decay=args.weight_decay)
-
-    def borrow_optimizer(self, optimizer: Any, scheduler: Any) -> None:
-        """Append the feature loss's parameters to a user's optimizer, for the time of training."""
-        if self._borrowed is None:
-            assert self.loss is not None
+        if not borrowed:
+            rate = args.resolved_projection_learning_rate()
+            add_feature_loss_groups(optimizer, self.loss, learning_rate=rate, weight_decay=args.weight_decay)
+        elif self._borrowed is None:
             inner = getattr(optimizer, "optimizer", optimizer)
             self._borrowed = BorrowedOptimizer(inner, getattr(scheduler, "scheduler", scheduler), self.loss)
 
@@ -188,7 +162,7 @@ def _make_plan(
         task="single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem),
         shifts_labels=shifts_labels(student),
         label_names=label_names,
-        student_computes_loss=any(pair.router.student_takes(name) for name in (*label_names, "labels")),
+        student_computes_loss=any(name in pair.router.student_takes for name in (*label_names, "labels")),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,
         temperature=args.temperature,
         task_weight=args.task_weight,

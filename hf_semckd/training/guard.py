@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLossError
-from .services import Services
+from .plan import Services
 
 
 @dataclass
 class PendingLoss:
-    """A loss on its way from the device, not checked yet.
+    """A loss and its named terms on their way from the device, with the batch to find out whose fault they are.
 
-    Attributes:
-        step: The optimizer step that it belongs to, from 1.
-        values: The loss and each term.
-        names: Of the terms.
-        batch: What the teacher was given, to find out afterwards whether it is to blame.
-        arrived: Tells when `values` can be read; None when reading waits by itself.
+    `arrived` tells when the values can be read; None when reading waits by itself.
     """
 
     step: int
@@ -44,8 +39,7 @@ class FiniteGuard:
 
     Attributes:
         check_teacher: Raises where the teacher's outputs for a batch are not finite.
-        deferred: Whether a loss is checked one step late (and before anything is logged or saved) instead of at once,
-            which would make the host wait for the device: everywhere but on the CPU.
+        deferred: Whether a loss is checked late, but before anything is logged or saved: everywhere but on the CPU.
         pending: The loss that was not checked yet.
     """
 
@@ -56,12 +50,7 @@ class FiniteGuard:
         self.pending: PendingLoss | None = None
 
     def check(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Mapping[str, Any], step: int) -> None:
-        """Check the loss and its terms in an optimizer step, or leave them for the next and check the ones before.
-
-        Raises:
-            NonFiniteLossError: When it is not finite.
-            TeacherOutputError: When the teacher is to blame.
-        """
+        """Raise where a loss, or the one before, is not finite: `TeacherOutputError` when the teacher is to blame."""
         values = torch.stack([loss.detach(), *(value.detach().to(loss.dtype) for value in terms.values())])
         seen = PendingLoss(step, values, tuple(terms), batch)
         if not self.deferred:
@@ -77,11 +66,7 @@ class FiniteGuard:
             self._refuse_broken(before)
 
     def check_pending(self, step: int) -> None:
-        """Check the last loss on all processes at once: gradients are shared, and so is what breaks them.
-
-        Raises:
-            NonFiniteLossError: When the last loss of any process, after so many optimizer steps, is not finite.
-        """
+        """Check the last loss on all processes at once: gradients are shared, and so is what breaks them."""
         if not self.deferred:
             return
         pending, self.pending = self.pending, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,7 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features: bool) -> Inspection:
-    """Run a small batch through both models in evaluation mode and check that they fit together.
-
-    Raises:
-        InputError: When a model cannot take the batch, or their logits differ in shape.
-        LayerNotFoundError: When a chosen layer does not exist.
-        TeacherOutputError: When the teacher's outputs are not finite.
-    """
+    """Run a small batch through both models in evaluation mode and check that they fit together."""
     described = pair.teacher.describe(batch, logits=logits, features=features)
     student, capture = pair.student, pair.capture
     inputs = select_inputs(student, batch)
@@ -60,7 +55,10 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
         outputs, taken = run_on_inputs("student", batch, lambda: _capture_student(student, capture, inputs, features))
     finally:
         student.train(was_training)
-    student_logits = _student_logits(outputs, needed=logits)
+    student_logits: Any = None
+    # Without a logit term the student may return none.
+    with nullcontext() if logits else suppress(InputError):
+        student_logits = logits_of(outputs, "student")
     # Of a teacher that is not loaded the classes are known, not the batch.
     if logits and described.logits and tuple(student_logits.shape)[-len(described.logits) :] != described.logits:
         raise InputError(logit_shape_message(tuple(student_logits.shape), described.logits))
@@ -77,16 +75,6 @@ def _capture_student(
         outputs = student(**inputs, **capture.request(student))
     capture.resolve(student, outputs)
     return outputs, capture.collect(outputs, recorded)
-
-
-def _student_logits(outputs: Any, *, needed: bool) -> Any:
-    """Return the student's logits; without any, raise where they are needed, or return None."""
-    try:
-        return logits_of(outputs, "student")
-    except InputError:
-        if needed:
-            raise
-        return None
 
 
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
@@ -109,13 +97,7 @@ def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
 
 @torch.no_grad()
 def check_heads(loss: FeatureLoss, pair: Pair, found: Inspection) -> None:
-    """Refuse (`ConfigurationError`) models that do not end in a linear classifier of their last layer's average.
-
-    Args:
-        loss: The loss that gives the student the teacher's classifier.
-        pair: Student and teacher, which is loaded.
-        found: What both models gave.
-    """
+    """Refuse models that do not end in a linear classifier of their last layer's average; the teacher is loaded."""
     for role, model, inputs, features in (
         ("student", pair.student, select_inputs(pair.student, found.batch), found.student_features),
         ("teacher", pair.teacher.model, pair.teacher.inputs(found.batch), found.teacher.features),

@@ -21,8 +21,7 @@ from .counts import COUNTS, StepCounts, count_step, safe_labels, scaled
 from .guard import FiniteGuard
 from .monitor import Monitor
 from .pair import Pair
-from .plan import Plan
-from .services import Services
+from .plan import Plan, Services
 from .task_loss import TaskLoss
 
 
@@ -51,9 +50,7 @@ class Objective:
     def begin_step(self, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return an optimizer step's micro-batches with their counts; merge the teacher statistics of the last step.
 
-        Args:
-            batches: The micro-batches of this process.
-            prepare: Moves a batch to the device.
+        `prepare` moves a batch to the device.
         """
         counts = self._count(batches)
         if self.loss is not None:
@@ -68,10 +65,6 @@ class Objective:
             inputs: A micro-batch of `begin_step`, on the device. One without counts is a step of its own.
             step: The optimizer step, from 1.
             return_outputs: Whether to return the student's outputs too.
-
-        Raises:
-            NonFiniteLossError: When a term is NaN or infinite, before it reaches a weight.
-            TeacherOutputError: When the teacher is to blame.
         """
         batch = {key: value for key, value in inputs.items() if key != COUNTS}
         counts = inputs[COUNTS] if COUNTS in inputs else self._count([batch])[0]

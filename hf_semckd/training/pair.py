@@ -3,33 +3,68 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import SemCKDConfig
+from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX
 from ..features.capture import FeatureCapture
 from ..losses import FeatureLoss
 from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
+from ..models.inputs import InputSelector, forward_parameters
 from ..models.loading import empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.teacher import Teacher
 from .checks import check_encoder_decoder, check_label_names, check_models
-from .inputs import InputRouter
 
 ModelSource = nn.Module | str | os.PathLike[str]
 GIGABYTE = 2**30
 
 
+class InputRouter:
+    """Takes the teacher's entries out of the student's batches, and keeps them in the data set's columns."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        self._select = InputSelector(student)
+        self.student_takes = self._select.parameters
+        self._teacher_takes = forward_parameters(teacher)
+        self._teacher_only = {*self._teacher_takes} - {*self.student_takes, *LABEL_COLUMNS}
+        self._pretrained = isinstance(student, PreTrainedModel)
+        self._named_inputs = self._pretrained or hasattr(student, "get_base_model")
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the student gets of a batch: not the teacher's columns, nor those only the teacher names."""
+        own = {
+            key: value
+            for key, value in batch.items()
+            if key not in self._teacher_only and key != CACHED and not key.startswith(TEACHER_PREFIX)
+        }
+        if self._named_inputs:
+            return own
+        # A plain module's one input may have any name, also one that the teacher alone knows.
+        labels = {key: value for key, value in batch.items() if key in LABEL_COLUMNS}
+        return {**self._select(batch), **labels}
+
+    def extra_columns(self, kept: Sequence[str], columns: Sequence[str]) -> list[str]:
+        """Return which of a data set's columns must stay besides those kept by `Trainer` for the student."""
+        extra = [name for name in self._teacher_takes if name not in kept]
+        extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
+        if not self._pretrained and not {*kept} & {*columns}:
+            extra += columns
+        return extra
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A student, without wrappers, and its teacher.
+    """A student, without wrappers, its teacher, and the feature loss that was chosen.
 
     Attributes:
         capture: Takes the student's features out of its forward.
-        router: Tells what of a batch the student takes.
         source: The feature loss as it was given, or its name; None where features are not distilled.
     """
 
@@ -68,12 +103,7 @@ class Pair:
 
     @classmethod
     def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
-        """Load the teacher and check that it can teach this student.
-
-        Raises:
-            InputError: When the teacher cannot be loaded, or is the student.
-            ConfigurationError: When the arguments do not suit these models.
-        """
+        """Load the teacher and check that it can teach this student."""
         opened = _open_teacher(student, teacher, args, source)
         check_label_names(student, opened.model)
         check_encoder_decoder((student, opened.model), args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,7 @@ from torch import Tensor, nn
 from ..losses.logits import cross_entropy
 from ..models.outputs import logits_of
 from .counts import StepCounts, safe_labels, scaled
-from .plan import Plan
-
-
-@dataclass(frozen=True)
-class UserFunctions:
-    """What the user's `Trainer` arguments say of the task loss.
-
-    Attributes:
-        label_names: Columns of a batch that hold labels.
-        loss: `compute_loss_func`, or None.
-        smoother: `Trainer`'s label smoother, or None.
-    """
-
-    label_names: tuple[str, ...]
-    loss: Callable[..., Tensor] | None = None
-    smoother: Callable[..., Tensor] | None = None
+from .plan import Plan, Services
 
 
 @dataclass(frozen=True)
@@ -35,24 +20,23 @@ class TaskLoss:
     """Computes a micro-batch's share of the task loss of its optimizer step."""
 
     plan: Plan
-    user: UserFunctions
-    device: torch.device
+    services: Services
 
     @property
     def drops_labels(self) -> bool:
         """Whether the student must not compute the task loss by itself."""
-        elsewhere = self.user.loss is not None or self.user.smoother is not None
+        elsewhere = self.services.custom_loss is not None or self.services.label_smoother is not None
         return elsewhere or self.plan.task_weight == 0 or not self.plan.student_computes_loss
 
     def __call__(self, outputs: Any, labels: Any, counts: StepCounts) -> Tensor:
         """Return the micro-batch's share; without a single label, 0 that reaches every parameter."""
         labels = safe_labels(labels, counts.items)
-        if self.user.loss is not None:
-            total = counts.totals[0].clamp(min=1).to(self.device, torch.float32, non_blocking=True)
-            loss = self.user.loss(outputs, labels, num_items_in_batch=total)
+        if self.services.custom_loss is not None:
+            total = counts.totals[0].clamp(min=1).to(self.services.device, torch.float32, non_blocking=True)
+            loss = self.services.custom_loss(outputs, labels, num_items_in_batch=total)
             return scaled(loss, (counts.items > 0) * counts.processes)
-        if self.user.smoother is not None and labels is not None:
-            loss = self.user.smoother(outputs, labels, shift_labels=self.plan.shifts_labels)
+        if self.services.label_smoother is not None and labels is not None:
+            loss = self.services.label_smoother(outputs, labels, shift_labels=self.plan.shifts_labels)
         elif not self.plan.student_computes_loss:
             loss = cross_entropy(logits_of(outputs, "student"), labels)
         else:
@@ -62,7 +46,7 @@ class TaskLoss:
     def of_plain_module(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         """Return the loss of a model that computes none, as `Trainer.compute_loss` would; None where it can."""
         labels = self.plan.labels_of(inputs)
-        if self.plan.student_computes_loss or labels is None or self.user.loss is not None:
+        if self.plan.student_computes_loss or labels is None or self.services.custom_loss is not None:
             return None
         names = {"labels", *self.plan.label_names}
         logits = logits_of(model(**{key: value for key, value in inputs.items() if key not in names}), "student")

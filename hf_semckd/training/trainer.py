@@ -25,9 +25,8 @@ from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
 from .distillation import Distillation
 from .pair import ModelSource, Pair
-from .services import Services
+from .plan import Services
 from .student_trainer import StudentTrainer
-from .task_loss import UserFunctions
 
 
 class DistillationTrainer(StudentTrainer):
@@ -159,9 +158,10 @@ class DistillationTrainer(StudentTrainer):
             check_labels(batch, self.label_names, self.args)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
-            user = UserFunctions(tuple(self.label_names), self.compute_loss_func, self.label_smoother)
-            services = Services.of(self.accelerator, self.args.device)
-            self.distillation = Distillation.build(self.pair, batch, data, self.args, services, user)
+            services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
+            self.distillation = Distillation.build(
+                self.pair, batch, data, self.args, services, label_names=tuple(self.label_names)
+            )
         install_callback(self.callback_handler, self.distillation.monitor, self.pair.cached_teacher)
         return self.distillation
 
@@ -176,7 +176,7 @@ class DistillationTrainer(StudentTrainer):
             collator = self._get_collator_with_removed_columns(collator, description="training")
         return TrainingData(dataset, collator, self._prepare_input)
 
-    # ---- Trainer's hooks: data ---------------------------------------------------------------------------------
+    # ---- Trainer's hooks ---------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
@@ -203,8 +203,6 @@ class DistillationTrainer(StudentTrainer):
         if self.distillation is not None and batches:
             batches = self.distillation.objective.begin_step(batches, self._prepare_input)
         return batches, items
-
-    # ---- Trainer's hooks: training -----------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -263,12 +261,12 @@ class DistillationTrainer(StudentTrainer):
         if trial is None:
             return
         self._detach()
-        if not self._distils:
+        if self._distils:
+            self.args.validate_distillation()
+            check_teacher_given(self.pair, self.args)
+            self._attach(self._build())
+        else:
             self.distillation = None
-            return
-        self.args.validate_distillation()
-        check_teacher_given(self.pair, self.args)
-        self._attach(self._build())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the student's optimizer as `Trainer` does, and append the feature loss's parameters."""
@@ -277,10 +275,7 @@ class DistillationTrainer(StudentTrainer):
             return super().create_optimizer(*args, **kwargs)
         with distillation.plain_student():
             optimizer = super().create_optimizer(*args, **kwargs)
-        if self._owns_optimizer:
-            distillation.add_to_optimizer(self.optimizer, self.args)
-        else:
-            distillation.borrow_optimizer(self.optimizer, self.lr_scheduler)
+        distillation.extend_optimizer(self.optimizer, self.lr_scheduler, self.args, borrowed=not self._owns_optimizer)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
