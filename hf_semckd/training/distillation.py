@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import SemCKDConfig
+from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
@@ -88,7 +89,7 @@ class Distillation:
         """Open the cache for the layers that were found, and refuse what cannot be cached."""
         # What is stored depends on the autocast under which the teacher ran, too.
         kept = f"{'' if self.loss is None else self.loss.kept} autocast {services.mixed_precision}"
-        logits, features = self.plan.distils_logits, self.plan.distils_features
+        logits, features = self.plan.distils_logits, self.loss is not None
         teacher.open(found.batch, found.teacher, kept=kept, logits=logits, features=features)
         if data is not None:
             check_cache(teacher, data, self.run_teacher)
@@ -104,7 +105,7 @@ class Distillation:
         """Begin a training: make the feature loss part of the student."""
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
-        self.objective.start()
+        self.objective.statistics_ready = False
         if self.attachment is not None:
             self.attachment.loss.automatic_synchronization = False
             self.attachment.attach()
@@ -168,7 +169,6 @@ def _make_plan(
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
-        distils_features=loss is not None,
     )
 
 
@@ -186,7 +186,7 @@ def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: S
             found.student_specs,
             found.teacher.specs,
             loss_options(args),
-            tokens_aligned=found.tokens_aligned,
+            tokens_aligned=not has_own_tokens(found.batch),
             student_parameters=sum(parameter.numel() for parameter in parameters),
         )
     if loss.reuses_teacher_head:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.capture import FeatureCapture
 from ..features.layers import FeatureSpec, describe
@@ -31,7 +30,6 @@ class Inspection:
     Attributes:
         student_logits: The student's logits, or None when it returns none.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
-        tokens_aligned: Whether position n of both models stands for the same input.
     """
 
     batch: Mapping[str, Any]
@@ -39,7 +37,6 @@ class Inspection:
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
     teacher: TeacherDescription
-    tokens_aligned: bool
 
 
 @torch.no_grad()
@@ -63,7 +60,7 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
     if logits and described.logits and tuple(student_logits.shape)[-len(described.logits) :] != described.logits:
         raise InputError(logit_shape_message(tuple(student_logits.shape), described.logits))
     specs = [describe(x, name, student, inputs) for x, name in zip(taken, capture.names(), strict=False)]
-    return Inspection(batch, student_logits, specs, taken, described, tokens_aligned=not has_own_tokens(batch))
+    return Inspection(batch, student_logits, specs, taken, described)
 
 
 def _capture_student(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,12 +40,7 @@ class Objective:
     guard: FiniteGuard
     monitor: Monitor
     services: Services
-    _statistics_ready: bool = field(default=False, init=False)
-
-    def start(self) -> None:
-        """Begin a training."""
-        self._statistics_ready = False
-        self.guard.pending = None
+    statistics_ready: bool = False
 
     def begin_step(self, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return an optimizer step's micro-batches with their counts; merge the teacher statistics of the last step.
@@ -90,7 +85,7 @@ class Objective:
             inputs.pop("labels", None)
         elif "labels" in inputs:
             inputs["labels"] = safe_labels(inputs["labels"], counts.items)
-        if not self.plan.distils_features:
+        if self.loss is None:
             return model(**inputs), None
         mask = token_attention(inputs, self.plan.labels_of(batch), self.pair.student)
         taught = DistillationTargets(targets.features, mask, self.run_teacher.wait)
@@ -134,7 +129,7 @@ class Objective:
         """Merge teacher statistics once an optimizer step; the first step takes them from its own samples."""
         loss.collecting = True
         # Asking reads from the device: once a training is enough.
-        needed, self._statistics_ready = not self._statistics_ready and loss.needs_statistics, True
+        needed, self.statistics_ready = not self.statistics_ready and loss.needs_statistics, True
         if needed:
             for batch in batches:
                 outputs = self.run_teacher(prepare(batch))

@@ -35,7 +35,6 @@ class Plan:
     task_weight: float
     logit_weight: float
     feature_weight: float
-    distils_features: bool
 
     @property
     def distils_logits(self) -> bool:
