@@ -51,17 +51,11 @@ class StudentAttachment:
     runs the loss *inside* its forward. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every
     trained parameter, synchronizes its gradient and shards it. Without the teacher's features as an extra keyword
     the forward is unchanged, so evaluation, saving and inspection work as ever.
-
-    Args:
-        student: The module to train.
-        loss: The feature loss.
-        capture: Takes the student's features out of its forward.
     """
 
     def __init__(self, student: nn.Module, loss: FeatureLoss, capture: FeatureCapture):
         self.student = student
         self.loss = loss
-        self.capture = capture
         self._plain_class = type(student)
         self._bound_forward: Callable[..., Any] | None = None
         self._training_class = _training_class(type(student), capture, self._plain_forward)
@@ -73,32 +67,30 @@ class StudentAttachment:
 
     @property
     def removable(self) -> bool:
-        """Whether the student's class is still the one that was set; FSDP2 and others put their own on top."""
+        """Whether the loss is attached, and the student's class the one set here: FSDP2 puts its own on top."""
         return type(self.student) is self._training_class
 
     def attach(self) -> None:
         """Make the loss part of the student; nothing happens when it already is."""
-        if self.attached:
-            return
-        forget_preparation(self.student)
-        # A forward bound to the object (by an offloading hook, say) would hide that of the training class.
-        self._bound_forward = self.student.__dict__.pop("forward", None)
-        self._put_on()
+        if not self.attached:
+            forget_preparation(self.student)
+            # A forward bound to the object (by an offloading hook, say) would hide that of the training class.
+            self._bound_forward = self.student.__dict__.pop("forward", None)
+            self._put_on()
 
     def detach(self) -> None:
         """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
-        if not self.attached or not self.removable:
-            return
-        self._take_off()
-        for name in (*PREPARATION, "forward"):
-            self.student.__dict__.pop(name, None)
-        if self._bound_forward is not None:
-            self.student.__dict__["forward"] = self._bound_forward
+        if self.removable:
+            self._take_off()
+            for name in (*PREPARATION, "forward"):
+                self.student.__dict__.pop(name, None)
+            if self._bound_forward is not None:
+                self.student.__dict__["forward"] = self._bound_forward
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Show the plain student for a moment (to save, reload or count it), and attach again."""
-        if not self.attached or not self.removable:
+        if not self.removable:
             yield
             return
         self._take_off()
@@ -148,9 +140,7 @@ def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state_dict.items() if FEATURE_LOSS_NAME not in key.split(".")}
 
 
-def _training_class(
-    base: type[nn.Module], capture: FeatureCapture, plain_forward: Callable[..., Any]
-) -> type[nn.Module]:
+def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forward: Callable[..., Any]) -> type:
     """Return a subclass of `base` with the same name, which runs the feature loss inside its forward."""
 
     @functools.wraps(base.forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +12,30 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import SemCKDConfig
-from ..data.samples import collate, is_map_style, spread_samples
+from ..data.samples import collate, first_samples, is_map_style, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.space import check_space
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
-from .pair import Pair
+from .pair import GIGABYTE, Pair
 
 logger = logging.getLogger(__name__)
 # Enough to tell how large a row is on average, and few enough for a large teacher.
 MEASURED_SAMPLES = 8
-GIGABYTE = 2**30
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training samples and the collator, as a training data loader has them."""
+    """The training samples and the collator as a data loader has them; `prepare` moves a batch to the device."""
 
     dataset: Any
     collator: Callable[[Any], Any]
+    prepare: Callable[[Any], Any]
+
+    def first_batch(self) -> Any:
+        """Return a small batch on the device."""
+        return self.prepare(collate(self.collator, first_samples(self.dataset)))
 
 
 def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
@@ -46,20 +50,8 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
     )
 
 
-def check_cache(
-    teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner, prepare: Callable[[Any], Any]
-) -> None:
-    """Read a few samples: they must stay the same, and all of them must find room.
-
-    Args:
-        teacher: The teacher, with its cache open.
-        data: The training samples.
-        run_teacher: Computes what is stored, as training does.
-        prepare: Moves a batch to the device.
-
-    Raises:
-        InputError: When samples change whenever they are read, or the cache would not fit.
-    """
+def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> None:
+    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room."""
     dataset, cache = data.dataset, teacher.cache
     if not is_map_style(dataset) or not len(dataset):
         return
@@ -82,9 +74,13 @@ def check_cache(
     if not missing:
         return
     live = TeacherRunner(teacher.load(), run_teacher.loss, logits=run_teacher.logits, autocast=run_teacher.autocast)
-    sizes = [_stored_bytes(teacher, live, prepare(batch)) for batch in missing]
-    share = len(missing) / len(batches)
-    needed = int(sum(sizes) / len(sizes) * share * len(dataset) * views)
+    size = 0.0
+    for batch in map(data.prepare, missing):
+        outputs = live(batch)
+        live.wait()
+        rows = cache.rows(outputs, teacher.inputs(batch))
+        size += sum(map(row_bytes, rows)) / len(rows)
+    needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
 
@@ -92,15 +88,7 @@ def check_cache(
 def fill_cache(
     teacher: CachedTeacher, run_teacher: TeacherRunner, loader: DataLoader, prepare: Callable[[Any], Any], quiet: bool
 ) -> None:
-    """Run the teacher on every sample that the cache lacks.
-
-    Args:
-        teacher: The teacher, with its cache open.
-        run_teacher: Runs it and stores what it computed.
-        loader: Every version of every training sample once.
-        prepare: Moves a batch to the device.
-        quiet: Whether to show no progress.
-    """
+    """Run the teacher on what the open cache lacks of a loader's samples; `prepare` moves a batch to the device."""
     for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
         run_teacher(prepare(batch))
         if not teacher.cache.store.writable:
@@ -121,11 +109,3 @@ def check_filled(teacher: CachedTeacher) -> int:
             todo="see the warning above; free the disk, raise teacher_cache_limit_gb, or name another folder",
         )
     return len(store)
-
-
-def _stored_bytes(teacher: CachedTeacher, live: TeacherRunner, batch: Mapping[str, Any]) -> float:
-    """Return how many bytes the cache would take for a sample of a batch, on average."""
-    outputs = live(batch)
-    live.wait()
-    rows = teacher.cache.rows(outputs, teacher.inputs(batch))
-    return sum(map(row_bytes, rows)) / len(rows)

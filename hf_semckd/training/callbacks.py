@@ -1,4 +1,4 @@
-"""Callbacks that a trainer adds for itself: the association in pictures and TensorBoard, and the cache on disk."""
+"""The callback that a trainer adds for itself: the association in pictures and TensorBoard, and the cache on disk."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..publishing.plots import figure_to_array, plot_association, save_association_plot
 from ..teacher.cached import CachedTeacher
-from ..teacher.teacher import Teacher
 from .monitor import Monitor
 
 logger = logging.getLogger(__name__)
 ASSOCIATION_PICTURE = "association.png"
 
 
-class MonitorCallback(TrainerCallback):
-    """Keeps the association visible; goes in front of the reporting integrations.
+class DistillationCallback(TrainerCallback):
+    """Keeps the association visible and the teacher cache on disk; goes in front of the reporting integrations.
 
     Args:
         monitor: Averages what is logged.
+        teacher: The teacher, where a cache answers for it.
         handler: Holds the other callbacks, TensorBoard's perhaps among them.
     """
 
-    def __init__(self, monitor: Monitor, handler: CallbackHandler):
+    def __init__(self, monitor: Monitor, teacher: CachedTeacher | None, handler: CallbackHandler):
         self.monitor = monitor
+        self.teacher = teacher
         self.handler = handler
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
         self.monitor.start(state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write what the epoch added to the cache, where other processes and runs see it."""
+        if self.teacher is not None:
+            self.teacher.flush()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Send the mean weight of every pair to TensorBoard, where many curves do no harm."""
         association = self.monitor.last_association
         writer = self._tensorboard_writer()
@@ -49,9 +53,7 @@ class MonitorCallback(TrainerCallback):
             student, teacher = self.monitor.student_layers[s], self.monitor.teacher_layers[t]
             writer.add_scalar(f"association/student {student}/teacher {teacher}", weight, state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Save the heat map, and send it to TensorBoard when that is on; a failure costs the picture alone."""
         self.monitor.finish(state.global_step)
         self.monitor.warn_of_idle_student(state.global_step, args.learning_rate)
@@ -71,33 +73,11 @@ class MonitorCallback(TrainerCallback):
             logger.warning("The picture of the association was not saved (training is not affected): %s", error)
 
     def _tensorboard_writer(self) -> Any:
-        for callback in self.handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                return callback.tb_writer
-        return None
+        boards = (entry for entry in self.handler.callbacks if isinstance(entry, TensorBoardCallback))
+        return getattr(next(boards, None), "tb_writer", None)
 
 
-class CacheCallback(TrainerCallback):
-    """Writes to disk what an epoch added to the teacher cache, where other processes and runs see it.
-
-    Args:
-        teacher: The teacher whose cache it is.
-    """
-
-    def __init__(self, teacher: CachedTeacher):
-        self.teacher = teacher
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what is waiting."""
-        self.teacher.flush()
-
-
-def install_callbacks(handler: CallbackHandler, monitor: Monitor, teacher: Teacher | CachedTeacher) -> None:
-    """Put the callbacks of a distillation in front of the reporting integrations, in place of an earlier one's."""
-    others = [entry for entry in handler.callbacks if not isinstance(entry, (MonitorCallback, CacheCallback))]
-    own: list[TrainerCallback] = [MonitorCallback(monitor, handler)]
-    if isinstance(teacher, CachedTeacher):
-        own.append(CacheCallback(teacher))
-    handler.callbacks = [*own, *others]
+def install_callback(handler: CallbackHandler, monitor: Monitor, teacher: CachedTeacher | None) -> None:
+    """Put the callback of a distillation in front of the reporting integrations, in place of an earlier one's."""
+    others = [entry for entry in handler.callbacks if not isinstance(entry, DistillationCallback)]
+    handler.callbacks = [DistillationCallback(monitor, teacher, handler), *others]

@@ -24,7 +24,6 @@ FEATURE_LOSS_FILE = "feature_loss.safetensors"
 SETTINGS_FILE = "distillation_config.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 OPTIMIZER_FILE = "optimizer.pt"
-
 # A checkpoint's files that only resuming needs; they are not published.
 TRAINING_STATE = (
     "optimizer*",
@@ -37,7 +36,6 @@ TRAINING_STATE = (
     "pytorch_model_fsdp*",
     "global_step*",
 )
-
 RECORDED_ARGUMENTS = (
     "learning_rate",
     "per_device_train_batch_size",
@@ -62,11 +60,20 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
     save_file(state, Path(folder) / FEATURE_LOSS_FILE)
 
 
-def load_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back. Raises `CheckpointError` when the checkpoint has none, or one of another shape."""
-    path = Path(folder) / FEATURE_LOSS_FILE
+def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
+    """Read the feature loss back; `CheckpointError` when it is missing or of another shape.
+
+    A checkpoint that was meant to hold the student alone is a warning.
+    """
+    if not (Path(folder) / OPTIMIZER_FILE).is_file():
+        logger.warning(
+            "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
+            "start anew, so the run goes on but is not the one that was interrupted."
+        )
+        return
     if not loss.state_dict():
         return
+    path = Path(folder) / FEATURE_LOSS_FILE
     if not path.is_file():
         raise CheckpointError(
             "The checkpoint holds no calibration to resume from",
@@ -86,13 +93,10 @@ def load_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Load a checkpoint's weights into the student, all of them.
+    """Load a checkpoint's weights into the student; `CheckpointError` unless all of them fit.
 
     Checkpoints use the Hub's key names, which differ from those of the live modules for some families. Only
     `from_pretrained` translates them; a lenient `load_state_dict` would skip them silently.
-
-    Raises:
-        CheckpointError: When a weight is missing, unexpected or of another shape.
     """
     loaded, info = type(student).from_pretrained(
         os.fspath(folder),
@@ -102,57 +106,29 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
         # Reported below, with the others; from_pretrained would raise its own error.
         ignore_mismatched_sizes=True,
     )
-    wrong = {
-        kind: sorted(map(str, info[kind]))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind]))[:5] for kind in kinds if info[kind]}
     if wrong:
         raise CheckpointError(
             "The checkpoint does not fit the student",
-            received=json.dumps({kind: names[:5] for kind, names in wrong.items()}),
+            received=json.dumps(wrong),
             expected=f"exactly the weights of {type(student).__name__}",
             todo="resume with the student that the checkpoint was written for",
         )
     student.load_state_dict(loaded.state_dict())
 
 
-def save_settings(
-    config: SemCKDConfig, folder: str | os.PathLike[str], teacher: nn.Module | None, settings: Mapping[str, Any]
-) -> None:
-    """Write what was asked of the training, without paths and tokens, for the record: loading does not need it."""
-    written: dict[str, Any] = {
+def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None, settings: Mapping[str, Any]) -> None:
+    """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
+
+    They take the place of Trainer's pickled arguments, which only this library could read back.
+    """
+    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+    arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
+    written = {
         "distillation": dict(settings),
-        "training": {name: _plain(getattr(config, name, None)) for name in RECORDED_ARGUMENTS},
+        "training": {name: getattr(value, "value", value) for name, value in arguments.items()},
         "teacher": type(teacher).__name__ if teacher is not None else None,
         "versions": environment(),
     }
-    write_json(Path(folder) / SETTINGS_FILE, written)
-
-
-def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back, or warn that the checkpoint holds the student alone.
-
-    Raises:
-        CheckpointError: When the checkpoint should hold one and does not, or one of another shape.
-    """
-    if (Path(folder) / OPTIMIZER_FILE).is_file():
-        load_feature_loss(loss, folder)
-        return
-    logger.warning(
-        "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
-        "start anew, so the run goes on but is not the one that was interrupted."
-    )
-
-
-def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None, settings: Mapping[str, Any]) -> None:
-    """Take the pickled arguments out of a saved student's folder, and write the settings as JSON instead.
-
-    Trainer pickles its arguments, which only this library could read back.
-    """
-    (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-    save_settings(config, folder, teacher, settings)
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
+    write_json(folder / SETTINGS_FILE, written)

@@ -1,4 +1,4 @@
-"""Refuses what cannot work before the first step, and finds out what the layers look like."""
+"""Refuses models, data (`InputError`) and options (`ConfigurationError`) that cannot work, before the first step."""
 
 from __future__ import annotations
 
@@ -21,18 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_models(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher that is the student, wholly or in part: freezing it would freeze the student.
-
-    Raises:
-        InputError: When they share an object or a parameter.
-    """
+    """Refuse a teacher that is the student, wholly or in part: freezing it would freeze the student."""
     own = {id(parameter) for parameter in student.parameters()}
     shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
     if teacher is student or shared:
+        what = "are the same object" if teacher is student else "share parameters"
         raise InputError(
-            "Teacher and student are the same object"
-            if teacher is student
-            else "Teacher and student share parameters",
+            f"Teacher and student {what}",
             received=f"{type(teacher).__name__}" + (f" sharing {', '.join(shared[:3])}" if shared else ""),
             expected="two models that share nothing",
             todo="use copy.deepcopy(student) for self-distillation, or load the teacher separately",
@@ -40,7 +35,7 @@ def check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
-    """Refuse to distil without a teacher (`InputError`)."""
+    """Refuse to distil without a teacher."""
     if teacher is None:
         raise InputError(
             "There is no teacher to distil from",
@@ -51,11 +46,7 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
 
 
 def check_parallelism(config: SemCKDConfig) -> None:
-    """Refuse torch's DataParallel, whose replicas share no running statistics and lose gradients of the projections.
-
-    Raises:
-        InputError: When one process would drive several GPUs.
-    """
+    """Refuse torch's DataParallel: its replicas share no running statistics and lose gradients of the projections."""
     if config.n_gpu > 1:
         raise InputError(
             "One process would drive several GPUs (DataParallel), which distillation does not support",
@@ -66,15 +57,14 @@ def check_parallelism(config: SemCKDConfig) -> None:
 
 
 def check_feature_loss(source: LossSource | None) -> LossSource | None:
-    """Return what was given as feature loss if it can be one; None for logits alone.
-
-    Raises:
-        ConfigurationError: For an unknown name or another type.
-    """
-    if source == "kd":
+    """Return what was given as feature loss if it can be one; None for logits alone."""
+    if source is None or source == "kd":
         return None
-    known = is_known(source) if isinstance(source, str) else isinstance(source, FeatureLoss) or _is_loss_class(source)
-    if source is None or known:
+    if isinstance(source, str):
+        usable = is_known(source)
+    else:
+        usable = issubclass(source if isinstance(source, type) else type(source), FeatureLoss)
+    if usable:
         return source
     raise ConfigurationError(
         "`feature_loss` is not a feature loss",
@@ -92,15 +82,20 @@ def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
         logger.warning(
             "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched "
             "by position; give the student the teacher's id2label if the order differs.",
-            names[0],
-            names[1],
+            *names,
         )
 
 
+def _label_names(model: nn.Module) -> list[str] | None:
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return [str(names[key]) for key in sorted(names)]
+
+
 def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:
-    """Refuse an empty dataset, and one whose columns neither model takes (`InputError`)."""
-    size = len(dataset) if hasattr(dataset, "__len__") else None
-    if size == 0:
+    """Refuse an empty dataset, and one whose columns neither model takes."""
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise InputError(
             "The training dataset is empty",
             received="0 samples",
@@ -110,23 +105,22 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
     columns = column_names(dataset)
     if not columns or not remove_unused_columns:
         return
-    taken = {name for model in models for name in forward_parameters(model)} | set(LABEL_COLUMNS)
+    taken = {name for model in models for name in forward_parameters(model)} - set(LABEL_COLUMNS)
     useful = [name for name in columns if name in taken or name.startswith(TEACHER_PREFIX)]
-    if not [name for name in useful if name not in LABEL_COLUMNS] and not any(
-        _takes_anything(model) for model in models
-    ):
+    # A plain module's one input may have any name: any single tensor is given to it.
+    takes_any = any(not hasattr(model, "config") and len(forward_parameters(model)) == 1 for model in models)
+    if not useful and not takes_any:
         raise InputError(
             "Neither student nor teacher takes any column of the training dataset",
             received=f"columns {', '.join(map(repr, columns))}",
-            expected=f"some of {', '.join(sorted(taken - set(LABEL_COLUMNS)))}",
-            todo="tokenize or preprocess the dataset first (dataset.map(...)), or set "
-            "remove_unused_columns=False when "
-            "the collator or a transform makes the inputs",
+            expected=f"some of {', '.join(sorted(taken))}",
+            todo="tokenize or preprocess the dataset first (dataset.map(...)), or set remove_unused_columns=False "
+            "when the collator or a transform makes the inputs",
         )
 
 
 def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: SemCKDConfig) -> None:
-    """Refuse a batch without labels while the task loss is on (`InputError`)."""
+    """Refuse a batch without labels while the task loss is on."""
     if config.task_weight > 0 and not any(name in batch for name in (*label_names, "labels")):
         raise InputError(
             "There are no labels, and task_weight is positive",
@@ -137,11 +131,7 @@ def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: S
 
 
 def check_encoder_decoder(models: Sequence[nn.Module], config: SemCKDConfig) -> None:
-    """Refuse the teacher cache for encoder-decoders, whose outputs follow the labels and not the inputs alone.
-
-    Raises:
-        ConfigurationError: When both are asked for.
-    """
+    """Refuse the teacher cache for encoder-decoders, whose outputs follow the labels and not the inputs alone."""
     found = [type(model).__name__ for model in models if is_encoder_decoder(model)]
     if found and config.teacher_cache_dir is not None:
         raise ConfigurationError(
@@ -152,35 +142,16 @@ def check_encoder_decoder(models: Sequence[nn.Module], config: SemCKDConfig) -> 
         )
 
 
-def check_published_batches(config: SemCKDConfig, samples: int | None, processes: int) -> None:
-    """Refuse, before training, a ragged last batch where the published equations demand a fixed batch size.
-
-    Raises:
-        InputError: When the last batch would be smaller than the others.
-    """
+def check_published_batches(config: SemCKDConfig, dataset: Any) -> None:
+    """Refuse a ragged last batch where the published equations demand a fixed batch size."""
     size = config.per_device_train_batch_size
-    if samples is None or config.dataloader_drop_last or processes > 1 or samples % size == 0:
+    ragged = hasattr(dataset, "__len__") and len(dataset) % size > 0
+    if not ragged or config.dataloader_drop_last or config.world_size > 1:
         return
     raise InputError(
         "The published association takes similarity rows, whose length is the batch size; the last batch is smaller",
-        received=f"{samples} samples in batches of {size}, dataloader_drop_last=False",
+        received=f"{len(dataset)} samples in batches of {size}, dataloader_drop_last=False",
         expected="every batch of the same size",
         todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
         "(calibrated) form, which takes any batch",
     )
-
-
-def _label_names(model: nn.Module) -> list[str] | None:
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
-        return None
-    return [str(names[key]) for key in sorted(names)]
-
-
-def _takes_anything(model: nn.Module) -> bool:
-    """Whether a plain module has one input of an arbitrary name, to which any single tensor is given."""
-    return not hasattr(model, "config") and len(forward_parameters(model)) == 1
-
-
-def _is_loss_class(source: object) -> bool:
-    return isinstance(source, type) and issubclass(source, FeatureLoss)

@@ -14,6 +14,7 @@ from ..models.tasks import IGNORED, Task, batch_size, token_targets
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"
+Reduction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class StepCounts:
     Attributes:
         items: Items of the task loss in the micro-batch, a scalar.
         totals: (3) task items, logit items and samples over the whole step and all processes.
-        processes: Number of processes.
     """
 
     items: Tensor
@@ -49,21 +49,9 @@ class StepCounts:
 
 
 def count_step(
-    batches: Sequence[Mapping[str, Any]],
-    task: Task,
-    shifted: bool,
-    reduce_sum: Callable[[Tensor], Tensor],
-    processes: int = 1,
+    batches: Sequence[Mapping[str, Any]], task: Task, shifted: bool, reduce_sum: Reduction, processes: int = 1
 ) -> list[StepCounts]:
-    """Count the items of all micro-batches of an optimizer step, here and over all processes.
-
-    Args:
-        batches: The micro-batches of this process.
-        task: The kind of head.
-        shifted: Whether position n predicts label n + 1.
-        reduce_sum: Adds a tensor over processes; called once.
-        processes: Number of processes.
-    """
+    """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`."""
     counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
     totals = reduce_sum(counts.sum(0))
     return [StepCounts(items, totals, processes) for items in counts[:, 0].unbind()]
@@ -76,21 +64,17 @@ def scaled(loss: Tensor, scale: Tensor) -> Tensor:
 
 
 def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Count what the terms of a micro-batch are averages over, without waiting for the device.
+    """Return the task items, logit items and samples of a micro-batch, scalars on its device that nobody waits for.
 
-    Args:
-        batch: The micro-batch.
-        task: The kind of head.
-        shifted: Whether position n predicts label n + 1 (causal language models).
-
-    Returns:
-        Task items, logit items, samples: scalars on the batch's device, in its widest precision. Items are samples,
-        or for token tasks the labels that are not -100; logit items without labels are the tokens that are not
-        padding.
+    Items are samples, or for token tasks the labels that are not -100; logit items without labels are the tokens that
+    are not padding. `shifted` tells that position n predicts label n + 1 (causal language models).
     """
-    kind = _widest(batch)
-    samples = torch.full((), float(batch_size(batch)), **kind)
     labels = batch.get("labels")
+    tensors = (value for value in (labels, *batch.values()) if isinstance(value, Tensor))
+    device = next((value.device for value in tensors), torch.device("cpu"))
+    # Sums of counts are exact in the widest precision of the device.
+    kind: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+    samples = torch.full((), float(batch_size(batch)), **kind)
     if task == "tokens":
         mask = token_targets(labels, batch.get("attention_mask"), shifted)
         count = samples if mask is None else mask.sum().to(**kind)
@@ -105,22 +89,11 @@ def safe_labels(labels: Any, items: Tensor) -> Any:
 
     The mean over nothing would be NaN, and so would its gradient. The term is multiplied by the number of items, so
     what stands in adds nothing, and no process has to know of it: each reaches every parameter and logs every term.
-
-    Args:
-        labels: The batch's labels, or anything else, which is returned as it is.
-        items: What `count_items` counted, a scalar.
+    Labels that cannot be counted, or are none, come back as they are.
     """
     if not _countable(labels):
         return labels
     return torch.where((items > 0).to(labels.device, non_blocking=True), labels, torch.zeros_like(labels))
-
-
-def _widest(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the device of a batch and the widest precision there, in which sums of counts are exact."""
-    device = next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))
-    labels = batch.get("labels")
-    device = labels.device if isinstance(labels, Tensor) else device
-    return {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
 
 
 def _countable(labels: Any) -> bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import SemCKDConfig
+from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
-from ..losses.registry import LossSource, make_feature_loss
+from ..losses.registry import make_feature_loss
 from ..models.tasks import shifts_labels, task_of
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
@@ -28,24 +27,8 @@ from .objective import Objective
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
 from .options import loss_options
 from .pair import Pair
-from .plan import Plan
-from .services import Services
+from .plan import Plan, Services
 from .task_loss import TaskLoss
-
-
-@dataclass(frozen=True)
-class UserFunctions:
-    """What the user's `Trainer` arguments say of the task loss.
-
-    Attributes:
-        label_names: Columns of a batch that hold labels.
-        loss: `compute_loss_func`, or None.
-        smoother: `Trainer`'s label smoother, or None.
-    """
-
-    label_names: tuple[str, ...]
-    loss: Callable[..., Tensor] | None = None
-    smoother: Callable[..., Tensor] | None = None
 
 
 class Distillation:
@@ -55,52 +38,25 @@ class Distillation:
     hyper-parameter search).
 
     Attributes:
-        pair: Student and teacher.
-        plan: What was decided.
-        loss: The feature loss, or None for logits alone.
-        run_teacher: Runs the teacher on a batch.
-        objective: Computes what is minimized.
-        guard: Ends the training when a loss is not finite.
-        monitor: Averages what is logged.
         attachment: Joins loss and student; None without a feature loss.
-        settings: What is used of the settings that depend on the models.
+        settings: Those of the configuration, with what is used where they depend on the models.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        plan: Plan,
-        loss: FeatureLoss | None,
-        args: SemCKDConfig,
-        services: Services,
-        user: UserFunctions,
-    ):
+    def __init__(self, pair: Pair, plan: Plan, loss: FeatureLoss | None, args: SemCKDConfig, services: Services):
         self.pair = pair
         self.plan = plan
         self.loss = loss
         self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distils_logits, autocast=services.autocast)
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
-        layers = pair.student_layer_names, pair.teacher_layer_names
-        self.monitor = Monitor(plan, loss, services, *layers, custom_loss=user.loss is not None)
-        self.objective = Objective(
-            plan,
-            pair.student,
-            loss,
-            self.run_teacher,
-            pair.router,
-            TaskLoss(plan, user.loss, user.smoother, services.device),
-            self.guard,
-            self.monitor,
-            services,
-        )
+        self.monitor = Monitor(plan, pair, loss, services)
+        task_loss = TaskLoss(plan, services)
+        self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
-        self.settings = {
-            **args.distillation_settings(),
-            **({} if loss is None else loss.settings),
-            "feature_weight": plan.feature_weight,
-        }
+        chosen = {} if loss is None else loss.settings
+        self.settings = {**args.distillation_settings(), **chosen, "feature_weight": plan.feature_weight}
         self._borrowed: BorrowedOptimizer | None = None
-        self._student_parameters = 0
+        count = getattr(pair.student, "num_parameters", None)
+        self._student_parameters = 0 if count is None else int(count(exclude_embeddings=True))
 
     @classmethod
     def build(
@@ -110,30 +66,17 @@ class Distillation:
         data: TrainingData | None,
         args: SemCKDConfig,
         services: Services,
-        user: UserFunctions,
-        prepare: Callable[[Any], Any],
+        *,
+        label_names: tuple[str, ...],
     ) -> Distillation:
-        """Run a small batch through both models, and make the parts for the layers that were found.
-
-        Args:
-            pair: Student and teacher.
-            batch: A small training batch, on the device.
-            data: The training samples, where they can be read ahead of training.
-            args: The configuration.
-            services: The engine.
-            user: The user's part of the task loss.
-            prepare: Moves a batch to the device.
-
-        Raises:
-            InputError: When models, loss and data do not fit together.
-            ConfigurationError: When a method cannot be used for these layers.
-        """
+        """Run a small training batch through both models, and make the parts for the layers that were found."""
         try:
             found = inspect_pair(pair, batch, logits=args.distils_logits, features=pair.source is not None)
-            loss = None if pair.source is None else _make_loss(pair.source, pair, found, batch, data, args, services)
-            distillation = cls(pair, _make_plan(pair, found, loss, batch, args, user), loss, args, services, user)
+            loss = None if pair.source is None else _make_loss(pair, found, data, args)
+            plan = _make_plan(pair, found, loss, args, label_names)
+            distillation = cls(pair, plan, loss, args, services)
             if pair.cached_teacher is not None:
-                distillation._open_cache(pair.cached_teacher, found, batch, data, services, prepare)
+                distillation._open_cache(pair.cached_teacher, found, data, services)
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)
@@ -141,25 +84,17 @@ class Distillation:
         return distillation
 
     def _open_cache(
-        self,
-        teacher: CachedTeacher,
-        found: Inspection,
-        batch: Mapping[str, Any],
-        data: TrainingData | None,
-        services: Services,
-        prepare: Callable[[Any], Any],
+        self, teacher: CachedTeacher, found: Inspection, data: TrainingData | None, services: Services
     ) -> None:
         """Open the cache for the layers that were found, and refuse what cannot be cached."""
         # What is stored depends on the autocast under which the teacher ran, too.
         kept = f"{'' if self.loss is None else self.loss.kept} autocast {services.mixed_precision}"
-        logits, features = self.plan.distils_logits, self.plan.distils_features
-        teacher.open(batch, found.teacher, kept=kept, logits=logits, features=features)
+        logits, features = self.plan.distils_logits, self.loss is not None
+        teacher.open(found.batch, found.teacher, kept=kept, logits=logits, features=features)
         if data is not None:
-            check_cache(teacher, data, self.run_teacher, prepare)
+            check_cache(teacher, data, self.run_teacher)
         if services.is_main:
-            teacher.write_note(batch, found.teacher)
-
-    # ---- Training ----------------------------------------------------------------------------------------------
+            teacher.write_note(found.batch, found.teacher)
 
     @property
     def attached(self) -> bool:
@@ -170,28 +105,25 @@ class Distillation:
         """Begin a training: make the feature loss part of the student."""
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
-        self.objective.start()
-        if self.attachment is None or self.loss is None:
-            return
-        count = getattr(self.pair.student, "num_parameters", None)
-        self._student_parameters = 0 if count is None else int(count(exclude_embeddings=True))
-        self.loss.automatic_synchronization = False
-        self.attachment.attach()
+        self.objective.statistics_ready = False
+        if self.attachment is not None:
+            self.attachment.loss.automatic_synchronization = False
+            self.attachment.attach()
 
     def detach(self) -> None:
         """End a training: the student is the plain model again."""
         if self._borrowed is not None:
             self._borrowed.give_back()
             self._borrowed = None
-        if self.loss is not None:
-            self.loss.automatic_synchronization = True
-        self.guard.reset()
+        self.guard.pending = None
         self.pair.teacher.remove_traces()
         if self.pair.cached_teacher is not None:
             self.pair.cached_teacher.flush()
-        if self.attachment is not None and self.attachment.removable:
-            self.attachment.detach()
-            remove_capturing_traces(self.pair.student)
+        if self.attachment is not None:
+            self.attachment.loss.automatic_synchronization = True
+            if self.attachment.removable:
+                self.attachment.detach()
+                remove_capturing_traces(self.pair.student)
 
     def plain_student(self) -> AbstractContextManager[None]:
         """Return a context in which the student is the plain model: to save, reload or count it."""
@@ -203,16 +135,13 @@ class Distillation:
             return self.loss.finish(self.pair.student, self.pair.teacher.model)
         return lambda: None
 
-    def add_to_optimizer(self, optimizer: Any, args: SemCKDConfig) -> None:
-        """Append the feature loss's parameters to the student's own optimizer."""
+    def extend_optimizer(self, optimizer: Any, scheduler: Any, args: SemCKDConfig, *, borrowed: bool) -> None:
+        """Append the feature loss's parameters to the optimizer; to one of the user's for the time of training."""
         assert self.loss is not None
-        rate = args.resolved_projection_learning_rate()
-        add_feature_loss_groups(optimizer, self.loss, learning_rate=rate, weight_decay=args.weight_decay)
-
-    def borrow_optimizer(self, optimizer: Any, scheduler: Any) -> None:
-        """Append the feature loss's parameters to a user's optimizer, for the time of training."""
-        if self._borrowed is None:
-            assert self.loss is not None
+        if not borrowed:
+            rate = args.resolved_projection_learning_rate()
+            add_feature_loss_groups(optimizer, self.loss, learning_rate=rate, weight_decay=args.weight_decay)
+        elif self._borrowed is None:
             inner = getattr(optimizer, "optimizer", optimizer)
             self._borrowed = BorrowedOptimizer(inner, getattr(scheduler, "scheduler", scheduler), self.loss)
 
@@ -223,12 +152,7 @@ class Distillation:
 
 
 def _make_plan(
-    pair: Pair,
-    found: Inspection,
-    loss: FeatureLoss | None,
-    batch: Mapping[str, Any],
-    args: SemCKDConfig,
-    user: UserFunctions,
+    pair: Pair, found: Inspection, loss: FeatureLoss | None, args: SemCKDConfig, label_names: tuple[str, ...]
 ) -> Plan:
     student, logits = pair.student, found.student_logits
     problem = getattr(getattr(student, "config", None), "problem_type", None)
@@ -236,48 +160,38 @@ def _make_plan(
     if weight is None:
         weight = 0.0 if loss is None else loss.default_weight
     return Plan(
-        task="single_label" if logits is None else task_of(logits, batch.get("labels"), problem),
+        task="single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem),
         shifts_labels=shifts_labels(student),
-        label_names=user.label_names,
-        student_computes_loss=any(pair.router.student_takes(name) for name in (*user.label_names, "labels")),
+        label_names=label_names,
+        student_computes_loss=any(name in pair.router.student_takes for name in (*label_names, "labels")),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,
         temperature=args.temperature,
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
-        distils_features=loss is not None,
     )
 
 
-def _make_loss(
-    source: LossSource,
-    pair: Pair,
-    found: Inspection,
-    batch: Mapping[str, Any],
-    data: TrainingData | None,
-    args: SemCKDConfig,
-    services: Services,
-) -> FeatureLoss:
+def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: SemCKDConfig) -> FeatureLoss:
     """Return the feature loss for the layers that were found; of one that was given, a copy."""
-    student = pair.student
-    if isinstance(source, FeatureLoss):
+    parameters = list(pair.student.parameters())
+    if isinstance(pair.source, FeatureLoss):
         # The caller's object stays as it was given, and every run starts from it.
-        loss = copy.deepcopy(source)
+        loss = copy.deepcopy(pair.source)
         check_loss_fits(loss, found)
     else:
+        assert pair.source is not None
         loss = make_feature_loss(
-            source,
+            pair.source,
             found.student_specs,
             found.teacher.specs,
             loss_options(args),
-            tokens_aligned=found.tokens_aligned,
-            student_parameters=sum(entry.numel() for entry in student.parameters()),
+            tokens_aligned=not has_own_tokens(found.batch),
+            student_parameters=sum(parameter.numel() for parameter in parameters),
         )
     if loss.reuses_teacher_head:
-        check_heads(loss, pair, batch, found)
-    if loss.required_batch_size is not None:
-        dataset: Any = None if data is None else data.dataset
-        size = len(dataset) if hasattr(dataset, "__len__") else None
-        check_published_batches(args, size, args.world_size)
-    dtype = next((p.dtype for p in student.parameters() if p.dtype is torch.float64), torch.float32)
-    return loss.to(device=services.device, dtype=dtype)
+        check_heads(loss, pair, found)
+    if loss.required_batch_size is not None and data is not None:
+        check_published_batches(args, data.dataset)
+    double = any(parameter.dtype is torch.float64 for parameter in parameters)
+    return loss.to(device=args.device, dtype=torch.float64 if double else torch.float32)

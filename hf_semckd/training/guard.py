@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLossError
-from .services import Services
+from .plan import Services
 
 
 @dataclass
 class PendingLoss:
-    """A loss on its way from the device, not checked yet.
+    """A loss and its named terms on their way from the device, with the batch to find out whose fault they are.
 
-    Attributes:
-        step: The optimizer step that it belongs to, from 1.
-        values: The loss and each term.
-        names: Of the terms.
-        batch: What the teacher was given, to find out afterwards whether it is to blame.
-        arrived: Tells when `values` can be read; None when reading waits by itself.
+    `arrived` tells when the values can be read; None when reading waits by itself.
     """
 
     step: int
@@ -42,13 +37,10 @@ class PendingLoss:
 class FiniteGuard:
     """Checks every loss, on an accelerator one step late, so that the host never waits for the device.
 
-    Args:
-        services: The engine.
-        check_teacher: Raises where the teacher's outputs for a batch are not finite.
-
     Attributes:
-        deferred: Whether a loss is checked one step late (and before anything is logged or saved) instead of at once,
-            which would make the host wait for the device: everywhere but on the CPU.
+        check_teacher: Raises where the teacher's outputs for a batch are not finite.
+        deferred: Whether a loss is checked late, but before anything is logged or saved: everywhere but on the CPU.
+        pending: The loss that was not checked yet.
     """
 
     def __init__(self, services: Services, check_teacher: Callable[[Mapping[str, Any]], None]):
@@ -57,23 +49,8 @@ class FiniteGuard:
         self.deferred = services.device.type != "cpu"
         self.pending: PendingLoss | None = None
 
-    def reset(self) -> None:
-        """Forget what was not checked yet."""
-        self.pending = None
-
     def check(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Mapping[str, Any], step: int) -> None:
-        """Check a loss, or leave it for the next step and check the one before.
-
-        Args:
-            loss: What is minimized, a scalar.
-            terms: Its terms by name, scalars.
-            batch: The micro-batch.
-            step: The optimizer step, from 1.
-
-        Raises:
-            NonFiniteLossError: When it is not finite.
-            TeacherOutputError: When the teacher is to blame.
-        """
+        """Raise where a loss, or the one before, is not finite: `TeacherOutputError` when the teacher is to blame."""
         values = torch.stack([loss.detach(), *(value.detach().to(loss.dtype) for value in terms.values())])
         seen = PendingLoss(step, values, tuple(terms), batch)
         if not self.deferred:
@@ -89,14 +66,7 @@ class FiniteGuard:
             self._refuse_broken(before)
 
     def check_pending(self, step: int) -> None:
-        """Check the last loss on all processes at once: gradients are shared, and so is what breaks them.
-
-        Args:
-            step: The optimizer steps taken so far.
-
-        Raises:
-            NonFiniteLossError: When the last loss of any process is not finite.
-        """
+        """Check the last loss on all processes at once: gradients are shared, and so is what breaks them."""
         if not self.deferred:
             return
         pending, self.pending = self.pending, None
@@ -120,11 +90,9 @@ class FiniteGuard:
         self.check_teacher(seen.batch)
         named = zip(seen.names, values, strict=True)
         broken = [f"{name} = {value:g}" for name, value in named if not math.isfinite(value)]
-        weights = (
-            "the weights in memory broken and the checkpoints intact" if self.deferred else "the weights untouched"
-        )
+        state = "weights in memory broken and the checkpoints intact" if self.deferred else "weights untouched"
         raise NonFiniteLossError(
-            f"The loss is not finite in step {seen.step}; training stops with {weights}",
+            f"The loss is not finite in step {seen.step}; training stops with the {state}",
             received=", ".join(broken) or "a sum of finite terms that overflows",
             expected="finite loss terms",
             todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.capture import FeatureCapture
 from ..features.layers import FeatureSpec, describe
@@ -29,28 +29,19 @@ class Inspection:
 
     Attributes:
         student_logits: The student's logits, or None when it returns none.
-        student_specs: The student's chosen layers; empty when features are not distilled.
-        student_features: What they gave.
-        teacher: The teacher's layers and logits.
-        tokens_aligned: Whether position n of both models stands for the same input.
+        student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
 
+    batch: Mapping[str, Any]
     student_logits: Tensor | None
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
     teacher: TeacherDescription
-    tokens_aligned: bool
 
 
 @torch.no_grad()
 def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features: bool) -> Inspection:
-    """Run a small batch through both models in evaluation mode and check that they fit together.
-
-    Raises:
-        InputError: When a model cannot take the batch, or their logits differ in shape.
-        LayerNotFoundError: When a chosen layer does not exist.
-        TeacherOutputError: When the teacher's outputs are not finite.
-    """
+    """Run a small batch through both models in evaluation mode and check that they fit together."""
     described = pair.teacher.describe(batch, logits=logits, features=features)
     student, capture = pair.student, pair.capture
     inputs = select_inputs(student, batch)
@@ -61,13 +52,15 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
         outputs, taken = run_on_inputs("student", batch, lambda: _capture_student(student, capture, inputs, features))
     finally:
         student.train(was_training)
-    return Inspection(
-        student_logits=_check_logits(outputs, described.logits, logits),
-        student_specs=[describe(x, n, student, inputs) for x, n in zip(taken, capture.names(), strict=False)],
-        student_features=taken,
-        teacher=described,
-        tokens_aligned=not has_own_tokens(batch),
-    )
+    student_logits: Any = None
+    # Without a logit term the student may return none.
+    with nullcontext() if logits else suppress(InputError):
+        student_logits = logits_of(outputs, "student")
+    # Of a teacher that is not loaded the classes are known, not the batch.
+    if logits and described.logits and tuple(student_logits.shape)[-len(described.logits) :] != described.logits:
+        raise InputError(logit_shape_message(tuple(student_logits.shape), described.logits))
+    specs = [describe(x, name, student, inputs) for x, name in zip(taken, capture.names(), strict=False)]
+    return Inspection(batch, student_logits, specs, taken, described)
 
 
 def _capture_student(
@@ -81,32 +74,16 @@ def _capture_student(
     return outputs, capture.collect(outputs, recorded)
 
 
-def _check_logits(student_outputs: Any, teacher_shape: tuple[int, ...] | None, needed: bool) -> Tensor | None:
-    if not needed or teacher_shape is None:
-        try:
-            return logits_of(student_outputs, "student")
-        except InputError:
-            return None
-    student = logits_of(student_outputs, "student")
-    # Of a teacher that is not loaded the classes are known, not the batch.
-    if tuple(student.shape)[-len(teacher_shape) :] != teacher_shape:
-        raise InputError(logit_shape_message(tuple(student.shape), teacher_shape))
-    return student
-
-
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
-    """Try a feature loss that was given as an object on the features that were inspected.
-
-    Raises:
-        InputError: When it cannot take them.
-    """
-    shapes = [[tuple(x.shape[1:]) for x in features] for features in (found.student_features, found.teacher.features)]
-    if loss.required_batch_size is not None and loss.required_batch_size != len(found.student_features[0]):
+    """Try a feature loss that was given as an object on the features that were found; `InputError` if it cannot."""
+    student, teacher = found.student_features, found.teacher.features
+    if loss.required_batch_size is not None and loss.required_batch_size != len(student[0]):
         return
-    trial = copy.deepcopy(loss).eval().to(found.student_features[0].device, found.student_features[0].dtype)
+    trial = copy.deepcopy(loss).eval().to(student[0].device, student[0].dtype)
     try:
-        trial(found.student_features, found.teacher.features)
+        trial(student, teacher)
     except (SemCKDError, RuntimeError, ValueError, IndexError) as error:
+        shapes = [[tuple(feature.shape[1:]) for feature in features] for features in (student, teacher)]
         raise InputError(
             "The feature loss was made for other layers than those that are chosen",
             received=f"student features {shapes[0]}, teacher features {shapes[1]}; the loss said: {error}",
@@ -116,21 +93,11 @@ def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
 
 
 @torch.no_grad()
-def check_heads(loss: FeatureLoss, pair: Pair, batch: Mapping[str, Any], found: Inspection) -> None:
-    """Check that both models end in a linear classifier that reads the average of their last layer.
-
-    Args:
-        loss: The loss that gives the student the teacher's classifier.
-        pair: Student and teacher, which is loaded.
-        batch: The batch that was inspected.
-        found: What both models gave for it.
-
-    Raises:
-        ConfigurationError: When one of them does not.
-    """
+def check_heads(loss: FeatureLoss, pair: Pair, found: Inspection) -> None:
+    """Refuse models that do not end in a linear classifier of their last layer's average; the teacher is loaded."""
     for role, model, inputs, features in (
-        ("student", pair.student, select_inputs(pair.student, batch), found.student_features),
-        ("teacher", pair.teacher.model, pair.teacher.inputs(batch), found.teacher.features),
+        ("student", pair.student, select_inputs(pair.student, found.batch), found.student_features),
+        ("teacher", pair.teacher.model, pair.teacher.inputs(found.batch), found.teacher.features),
     ):
         seen: list[Tensor] = []
         head = find_head(model, role)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..losses import FeatureLoss
-from .meters import LossMeter, WindowAverages
-from .plan import Plan
-from .services import Services
+from ..losses.reduction import entropy
+from .pair import Pair
+from .plan import Plan, Services
 
 logger = logging.getLogger(__name__)
+TERMS = ("task_loss", "logit_loss", "feature_loss")
+# A weight this near to the largest possible one, the same for all samples, carries no information.
+COLLAPSE_SHARE = 0.95
+COLLAPSE_SPREAD = 0.01
 # A mean task loss within these shares of that of equal probabilities is that of a student that has learned nothing;
 # above them it has learned something else, such as a teacher that knows better than wrong labels.
 IDLE_SHARES = (0.99, 1.05)
@@ -25,43 +31,100 @@ IDLE_STEPS = 50
 JUDGED_STEPS = 20
 
 
+@dataclass(frozen=True)
+class WindowAverages:
+    """What a logging window amounts to.
+
+    Attributes:
+        terms: The unweighted loss terms that were computed, and `association/entropy` in nats.
+        association, spread: (S, T) mean and standard deviation of the weights; None without an association.
+    """
+
+    terms: dict[str, float]
+    association: np.ndarray | None
+    spread: np.ndarray | None
+
+    def collapsed(self, upper_bound: float | None) -> bool:
+        """Whether every student layer leans on one same teacher layer, to the bound, for every sample alike."""
+        if self.association is None or self.spread is None or upper_bound is None or self.association.shape[1] < 2:
+            return False
+        winners = self.association.argmax(1)
+        at_bound = self.association.max(1) >= COLLAPSE_SHARE * upper_bound
+        return bool(at_bound.all() and (self.spread < COLLAPSE_SPREAD).all() and (winners == winners[0]).all())
+
+
+class LossMeter:
+    """Sums loss terms and association weights on the device, without waiting for it, until they are logged."""
+
+    def __init__(self) -> None:
+        self._terms: dict[str, Tensor] = {}
+        self._association: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def add_term(self, name: str, share: Tensor) -> None:
+        """Add a micro-batch's share of the window mean of a term (already divided by the window's items)."""
+        share = _widened(share.detach())
+        self._terms[name] = self._terms[name] + share if name in self._terms else share
+
+    def add_association(self, weights: Tensor) -> None:
+        """Add the association weights (B, S, T) of a micro-batch."""
+        weights = _widened(weights.detach())
+        sums = torch.stack([weights.sum(0), weights.square().sum(0)]).flatten()
+        extra = torch.stack([weights.new_full((), float(len(weights))), entropy(weights).mean(1).sum()])
+        packed = torch.cat([sums, extra])
+        self._shape = tuple(weights.shape[1:])
+        self._association = packed if self._association is None else self._association + packed
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added since the last `average`."""
+        return not self._terms and self._association is None
+
+    def average(self, steps: int, reduce_sum: Callable[[Tensor], Tensor]) -> WindowAverages:
+        """Return the averages over the optimizer steps since the last call, on all processes, and start anew."""
+        names = [name for name in TERMS if name in self._terms]
+        parts = [self._terms[name].reshape(1) for name in names]
+        if self._association is not None:
+            parts.append(self._association)
+        sums = reduce_sum(torch.cat(parts)).cpu().double().numpy()
+        terms = {name: float(sums[index]) / max(steps, 1) for index, name in enumerate(names)}
+        association = spread = None
+        if self._association is not None:
+            association, spread, terms["association/entropy"] = self._unpack(sums[len(names) :])
+        self._terms, self._association = {}, None
+        return WindowAverages(terms, association, spread)
+
+    def _unpack(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        samples = max(sums[-2], 1.0)
+        mean, square = (part.reshape(self._shape) / samples for part in np.split(sums[:-2], 2))
+        return mean, np.sqrt(np.clip(square - mean**2, 0, None)), float(sums[-1] / samples)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in the widest precision of its device: sums over long windows then lose nothing."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 class Monitor:
     """Averages loss terms and association weights over logging windows.
 
     Nothing is read from the device before a window ends, and a window costs one reduction over processes.
 
-    Args:
-        plan: What was decided about the training.
-        loss: The feature loss, or None.
-        services: The engine.
-        student_layers: Names of the student's layers.
-        teacher_layers: Names of the teacher's layers.
-        custom_loss: Whether the task loss is a user's function, of which nothing is known.
+    Attributes:
+        judges_student: Whether a task loss at chance tells that the student has learned nothing.
+        last_association: (S, T) mean weights of the last window that had any.
+        task_losses: Steps and mean task loss of the last windows.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        loss: FeatureLoss | None,
-        services: Services,
-        student_layers: Sequence[str],
-        teacher_layers: Sequence[str],
-        custom_loss: bool = False,
-    ):
+    def __init__(self, plan: Plan, pair: Pair, loss: FeatureLoss | None, services: Services):
         self.plan = plan
         self.services = services
-        self.student_layers = list(student_layers)
-        self.teacher_layers = list(teacher_layers)
+        self.student_layers = pair.student_layer_names
+        self.teacher_layers = pair.teacher_layer_names
         self.upper_bound = None if loss is None else loss.upper_bound
-        self.judges_student = not (
-            loss is None
-            or loss.reuses_teacher_head
-            or plan.classes is None
-            or plan.classes < 2
-            or plan.task != "single_label"
-            or plan.feature_weight == 0
-            or custom_loss
-        )
+        classifies = plan.task == "single_label" and plan.classes is not None and plan.classes > 1
+        learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0
+        self.judges_student = classifies and learns_features and services.custom_loss is None
         self.last_association: np.ndarray | None = None
         self._warned_of_collapse = False
         self.start(0)
@@ -80,20 +143,21 @@ class Monitor:
             self._meter.add_association(features["association"])
 
     def finish(self, step: int) -> dict[str, float]:
-        """End the logging window on all processes at once; return its terms and keep its association.
-
-        Args:
-            step: The optimizer steps taken so far.
-        """
+        """End the logging window on all processes at once; return its terms and keep its association."""
         if self._meter.empty:
             return {}
         steps = step - self._averaged_to
         averages = self._meter.average(steps, self.services.reduce_sum)
         self._averaged_to = step
-        self._remember_task_loss(steps, averages.terms)
+        if "task_loss" in averages.terms:
+            self.task_losses.append((steps, averages.terms["task_loss"]))
+            # Only the last windows, which make up `JUDGED_STEPS` steps.
+            while sum(count for count, _ in self.task_losses) - self.task_losses[0][0] >= JUDGED_STEPS:
+                self.task_losses.popleft()
         if averages.association is not None:
             self.last_association = averages.association
-        self._warn_of_collapse(averages)
+            if averages.collapsed(self.upper_bound):
+                self._warn_of_collapse(averages.association)
         return averages.terms
 
     def warn_of_idle_student(self, step: int, learning_rate: float) -> None:
@@ -123,22 +187,13 @@ class Monitor:
                 steps,
             )
 
-    def _remember_task_loss(self, steps: int, terms: Mapping[str, float]) -> None:
-        """Keep the last windows that make up `JUDGED_STEPS` steps."""
-        if "task_loss" not in terms:
-            return
-        self.task_losses.append((steps, terms["task_loss"]))
-        while sum(count for count, _ in self.task_losses) - self.task_losses[0][0] >= JUDGED_STEPS:
-            self.task_losses.popleft()
-
-    def _warn_of_collapse(self, averages: WindowAverages) -> None:
-        if self._warned_of_collapse or not averages.collapsed(self.upper_bound) or not self.services.is_main:
-            return
-        self._warned_of_collapse = True
-        layer = self.teacher_layers[int(averages.association[0].argmax())]  # type: ignore[index]
-        logger.warning(
-            "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
-            "every sample alike, so it carries no information. Use association='similarity', or raise "
-            "association_temperature.",
-            layer,
-        )
+    def _warn_of_collapse(self, association: np.ndarray) -> None:
+        """Warn once that the association carries no information."""
+        if self.services.is_main and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            logger.warning(
+                "The association has collapsed: every student layer leans on teacher layer %s as far as it can, for "
+                "every sample alike, so it carries no information. Use association='similarity', or raise "
+                "association_temperature.",
+                self.teacher_layers[int(association[0].argmax())],
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,68 +19,35 @@ from ..teacher.runner import TeacherRunner
 from .attachment import DistillationTargets
 from .counts import COUNTS, StepCounts, count_step, safe_labels, scaled
 from .guard import FiniteGuard
-from .inputs import InputRouter
 from .monitor import Monitor
-from .plan import Plan
-from .services import Services
+from .pair import Pair
+from .plan import Plan, Services
 from .task_loss import TaskLoss
 
 
+@dataclass(eq=False)
 class Objective:
     """Runs both models on a micro-batch and returns what is minimized.
 
     Outside logging steps nothing here makes the host wait for the device.
-
-    Args:
-        plan: Which terms there are, and their weights.
-        student: The student, without wrappers.
-        loss: The feature loss, or None for logits alone.
-        run_teacher: Runs the teacher on a batch.
-        router: Tells what of a batch the student takes.
-        task_loss: The task term.
-        guard: Checks every loss.
-        monitor: Averages what is logged.
-        services: The engine.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        student: nn.Module,
-        loss: FeatureLoss | None,
-        run_teacher: TeacherRunner,
-        router: InputRouter,
-        task_loss: TaskLoss,
-        guard: FiniteGuard,
-        monitor: Monitor,
-        services: Services,
-    ):
-        self.plan = plan
-        self.student = student
-        self.loss = loss
-        self.run_teacher = run_teacher
-        self.router = router
-        self.task_loss = task_loss
-        self.guard = guard
-        self.monitor = monitor
-        self.services = services
-        self._statistics_ready = False
-
-    def start(self) -> None:
-        """Begin a training."""
-        self._statistics_ready = False
-        self.guard.reset()
+    plan: Plan
+    pair: Pair
+    loss: FeatureLoss | None
+    run_teacher: TeacherRunner
+    task_loss: TaskLoss
+    guard: FiniteGuard
+    monitor: Monitor
+    services: Services
+    statistics_ready: bool = False
 
     def begin_step(self, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return an optimizer step's micro-batches with their counts; merge the teacher statistics of the last step.
 
-        Args:
-            batches: The micro-batches of this process.
-            prepare: Moves a batch to the device.
+        `prepare` moves a batch to the device.
         """
-        plan, services = self.plan, self.services
-        labeled = [plan.with_labels(batch) for batch in batches]
-        counts = count_step(labeled, plan.task, plan.shifts_labels, services.reduce_sum, services.processes)
+        counts = self._count(batches)
         if self.loss is not None:
             self._merge_statistics(self.loss, batches, prepare)
         return [{**batch, COUNTS: entry} for batch, entry in zip(batches, counts, strict=True)]
@@ -89,16 +57,12 @@ class Objective:
 
         Args:
             model: The student, wrapped or not.
-            inputs: A micro-batch of `begin_step`, on the device.
+            inputs: A micro-batch of `begin_step`, on the device. One without counts is a step of its own.
             step: The optimizer step, from 1.
             return_outputs: Whether to return the student's outputs too.
-
-        Raises:
-            NonFiniteLossError: When a term is NaN or infinite, before it reaches a weight.
-            TeacherOutputError: When the teacher is to blame.
         """
         batch = {key: value for key, value in inputs.items() if key != COUNTS}
-        counts = inputs[COUNTS] if COUNTS in inputs else self._count_alone(batch)
+        counts = inputs[COUNTS] if COUNTS in inputs else self._count([batch])[0]
         targets = self.run_teacher(batch)
         outputs, features = self._run_student(model, batch, targets, counts)
         self.run_teacher.wait()
@@ -116,16 +80,24 @@ class Objective:
         self, model: nn.Module, batch: Mapping[str, Any], targets: TeacherOutputs, counts: StepCounts
     ) -> tuple[Any, Mapping[str, Tensor] | None]:
         """Return the student's output and, where features are distilled, their loss and association."""
-        inputs = self.router.student_inputs(batch)
+        inputs = self.pair.router.student_inputs(batch)
         if self.task_loss.drops_labels:
             inputs.pop("labels", None)
         elif "labels" in inputs:
             inputs["labels"] = safe_labels(inputs["labels"], counts.items)
-        if not self.plan.distils_features:
+        if self.loss is None:
             return model(**inputs), None
-        mask = token_attention(inputs, self.plan.labels_of(batch), self.student)
+        mask = token_attention(inputs, self.plan.labels_of(batch), self.pair.student)
         taught = DistillationTargets(targets.features, mask, self.run_teacher.wait)
-        return _split(model(**inputs, **taught.as_keyword()))
+        outputs = model(**inputs, **taught.as_keyword())
+        if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
+            return outputs[0], outputs[1]
+        raise SemCKDError(
+            "The student's forward did not compute the feature loss",
+            received=f"an output of type {type(outputs).__name__}",
+            expected="the output and the feature loss of the attached forward",
+            todo="do not replace the student's forward or wrap the student while it trains",
+        )
 
     def _terms(
         self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], counts: StepCounts
@@ -146,11 +118,10 @@ class Objective:
             terms["feature_loss"] = scaled(rows.mean() * batch_size(batch), counts.sample_scale())
         return terms
 
-    def _count_alone(self, batch: Mapping[str, Any]) -> StepCounts:
-        """Return the counts of a batch that came without: it is a step of its own."""
+    def _count(self, batches: Sequence[Mapping[str, Any]]) -> list[StepCounts]:
         plan, services = self.plan, self.services
-        labeled = plan.with_labels(batch)
-        return count_step([labeled], plan.task, plan.shifts_labels, services.reduce_sum, services.processes)[0]
+        labeled = [plan.with_labels(batch) for batch in batches]
+        return count_step(labeled, plan.task, plan.shifts_labels, services.reduce_sum, services.processes)
 
     def _merge_statistics(
         self, loss: FeatureLoss, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]
@@ -158,7 +129,7 @@ class Objective:
         """Merge teacher statistics once an optimizer step; the first step takes them from its own samples."""
         loss.collecting = True
         # Asking reads from the device: once a training is enough.
-        needed, self._statistics_ready = not self._statistics_ready and loss.needs_statistics, True
+        needed, self.statistics_ready = not self.statistics_ready and loss.needs_statistics, True
         if needed:
             for batch in batches:
                 outputs = self.run_teacher(prepare(batch))
@@ -168,22 +139,10 @@ class Objective:
         loss.synchronize(self.services.reduce_sum)
 
 
-def _split(outputs: Any) -> tuple[Any, Mapping[str, Tensor]]:
-    """Take the student's own output and the feature loss apart, which its attached forward returns together."""
-    if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
-        return outputs[0], outputs[1]
-    raise SemCKDError(
-        "The student's forward did not compute the feature loss",
-        received=f"an output of type {type(outputs).__name__}",
-        expected="the output and the feature loss of the attached forward",
-        todo="do not replace the student's forward or wrap the student while it trains",
-    )
-
-
 def _zero(outputs: Any) -> Tensor:
     """Return a zero that depends on the student's outputs, so that backward reaches every parameter."""
-    values = (
-        outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else (outputs,)
-    )
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
+    values = outputs if isinstance(outputs, tuple) else (outputs,)
     tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad and value.dim()]
     return torch.stack([tensor.sum() for tensor in tensors]).sum() * 0.0 if tensors else torch.zeros(())

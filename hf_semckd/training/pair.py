@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import SemCKDConfig
+from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX
 from ..features.capture import FeatureCapture
 from ..losses import FeatureLoss
 from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
+from ..models.inputs import InputSelector, forward_parameters
 from ..models.loading import empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.teacher import Teacher
 from .checks import check_encoder_decoder, check_label_names, check_models
-from .inputs import InputRouter
 
 ModelSource = nn.Module | str | os.PathLike[str]
 GIGABYTE = 2**30
 
 
+class InputRouter:
+    """Takes the teacher's entries out of the student's batches, and keeps them in the data set's columns."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        self._select = InputSelector(student)
+        self.student_takes = self._select.parameters
+        self._teacher_takes = forward_parameters(teacher)
+        self._teacher_only = {*self._teacher_takes} - {*self.student_takes, *LABEL_COLUMNS}
+        self._pretrained = isinstance(student, PreTrainedModel)
+        self._named_inputs = self._pretrained or hasattr(student, "get_base_model")
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the student gets of a batch: not the teacher's columns, nor those only the teacher names."""
+        own = {
+            key: value
+            for key, value in batch.items()
+            if key not in self._teacher_only and key != CACHED and not key.startswith(TEACHER_PREFIX)
+        }
+        if self._named_inputs:
+            return own
+        # A plain module's one input may have any name, also one that the teacher alone knows.
+        labels = {key: value for key, value in batch.items() if key in LABEL_COLUMNS}
+        return {**self._select(batch), **labels}
+
+    def extra_columns(self, kept: Sequence[str], columns: Sequence[str]) -> list[str]:
+        """Return which of a data set's columns must stay besides those kept by `Trainer` for the student."""
+        extra = [name for name in self._teacher_takes if name not in kept]
+        extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
+        if not self._pretrained and not {*kept} & {*columns}:
+            extra += columns
+        return extra
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A student and its teacher.
+    """A student, without wrappers, its teacher, and the feature loss that was chosen.
 
     Attributes:
-        student: The student, without wrappers.
-        teacher: The teacher.
         capture: Takes the student's features out of its forward.
-        router: Tells what of a batch the student takes.
         source: The feature loss as it was given, or its name; None where features are not distilled.
     """
 
@@ -60,11 +93,7 @@ class Pair:
     def of(
         cls, student: nn.Module, teacher: Teacher | CachedTeacher, args: SemCKDConfig, source: LossSource | None
     ) -> Pair:
-        """Return a pair for a teacher that is there already.
-
-        Raises:
-            LayerNotFoundError: When a chosen layer does not exist.
-        """
+        """Return a pair for a teacher that is there already; `LayerNotFoundError` when a chosen layer is not."""
         if isinstance(teacher, CachedTeacher):
             # A trial may need other outputs than the one before.
             teacher.request = _request(student, args, source)
@@ -74,18 +103,7 @@ class Pair:
 
     @classmethod
     def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
-        """Load the teacher and check that it can teach this student.
-
-        Args:
-            student: The student.
-            teacher: A model, or a name or folder to load it from.
-            args: The configuration.
-            source: The feature loss, or its name; None where features are not distilled.
-
-        Raises:
-            InputError: When the teacher cannot be loaded, or is the student.
-            ConfigurationError: When the arguments do not suit these models.
-        """
+        """Load the teacher and check that it can teach this student."""
         opened = _open_teacher(student, teacher, args, source)
         check_label_names(student, opened.model)
         check_encoder_decoder((student, opened.model), args)
@@ -104,8 +122,7 @@ def _open_teacher(
     """Load the teacher, unless it was cached before and may stay where it is."""
 
     def load() -> Teacher:
-        model = load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype())
-        return make(model)
+        return make(load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype()))
 
     def make(model: nn.Module) -> Teacher:
         # Before it is frozen, and with it whatever it shares.
@@ -113,23 +130,22 @@ def _open_teacher(
         layers = chosen_layers(args.teacher_layers, loss, model, "teacher")
         return Teacher(model, layers, compiled=args.teacher_compile)
 
-    folder = args.teacher_cache_dir
-    if folder is None:
+    if args.teacher_cache_dir is None:
         return load()
     digest = None if args.teacher_compile else source_digest(source)
     request = _request(student, args, loss)
     # A loss given as an object is tried on the teacher's features, and a reused classifier is copied from it.
     wanted = isinstance(loss, FeatureLoss) or reuses_teacher_head(loss)
-    limit = None if args.teacher_cache_limit_gb is None else int(args.teacher_cache_limit_gb * GIGABYTE)
-    unloaded = digest is not None and not wanted and is_noted(folder, digest, request)
+    limit = args.teacher_cache_limit_gb
+    unloaded = digest is not None and not wanted and is_noted(args.teacher_cache_dir, digest, request)
     return CachedTeacher(
         make(empty_model(source, like=student)) if unloaded else load(),  # type: ignore[arg-type]
-        folder,
+        args.teacher_cache_dir,
         load=load if unloaded else None,
         digest=digest,
         request=request,
         dtype=args.resolved_cache_dtype(),
-        limit_bytes=limit,
+        limit_bytes=None if limit is None else int(limit * GIGABYTE),
     )
 
 

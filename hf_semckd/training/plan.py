@@ -1,10 +1,15 @@
-"""What is decided about a training before its first step."""
+"""What the parts of a training are given: what was decided before its first step, and what they may ask of Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from ..models.tasks import Task
 
@@ -14,14 +19,11 @@ class Plan:
     """Which terms are minimized, and on what.
 
     Attributes:
-        task: The kind of task head.
         shifts_labels: Whether position n predicts label n + 1 (causal language models).
         label_names: Columns of a batch that hold labels.
         student_computes_loss: Whether the student's forward takes labels and returns their loss.
         classes: Number of classes of a classifier of whole samples; None for any other head.
-        temperature: Of the logit distillation.
-        task_weight, logit_weight, feature_weight: Weights of the terms; with 0 a term is not computed.
-        distils_features: Whether the feature term is on.
+        task_weight, logit_weight, feature_weight: With 0 a term is not computed.
     """
 
     task: Task
@@ -33,7 +35,6 @@ class Plan:
     task_weight: float
     logit_weight: float
     feature_weight: float
-    distils_features: bool
 
     @property
     def distils_logits(self) -> bool:
@@ -48,3 +49,38 @@ class Plan:
         """Return the batch with its labels under the usual name, where a plain model calls them otherwise."""
         labels = None if "labels" in batch or self.student_computes_loss else self.labels_of(batch)
         return batch if labels is None else {**batch, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Services:
+    """A few functions of the engine and of the user, in place of the trainer itself.
+
+    Attributes:
+        processes: Number of processes; gradients are averaged over them.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        autocast: Returns the context in which the student's forward runs.
+        reduce_sum: Adds a tensor over processes; it stays on its device.
+        custom_loss, label_smoother: `Trainer`'s `compute_loss_func` and `label_smoother`.
+    """
+
+    device: torch.device
+    processes: int
+    is_main: bool
+    mixed_precision: str
+    autocast: Callable[[], AbstractContextManager[None]]
+    reduce_sum: Callable[[Tensor], Tensor]
+    custom_loss: Callable[..., Tensor] | None
+    label_smoother: Callable[..., Tensor] | None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, device: torch.device, custom_loss: Any, label_smoother: Any) -> Services:
+        """Return the services of a training that an accelerator runs on a device."""
+        processes = accelerator.num_processes
+
+        def reduce_sum(tensor: Tensor) -> Tensor:
+            if processes == 1:
+                return tensor
+            return accelerator.reduce(tensor.to(device), reduction="sum").to(tensor.device)
+
+        main, precision = accelerator.is_main_process, accelerator.mixed_precision
+        return cls(device, processes, main, precision, accelerator.autocast, reduce_sum, custom_loss, label_smoother)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -88,10 +87,10 @@ class StudentTrainer(Trainer):
         """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if first and self.pair is not None and self._signature_columns is not None:
-            columns = column_names(self.train_dataset)
-            extra = self.pair.router.extra_columns(self._signature_columns, columns)
-            self._signature_columns = [*self._signature_columns, *extra]
+        kept = self._signature_columns
+        if first and self.pair is not None and kept is not None:
+            extra = self.pair.router.extra_columns(kept, column_names(self.train_dataset))
+            self._signature_columns = [*kept, *extra]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -108,14 +107,15 @@ class StudentTrainer(Trainer):
         with self._finished_student():
             return super().evaluation_loop(*args, **kwargs)
 
-    @contextmanager
-    def _finished_student(self) -> Iterator[None]:
-        """Let the student be what it will be in the end: with the teacher's classifier, for SimKD."""
-        undo = (lambda: None) if self.distillation is None else self.distillation.finish_student()
-        try:
-            yield
-        finally:
-            undo()
+    def _finished_student(self) -> ExitStack:
+        """Return a context in which the student is what it will be in the end; SimKD gives it another classifier."""
+        finished = ExitStack()
+        if self.distillation is not None:
+            finished.callback(self.distillation.finish_student())
+        return finished
+
+    def _plain_student(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.distillation is None else self.distillation.plain_student()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._finished_student():
@@ -124,21 +124,18 @@ class StudentTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.distillation is None:
-            super()._save(output_dir, state_dict)
-        else:
-            with self.distillation.plain_student():
-                super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
+        with self._plain_student():
+            super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
             teacher = None if self.pair is None else self.pair.teacher.model
             finish_folder(folder, self.args, teacher, self.distillation_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        loss = self.feature_loss
-        if loss is not None and self.distillation.attached and self._reloads_here:  # type: ignore[union-attr]
+        distillation, loss = self.distillation, self.feature_loss
+        if distillation is not None and loss is not None and distillation.attached and self._reloads_here:
             # What the last step observed belongs to this checkpoint, on every process.
-            loss.synchronize(self.distillation.objective.services.reduce_sum)  # type: ignore[union-attr]
+            loss.synchronize(distillation.objective.services.reduce_sum)
             if self.args.should_save:
                 save_feature_loss(loss, output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -157,12 +154,10 @@ class StudentTrainer(Trainer):
             resume_feature_loss(distillation.loss, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        distillation, best = self.distillation, self.state.best_model_checkpoint
-        if distillation is None:
-            super()._load_best_model()
-            return
-        with distillation.plain_student():
-            if self._reloads_here and isinstance(self.model, PreTrainedModel) and best is not None:
+        best = self.state.best_model_checkpoint
+        reloads = self.distillation is not None and self._reloads_here and best is not None
+        with self._plain_student():
+            if reloads and isinstance(self.model, PreTrainedModel):
                 reload_student(self.model, best)
             else:
                 super()._load_best_model()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,46 +12,31 @@ from torch import Tensor, nn
 from ..losses.logits import cross_entropy
 from ..models.outputs import logits_of
 from .counts import StepCounts, safe_labels, scaled
-from .plan import Plan
+from .plan import Plan, Services
 
 
+@dataclass(frozen=True)
 class TaskLoss:
-    """Computes a micro-batch's share of the task loss of its optimizer step.
+    """Computes a micro-batch's share of the task loss of its optimizer step."""
 
-    Args:
-        plan: What was decided about the training.
-        custom: `Trainer`'s compute_loss_func, if any.
-        smoother: `Trainer`'s label smoother, if any.
-        device: Where the student is trained.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        custom: Callable[..., Tensor] | None,
-        smoother: Callable[..., Tensor] | None,
-        device: torch.device,
-    ):
-        self.plan = plan
-        self.device = device
-        self.custom = custom
-        self.smoother = smoother
+    plan: Plan
+    services: Services
 
     @property
     def drops_labels(self) -> bool:
         """Whether the student must not compute the task loss by itself."""
-        elsewhere = self.custom is not None or self.smoother is not None
+        elsewhere = self.services.custom_loss is not None or self.services.label_smoother is not None
         return elsewhere or self.plan.task_weight == 0 or not self.plan.student_computes_loss
 
     def __call__(self, outputs: Any, labels: Any, counts: StepCounts) -> Tensor:
         """Return the micro-batch's share; without a single label, 0 that reaches every parameter."""
         labels = safe_labels(labels, counts.items)
-        if self.custom is not None:
-            total = counts.totals[0].clamp(min=1).to(self.device, torch.float32, non_blocking=True)
-            loss = self.custom(outputs, labels, num_items_in_batch=total)
+        if self.services.custom_loss is not None:
+            total = counts.totals[0].clamp(min=1).to(self.services.device, torch.float32, non_blocking=True)
+            loss = self.services.custom_loss(outputs, labels, num_items_in_batch=total)
             return scaled(loss, (counts.items > 0) * counts.processes)
-        if self.smoother is not None and labels is not None:
-            loss = self.smoother(outputs, labels, shift_labels=self.plan.shifts_labels)
+        if self.services.label_smoother is not None and labels is not None:
+            loss = self.services.label_smoother(outputs, labels, shift_labels=self.plan.shifts_labels)
         elif not self.plan.student_computes_loss:
             loss = cross_entropy(logits_of(outputs, "student"), labels)
         else:
@@ -60,7 +46,7 @@ class TaskLoss:
     def of_plain_module(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         """Return the loss of a model that computes none, as `Trainer.compute_loss` would; None where it can."""
         labels = self.plan.labels_of(inputs)
-        if self.plan.student_computes_loss or labels is None or self.custom is not None:
+        if self.plan.student_computes_loss or labels is None or self.services.custom_loss is not None:
             return None
         names = {"labels", *self.plan.label_names}
         logits = logits_of(model(**{key: value for key, value in inputs.items() if key not in names}), "student")

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SemCKDConfig
 from ..data.random_state import preserved_random_state
-from ..data.samples import collate, first_samples, is_map_style
+from ..data.samples import is_map_style
 from ..data.views import all_versions
 from ..losses.registry import LossSource
 from ..models.loading import load_model
@@ -21,11 +21,11 @@ from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
 from .caching import TrainingData, check_filled, fill_cache, require_cache
-from .callbacks import install_callbacks
+from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
-from .distillation import Distillation, UserFunctions
+from .distillation import Distillation
 from .pair import ModelSource, Pair
-from .services import Services
+from .plan import Services
 from .student_trainer import StudentTrainer
 
 
@@ -100,12 +100,9 @@ class DistillationTrainer(StudentTrainer):
             self._open_pair(teacher_model)
 
     def fill_teacher_cache(self) -> int:
-        """Run the teacher on every training sample that the cache lacks, ahead of training.
+        """Run the teacher on every training sample that the cache lacks, and return how many samples it holds.
 
         Under Accelerate every process takes its share. Training with the same settings then never runs the teacher.
-
-        Returns:
-            The number of samples that the cache holds.
 
         Raises:
             ConfigurationError: Without `teacher_cache_dir`.
@@ -114,9 +111,9 @@ class DistillationTrainer(StudentTrainer):
         teacher = require_cache(self.pair, self.args)
         run_teacher = self._built().run_teacher
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
-        with preserved_random_state(self.args.seed), self._looking_up(teacher):
-            # Not an evaluation's loader, which Trainer may keep.
-            with _every_batch(self.args):
+        with preserved_random_state(self.args.seed):
+            with self._looking_up(teacher, drop_last=False):
+                # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
             fill_cache(teacher, run_teacher, loader, self._prepare_input, quiet)
         self.accelerator.wait_for_everyone()
@@ -157,51 +154,48 @@ class DistillationTrainer(StudentTrainer):
             self.pair = Pair.of(self.student, self.pair.teacher, self.args, self._feature_source)
         with preserved_random_state(self.args.seed):
             data = self._training_data()
-            batch = self._prepare_input(self._first_batch(data))
+            batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
-            self.label_names = self.label_names or [name for name in ("labels",) if name in batch]
-            user = UserFunctions(tuple(self.label_names), self.compute_loss_func, self.label_smoother)
-            services = Services.of(self.accelerator, self.args.device)
-            built = Distillation.build(self.pair, batch, data, self.args, services, user, self._prepare_input)
-        self.distillation = built
-        install_callbacks(self.callback_handler, built.monitor, self.pair.teacher)
-        return built
+            if not self.label_names and "labels" in batch:
+                self.label_names = ["labels"]
+            services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
+            self.distillation = Distillation.build(
+                self.pair, batch, data, self.args, services, label_names=tuple(self.label_names)
+            )
+        install_callback(self.callback_handler, self.distillation.monitor, self.pair.cached_teacher)
+        return self.distillation
 
     def _training_data(self) -> TrainingData | None:
         """Return the training samples and the collator as a training data loader has them."""
         dataset, collator = self.train_dataset, self.data_collator
         if dataset is None:
             return None
-        if hasattr(dataset, "remove_columns") and hasattr(dataset, "column_names") and dataset.column_names:
-            return TrainingData(self._remove_unused_columns(dataset, description="training"), collator)
-        return TrainingData(dataset, self._get_collator_with_removed_columns(collator, description="training"))
+        if hasattr(dataset, "remove_columns") and getattr(dataset, "column_names", None):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        return TrainingData(dataset, collator, self._prepare_input)
 
-    def _first_batch(self, data: TrainingData | None) -> Any:
-        """Return a small training batch as the student will see it."""
-        if data is None:
-            return next(iter(self.get_train_dataloader()))
-        return collate(data.collator, first_samples(data.dataset))
-
-    # ---- Trainer's hooks: data ---------------------------------------------------------------------------------
+    # ---- Trainer's hooks ---------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
         teacher = None if self.pair is None else self.pair.cached_teacher
         if teacher is None or not teacher.is_open or not is_map_style(self.train_dataset):
             return super().get_train_dataloader()
-        with self._looking_up(teacher):
+        with self._looking_up(teacher, drop_last=self.args.dataloader_drop_last):
             return super().get_train_dataloader()
 
     @contextmanager
-    def _looking_up(self, teacher: CachedTeacher) -> Iterator[None]:
-        """Let data loaders that are made meanwhile look their samples up."""
-        plain = self.data_collator
-        in_thread = self.args.dataloader_num_workers == 0
-        self.data_collator = CachingCollator(plain, teacher.cache, in_thread=in_thread)
+    def _looking_up(self, teacher: CachedTeacher, *, drop_last: bool) -> Iterator[None]:
+        """Let data loaders that are made meanwhile look their samples up in the cache."""
+        args, collator, drops = self.args, self.data_collator, self.args.dataloader_drop_last
+        self.data_collator = CachingCollator(collator, teacher.cache, in_thread=args.dataloader_num_workers == 0)
+        args.dataloader_drop_last = drop_last
         try:
             yield
         finally:
-            self.data_collator = plain
+            self.data_collator, args.dataloader_drop_last = collator, drops
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
@@ -210,13 +204,8 @@ class DistillationTrainer(StudentTrainer):
             batches = self.distillation.objective.begin_step(batches, self._prepare_input)
         return batches, items
 
-    # ---- Trainer's hooks: training -----------------------------------------------------------------------------
-
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
         """Train the student; see `Trainer.train`. The student is the plain model again afterwards, whatever happens.
 
@@ -240,11 +229,7 @@ class DistillationTrainer(StudentTrainer):
             self._detach()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the distillation loss while training, and what `Trainer` returns otherwise."""
         distillation = self.distillation
@@ -265,7 +250,7 @@ class DistillationTrainer(StudentTrainer):
         """Make a new student, with a fresh feature loss when training has begun."""
         model = super().call_model_init(trial)
         if self.distillation is not None and self.is_in_train:
-            self._detach_student()
+            self._detach()
             self.model = model
             self._attach(self._build())
         return model
@@ -275,13 +260,13 @@ class DistillationTrainer(StudentTrainer):
         super()._hp_search_setup(trial)
         if trial is None:
             return
-        self._detach_student()
-        if not self._distils:
+        self._detach()
+        if self._distils:
+            self.args.validate_distillation()
+            check_teacher_given(self.pair, self.args)
+            self._attach(self._build())
+        else:
             self.distillation = None
-            return
-        self.args.validate_distillation()
-        check_teacher_given(self.pair, self.args)
-        self._attach(self._build())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the student's optimizer as `Trainer` does, and append the feature loss's parameters."""
@@ -290,10 +275,7 @@ class DistillationTrainer(StudentTrainer):
             return super().create_optimizer(*args, **kwargs)
         with distillation.plain_student():
             optimizer = super().create_optimizer(*args, **kwargs)
-        if self._owns_optimizer:
-            distillation.add_to_optimizer(self.optimizer, self.args)
-        else:
-            distillation.borrow_optimizer(self.optimizer, self.lr_scheduler)
+        distillation.extend_optimizer(self.optimizer, self.lr_scheduler, self.args, borrowed=not self._owns_optimizer)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -320,11 +302,6 @@ class DistillationTrainer(StudentTrainer):
             if not self.distillation.attached:
                 self._forget_wrappers()
 
-    def _detach_student(self) -> None:
-        """Take the feature loss off before the parts are built anew."""
-        if self.distillation is not None and self.distillation.attachment is not None:
-            self.distillation.attachment.detach()
-
     def _forget_wrappers(self) -> None:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model_wrapped = self.model
@@ -340,13 +317,3 @@ class SemCKDTrainer(DistillationTrainer):
     """
 
     default_feature_loss = "semckd"
-
-
-@contextmanager
-def _every_batch(args: TrainingArguments) -> Iterator[None]:
-    """Keep the last, smaller batch of a data loader that is made meanwhile."""
-    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last = drops

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import hf_semckd
 from hf_semckd.training.counts import count_items
-from hf_semckd.training.objective import UnseenLoss
+from hf_semckd.training.guard import PendingLoss
 
 LIBRARY = str(Path(hf_semckd.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
@@ -58,7 +58,7 @@ def _check(name: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
         frame = frame.f_back
     # What is read there was sent to the host in the step before.
-    arrived = frame is not None and frame.f_code is UnseenLoss.read.__code__
+    arrived = frame is not None and frame.f_code is PendingLoss.read.__code__
     if frame is not None and frame.f_code.co_filename.startswith(LIBRARY) and not arrived:
         raise WaitingError(f"{name} in {frame.f_code.co_filename}:{frame.f_lineno}")
 

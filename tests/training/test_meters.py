@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_semckd.training.meters import LossMeter, WindowAverages
+from hf_semckd.training.monitor import LossMeter, WindowAverages
 
 
 def same(tensor):
