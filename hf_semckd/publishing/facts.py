@@ -30,7 +30,6 @@ PROCESSORS = (
     (BaseImageProcessor, "AutoImageProcessor"),
     (FeatureExtractionMixin, "AutoFeatureExtractor"),
 )
-
 # Trainer.evaluate returns these beside the metrics.
 _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
 

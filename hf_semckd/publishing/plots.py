@@ -152,10 +152,9 @@ def _names(names: Sequence[str] | None, count: int, whose: str) -> list[str]:
     if names is None:
         return [str(index + 1) for index in range(count)]
     if isinstance(names, str) or len(names) != count:
-        received = f"the text {names!r}" if isinstance(names, str) else f"{len(names)} names"
         raise InputError(
             f"{whose}_layers does not name the {whose} layers of the association",
-            received=received,
+            received=f"the text {names!r}" if isinstance(names, str) else f"{len(names)} names",
             expected=f"{count} names, one per {whose} layer",
             todo=f"pass as many names, or {whose}_layers=None to number the layers",
         )
