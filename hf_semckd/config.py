@@ -121,8 +121,8 @@ class SemCKDConfig(TrainingArguments):
     )
     max_tokens: int = option(
         16,
-        "Compare at most this many tokens of a sample, evenly spaced and the same ones every epoch. 0: no limit. Ignored "
-        "by the pairwise projector.",
+        "Compare at most this many tokens of a sample, evenly spaced and the same ones every epoch. 0: no limit. "
+        "Ignored by the pairwise projector.",
     )
     max_grid: int | None = option(
         None,

@@ -7,12 +7,7 @@ from collections.abc import Iterable
 
 
 class SemCKDError(Exception):
-    """Base class of every error that this library raises on purpose.
-
-    Args:
-        what: One clause that names the problem; the whole text where nothing else is given.
-        received, expected, todo: See `message`.
-    """
+    """Base class of every error that this library raises on purpose; see `message` for the arguments."""
 
     def __init__(self, what: str, *, received: object = None, expected: object = None, todo: str | None = None):
         super().__init__(what if todo is None else message(what, received=received, expected=expected, todo=todo))
@@ -51,18 +46,11 @@ class HubPushError(SemCKDError, RuntimeError):
 
 
 class MissingDependencyError(SemCKDError, ImportError):
-    """An optional package is needed for what was asked and is not installed."""
+    """An optional package is needed and not installed."""
 
 
 def message(what: str, *, received: object, expected: object, todo: str) -> str:
-    """Compose an error text: what is wrong, what was received, what was expected and what to do.
-
-    Args:
-        what: One clause that names the problem, without a final full stop.
-        received: The offending value, shown with `str`.
-        expected: What would have been accepted.
-        todo: An imperative sentence that tells the next step.
-    """
+    """Compose an error text: `what` is a clause without a final full stop, `todo` an imperative sentence."""
     return f"{what}.\n  received: {received}\n  expected: {expected}\n  what to do: {todo}"
 
 

@@ -20,22 +20,17 @@ Run on several processes:                           accelerate launch -m hf_semc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, given the words after the program's name (None: those of the process).
 
-    Args:
-        arguments: The words after the program's name; None: those of the process.
-
-    Returns:
-        The exit status: 0, or 2 for arguments that cannot work.
+    Returns the exit status: 0, or 2 for arguments that cannot work.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    if words[0] != "cache":
-        print(f"hf-semckd: unknown command {words[0]!r}; expected: cache\n\n{USAGE}", file=sys.stderr)
-        return 2
     try:
+        if words[0] != "cache":
+            raise SemCKDError(f"unknown command {words[0]!r}; expected: cache\n\n{USAGE}")
         cache.run(words[1:])
     except SemCKDError as error:
         print(f"hf-semckd: {error}", file=sys.stderr)

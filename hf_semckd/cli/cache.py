@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..config import SemCKDConfig
 from ..errors import InputError
@@ -20,33 +21,18 @@ USAGE = "hf-semckd cache --teacher MODEL --student MODEL --dataset FOLDER --teac
 
 @dataclass
 class CacheArguments:
-    """The options of `hf-semckd cache` beside those of `SemCKDConfig`.
+    """The options of `hf-semckd cache` beside those of `SemCKDConfig`."""
 
-    Attributes:
-        teacher: Name or folder of the teacher.
-        student: Name or folder of the student.
-        dataset: Folder of a prepared dataset.
-        split: The split to run over.
-    """
-
-    teacher: str = field(metadata={"help": "Name or folder of the teacher, as for from_pretrained."})
-    student: str = field(
-        metadata={"help": "Name or folder of the student. Its layers determine which teacher features are stored."}
-    )
-    dataset: str = field(
-        metadata={"help": "Folder of a dataset (Dataset.save_to_disk) with the columns used in training."}
-    )
-    split: str = field(default="train", metadata={"help": "The split to run over, if the folder holds several."})
+    teacher: str = HfArg(help="Name or folder of the teacher, as for from_pretrained.")
+    student: str = HfArg(help="Name or folder of the student. Its layers determine which teacher features are stored.")
+    dataset: str = HfArg(help="Folder of a dataset (Dataset.save_to_disk) with the columns used in training.")
+    split: str = HfArg(default="train", help="The split to run over, if the folder holds several.")
 
 
 def run(words: Sequence[str]) -> None:
-    """Fill a teacher cache.
+    """Fill a teacher cache, as the words after `hf-semckd cache` say.
 
-    Args:
-        words: The command's options.
-
-    Raises:
-        SemCKDError: When the models, the dataset and the settings do not fit together.
+    Raises `SemCKDError` when the models, the dataset and the settings do not fit together.
     """
     parser = HfArgumentParser(
         [CacheArguments, SemCKDConfig],

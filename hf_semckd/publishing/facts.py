@@ -24,18 +24,14 @@ PIPELINES = {
     "QuestionAnswering": "question-answering",
     "SemanticSegmentation": "image-segmentation",
 }
-
 PROCESSORS = (
     (PreTrainedTokenizerBase, "AutoTokenizer"),
     (ProcessorMixin, "AutoProcessor"),
     (BaseImageProcessor, "AutoImageProcessor"),
     (FeatureExtractionMixin, "AutoFeatureExtractor"),
 )
-
 # Trainer.evaluate returns these beside the metrics.
-_BOOKKEEPING = frozenset(
-    {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
-)
+_BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
 
 
 @dataclass(frozen=True)
@@ -44,20 +40,12 @@ class StudentFacts:
 
     Attributes:
         repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
-        student_class: The auto class that loads it.
-        parameters: Number of the student's parameters, >= 1.
-        pipeline_tag: The Hub's name of the task.
-        processor: The auto class of the processor saved beside the student.
-        base_model: Hub id or class name of the model that the student was initialized from.
-        teacher: Hub id or class name.
-        teacher_parameters: Number of the teacher's parameters, >= 1.
+        student_class, processor: The auto classes that load the student and the processor saved beside it.
+        base_model, teacher: Hub id or class name.
         dataset: Hub id, or a description in words.
         method: Name of the feature loss, or of several joined by " + ".
-        settings: Distillation settings in the order in which they are shown.
         metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
-        license: The Hub's name of the license.
         language: ISO 639 code or codes.
-        tags: Further tag or tags.
 
     Raises:
         InputError: When a class is not a Python name, a number of parameters is below 1, or a metric not a number.
@@ -80,14 +68,12 @@ class StudentFacts:
     tags: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("student_class", "processor"):
-            value = getattr(self, name)
-            if value is not None and not value.isidentifier():
-                raise _invalid(name, repr(value), "an auto class, such as 'AutoModelForImageClassification'")
-        for name in ("parameters", "teacher_parameters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise _invalid(name, value, "a number of parameters >= 1")
+        for name, auto in {"student_class": self.student_class, "processor": self.processor}.items():
+            if auto is not None and not auto.isidentifier():
+                raise _invalid(name, repr(auto), "an auto class, such as 'AutoModelForImageClassification'")
+        for name, count in {"parameters": self.parameters, "teacher_parameters": self.teacher_parameters}.items():
+            if count is not None and count < 1:
+                raise _invalid(name, count, "a number of parameters >= 1")
         for name, value in self.metrics.items():
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise _invalid(f"metrics[{name!r}]", type(value).__name__, "an int or a float")
@@ -100,37 +86,28 @@ class StudentFacts:
 
 
 def model_facts(repo_name: str, student: nn.Module, teacher: nn.Module | None, processing_class: Any) -> StudentFacts:
-    """Return the facts that the models tell.
-
-    Args:
-        repo_name: As in `StudentFacts`.
-        student: The plain student.
-        teacher: The teacher, loaded or on the meta device; None without distillation.
-        processing_class: The processor saved beside the student, or None.
-    """
-    student_class, pipeline_tag = auto_class(student)
+    """Return the facts that the models tell; the teacher may be on the meta device."""
+    student_class, pipeline_tag = _auto_class(student)
     return StudentFacts(
         repo_name=repo_name,
         student_class=student_class,
-        parameters=count_parameters(student),
+        parameters=_count_parameters(student),
         pipeline_tag=pipeline_tag,
         processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
-        base_model=hub_source(student),
-        teacher=None if teacher is None else hub_source(teacher) or type(teacher).__name__,
-        teacher_parameters=None if teacher is None else count_parameters(teacher),
+        base_model=_hub_source(student),
+        teacher=None if teacher is None else _hub_source(teacher) or type(teacher).__name__,
+        teacher_parameters=None if teacher is None else _count_parameters(teacher),
     )
 
 
 def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the numbers of the last evaluation in a trainer's log, by their names with "eval_"."""
-    for row in reversed(log_history):
-        found = {name: value for name, value in row.items() if name.startswith("eval_")}
-        if found:
-            return {name: float(value) for name, value in found.items() if isinstance(value, Real)}
-    return {}
+    evaluations = [row for row in log_history if any(name.startswith("eval_") for name in row)]
+    last = evaluations[-1] if evaluations else {}
+    return {name: float(last[name]) for name in last if name.startswith("eval_") and isinstance(last[name], Real)}
 
 
-def auto_class(model: nn.Module) -> tuple[str, str | None]:
+def _auto_class(model: nn.Module) -> tuple[str, str | None]:
     """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
     name = type(model).__name__
     for head, pipeline in PIPELINES.items():
@@ -139,12 +116,11 @@ def auto_class(model: nn.Module) -> tuple[str, str | None]:
     return "AutoModel", None
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, each counted once."""
+def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def hub_source(model: nn.Module) -> str | None:
+def _hub_source(model: nn.Module) -> str | None:
     """Return the Hub id that a model was loaded from; None for a folder or a new model."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if name and is_hub_id(name) else None

@@ -24,8 +24,6 @@ from .facts import StudentFacts
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-TRAINER_STATE = "trainer_state.json"
-STAGING_PREFIX = "hf_semckd_push_"
 
 
 class Publisher:
@@ -37,7 +35,8 @@ class Publisher:
     Args:
         args: The training arguments; only `output_dir` and those about the Hub are read.
         is_main: Whether this process uploads.
-        training_state: Glob patterns of a checkpoint's files that only resuming needs; they are not published.
+        training_state: Glob patterns of a checkpoint's files that only resuming needs; published with whole
+            checkpoints alone.
 
     Attributes:
         repo_id: The repository, once it is created or found.
@@ -57,19 +56,12 @@ class Publisher:
         """The repository's id, or the name that it is created under."""
         return self.repo_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    @property
-    def _card(self) -> Path:
-        return Path(self.args.output_dir) / CARD
-
     def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, or find it.
+        """Create the repository, or find it; raises `HubPushError` when the Hub refuses or cannot be reached.
 
         Args:
             token: With write permission; None: `args.hub_token`.
             private: Whether a new repository is private; None: `args.hub_private_repo`.
-
-        Raises:
-            HubPushError: When the Hub refuses or cannot be reached.
         """
         if not self._is_main:
             return
@@ -99,20 +91,18 @@ class Publisher:
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the student to the output folder and upload it with its processor and a model card.
 
+        When the upload fails, with `HubPushError`, the student is in the output folder.
+
         Args:
             save_student: Saves the plain student and its processor to a folder; called on every process.
             write_card: Writes the model card to the output folder; called once `repo_id` is known.
             commit_message: Title of the commit.
             blocking: Whether to wait for the upload.
-            token: With write permission; None: `args.hub_token`.
+            token, private: As in `create_repository`.
             revision: Branch to commit to; None: `args.hub_revision`.
-            private: Whether a new repository is private; None: `args.hub_private_repo`.
 
         Returns:
             The commit, or its future when not blocking; None on other processes than the main one.
-
-        Raises:
-            HubPushError: When the upload fails; the student is saved in the output folder by then.
         """
         save_student(self.args.output_dir)
         if self.repo_id is None:
@@ -131,12 +121,7 @@ class Publisher:
         """Upload a checkpoint's student in the background, as `args.hub_strategy` says.
 
         A failure is logged and training goes on. While another upload is running, the checkpoint is skipped unless
-        `args.hub_always_push` is set.
-
-        Args:
-            checkpoint: The checkpoint's folder.
-            moment: "step 500" or "epoch 3", for the commit's title.
-            write_card: As in `push`.
+        `args.hub_always_push` is set. `moment` ("step 500", "epoch 3") is for the commit's title.
         """
         if not self._is_main or self.args.hub_strategy == HubStrategy.END:
             return
@@ -156,7 +141,7 @@ class Publisher:
 
     def write_card(self, facts: StudentFacts) -> None:
         """Write the student's model card to the output folder."""
-        write_atomic(self._card, create_model_card(facts).encode())
+        write_atomic(Path(self.args.output_dir) / CARD, create_model_card(facts).encode())
 
     def wait(self) -> None:
         """Wait until no checkpoint is being uploaded."""
@@ -169,11 +154,11 @@ class Publisher:
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
-            _hide_local_path(folder / name / TRAINER_STATE)
+            _hide_local_path(folder / name / "trainer_state.json")
 
     def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
         write_card()
-        shutil.copy(self._card, folder / CARD)
+        shutil.copy(Path(self.args.output_dir) / CARD, folder)
 
     def _upload(
         self, staged: ExitStack, folder: Path, message: str, token: str | None = None, revision: str | None = None
@@ -207,7 +192,7 @@ class Publisher:
 
 def _staging_folder(staged: ExitStack) -> Path:
     """Return a new folder that lives until the stack is closed."""
-    return Path(staged.enter_context(TemporaryDirectory(prefix=STAGING_PREFIX, ignore_cleanup_errors=True)))
+    return Path(staged.enter_context(TemporaryDirectory(prefix="hf_semckd_push_", ignore_cleanup_errors=True)))
 
 
 def _hide_local_path(state_file: Path) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 from ..errors import InputError, MissingDependencyError
 from ..files import write_atomic
 
-# Perceptually uniform, readable with any color vision and in gray.
-COLOR_MAP = "magma_r"
+COLOR_MAP = "magma_r"  # perceptually uniform, readable with any color vision and in gray
 INK = "#24292f"
 LARGEST_ANNOTATED = 12
 MOST_TICKS = 24
@@ -48,9 +47,6 @@ def plot_association(
     Raises:
         InputError: When these are not weights, or when there is not one name per layer.
         MissingDependencyError: When matplotlib is not installed.
-
-    Source:
-        The weights are alpha of Chen et al., "Cross-Layer Distillation with Semantic Calibration", AAAI 2021.
     """
     weights = validate_association(association)
     rows = _names(student_layers, weights.shape[0], "student")
@@ -62,14 +58,16 @@ def plot_association(
     height, width = weights.shape[0] * cell, weights.shape[1] * cell
     # White explicitly, here and when saving: a transparent background is unreadable on a dark page.
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white")
-    canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), facecolor="white")
     mesh = _draw_cells(axes, weights)
     _label_axes(axes, rows, columns, title)
     if layers <= LARGEST_ANNOTATED:
-        _annotate(axes, mesh, weights, fontsize=min(9.0, 16 * cell))
-    _add_color_bar(axes, mesh, matplotlib.ticker.MaxNLocator, len(columns), width, height)
-    _fit_figure(figure, axes, figure.get_tightbbox(canvas.get_renderer()), width, height)
+        for (row, column), weight in np.ndenumerate(weights):
+            text = {"fontsize": min(9.0, 16 * cell), "color": _legible_on(mesh, weight)}
+            axes.text(column, row, f"{weight:.2f}", ha="center", va="center", **text)
+    _add_color_bar(axes, mesh, matplotlib.ticker.MaxNLocator, width, height)
+    _fit_figure(figure, axes, width, height)
     return figure, axes
 
 
@@ -81,19 +79,9 @@ def save_association_plot(
     *,
     title: str | None = None,
 ) -> Path:
-    """Draw the association with `plot_association` and write it atomically.
+    """Draw the association with `plot_association`, write it with `write_atomic` and return the path.
 
-    Args:
-        association: As in `plot_association`, like the names and the title.
-        path: File to write, its suffix the format (.png, .svg, .pdf, ...); missing parent folders are created.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: As `plot_association`, or when the suffix is not an image format.
-        MissingDependencyError: When matplotlib is not installed.
-        OSError: When the file cannot be written; an old file is then unchanged.
+    The suffix of the path is the format (.png, .svg, .pdf, ...); another one raises `InputError`.
     """
     target = Path(path)
     figure, _ = plot_association(association, student_layers, teacher_layers, title=title)
@@ -118,13 +106,10 @@ def figure_to_array(figure: Any) -> np.ndarray:
 
 
 def validate_association(association: np.ndarray) -> np.ndarray:
-    """Return association weights as a new float64 array, clipped to [0, 1].
-
-    Args:
-        association: (S, T), each weight in [0, 1] but for rounding; anything `np.asarray` takes.
+    """Return (S, T) association weights as a new float64 array, clipped to [0, 1].
 
     Raises:
-        InputError: When it is not two-dimensional, is empty, or holds NaN, infinities or values outside [0, 1].
+        InputError: When it is not two-dimensional, is empty, or holds values outside [0, 1], other than by rounding.
     """
     weights = np.asarray(association, dtype=np.float64)
     finite = np.isfinite(weights)
@@ -167,10 +152,9 @@ def _names(names: Sequence[str] | None, count: int, whose: str) -> list[str]:
     if names is None:
         return [str(index + 1) for index in range(count)]
     if isinstance(names, str) or len(names) != count:
-        received = f"the text {names!r}" if isinstance(names, str) else f"{len(names)} names"
         raise InputError(
             f"{whose}_layers does not name the {whose} layers of the association",
-            received=received,
+            received=f"the text {names!r}" if isinstance(names, str) else f"{len(names)} names",
             expected=f"{count} names, one per {whose} layer",
             todo=f"pass as many names, or {whose}_layers=None to number the layers",
         )
@@ -180,15 +164,14 @@ def _names(names: Sequence[str] | None, count: int, whose: str) -> list[str]:
 
 def _draw_cells(axes: Any, weights: np.ndarray) -> Any:
     students, teachers = weights.shape
-    # At least twice the uniform level, so that the noise of an almost uniform association stays pale.
-    top = min(1.0, max(float(weights.max()), 2 / teachers))
     mesh = axes.pcolormesh(
         np.arange(teachers + 1) - 0.5,
         np.arange(students + 1) - 0.5,
         weights,
         cmap=COLOR_MAP,
         vmin=0.0,
-        vmax=top,
+        # At least twice the uniform level, so that the noise of an almost uniform association stays pale.
+        vmax=min(1.0, max(float(weights.max()), 2 / teachers)),
         edgecolors="white",
         linewidth=1.2 if max(weights.shape) <= LARGEST_ANNOTATED else 0.3,
     )
@@ -204,14 +187,8 @@ def _label_axes(axes: Any, rows: list[str], columns: list[str], title: str | Non
     row_step, column_step = -(-len(rows) // MOST_TICKS), -(-len(columns) // MOST_TICKS)
     axes.set_yticks(range(0, len(rows), row_step), rows[::row_step], fontsize=fontsize)
     slanted = max(map(len, columns)) > 4
-    axes.set_xticks(
-        range(0, len(columns), column_step),
-        columns[::column_step],
-        fontsize=fontsize,
-        rotation=40 if slanted else 0,
-        ha="right" if slanted else "center",
-        rotation_mode="anchor",
-    )
+    turned = {"rotation": 40 if slanted else 0, "ha": "right" if slanted else "center", "rotation_mode": "anchor"}
+    axes.set_xticks(range(0, len(columns), column_step), columns[::column_step], fontsize=fontsize, **turned)
     axes.tick_params(length=0, pad=4, colors=INK)
     axes.set_xlabel("teacher layer", fontsize=10, color=INK, labelpad=6)
     axes.set_ylabel("student layer", fontsize=10, color=INK, labelpad=6)
@@ -219,22 +196,16 @@ def _label_axes(axes: Any, rows: list[str], columns: list[str], title: str | Non
         axes.set_title(title, fontsize=11, color=INK, pad=10)
 
 
-def _annotate(axes: Any, mesh: Any, weights: np.ndarray, fontsize: float) -> None:
-    colors = mesh.to_rgba(weights)
-    for (row, column), weight in np.ndenumerate(weights):
-        ink = _legible_on(colors[row, column, :3])
-        axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=fontsize, color=ink)
-
-
-def _legible_on(color: np.ndarray) -> str:
-    """Return black or white, whichever has the higher contrast by the definition of WCAG 2."""
+def _legible_on(mesh: Any, weight: float) -> str:
+    """Return black or white, whichever has the higher contrast with a weight's color by the definition of WCAG 2."""
+    color = np.array(mesh.to_rgba(weight)[:3])
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
     # Contrast with white is 1.05 / (L + 0.05), with black (L + 0.05) / 0.05; they are equal where both squares are.
     return "white" if (luminance + 0.05) ** 2 < 1.05 * 0.05 else "black"
 
 
-def _add_color_bar(axes: Any, mesh: Any, locator: Any, teachers: int, width: float, height: float) -> None:
+def _add_color_bar(axes: Any, mesh: Any, locator: Any, width: float, height: float) -> None:
     """Add a bar as high as the map, with a line at the uniform level; the map's width and height are in inches."""
     bar_axes = axes.inset_axes((1 + 0.18 / width, 0.0, 0.17 / width, 1.0))
     bar = axes.figure.colorbar(mesh, cax=bar_axes)
@@ -242,23 +213,24 @@ def _add_color_bar(axes: Any, mesh: Any, locator: Any, teachers: int, width: flo
     bar.set_label(label, fontsize=10, color=INK, labelpad=8)
     bar.outline.set_visible(False)
 
-    uniform, top = 1 / teachers, float(mesh.get_clim()[1])
+    teachers, top = mesh.get_array().shape[1], mesh.norm.vmax
+    uniform = 1 / teachers
     candidates = locator(nbins=max(2, min(6, round(2 * height))), steps=[1, 2, 5, 10]).tick_values(0.0, top)
     # A tick nearer than a line of text to the uniform level would overlap its label.
     clear = 0.16 * top / height
     kept = [tick for tick in candidates if -1e-9 <= tick <= top * 1.001 and abs(tick - uniform) > clear]
-    labels = [*(f"{tick:g}" for tick in kept), f"uniform 1/{teachers}"]
-    bar.set_ticks([*kept, uniform], labels=labels, fontsize=8)
+    bar.set_ticks([*kept, uniform], labels=[*(f"{tick:g}" for tick in kept), f"uniform 1/{teachers}"], fontsize=8)
     bar_axes.tick_params(length=2, colors=INK)
-    line_color = _legible_on(mesh.to_rgba(np.array([uniform]))[0, :3])
-    bar_axes.plot([0, 1], [uniform, uniform], color=line_color, lw=1.6, solid_capstyle="butt", label="uniform level")
+    line = {"color": _legible_on(mesh, uniform), "lw": 1.6, "solid_capstyle": "butt", "label": "uniform level"}
+    bar_axes.plot([0, 1], [uniform, uniform], **line)
 
 
-def _fit_figure(figure: Any, axes: Any, box: Any, width: float, height: float) -> None:
-    """Give the figure the size of its content's box plus a margin; the map keeps its width and height in inches.
+def _fit_figure(figure: Any, axes: Any, width: float, height: float) -> None:
+    """Give the figure the size of its content plus a margin; the map keeps its width and height in inches.
 
     matplotlib's own layouts fit the content into a given size, which clips long names.
     """
+    box = figure.get_tightbbox()
     full_width, full_height = box.width + 2 * MARGIN_INCHES, box.height + 2 * MARGIN_INCHES
     left, bottom = (MARGIN_INCHES - box.x0) / full_width, (MARGIN_INCHES - box.y0) / full_height
     figure.set_size_inches(full_width, full_height)

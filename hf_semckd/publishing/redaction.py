@@ -27,7 +27,6 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9])((hf|api_org|gh[pousr]|github_pat)_\w{20,}
 _FOLDER_NAMES = frozenset(
     {"checkpoints", "data", "datasets", "local", "models", "out", "output", "outputs", "results", "runs", "tmp"}
 )
-
 _LOCAL_NAME = re.compile(
     r"checkpoint-\d+|"
     r".*\.(arrow|bin|csv|gz|h5|json|jsonl|npy|npz|onnx|parquet|pkl|pt|pth|py|safetensors|tar|tsv|txt|ya?ml|zip)",
@@ -41,14 +40,10 @@ def is_plain_text(text: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a name is the id of a Hub repository.
+    """Tell whether "user/name", a bare "name" or a path is the id of a Hub repository.
 
-    Args:
-        name: "user/name", a bare "name", or a path.
-
-    Returns:
-        False for paths, names of files and of common output folders, access tokens, and whatever exists on this disk
-        (transformers would load it from there); otherwise whether the Hub accepts the name.
+    Not paths, names of files and of common output folders, access tokens, and whatever exists on this disk, from where
+    transformers would load it.
     """
     return _spelled_like_hub_id(name) and not os.path.exists(name)
 
@@ -75,10 +70,8 @@ def repository_name(name: str) -> str:
 def shown_setting(name: str, value: object) -> str:
     """Return a setting's value as text if it is on the allow-list, else `HIDDEN`.
 
-    Args:
-        name: The setting; text under `LAYER_SETTINGS` names modules.
-        value: Shown are numbers, booleans, None, the words of `choices`, names of layers, and lists and mappings of
-            them, item by item.
+    Shown are numbers, booleans, None, the words of `choices`, plain text under `LAYER_SETTINGS`, and lists and
+    mappings of them, item by item.
     """
     if isinstance(value, (list, tuple)):
         return ", ".join(shown_setting(name, item) for item in value)
