@@ -163,7 +163,7 @@ def _make_plan(
         task="single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem),
         shifts_labels=shifts_labels(student),
         label_names=label_names,
-        student_computes_loss=any(name in pair.router.student_takes for name in (*label_names, "labels")),
+        student_computes_loss=pair.router.takes_any(label_names),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,
         temperature=args.temperature,
         task_weight=args.task_weight,

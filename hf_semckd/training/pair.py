@@ -37,6 +37,10 @@ class InputRouter:
         self._pretrained = isinstance(student, PreTrainedModel)
         self._named_inputs = self._pretrained or hasattr(student, "get_base_model")
 
+    def takes_any(self, label_names: Sequence[str]) -> bool:
+        """Whether the student's forward takes labels, and so computes their loss."""
+        return any(name in self.student_takes for name in (*label_names, "labels"))
+
     def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the student gets of a batch: not the teacher's columns, nor those only the teacher names."""
         own = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,15 @@ class TaskLoss:
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return scaled(loss, counts.task_scale())
 
-    def of_plain_module(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
-        """Return the loss of a model that computes none, as `Trainer.compute_loss` would; None where it can."""
-        labels = self.plan.labels_of(inputs)
-        if self.plan.student_computes_loss or labels is None or self.services.custom_loss is not None:
-            return None
-        names = {"labels", *self.plan.label_names}
-        logits = logits_of(model(**{key: value for key, value in inputs.items() if key not in names}), "student")
-        loss = cross_entropy(logits, labels)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+def plain_module_loss(
+    model: nn.Module, inputs: Mapping[str, Any], label_names: Sequence[str], return_outputs: bool
+) -> Any:
+    """Return the usual loss of a model that computes none, as `Trainer.compute_loss` would; None without labels."""
+    names = dict.fromkeys(("labels", *label_names))
+    labels = next((inputs[name] for name in names if name in inputs), None)
+    if labels is None:
+        return None
+    logits = logits_of(model(**{key: value for key, value in inputs.items() if key not in names}), "student")
+    loss = cross_entropy(logits, labels)
+    return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss

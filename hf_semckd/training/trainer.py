@@ -27,6 +27,7 @@ from .distillation import Distillation
 from .pair import ModelSource, Pair
 from .plan import Services
 from .student_trainer import StudentTrainer
+from .task_loss import plain_module_loss
 
 
 class DistillationTrainer(StudentTrainer):
@@ -232,13 +233,16 @@ class DistillationTrainer(StudentTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the distillation loss while training, and what `Trainer` returns otherwise."""
-        distillation = self.distillation
-        if distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training and self.is_in_train:
-            result = distillation.objective(model, inputs, self.state.global_step + 1, return_outputs)
+        if self.distillation is not None and self.model.training and self.is_in_train:
+            result = self.distillation.objective(model, inputs, self.state.global_step + 1, return_outputs)
             return result if hasattr(Trainer, "loss_is_scaled_for_ga") else self._unscaled(result, return_outputs)
-        plain = distillation.objective.task_loss.of_plain_module(model, inputs, return_outputs)
+        plain = None
+        if (
+            self.pair is not None
+            and self.compute_loss_func is None
+            and not self.pair.router.takes_any(self.label_names)
+        ):
+            plain = plain_module_loss(model, inputs, self.label_names, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if plain is None else plain
 
     def _unscaled(self, result: Any, return_outputs: bool) -> Any:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from makers import bert, distiller, gpt2, images, resnet, texts, vit
+from makers import IMAGE, LABELS, bert, config, distiller, gpt2, images, resnet, texts, vit
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
+
+from hf_semckd import SemCKDTrainer
 
 PAIRS = {
     "text": (bert, lambda: bert(3, 24, seed=9), lambda: texts(10)),
@@ -110,3 +112,24 @@ def test_a_batch_without_counts_is_a_step_of_its_own(tmp_path):
     trainer.__class__ = Watching
     trainer.train()
     assert losses[0] == losses[1]
+
+
+class WithoutLoss(nn.Module):
+    """A classifier that takes no labels."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body, self.head = nn.Linear(3 * IMAGE * IMAGE, width), nn.Linear(width, LABELS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(pixel_values.flatten(1)))
+
+
+def test_a_module_that_computes_no_loss_is_evaluated_without_training_data(tmp_path):
+    torch.manual_seed(0)
+    student, rows = WithoutLoss(4), images(6)
+    settings = config(tmp_path, label_names=["labels"], student_layers=["body"], teacher_layers=["body"])
+    trainer = SemCKDTrainer(student, settings, eval_dataset=rows, teacher_model=WithoutLoss(8))
+    pixels, labels = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("pixel_values", "labels"))
+    expected = nn.functional.cross_entropy(student.eval()(pixels), labels)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
