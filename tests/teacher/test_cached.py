@@ -9,7 +9,7 @@ from tiny import fit
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd.features.layers import FeatureSpec
-from hf_semckd.teacher.notes import TeacherNote, describe_extra_tokens, read_note, source_digest, write_note
+from hf_semckd.teacher.notes import TeacherNote, read_note, source_digest, write_note
 from hf_semckd.training import pair as pair_module
 
 
@@ -73,7 +73,7 @@ def test_other_weights_or_other_questions_load_the_teacher(tmp_path, source, tex
 
 def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
     specs = [FeatureSpec("1", "tokens", 8, 17, (4, 4), 1), FeatureSpec("2", "map", 8, 4, (2, 2))]
-    note = TeacherNote("abc", [1, 2], specs, [None, None], (3,))
+    note = TeacherNote("abc", [1, 2], specs, None, (3,), True)
     write_note(tmp_path, "digest", "asked", note)
     write_note(tmp_path, "digest", "else", note)
     assert read_note(tmp_path, "digest", "asked") == note == read_note(tmp_path, "digest", "else")
@@ -84,11 +84,9 @@ def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
 
 def test_sequences_take_the_length_of_the_batch():
     specs = [FeatureSpec("1", "tokens", 8, 12), FeatureSpec("2", "tokens", 8, 1)]
-    mask = torch.ones(2, 10)
-    extra = describe_extra_tokens(specs, {"attention_mask": mask})
-    assert extra == [2, None]
-    note = TeacherNote("abc", [1, 2], specs, extra, None)
+    note = TeacherNote("abc", [1, 2], specs, 10, None, True)
     assert [spec.length for spec in note.specs_for({"attention_mask": torch.ones(2, 7)})] == [9, 1]
+    assert note.specs_for({"pixel_values": torch.ones(2, 3, 4, 4)}) == specs
 
 
 def test_a_digest_follows_the_files_and_only_they(tmp_path):

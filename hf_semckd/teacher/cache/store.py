@@ -146,11 +146,11 @@ class TensorStore:
 
     def __len__(self) -> int:
         with self._locked():
-            return len(set(self._index).union(*(buffer.numbers for buffer in self._pending())))
+            return len(set(self._index).union(*(buffer.rows for buffer in self._pending())))
 
     def __contains__(self, key: object) -> bool:
         with self._locked():
-            return key in self._index or any(key in buffer.numbers for buffer in self._pending())
+            return key in self._index or any(key in buffer.rows for buffer in self._pending())
 
     def __reduce__(self) -> tuple[Any, ...]:
         opening = functools.partial(TensorStore, limit_bytes=self.limit_bytes, shard_bytes=self.shard_bytes)
@@ -183,7 +183,7 @@ class TensorStore:
 
     def _row(self, key: bytes) -> Row | None:
         for buffer in self._pending():
-            if key in buffer.numbers:
+            if key in buffer.rows:
                 return buffer.row(key)
         place = self._index.get(key)
         row = None if place is None else self._shards[place >> 32].row(place & 0xFFFFFFFF)
@@ -193,7 +193,7 @@ class TensorStore:
 
     def _hand_over(self) -> None:
         """Let the background thread write what is gathered."""
-        if not self._filling.numbers:
+        if not self._filling.rows:
             return
         # The thread ends with the store; an interpreter that exits waits until it has written what it was given.
         self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="tensor-store")
