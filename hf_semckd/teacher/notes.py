@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -14,11 +15,10 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from ..features.layers import FeatureSpec
+from ..files import write_json
 from .cache.keys import token_count
-from .cache.store import read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
-SOURCES = "sources"
 READ_BYTES = 2**22
 
 
@@ -113,7 +113,7 @@ def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: Te
     """Keep a note; a folder that cannot be written costs only the loading of the teacher next time."""
     notes = {**_notes(folder, digest), asked: dataclasses.asdict(note)}
     try:
-        write_manifest(Path(folder) / SOURCES / digest, notes)
+        write_json(_path(folder, digest), notes)
     except OSError as error:
         logger.debug("no note of the teacher was kept: %s", error)
 
@@ -138,5 +138,13 @@ def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> Teache
 
 
 def _notes(folder: str | os.PathLike[str], digest: str) -> dict[str, Any]:
-    """Return all notes of the teacher whose files have this digest, by `TeacherRequest.key`."""
-    return read_manifest(Path(folder) / SOURCES / digest) or {}
+    """Return all notes of the teacher whose files have this digest, by `TeacherRequest.key`; none where damaged."""
+    try:
+        notes = json.loads(_path(folder, digest).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _path(folder: str | os.PathLike[str], digest: str) -> Path:
+    return Path(folder) / "sources" / digest / "manifest.json"

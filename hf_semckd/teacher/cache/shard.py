@@ -53,11 +53,12 @@ class Buffer:
 
     def batch(self) -> pa.RecordBatch:
         """Return what the shard is to hold."""
-        keys, layouts, contents = list(self.rows), [], []
+        layouts, contents = [], []
         for row in self.rows.values():
             layout = [(name, str(value.dtype).removeprefix("torch."), value.shape) for name, value in row.items()]
             layouts.append(json.dumps(layout))
             contents.append(b"".join(map(_content, row.values())))
+        keys = list(self.rows)
         columns = [
             pa.array(keys, pa.binary(KEY_BYTES)),
             pa.array(layouts).dictionary_encode(),
@@ -101,7 +102,7 @@ class Shard:
         first, last = self._ends[number : number + 2].tolist()
         # Once a process: the checksum takes longer than all the rest.
         if not self._verified[number]:
-            if _checksum(self.keys[number], layout, self._data[first:last]) != self._checksums[number]:
+            if _checksum(self.keys[number], layout, self._data[first:last].data) != self._checksums[number]:
                 if not self._damaged:
                     logger.warning("Stored teacher outputs in %s are damaged and are made again.", self._path)
                 self._damaged = True
@@ -181,7 +182,7 @@ def _content(value: Tensor) -> bytes:
     return data.ljust(_aligned(len(data)), b"\0")
 
 
-def _checksum(key: bytes, layout: str, content: np.ndarray | bytes) -> int:
+def _checksum(key: bytes, layout: str, content: bytes | memoryview) -> int:
     """Cover all that makes a row: the same bytes under another key or in another shape are damage too."""
     return zlib.crc32(content, zlib.crc32(layout.encode(), zlib.crc32(key)))
 
