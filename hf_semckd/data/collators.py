@@ -13,10 +13,6 @@ class TeacherStudentCollator:
 
     Needed where both tokenize differently: a tokenizer pads the columns that it knows, and no others.
 
-    Args:
-        student_collator: Such as `DataCollatorWithPadding(student_tokenizer)`.
-        teacher_collator: Such as `DataCollatorWithPadding(teacher_tokenizer)`.
-
     Example:
         >>> collator = TeacherStudentCollator(
         ...     DataCollatorWithPadding(student_tokenizer), DataCollatorWithPadding(teacher_tokenizer)

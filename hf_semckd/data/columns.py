@@ -7,6 +7,9 @@ from typing import Any
 
 # Columns with this prefix are the teacher's own inputs, under the name that follows it.
 TEACHER_PREFIX = "teacher_"
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+# The entry of a batch in which a collator leaves what the cache holds of its samples.
+CACHED = "cached_teacher"
 
 
 def has_own_tokens(batch: Mapping[str, Any]) -> bool:
@@ -18,8 +21,3 @@ def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
     own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
     return own or batch
-
-
-LABEL_COLUMNS = ("labels", "label", "label_ids")
-# The entry of a batch in which a collator leaves what the cache holds of its samples.
-CACHED = "cached_teacher"

@@ -32,7 +32,7 @@ def spread_samples(dataset: Any, count: int) -> list[Any]:
 
 def first_samples(dataset: Any) -> list[Any]:
     """Return the first samples of a map-style or iterable dataset."""
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    if is_map_style(dataset):
         return [dataset[index] for index in range(min(PROBE_SAMPLES, len(dataset)))]
     return list(islice(iter(dataset), PROBE_SAMPLES))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
 from ..errors import InputError, SemCKDError
-from .outputs import is_encoder_decoder
+from .outputs import base_model, is_encoder_decoder
 
 Result = TypeVar("Result")
 
@@ -20,16 +20,13 @@ class InputSelector:
 
     A plain module whose only argument has another name (`forward(self, x)`) gets the batch's one tensor under it.
 
-    Args:
-        model: The model.
-
     Attributes:
         parameters: The names that its forward takes, without catch-alls.
     """
 
     def __init__(self, model: nn.Module):
         self._model = type(model).__name__
-        entries = inspect.signature(_plain_forward(model)).parameters.values()
+        entries = inspect.signature(base_model(model).forward).parameters.values()
         self._names = {entry.name for entry in entries}
         self.parameters = [
             entry.name for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
@@ -41,11 +38,7 @@ class InputSelector:
         ]
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the entries of a batch that the forward names, without labels.
-
-        Raises:
-            InputError: When the model takes nothing of the batch.
-        """
+        """Return the entries of a batch that the forward names, without labels; `InputError` if there are none."""
         inputs = {
             key: value
             for key, value in batch.items()
@@ -77,12 +70,6 @@ def forward_parameters(model: nn.Module) -> list[str]:
     return InputSelector(model).parameters
 
 
-def _plain_forward(model: nn.Module) -> Any:
-    """Return the forward whose signature tells the inputs: that of the base model under PEFT."""
-    owner: Any = model
-    return owner.get_base_model().forward if hasattr(owner, "get_base_model") else owner.forward
-
-
 def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse a batch without decoder inputs for a model that has a decoder (`InputError`)."""
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
@@ -95,16 +82,7 @@ def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:
-    """Return what a forward pass returns; say what the model was given where it fails.
-
-    Args:
-        role: `student` or `teacher`, for the message.
-        batch: What it is given, for the message.
-        forward: The forward pass.
-
-    Raises:
-        InputError: When the model cannot take the batch.
-    """
+    """Return what a forward pass returns; where it fails, `InputError` says what the model was given."""
     try:
         return forward()
     except SemCKDError:

@@ -65,12 +65,7 @@ def load_model(
 
 
 def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:
-    """Return a model of a name or folder without memory for its weights, to look at.
-
-    Args:
-        source: What `from_pretrained` takes.
-        like: A model whose task head is wanted.
-    """
+    """Return a model of a name or folder, with the task head of `like`, without memory for its weights."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind = _model_class(config, like)
     with torch.device("meta"):

@@ -13,15 +13,11 @@ from ..errors import InputError
 
 
 def logits_of(outputs: Any, role: str) -> Tensor:
-    """Return the logits in a model's output: a field, the output itself, or the first tensor of a tuple.
-
-    Raises:
-        InputError: When there are none.
-    """
+    """Return the logits in a model's output: a field, the output itself, or the first of a tuple."""
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None and isinstance(outputs, Tensor):
         logits = outputs
-    if logits is None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
+    if logits is None and isinstance(outputs, (tuple, list)):
         logits = next((entry for entry in outputs if isinstance(entry, Tensor) and entry.dim() > 1), None)
     if isinstance(logits, Tensor):
         return logits
@@ -37,10 +33,7 @@ def logits_of(outputs: Any, role: str) -> Tensor:
 def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
     """Return the attention mask of the tokens whose features are taken: of the decoder where there is one.
 
-    Args:
-        inputs: The model's inputs.
-        labels: The batch's labels; where a decoder has no mask of its own, positions with -100 are padding.
-        model: Its configuration tells whether it has a decoder.
+    Where a decoder has no mask of its own, positions with the label -100 are padding.
     """
     if not is_encoder_decoder(model):
         return inputs.get("attention_mask")
@@ -54,10 +47,6 @@ def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
 
     Prompt tuning puts learned tokens in front of the sequence; they count as tokens. Multiple choice has a mask
     (B, choices, N) for features of B * choices rows.
-
-    Args:
-        attention_mask: What the model was given under this name, if anything.
-        features: The model's captured features.
     """
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
@@ -67,6 +56,12 @@ def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
     lengths = [feature.shape[1] for feature in features if feature.dim() == 3]
     extra = max(lengths, default=mask.shape[1]) - mask.shape[1]
     return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT wraps, whose kind and signature count; any other model as it is."""
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else model
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
+from .outputs import base_model
 
 IGNORED = -100
 Task = Literal["single_label", "multi_label", "regression", "tokens"]
@@ -42,12 +43,9 @@ def token_targets(labels: Any, attention_mask: Any, shifted: bool) -> Tensor | N
 
 
 def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
-    """Tell the kind of head from its logits, labels and configuration.
+    """Tell the kind of head from its logits, labels and `config.problem_type`.
 
-    Args:
-        logits: (B, classes), (B, N, classes), (B, classes, H, W) for segmentation, or (B) for one number a sample.
-        labels: The batch's labels, or None.
-        problem_type: `config.problem_type`.
+    Logits are (B, classes), (B, N, classes), (B, classes, H, W) for segmentation, or (B) for one number per sample.
     """
     if logits.dim() == 3:
         return "tokens"
@@ -59,6 +57,4 @@ def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether position n of a model's logits predicts label n + 1: a causal language model, under PEFT too."""
-    owner: Any = model
-    base = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return type(base_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from .cache.cache import TeacherCache, lookup_of
 from .cache.keys import teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
 from .execution import TeacherStream
-from .notes import TeacherNote, TeacherRequest, describe_extra_tokens, describe_inputs, read_note, write_note
+from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher, keeping
+from .teacher import FeatureSelector, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,13 @@ class CachedTeacher:
         self._cache: TeacherCache | None = None
 
     @property
-    def loaded(self) -> bool:
-        """Whether the weights are there."""
-        return self._load is None
-
-    @property
     def model(self) -> nn.Module:
         """The model, with or without weights."""
         return self._teacher.model
 
     @property
     def stream(self) -> TeacherStream:
-        """Runs it beside the student on CUDA."""
+        """Runs the teacher beside the student on CUDA."""
         return self._teacher.stream
 
     @property
@@ -95,15 +90,11 @@ class CachedTeacher:
     def to(self, device: torch.device) -> None:
         """Move the teacher; see `Teacher.to`."""
         self._device = device
-        if self.loaded:
+        if self._load is None:
             self._teacher.to(device)
 
     def load(self) -> Teacher:
-        """Return the teacher with its weights, which are loaded if they are not there.
-
-        Raises:
-            InputError: When they are others than those that the cache was opened for.
-        """
+        """Return the teacher with its weights; `InputError` if they are not those that the cache was opened for."""
         if self._load is None:
             return self._teacher
         logger.info("The teacher is needed, and loaded now.")
@@ -114,7 +105,7 @@ class CachedTeacher:
         self._teacher.capture.layers = layers
         if self._device is not None:
             self._teacher.to(self._device)
-        if known is not None and self._cache is not None and known.weights != self._teacher.weights():
+        if known is not None and self._cache is not None and known.weights != self._teacher.weights:
             raise InputError(
                 "The teacher's files are not those that the cache knows",
                 received="other weights than when this teacher was noted beside the cache",
@@ -125,10 +116,10 @@ class CachedTeacher:
 
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
         """Say what the layers look like, from a note where this kind of batch was noted; see `Teacher.describe`."""
+        inputs = self.inputs(batch)
         if self._load is not None:
             assert self.digest is not None
-            inputs = self.inputs(batch)
-            self.note = read_note(self.folder, self.digest, self.request.key() + describe_inputs(inputs))
+            self.note = read_note(self.folder, self.digest, self.request.key(inputs))
         if self.note is None:
             return self.load().describe(batch, logits=logits, features=features)
         if features:
@@ -139,46 +130,32 @@ class CachedTeacher:
     def open(
         self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
     ) -> TeacherCache:
-        """Open the cache for the layers that were described.
-
-        Args:
-            batch: What was described.
-            described: What was found.
-            kept: What is kept of the features; a cache is shared by those who keep the same.
-            logits: Whether logits are stored.
-            features: Whether the chosen layers' features are stored.
-        """
+        """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         self.close()
-        cut = self.note.cut if self.note is not None else _cuts_padding(described, self.inputs(batch))
         layers = self._teacher.capture.layers or () if features else ()
-        weights = self._teacher.weights() if self.note is None else self.note.weights
+        weights = self._teacher.weights if self.note is None else self.note.weights
         self._cache = TeacherCache(
             self.folder,
             teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}"),
             self._teacher.select_inputs,
             dtype=self.dtype,
             limit_bytes=self.limit_bytes,
-            cut=cut,
+            cut=_cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut,
         )
         return self._cache
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
-        if self.digest is None or not self.loaded:
+        if self.digest is None or self._load is not None:
             return
         inputs, logits = self.inputs(batch), described.logits
         if logits is not None:
             # Without the batch, and without the tokens where there are some.
             logits = logits[-1:] if len(logits) == 3 else logits[1:]
-        note = TeacherNote(
-            self._teacher.weights(),
-            list(self._teacher.capture.layers or ()),
-            described.specs,
-            describe_extra_tokens(described.specs, inputs),
-            logits,
-            self.cache.cut,
-        )
-        write_note(self.folder, self.digest, self.request.key() + describe_inputs(inputs), note)
+        layers = list(self._teacher.capture.layers or ())
+        weights = self._teacher.weights
+        note = TeacherNote(weights, layers, described.specs, token_count(inputs), logits, self.cache.cut)
+        write_note(self.folder, self.digest, self.request.key(inputs), note)
 
     def run(
         self, batch: Mapping[str, Any], *, logits: bool, features: bool, select: FeatureSelector | None = None
@@ -186,23 +163,20 @@ class CachedTeacher:
         """Return logits and features for a training batch, from the cache where it can; see `Teacher.run`."""
         cache, lookup, inputs = self.cache, lookup_of(batch), self.inputs(batch)
         width = token_count(inputs)
-        if lookup is None:
-            lookup = cache.look_up(batch)
-        elif not all(lookup.present):
+        if lookup is None or not all(lookup.present):
             # What was missing when the batch was made may be there by now.
-            lookup = cache.read(lookup.keys, width)
+            lookup = cache.read(cache.keys(batch) if lookup is None else lookup.keys, width)
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        missing = [index for index, present in enumerate(lookup.present) if not present]
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
+        missing = [index for index, present in enumerate(lookup.present) if not present]
         if missing:
-            teacher = self.load()
-            inputs = teacher.inputs(batch)
-            part = {name: value[missing] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            keep = keeping(select, lambda: teacher.phases(batch)[missing])
-            rows = cache.rows(teacher.compute(part, None, keep, logits=logits, features=features), part)
-            cache.store.write([lookup.keys[index] for index in missing], rows)
+            outputs = self.load().run(batch, logits=logits, features=features, select=select, samples=missing)
+            computed = cache.rows(outputs, inputs, missing)
+            cache.store.write([lookup.keys[index] for index in missing], computed)
             # As stored, in the stored precision: a sample is the same when it is met again.
-            stored = to_batch(_merged(stored, lookup.present, rows, device), width)
+            fresh = iter([{name: value.to(device) for name, value in row.items()} for row in computed])
+            found = iter([{name: value[n] for name, value in stored.items()} for n in range(sum(lookup.present))])
+            stored = to_batch([next(found if present else fresh) for present in lookup.present], width)
         outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
         outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
         return outputs
@@ -210,10 +184,6 @@ class CachedTeacher:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords; see `Teacher.inputs`."""
         return self._teacher.inputs(batch)
-
-    def check_finite(self, outputs: TeacherOutputs) -> None:
-        """Refuse NaN and infinite outputs; see `outputs.check_finite`."""
-        self._teacher.check_finite(outputs)
 
     def remove_traces(self) -> None:
         """Take off what transformers leaves on the model."""
@@ -225,7 +195,7 @@ class CachedTeacher:
             self._cache.store.flush()
 
     def close(self) -> None:
-        """Let go of the cache."""
+        """Close the cache, if it is open."""
         if self._cache is not None:
             self._cache.store.close()
             self._cache = None
@@ -238,12 +208,3 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
     if described.logits is not None and len(described.logits) == 3:
         lengths.append(described.logits[1])
     return tokens is None or all(length == tokens for length in lengths)
-
-
-def _merged(
-    stored: Mapping[str, Tensor], present: Sequence[bool], computed: Sequence[dict[str, Tensor]], device: torch.device
-) -> list[dict[str, Tensor]]:
-    """Return the rows of a batch in order: those that were stored, and those that were missing."""
-    found = iter([{name: value[index] for name, value in stored.items()} for index in range(sum(present))])
-    missing = iter([{name: value.to(device) for name, value in row.items()} for row in computed])
-    return [next(found if there else missing) for there in present]

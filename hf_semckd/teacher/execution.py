@@ -17,9 +17,7 @@ logger = logging.getLogger(__name__)
 class TeacherStream:
     """Runs the teacher on a CUDA stream of its own, beside what the student does; elsewhere at once.
 
-    Args:
-        device: Where the teacher runs.
-        alone: Whether it is on this device as a whole; a dispatched or sharded one waits for other devices.
+    A teacher that is not `alone`, whole on its device, but dispatched or sharded waits for other devices.
     """
 
     def __init__(self, device: torch.device, alone: bool):
@@ -51,8 +49,8 @@ class CompiledForward:
     Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so the first
     call, and the first after `cool`, is eager.
 
-    Args:
-        model: The model.
+    Attributes:
+        active: Whether compiling has not failed.
     """
 
     def __init__(self, model: nn.Module):
@@ -63,12 +61,8 @@ class CompiledForward:
 
         # A function: compiling the module itself would leave a mark on it.
         self._compiled: Any = torch.compile(call)
+        self.active = True
         self._warm = False
-
-    @property
-    def active(self) -> bool:
-        """Whether compiling has not failed."""
-        return self._compiled is not None
 
     def cool(self) -> None:
         """Run eagerly once more."""
@@ -76,16 +70,16 @@ class CompiledForward:
 
     def __call__(self, **keywords: Any) -> Any:
         """Run the model."""
-        compiled = self._compiled if self._warm else None
+        compiled = self.active and self._warm
         self._warm = True
-        if compiled is None:
+        if not compiled:
             return self.model(**keywords)
         try:
-            return compiled(**keywords)
+            return self._compiled(**keywords)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler says; an error of the model itself comes again below
-            self._compiled = None
+            self.active = False
             logger.warning("The teacher runs without torch.compile, which failed: %s", str(error).partition("\n")[0])
             return self.model(**keywords)
 

@@ -51,15 +51,7 @@ class TeacherDescription:
 
 
 def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
-    """Refuse NaN and infinite teacher outputs, naming the layer and the sample.
-
-    Args:
-        outputs: The outputs.
-        layers: Names of the teacher's layers.
-
-    Raises:
-        TeacherOutputError: When there are any outside the padding.
-    """
+    """Raise `TeacherOutputError`, naming layer and sample, for NaN and infinity outside the padding."""
     # The first broken layer is the cause, logits follow.
     found = sorted(outputs.features.values(), key=itemgetter(0))
     named = [(f"layer {layers[t]}", values, mask) for t, values, mask in found]

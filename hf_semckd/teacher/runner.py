@@ -11,19 +11,15 @@ from torch import Tensor
 from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
 from .cached import CachedTeacher
-from .outputs import TeacherOutputs
+from .outputs import TeacherOutputs, check_finite
 from .teacher import Teacher
 
 
 class TeacherRunner:
-    """Runs the teacher on training batches, and keeps what the feature loss needs of its outputs.
+    """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
 
-    Args:
-        teacher: The teacher.
-        loss: The feature loss, or None for logits alone.
-        logits: Whether logits are needed.
-        autocast: The context of the student's forward: accelerate wraps that alone, and the teacher's takes several
-            times as long without.
+    `autocast` is the context of the student's forward: accelerate wraps that alone, and without it the teacher's takes
+    several times as long.
     """
 
     def __init__(
@@ -52,14 +48,10 @@ class TeacherRunner:
         self.teacher.stream.wait()
 
     def check_finite(self, batch: Mapping[str, Any]) -> None:
-        """Refuse NaN and infinite outputs for a batch.
-
-        Raises:
-            TeacherOutputError: When there are any outside the padding.
-        """
+        """Run the teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
         outputs = self(batch)
         self.wait()
-        self.teacher.check_finite(outputs)
+        check_finite(outputs, self.teacher.layer_names)
 
     def _select(self, features: Sequence[Tensor], mask: Tensor | None, phases: Callable[[], Tensor]) -> TeacherTargets:
         """Keep what the loss needs, so that the rest is freed before the student runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,23 +25,18 @@ logger = logging.getLogger(__name__)
 
 # Takes features, their mask and what gives the phases of their samples.
 FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
-Keeper = Callable[[Sequence[Tensor], Tensor | None], TeacherTargets]
 
 
 class Teacher:
     """A frozen model in evaluation mode, and the layers that are taken from it.
 
-    Handing a model over freezes it: its parameters stop requiring gradients, it is put into evaluation mode and moved
-    to the training device. Its precision stays its own.
+    Handing a model over freezes it: its parameters stop requiring gradients, and it is put into evaluation mode. Its
+    precision stays its own.
 
     Args:
         model: The teacher.
         layers: Hidden-state indices or module names; None finds all blocks.
         compiled: Whether to run it under `torch.compile`, where that works; the model itself is not changed.
-
-    Attributes:
-        stream: Runs it beside the student on CUDA.
-        compiled: Runs the model under `torch.compile`, or None.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None = None, compiled: bool = False):
@@ -51,7 +47,6 @@ class Teacher:
         self._request = self.capture.request(model)
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
-        self._weights: str | None = None
         if compiled and self.capture.by_name:
             logger.warning(
                 "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
@@ -69,11 +64,10 @@ class Teacher:
             self.model.to(device)
         self.stream = TeacherStream(device, alone=runs_by_itself(self.model))
 
+    @functools.cached_property
     def weights(self) -> str:
-        """Return a digest of the weights; they are frozen, so that reading them once is enough."""
-        if self._weights is None:
-            self._weights = weights_digest(self.model)
-        return self._weights
+        """A digest of the weights; they are frozen, so that reading them once is enough."""
+        return weights_digest(self.model)
 
     def remove_traces(self) -> None:
         """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
@@ -93,42 +87,44 @@ class Teacher:
             return run(**{**inputs, **self._request}), recorded
 
     def run(
-        self, batch: Mapping[str, Any], *, logits: bool, features: bool, select: FeatureSelector | None = None
+        self,
+        batch: Mapping[str, Any],
+        *,
+        logits: bool,
+        features: bool,
+        select: FeatureSelector | None = None,
+        samples: list[int] | None = None,
     ) -> TeacherOutputs:
-        """Return the teacher's logits and features for a training batch.
+        """Return the teacher's logits and features for a training batch as the collator made it.
 
         Args:
-            batch: The batch as the collator made it; `teacher_*` entries are the teacher's own inputs.
+            batch: Its `teacher_*` entries are the teacher's own inputs.
             logits: Whether logits are needed.
             features: Whether the chosen layers' features are needed.
-            select: Keeps what is needed of the features, given their mask and the phases of their samples; None keeps
-                all.
+            select: Keeps what is needed of the features; None keeps all.
+            samples: Which of the batch's samples to run; None for all.
         """
-        own = any(key.startswith(TEACHER_PREFIX) for key in batch)
-        labels = batch.get(f"{TEACHER_PREFIX}labels" if own else "labels")
-        keep = keeping(select, lambda: self.phases(batch))
-        return self.compute(self.inputs(batch), labels, keep, logits=logits, features=features)
 
-    def compute(
-        self, inputs: Mapping[str, Any], labels: Any, keep: Keeper, *, logits: bool, features: bool
-    ) -> TeacherOutputs:
-        """Return logits and what is kept of the features, for the teacher's own inputs."""
+        def chosen(value: Any) -> Any:
+            return value if samples is None or not isinstance(value, Tensor) else value[samples]
+
+        own = any(key.startswith(TEACHER_PREFIX) for key in batch)
+        labels = chosen(batch.get(f"{TEACHER_PREFIX}labels" if own else "labels"))
+        inputs = {name: chosen(value) for name, value in self.inputs(batch).items()}
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         mask = tokens_mask(token_attention(inputs, labels, self.model), taken)
-        return TeacherOutputs(
-            logits=logits_of(outputs, "teacher").detach() if logits else None,
-            features=keep(taken, mask) if features else TeacherTargets(),
-            mask=mask,
-        )
+        kept = TeacherTargets()
+        if features and select is not None:
+            kept = select(taken, mask, lambda: chosen(self._phases(batch)))
+        elif features:
+            kept = TeacherTargets.of_whole(taken, mask)
+        return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, mask)
 
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
         """Run a small batch, resolve the layers, and say what they look like.
 
-        Raises:
-            InputError: When the model cannot take the batch.
-            LayerNotFoundError: When a chosen layer does not exist.
-            TeacherOutputError: When the outputs are not finite.
+        Refuses a batch that the model cannot take, a layer that does not exist, and outputs that are not finite.
         """
         inputs = self.inputs(batch)
         check_decoder_inputs(self.model, inputs)
@@ -138,9 +134,8 @@ class Teacher:
             self.capture.resolve(self.model, outputs)
             taken = self.capture.collect(outputs, recorded)
         given = logits_of(outputs, "teacher") if logits else None
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask))
+        mask = tokens_mask(inputs.get("attention_mask"), [])
+        check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
         specs = [describe(x, name, self.model, inputs) for x, name in zip(taken, self.layer_names, strict=False)]
         return TeacherDescription(None if given is None else tuple(given.shape), specs, taken)
 
@@ -154,9 +149,12 @@ class Teacher:
             # Generation needs keys and values again; a teacher is run once a batch.
             inputs["use_cache"] = False
         dtype = next((entry.dtype for entry in self.model.parameters() if entry.is_floating_point()), None)
-        return inputs if dtype is None else {key: _cast(value, dtype) for key, value in inputs.items()}
+        for name, value in inputs.items():
+            if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+                inputs[name] = value.to(dtype)
+        return inputs
 
-    def phases(self, batch: Mapping[str, Any]) -> Tensor:
+    def _phases(self, batch: Mapping[str, Any]) -> Tensor:
         """Return a number in [0, 1) for each sample that follows from its content; see `content_phase`."""
         # As the collator made them: the teacher's precision must not matter. What a sample is lies in its token ids
         # or pixels.
@@ -169,18 +167,3 @@ class Teacher:
             # Multiple choice: a row of features for each of a sample's choices.
             content, mask = content.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
         return content_phase(content, mask)
-
-    def check_finite(self, outputs: TeacherOutputs) -> None:
-        """Refuse NaN and infinite outputs; see `outputs.check_finite`."""
-        check_finite(outputs, self.layer_names)
-
-
-def keeping(select: FeatureSelector | None, phases: Callable[[], Tensor]) -> Keeper:
-    """Return a selector that knows the phases of its samples; without one, all is kept."""
-    if select is None:
-        return TeacherTargets.of_whole
-    return lambda features, mask: select(features, mask, phases)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

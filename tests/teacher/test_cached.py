@@ -9,7 +9,9 @@ from tiny import fit
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
 from hf_semckd.features.layers import FeatureSpec
-from hf_semckd.teacher.notes import TeacherNote, describe_extra_tokens, read_note, source_digest, write_note
+from hf_semckd.teacher.cached import CachedTeacher
+from hf_semckd.teacher.notes import TeacherNote, TeacherRequest, read_note, source_digest, write_note
+from hf_semckd.teacher.teacher import Teacher
 from hf_semckd.training import pair as pair_module
 
 
@@ -73,22 +75,26 @@ def test_other_weights_or_other_questions_load_the_teacher(tmp_path, source, tex
 
 def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
     specs = [FeatureSpec("1", "tokens", 8, 17, (4, 4), 1), FeatureSpec("2", "map", 8, 4, (2, 2))]
-    note = TeacherNote("abc", [1, 2], specs, [None, None], (3,))
+    note = TeacherNote("abc", [1, 2], specs, None, (3,), True)
     write_note(tmp_path, "digest", "asked", note)
     write_note(tmp_path, "digest", "else", note)
     assert read_note(tmp_path, "digest", "asked") == note == read_note(tmp_path, "digest", "else")
     assert read_note(tmp_path, "digest", "other") is None and read_note(tmp_path, "nothing", "asked") is None
-    next(tmp_path.rglob("manifest.json")).write_text('{"asked": {"specs": 3}}')
-    assert read_note(tmp_path, "digest", "asked") is None
+    changed = TeacherNote("def", [1, 2], specs, 5, None, False)
+    write_note(tmp_path, "digest", "asked", changed)
+    assert read_note(tmp_path, "digest", "asked") == changed and read_note(tmp_path, "digest", "else") == note
+    (path,) = (entry for entry in tmp_path.rglob("*") if entry.is_file())
+    assert path.name == "manifest.json"
+    for damaged in (b'{"asked": {"specs": 3}}', b'{"layers": [', b"\xff\xfe", b"[1]", b""):
+        path.write_bytes(damaged)
+        assert read_note(tmp_path, "digest", "asked") is None
 
 
 def test_sequences_take_the_length_of_the_batch():
     specs = [FeatureSpec("1", "tokens", 8, 12), FeatureSpec("2", "tokens", 8, 1)]
-    mask = torch.ones(2, 10)
-    extra = describe_extra_tokens(specs, {"attention_mask": mask})
-    assert extra == [2, None]
-    note = TeacherNote("abc", [1, 2], specs, extra, None)
+    note = TeacherNote("abc", [1, 2], specs, 10, None, True)
     assert [spec.length for spec in note.specs_for({"attention_mask": torch.ones(2, 7)})] == [9, 1]
+    assert note.specs_for({"pixel_values": torch.ones(2, 3, 4, 4)}) == specs
 
 
 def test_a_digest_follows_the_files_and_only_they(tmp_path):
@@ -155,3 +161,22 @@ def test_a_method_with_layers_of_its_own_does_not_take_the_note_of_one_with_bloc
     assert train("semckd").teacher_layer_names == ["1", "2", "3"]
     assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]
     assert [name.rpartition(".")[2] for name in train("minilm").teacher_layer_names] == ["query", "key", "value"]
+
+
+def test_a_missing_sample_joins_those_of_a_left_padded_batch(tmp_path):
+    """Alone, the sample without padding would be stored as one of a right-padded batch."""
+    live = Teacher(bert(3, 24, seed=9), [1, 2])
+    cached = CachedTeacher(live, tmp_path, request=TeacherRequest("", None, "auto", True, True))
+    rows = torch.tensor([[3, 4, 5, 6], [0, 7, 8, 9], [0, 0, 5, 4]])
+
+    def batch(*members):
+        ids = rows[list(members)]
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    described = cached.describe(batch(0, 1, 2), logits=True, features=True)
+    cached.open(batch(0, 1, 2), described, kept="", logits=True, features=True)
+    cached.run(batch(1, 2), logits=True, features=True)
+    for members in ((0, 1), (2, 0), (1, 2, 0)):
+        found, expected = (teacher.run(batch(*members), logits=True, features=True) for teacher in (cached, live))
+        torch.testing.assert_close(found.logits, expected.logits)
+        torch.testing.assert_close(list(found.features.tensors()), list(expected.features.tensors()))

@@ -27,7 +27,7 @@ from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
 from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.models.inputs import forward_parameters, select_inputs
 from hf_semckd.models.loading import load_model
-from hf_semckd.teacher.outputs import TeacherOutputs
+from hf_semckd.teacher.outputs import TeacherOutputs, check_finite
 from hf_semckd.teacher.teacher import Teacher
 
 
@@ -253,7 +253,7 @@ def test_the_real_compiler_gives_the_same():
     model, batch = vit(), pictures()
     teacher = Teacher(model, [1], compiled=True)
     first, second = (teacher.run(batch, logits=True, features=True) for _ in range(2))
-    assert teacher._compiled is not None
+    assert teacher.compiled.active
     torch.testing.assert_close(first.features.whole(0), second.features.whole(0))
 
 
@@ -305,26 +305,23 @@ def test_bad_logits_are_reported_with_all_their_samples():
     logits = torch.zeros(4, 3)
     logits[1, 0], logits[3, 2] = torch.nan, torch.inf
     with pytest.raises(TeacherOutputError, match=r"(?s)teacher's logits are not finite.*batch index 1, 3\b"):
-        Teacher(Plain(), ["body"]).check_finite(TeacherOutputs(logits))
+        check_finite(TeacherOutputs(logits), ["body"])
 
 
 def test_a_bad_feature_is_reported_with_its_layer():
     features = [torch.zeros(2, 5, 4), torch.zeros(2, 5, 4)]
     features[1][0, 2, 3] = torch.nan
     with pytest.raises(TeacherOutputError, match=r"(?s)layer head is not finite.*batch index 0\b"):
-        Teacher(Plain(), ["body", "head"]).check_finite(
-            TeacherOutputs(torch.zeros(2, 3), TeacherTargets.of_whole(features))
-        )
+        check_finite(TeacherOutputs(torch.zeros(2, 3), TeacherTargets.of_whole(features)), ["body", "head"])
 
 
 def test_padding_may_hold_anything():
     features, mask = [torch.zeros(2, 3, 4)], torch.tensor([[1, 1, 0], [1, 1, 1]])
     features[0][0, 2] = torch.nan
-    teacher = Teacher(Plain(), ["body"])
-    teacher.check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask))
+    check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask), ["body"])
     features[0][1, 2] = torch.nan
     with pytest.raises(TeacherOutputError, match=r"batch index 1\b"):
-        teacher.check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask))
+        check_finite(TeacherOutputs(None, TeacherTargets.of_whole(features, mask), mask), ["body"])
 
 
 # ---- Loading -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,7 @@ from .store import TensorStore
 
 @dataclass
 class Lookup:
-    """What the cache holds of a batch's samples.
-
-    Attributes:
-        keys: The key of each sample.
-        present: Whether each sample is there.
-        values: The tensors of the samples that are, stacked; see `to_outputs`.
-    """
+    """What the cache holds of a batch: each sample's key and whether it is there, and what is there as `to_batch`."""
 
     keys: list[bytes]
     present: list[bool]
@@ -35,13 +29,13 @@ class Lookup:
 
 
 class TeacherCache:
-    """Teacher outputs in a `TensorStore`, one row a sample, below a folder for one teacher and one choice of layers.
+    """Teacher outputs in a `TensorStore`, one row per sample, in a folder for one teacher and one choice of layers.
 
     The key is the content of the teacher's inputs after preprocessing and augmentation, without padding. A changed
     dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
 
     Args:
-        folder: Where all caches live; made when needed.
+        folder: Where all caches live.
         fingerprint: What the outputs depend on besides the inputs; see `teacher_fingerprint`.
         select_inputs: Returns the teacher's inputs of a batch.
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
@@ -65,54 +59,49 @@ class TeacherCache:
         self.select_inputs = select_inputs
         self.dtype = dtype
 
-    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the teacher's inputs of a batch, as they were collated."""
-        return self.select_inputs(teacher_entries(batch))
-
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
-        inputs = self.inputs(batch)
-        return sample_keys(inputs, self.lengths(inputs))
-
-    def lengths(self, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Return the length of each sample where its padding is cut off, or None."""
-        return right_padded_lengths(inputs) if self.cut else None
+        inputs = self.select_inputs(teacher_entries(batch))
+        return sample_keys(inputs, self._lengths(inputs))
 
     def look_up(self, batch: Mapping[str, Any]) -> Lookup:
         """Return what there is of a batch, on the CPU."""
-        return self.read(self.keys(batch), token_count(self.inputs(batch)))
+        return self.read(self.keys(batch), token_count(self.select_inputs(teacher_entries(batch))))
 
     def read(self, keys: list[bytes], width: int | None) -> Lookup:
-        """Return what there is under some keys, on the CPU.
-
-        Args:
-            keys: The keys of a batch's samples.
-            width: Number of tokens of the padded samples.
-        """
+        """Return what there is of a batch whose samples have these keys and are padded to `width` tokens."""
         rows = self.store.read(keys)
         found = [row for row in rows if row is not None]
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 
-    def rows(self, outputs: TeacherOutputs, inputs: Mapping[str, Any]) -> list[Row]:
+    def rows(
+        self, outputs: TeacherOutputs, inputs: Mapping[str, Any], samples: Sequence[int] | None = None
+    ) -> list[Row]:
         """Return what is stored of each sample of the teacher's outputs.
 
-        Raises:
-            InputError: When the outputs have several rows per sample, or overflow in the cache's precision.
+        Refuses (`InputError`) several rows per sample, and what overflows in the cache's precision.
+
+        Args:
+            outputs: What the teacher gave.
+            inputs: The teacher's inputs of the whole batch, with which the keys of its samples were made.
+            samples: Which samples of the batch the outputs are of; None for all.
         """
-        check_row_count(outputs, len(next(value for value in inputs.values() if isinstance(value, Tensor))))
-        return to_rows(outputs, self.lengths(inputs), token_count(inputs), self.dtype)
+        if samples is None:
+            samples = range(len(next(value for value in inputs.values() if isinstance(value, Tensor))))
+        check_row_count(outputs, len(samples))
+        lengths = self._lengths(inputs)
+        ends = None if lengths is None else [lengths[index] for index in samples]
+        return to_rows(outputs, ends, token_count(inputs), self.dtype)
+
+    def _lengths(self, inputs: Mapping[str, Any]) -> list[int] | None:
+        return right_padded_lengths(inputs) if self.cut else None
 
 
 class CachingCollator:
     """A collator that also looks its samples up in the teacher cache, so that the step need not wait for the disk.
 
-    In a worker process of the data loader this runs beside the training; without workers a thread does it, while the
-    step before is computed.
-
-    Args:
-        collator: Makes the batch.
-        cache: Is asked for its samples.
-        in_thread: Whether to look up in a thread of this process.
+    In a worker process of the data loader this runs beside the training; without workers a thread does it
+    (`in_thread`), while the step before is computed.
     """
 
     def __init__(self, collator: Callable[[Any], Mapping[str, Any]], cache: TeacherCache, *, in_thread: bool):

@@ -13,9 +13,7 @@ from .shard import KEY_BYTES
 
 # Changes when what is stored, or how it is keyed, changes.
 FORMAT = 3
-
 LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-
 # What runs along the tokens that the mask speaks of; the length of anything else (channels, a decoder's tokens) may
 # equal theirs by accident.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox")
@@ -28,16 +26,11 @@ def token_count(inputs: Mapping[str, Any]) -> int | None:
 
 
 def sample_keys(inputs: Mapping[str, Any], lengths: Sequence[int] | None) -> list[bytes]:
-    """Return one key a sample: a digest of its inputs, cut to its own length where it is padded.
-
-    Args:
-        inputs: The teacher's inputs; tensors whose first dimension is the batch.
-        lengths: Number of tokens of each sample, when padding follows them; None when nothing is cut.
-    """
+    """Return one key per sample: a digest of its inputs, cut to its own length; `lengths` None cuts nothing."""
     tensors = {name: value.detach().cpu() for name, value in sorted(inputs.items()) if isinstance(value, Tensor)}
     # What is stored of a sample looks different where padding was cut off.
     constants = repr((lengths is None, sorted((k, repr(value)) for k, value in inputs.items() if k not in tensors)))
-    width = inputs["attention_mask"].shape[1] if lengths is not None else None
+    width = token_count(inputs)
     keys = []
     for index in range(len(next(iter(tensors.values())))):
         digest = hashlib.blake2b(constants.encode(), digest_size=KEY_BYTES)
@@ -45,32 +38,21 @@ def sample_keys(inputs: Mapping[str, Any], lengths: Sequence[int] | None) -> lis
             row = value[index]
             if lengths is not None and name in TOKEN_INPUTS and row.dim() and row.shape[0] == width:
                 row = row[: lengths[index]]
-            digest.update(f"{name}:{row.dtype}:{tuple(row.shape)};".encode())
-            digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            _update(digest, name, row)
         keys.append(digest.digest())
     return keys
 
 
 def right_padded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     """Return the length of each sample where padding follows the tokens, or None when anything else is masked."""
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if token_count(inputs) is None:
         return None
-    mask = mask.bool()
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        return None
-    return [int(length) for length in mask.sum(1).tolist()]
+    mask = inputs["attention_mask"].bool()
+    return None if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else mask.sum(1).tolist()
 
 
-def teacher_fingerprint(weights: str, layers: Sequence[object], logits: bool, kept: str = "") -> str:
-    """Return a digest of all that decides a teacher's outputs besides its inputs: weights, kind, layers.
-
-    Args:
-        weights: See `weights_digest`.
-        layers: The layers that are stored.
-        logits: Whether logits are stored.
-        kept: What is kept of these layers, and in which precision.
-    """
+def teacher_fingerprint(weights: str, layers: Sequence[object], logits: bool, kept: str) -> str:
+    """Return a digest of all that decides what is stored of a teacher's outputs, besides its inputs."""
     described = repr((FORMAT, weights, list(map(str, layers)), logits, kept))
     return hashlib.blake2b(described.encode(), digest_size=KEY_BYTES).hexdigest()
 
@@ -82,13 +64,16 @@ def weights_digest(model: nn.Module) -> str:
     settings = dict(config.to_dict()) if hasattr(config, "to_dict") else _attributes(model)
     # Where the weights came from does not matter: they are digested themselves.
     described = repr(sorted((key, value) for key, value in settings.items() if key not in LOCATION_SETTINGS))
-    digest.update(described.encode())
-    digest.update(_adapters(model).encode())
+    digest.update((described + _adapters(model)).encode())
     buffers = {f"buffer {name}": value for name, value in model.named_buffers()}
     for name, value in sorted({**buffers, **model.state_dict()}.items()):
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        _update(digest, name, value)
     return digest.hexdigest()
+
+
+def _update(digest: hashlib.blake2b, name: str, value: Tensor) -> None:
+    digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _adapters(model: nn.Module) -> str:

@@ -16,22 +16,17 @@ from torch import Tensor
 from ...errors import InputError
 from ...features.targets import LAYER_TENSORS, LayerTarget, TeacherTargets, TokenChoice
 from ..outputs import TeacherOutputs
+from .shard import Row
 
 LOGITS = "logits"
-
 ALL_TOKENS, CHOSEN_TOKENS = "|all", "|chosen"
-
 CHOICE_TENSORS = ("positions", "mask")
-
-Row = dict[str, Tensor]
 
 
 class Piece(NamedTuple):
-    """A tensor of the outputs.
+    """A tensor (B, ...) of the outputs, and its name in a row.
 
     Attributes:
-        name: Its name in a row.
-        value: (B, ...).
         along: What its second dimension runs along, one of the endings above; empty for neither.
         chosen: (B, K) mask of the chosen tokens that it runs along.
     """
@@ -45,16 +40,13 @@ class Piece(NamedTuple):
 def to_rows(
     outputs: TeacherOutputs, lengths: Sequence[int] | None, width: int | None, dtype: torch.dtype | None = None
 ) -> list[Row]:
-    """Return each sample's tensors without padding.
+    """Return each sample's tensors without padding; what overflows in `dtype` is refused (`InputError`).
 
     Args:
         outputs: What the teacher gave for a batch; its mask is not stored.
         lengths: Number of tokens of each sample, when padding follows them; None when nothing is known to be padding.
         width: Number of tokens of the padded samples.
         dtype: Precision of features; None for their own. Logits always keep theirs.
-
-    Raises:
-        InputError: When a feature overflows in that precision.
     """
     pieces = list(_pieces(outputs))
     rows: list[Row] = [{} for _ in range(len(pieces[0].value))]
@@ -76,11 +68,7 @@ def to_rows(
 
 
 def check_row_count(outputs: TeacherOutputs, samples: int) -> None:
-    """Refuse outputs with several rows per sample.
-
-    Raises:
-        InputError: When there are.
-    """
+    """Refuse (`InputError`) outputs with several rows per sample."""
     for piece in _pieces(outputs):
         if len(piece.value) != samples:
             raise InputError(
@@ -92,16 +80,9 @@ def check_row_count(outputs: TeacherOutputs, samples: int) -> None:
 
 
 def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> Row:
-    """Return the rows' tensors stacked, by name, filled with zeros behind what was cut.
-
-    Args:
-        rows: Rows of one cache.
-        width: Number of tokens of the padded samples of the batch.
-    """
-    if not rows:
-        return {}
+    """Return the rows' tensors stacked, by name; what was cut is filled with zeros, tokens up to the batch's width."""
     stacked = {}
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         if not name.endswith((ALL_TOKENS, CHOSEN_TOKENS)):
             stacked[name] = torch.stack(values)
@@ -115,12 +96,7 @@ def to_batch(rows: Sequence[Mapping[str, Tensor]], width: int | None) -> Row:
 
 
 def to_outputs(stored: Mapping[str, Tensor], layers: int) -> TeacherOutputs:
-    """Return the outputs that stacked rows were made from.
-
-    Args:
-        stored: What `to_batch` returned.
-        layers: Number of teacher layers, of which the loss may keep some alone.
-    """
+    """Return the outputs that stacked rows were made from; of `layers` teacher layers the loss may keep only some."""
     values = {name.partition("|")[0]: value for name, value in stored.items()}
     logits = values.pop(LOGITS, None)
     return TeacherOutputs(logits, _targets(values, layers) if values else TeacherTargets())

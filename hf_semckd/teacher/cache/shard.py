@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 20
 # Arrow aligns the buffers of a file to 8 bytes; aligned alike within a row, so is every tensor.
 ALIGNMENT = 8
-
 # `row` holds the bytes of a row's tensors, one behind the other, and `layout` their names, types and shapes as JSON.
 SCHEMA = pa.schema(
     {
@@ -32,55 +30,40 @@ SCHEMA = pa.schema(
         "row": pa.large_binary(),
     }
 )
-
 # A key, an index into the layouts, a checksum and an offset.
 ROW_OVERHEAD = KEY_BYTES + 4 + 4 + 8
 Row = dict[str, Tensor]
 
 
 class Buffer:
-    """Copies of the rows of a shard that is not written yet."""
+    """Copies of the rows of a shard that is not written yet, and how many bytes they will take."""
 
     def __init__(self) -> None:
-        self.numbers: dict[bytes, int] = {}
-        # Key, layout, first byte and the byte behind the last.
-        self._rows: list[tuple[bytes, str, int, int]] = []
-        self._data = bytearray()
-
-    @property
-    def size(self) -> int:
-        """Bytes that the rows take."""
-        return len(self._data) + len(self._rows) * ROW_OVERHEAD
+        self.rows: dict[bytes, Row] = {}
+        self.size = 0
 
     def add(self, key: bytes, row: Mapping[str, Tensor]) -> None:
-        """Copy a row behind the others."""
-        layout = []
-        parts: list[memoryview | bytes] = []
-        for name, value in row.items():
-            layout.append((name, str(value.dtype).removeprefix("torch."), value.shape))
-            data = value.detach().cpu().resolve_conj().reshape(-1).view(torch.uint8).numpy()
-            parts += [data.data, bytes(-data.size % ALIGNMENT)]
-        first = len(self._data)
-        self._data += b"".join(parts)
-        # Interned, because most rows have the same.
-        self._rows.append((key, sys.intern(json.dumps(layout)), first, len(self._data)))
-        self.numbers[key] = len(self._rows) - 1
+        """Copy a row; it takes the place of an earlier one with the same key."""
+        self.rows[key] = {name: value.detach().to("cpu", copy=True) for name, value in row.items()}
+        self.size += row_bytes(row)
 
     def row(self, key: bytes) -> Row:
         """Return a copy: what a caller does to it must not reach the disk."""
-        _, layout, first, last = self._rows[self.numbers[key]]
-        return _views(layout, self._data[first:last], 0)
+        return {name: value.clone() for name, value in self.rows[key].items()}
 
     def batch(self) -> pa.RecordBatch:
         """Return what the shard is to hold."""
-        keys, layouts, firsts, lasts = zip(*self._rows, strict=True)
-        data, ends = np.frombuffer(self._data, np.uint8), np.array((*firsts, lasts[-1]), np.int64)
-        checksums = [_checksum(key, layout, data[first:last]) for key, layout, first, last in self._rows]
+        layouts, contents = [], []
+        for row in self.rows.values():
+            layout = [(name, str(value.dtype).removeprefix("torch."), value.shape) for name, value in row.items()]
+            layouts.append(json.dumps(layout))
+            contents.append(b"".join(map(_content, row.values())))
+        keys = list(self.rows)
         columns = [
             pa.array(keys, pa.binary(KEY_BYTES)),
             pa.array(layouts).dictionary_encode(),
-            pa.array(checksums, pa.uint32()),
-            pa.Array.from_buffers(pa.large_binary(), len(keys), [None, pa.py_buffer(ends), pa.py_buffer(data)]),
+            pa.array(map(_checksum, keys, layouts, contents), pa.uint32()),
+            pa.array(contents, pa.large_binary()),
         ]
         return pa.record_batch(columns, schema=SCHEMA)
 
@@ -119,7 +102,7 @@ class Shard:
         first, last = self._ends[number : number + 2].tolist()
         # Once a process: the checksum takes longer than all the rest.
         if not self._verified[number]:
-            if _checksum(self.keys[number], layout, self._data[first:last]) != self._checksums[number]:
+            if _checksum(self.keys[number], layout, self._data[first:last].data) != self._checksums[number]:
                 if not self._damaged:
                     logger.warning("Stored teacher outputs in %s are damaged and are made again.", self._path)
                 self._damaged = True
@@ -171,7 +154,7 @@ def _discard(path: Path, reason: object) -> None:
         path.unlink()
 
 
-def _views(layout: str, data: np.ndarray | bytearray, first: int) -> Row:
+def _views(layout: str, data: np.ndarray, first: int) -> Row:
     """Return zero-copy tensors of the row that begins at byte `first`."""
     row = {}
     for name, dtype, shape, offset, count in _fields(layout):
@@ -193,9 +176,15 @@ def _fields(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, 
     return tuple(fields)
 
 
-def _checksum(key: bytes, layout: str, data: np.ndarray) -> int:
+def _content(value: Tensor) -> bytes:
+    """Return the bytes of a tensor, filled up so that the next one is aligned."""
+    data: bytes = value.resolve_conj().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return data.ljust(_aligned(len(data)), b"\0")
+
+
+def _checksum(key: bytes, layout: str, content: bytes | memoryview) -> int:
     """Cover all that makes a row: the same bytes under another key or in another shape are damage too."""
-    return zlib.crc32(data.data, zlib.crc32(layout.encode(), zlib.crc32(key)))
+    return zlib.crc32(content, zlib.crc32(layout.encode(), zlib.crc32(key)))
 
 
 def _aligned(size: int) -> int:

@@ -20,36 +20,21 @@ ADVICE = (
 
 
 def check_space(folder: str | os.PathLike[str], needed_bytes: int, limit_bytes: int | None) -> None:
-    """Make sure that what is to be stored fits below the limit and on the disk.
-
-    Args:
-        folder: Where it will be stored; need not exist yet.
-        needed_bytes: Size of what is still to be written, besides what the folder holds already.
-        limit_bytes: Limit for the folder's total size; None for none.
-
-    Raises:
-        InputError: If it does not fit.
-        OSError: If the disk does not tell.
-    """
+    """Raise `InputError` unless what is still to be written fits on the disk and, with the rest, below the limit."""
     folder = Path(folder)
-    if limit_bytes is not None and (used := _folder_bytes(folder)) + needed_bytes > limit_bytes:
-        raise _misfit(
-            f"about {_readable(needed_bytes)} to be written, beside {_readable(used)} that {folder} holds",
-            f"no more than teacher_cache_limit_gb in total, that is {_readable(limit_bytes)}",
-        )
-    existing = next((place for place in (folder, *folder.absolute().parents) if os.path.exists(place)), Path("."))
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     disk = shutil.disk_usage(existing)
     reserve = max(RESERVE_BYTES, int(RESERVE_SHARE * disk.total))
-    if needed_bytes > disk.free - reserve:
-        raise _misfit(
-            f"about {_readable(needed_bytes)} to be written below {folder}",
-            f"no more than the {_readable(disk.free)} free on its disk, less {_readable(reserve)} reserve",
-        )
-
-
-def _misfit(received: str, expected: str) -> InputError:
+    if limit_bytes is not None and (used := _folder_bytes(folder)) + needed_bytes > limit_bytes:
+        received = f"about {_readable(needed_bytes)} to be written, beside {_readable(used)} that {folder} holds"
+        expected = f"no more than teacher_cache_limit_gb in total, that is {_readable(limit_bytes)}"
+    elif needed_bytes > disk.free - reserve:
+        received = f"about {_readable(needed_bytes)} to be written below {folder}"
+        expected = f"no more than the {_readable(disk.free)} free on its disk, less {_readable(reserve)} reserve"
+    else:
+        return
     what = "The teacher's outputs do not fit where they are to be stored"
-    return InputError(what, received=received, expected=expected, todo=ADVICE)
+    raise InputError(what, received=received, expected=expected, todo=ADVICE)
 
 
 def _folder_bytes(folder: Path) -> int:

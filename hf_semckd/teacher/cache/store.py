@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
@@ -20,17 +19,16 @@ import pyarrow as pa
 from torch import Tensor
 
 from ...errors import InputError
-from ...files import replacing, write_json
+from ...files import replacing
 from .shard import KEY_BYTES, Buffer, Row, Shard, open_shard, row_bytes, write
 from .space import ADVICE, check_space
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 * 2**20
-MANIFEST = "manifest.json"
 # The version of the format is part of the name, so that files of another version are foreign and left alone. The
 # time comes next: of two rows with one key, the one in the file that sorts last counts.
 SHARD_NAME = re.compile(r"rows-v2-\d{20}-[0-9a-f]{32}\.arrow")
-LEFTOVER_NAME = re.compile(r"(rows-v2-.*|manifest\.json)\.[0-9a-f]{32}\.partial")
+LEFTOVER_NAME = re.compile(r"rows-v2-.*\.[0-9a-f]{32}\.partial")
 # What is younger may be another run's work.
 LEFTOVER_SECONDS = 24 * 3600
 # Full buffers that may wait for the disk before `write` waits too.
@@ -48,7 +46,7 @@ class TensorStore:
 
     Args:
         folder: Where the files live; made when needed.
-        limit_bytes: Total size of the folder that is not exceeded; None for no limit but that of the disk.
+        limit_bytes: Most that the folder may take; None for what the disk can spare.
         shard_bytes: Size of a file; a larger row gets a file of its own.
     """
 
@@ -97,14 +95,9 @@ class TensorStore:
         return rows
 
     def write(self, keys: Sequence[bytes], rows: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over copies of rows; they can be read at once and reach the disk in the background.
+        """Take over copies of rows, under keys of `KEY_BYTES` bytes, in place of earlier ones with the same keys.
 
-        Args:
-            keys: Keys of `KEY_BYTES` bytes; what an earlier row holds under the same key is replaced.
-            rows: Tensors of any device, type and shape, by name.
-
-        Raises:
-            ValueError: If a key has another length, or there are not as many keys as rows.
+        They can be read at once and reach the disk in the background.
         """
         if any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"Every key must have {KEY_BYTES} bytes.")
@@ -146,11 +139,11 @@ class TensorStore:
 
     def __len__(self) -> int:
         with self._locked():
-            return len(set(self._index).union(*(buffer.numbers for buffer in self._pending())))
+            return len(set(self._index).union(*(buffer.rows for buffer in self._pending())))
 
     def __contains__(self, key: object) -> bool:
         with self._locked():
-            return key in self._index or any(key in buffer.numbers for buffer in self._pending())
+            return key in self._index or any(key in buffer.rows for buffer in self._pending())
 
     def __reduce__(self) -> tuple[Any, ...]:
         opening = functools.partial(TensorStore, limit_bytes=self.limit_bytes, shard_bytes=self.shard_bytes)
@@ -183,7 +176,7 @@ class TensorStore:
 
     def _row(self, key: bytes) -> Row | None:
         for buffer in self._pending():
-            if key in buffer.numbers:
+            if key in buffer.rows:
                 return buffer.row(key)
         place = self._index.get(key)
         row = None if place is None else self._shards[place >> 32].row(place & 0xFFFFFFFF)
@@ -193,7 +186,7 @@ class TensorStore:
 
     def _hand_over(self) -> None:
         """Let the background thread write what is gathered."""
-        if not self._filling.numbers:
+        if not self._filling.rows:
             return
         # The thread ends with the store; an interpreter that exits waits until it has written what it was given.
         self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="tensor-store")
@@ -240,20 +233,6 @@ class TensorStore:
                 todo=f"free the disk or {ADVICE}",
             )
         logger.warning("The teacher's outputs are not stored any more, and training goes on without. %s", error)
-
-
-def write_manifest(folder: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
-    """Write a description beside the shards, atomically; raises OSError where that fails."""
-    write_json(Path(folder) / MANIFEST, contents)
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return what `write_manifest` wrote, or None when it is absent or damaged."""
-    try:
-        contents = json.loads((Path(folder) / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return contents if isinstance(contents, dict) else None
 
 
 def _write_shard(folder: Path, buffer: Buffer, limit_bytes: int | None) -> str:

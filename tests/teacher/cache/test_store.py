@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hf_semckd.teacher.cache import store as store_module
-from hf_semckd.teacher.cache.store import TensorStore, read_manifest, write_manifest
+from hf_semckd.teacher.cache.store import TensorStore
 
 NOBODY = 65534
 
@@ -288,20 +288,18 @@ def test_refresh_opens_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_foreign_files_and_old_leftovers(tmp_path: Path) -> None:
     (path,) = filled(tmp_path)
-    names = ("table.arrow", "rows-v1-1.safetensors", f"rows-v3-{path.name[8:]}", "notes.partial")
+    others = (f"manifest.json.{'0' * 32}.partial", "notes.partial")
+    names = ("table.arrow", "rows-v1-1.safetensors", f"rows-v3-{path.name[8:]}", *others)
     foreign = [tmp_path / name for name in names]
-    old, young, old_manifest = (
-        tmp_path / f"{name}.{'0' * 31}{digit}.partial"
-        for digit, name in enumerate((path.name, path.name, "manifest.json"))
-    )
-    for file in (*foreign, old, young, old_manifest):
+    old, young = (tmp_path / f"{path.name}.{'0' * 31}{digit}.partial" for digit in range(2))
+    for file in (*foreign, old, young):
         file.write_bytes(b"nothing readable")
-    for file in (*foreign, old, old_manifest):
+    for file in (*foreign, old):
         os.utime(file, (time.time() - 2 * 86400,) * 2)
     store = TensorStore(tmp_path)
     assert len(store) == 6
     assert all(file.exists() for file in (*foreign, young))
-    assert not old.exists() and not old_manifest.exists()
+    assert not old.exists()
 
 
 @contextmanager
@@ -474,16 +472,3 @@ def test_an_interrupted_row_does_not_shift_the_next(tmp_path: Path) -> None:
     store = TensorStore(tmp_path)
     rows = store.read([key_of(number) for number in range(3)])
     assert same(rows[0], row_of(0)) and rows[1] is None and same(rows[2], row_of(2))
-
-
-def test_manifest(tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    assert read_manifest(folder) is None
-    write_manifest(folder, {"layers": [1, 2], "dtype": "float16"})
-    assert read_manifest(folder) == {"layers": [1, 2], "dtype": "float16"}
-    write_manifest(folder, {"layers": []})
-    assert read_manifest(folder) == {"layers": []}
-    assert os.listdir(folder) == ["manifest.json"]
-    for damaged in (b'{"layers": [', b"\xff\xfe", b"[1]", b""):
-        (folder / "manifest.json").write_bytes(damaged)
-        assert read_manifest(folder) is None
