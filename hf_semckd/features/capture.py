@@ -16,19 +16,14 @@ SHOWN_NAMES = 12
 
 # The module of transformers' hooks that capture hidden states, and its marks on a model.
 CAPTURING_MODULE = "transformers.utils.output_capturing"
-
 CAPTURING_MARK = "_output_capturing_hooks_installed"
-
 CAPTURING_FORWARD = "wrapped_forward"
 
 
 class FeatureCapture:
     """Captures the outputs of chosen layers in a forward pass, by hidden states or by named modules.
 
-    Args:
-        model: The model.
-        layers: Hidden-state indices, or module names; None for all blocks, see `resolve`.
-        role: `student` or `teacher`, for messages.
+    `layers` are hidden-state indices, or module names; None for all blocks, see `resolve`. `role` is for messages.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None, role: str):
@@ -36,8 +31,8 @@ class FeatureCapture:
         self.layers: list[int | str] | None = None if layers is None else list(layers)
         self.by_name = bool(self.layers) and self.layers is not None and isinstance(self.layers[0], str)
         if self.by_name:
-            for name in self.layers or ():
-                self._find_module(model, str(name))
+            for name in self.names():
+                self._find_module(model, name)
 
     def request(self, model: nn.Module) -> dict[str, Any]:
         """Return the keywords that make `model` return hidden states; empty when modules are named."""
@@ -52,9 +47,9 @@ class FeatureCapture:
         handles = []
         try:
             if self.by_name:
-                for name in self.layers or ():
-                    module = self._find_module(model, str(name))
-                    handles.append(module.register_forward_hook(_recorder(recorded, str(name))))
+                for name in self.names():
+                    module = self._find_module(model, name)
+                    handles.append(module.register_forward_hook(_recorder(recorded, name)))
             yield recorded
         finally:
             for handle in handles:
@@ -63,17 +58,17 @@ class FeatureCapture:
     def collect(self, outputs: Any, recorded: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the chosen layers' outputs, in order, after the forward pass.
 
-        Raises:
-            InputError: When the model returned no hidden states, or a named module did not run.
-            LayerNotFoundError: When an index is outside the hidden states.
+        Raises `InputError` when hidden states or a named module are missing, `LayerNotFoundError` for a wrong index.
         """
         if self.by_name:
-            return [self._recorded(recorded, str(name)) for name in self.layers or ()]
+            return [self._recorded(recorded, name) for name in self.names()]
         states = hidden_states(outputs)
         if states is None:
+            fields = f"fields {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+            described = fields or f"type {type(outputs).__name__}"
             raise InputError(
                 f"The {self.role} returns no hidden states",
-                received=f"an output with {_describe_output(outputs)}",
+                received=f"an output with {described}",
                 expected="a model that takes output_hidden_states=True, or the names of the modules to use",
                 todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0",
             )
@@ -83,15 +78,14 @@ class FeatureCapture:
 
     def resolve(self, model: nn.Module, outputs: Any) -> None:
         """Choose all blocks when no layers were given: every hidden state but the embedding or stem."""
+        states = None if self.by_name else hidden_states(outputs)
+        if states is None:
+            return
         if self.layers is None:
-            states = hidden_states(outputs)
-            if states is not None:
-                self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
-        elif not self.by_name:
-            states = hidden_states(outputs)
-            if states is not None:
-                self.layers = [self._checked_index(index, len(states)) for index in self.layers]
-                self._check_distinct()
+            self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
+        else:
+            self.layers = [self._checked_index(index, len(states)) for index in self.layers]
+            self._check_distinct()
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
@@ -167,9 +161,3 @@ def _recorder(recorded: dict[str, Tensor], name: str) -> Any:
             recorded[name] = tensor
 
     return hook
-
-
-def _describe_output(outputs: Any) -> str:
-    if isinstance(outputs, Mapping):
-        return f"fields {', '.join(map(str, outputs))}"
-    return f"type {type(outputs).__name__}"

@@ -59,11 +59,7 @@ def limited_grid(feature: Tensor, spec: FeatureSpec, limit: int | None) -> tuple
 
 
 def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
-    """Return a layer's output as a map (B, C, *size).
-
-    Raises:
-        InputError: When there are more or fewer tokens than the layer was described with.
-    """
+    """Return a layer's output as a map (B, C, *size). Raises `InputError` for another number of tokens than before."""
     if feature.dim() == 4:
         return pool_map(feature, size)
     if feature.shape[1] != spec.length:
@@ -98,8 +94,7 @@ def map_to_tokens(features: Tensor) -> Tensor:
 def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Turn tokens (B, prefix + H * W, C) into a map (B, C, H, W); CLS and register tokens in front are dropped.
 
-    Raises:
-        InputError: When there are fewer tokens than cells in the grid.
+    Raises `InputError` when there are fewer tokens than cells in the grid.
     """
     height, width = grid
     if features.shape[1] < height * width:

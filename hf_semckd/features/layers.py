@@ -20,9 +20,7 @@ class FeatureSpec:
     """The kind and size of one layer's output, without the batch dimension.
 
     Attributes:
-        name: The layer's name in messages, logs and pictures.
         kind: `map` for (B, C, H, W), `tokens` for (B, N, C).
-        channels: C.
         length: Number of positions: N, or H * W, as seen when it was described; sequences may vary.
         grid: (H, W) of a map, or of the image patches among the tokens; None for text.
         prefix: Number of tokens in front of the patches (CLS, distillation and register tokens).
@@ -37,11 +35,7 @@ class FeatureSpec:
 
     @classmethod
     def from_shape(cls, shape: Sequence[int], name: str) -> FeatureSpec:
-        """Describe a layer from a shape without the batch dimension: (C, H, W) is a map, (N, C) are tokens.
-
-        Raises:
-            InputError: For any other number of dimensions.
-        """
+        """Describe a layer from a shape without the batch dimension: (C, H, W) is a map, (N, C) are tokens."""
         if len(shape) == 3:
             channels, height, width = shape
             return cls(name, "map", channels, height * width, (height, width))
@@ -75,11 +69,7 @@ def without_hidden_states(outputs: Any) -> Any:
 def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, Any]) -> FeatureSpec:
     """Return the specification of a captured output; for image tokens, with the grid of patches and their prefix.
 
-    Args:
-        feature: (B, C, H, W), (B, N, C) or (B, C).
-        name: The layer's name.
-        model: Its config may hold the patch size.
-        inputs: The model's inputs; a 4-D tensor among them is the image batch.
+    The model's config may hold the patch size; a 4-D tensor among its inputs is the image batch.
     """
     if feature.dim() == 2:
         return FeatureSpec(name, "tokens", feature.shape[1], 1)

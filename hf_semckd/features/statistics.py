@@ -11,13 +11,10 @@ from .precision import at_least_float32
 
 # A share of the layer's mean variance is added to each channel's: dead channels stay at zero instead of exploding.
 VARIANCE_FLOOR = 1e-5
-
 # A channel's own variance is averaged with the layer's mean variance, which weighs as much as this many positions.
 PRIOR_POSITIONS = 256
-
 # Layers are updated together up to this size: a single layer is launch-bound on a GPU, and a CPU's cache is small.
 GROUP_BYTES = {"cpu": 4 * 2**20}
-
 OTHER_GROUP_BYTES = 64 * 2**20
 
 
@@ -28,12 +25,8 @@ class ChannelStatistics(nn.Module):
     forward pass are collected and merged once per optimizer step, after a sum over processes; all micro-batches of a
     step are therefore standardized alike, however a step is cut into micro-batches.
 
-    Args:
-        channels: Number of channels.
-
     Attributes:
-        mean, variance: (channels) buffers, float32 or wider even when the module around them is cast to half
-            precision.
+        mean, variance: (channels) buffers, at least float32 even when the module around them is cast below that.
         count: Number of positions behind them; 0 before the first merge.
         collected: (1 + 2 * channels) moments collected since the last merge, or None.
     """
@@ -73,11 +66,7 @@ class ChannelStatistics(nn.Module):
 
 
 class TeacherStatistics(nn.ModuleList):
-    """The statistics of several teacher layers, updated together; empty where targets are compared raw.
-
-    Args:
-        channels: The number of channels of each layer.
-    """
+    """The statistics of several teacher layers, updated together; empty where targets are compared raw."""
 
     def __init__(self, channels: Sequence[int]):
         super().__init__(map(ChannelStatistics, channels))
@@ -108,10 +97,8 @@ def update_layer_statistics(
 ) -> None:
     """Collect the moments of a batch for several layers, those of one shape together.
 
-    Args:
-        layers: Their statistics.
-        features: (B, C, H, W) or (B, N, C) of each layer.
-        masks: (B, N) for each layer; positions with 0 are left out. Layers that share a mask share the object.
+    Features are (B, C, H, W) or (B, N, C); positions whose mask (B, N) is 0 are left out. Layers that share a mask
+    share the object.
     """
     values = [entry.flatten(2).transpose(1, 2) if entry.dim() == 4 else entry for entry in features]
     looks = [(entry.shape, entry.dtype, id(mask)) for entry, mask in zip(values, masks, strict=True)]
@@ -126,12 +113,7 @@ def update_layer_statistics(
 
 @torch.no_grad()
 def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) -> None:
-    """Merge moments into the running mean and variance of several layers (Chan et al., 1979).
-
-    Args:
-        layers: Their statistics.
-        sums: The `pending` moments of each, added over processes.
-    """
+    """Merge each layer's `pending` moments, added over processes, into its mean and variance (Chan et al., 1979)."""
     for members in _groups([(len(layer.mean), layer.mean.dtype) for layer in layers]):
         entries = [layers[index] for index in members]
         wide = _wide(entries[0].mean.device)
@@ -167,7 +149,7 @@ def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """Return the precision of sums: the widest of the device."""
+    """Return the widest precision of a device, that of sums."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -178,13 +160,7 @@ def _state(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _moments(layers: Sequence[ChannelStatistics], rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Return count, sum and sum of squares about the running mean (L, 1 + 2 * channels).
-
-    Args:
-        layers: The statistics of L layers of one width.
-        rows: (L, positions, channels).
-        mask: (B, N), as many as there are positions.
-    """
+    """Return count, sum and sum of squares about the mean (L, 1 + 2 * channels) of rows (L, positions, channels)."""
     device = layers[0].mean.device
     wide = _wide(device)
     running, _, before = _state(layers)

@@ -15,8 +15,7 @@ SUMMARY_GRID = 4
 class Average:
     """Averages layers' outputs over their positions; terms of the mask alone are computed once.
 
-    Args:
-        mask: (B, N); positions with 0 do not count in features of N positions, whatever they hold. None: all count.
+    Positions whose mask (B, N) is 0 do not count in features of N positions, whatever they hold. None: all count.
     """
 
     def __init__(self, mask: Tensor | None = None):
@@ -52,10 +51,7 @@ def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
 
 
 def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
-    """Return (B, C * cells) to compute similarities from: a small map for images, the mean token for text.
-
-    At least in float32.
-    """
+    """Return (B, C * cells) to compute similarities from: a small map for images, the mean token for text."""
     if spec.grid is None:
         return at_least_float32(average(feature))
     return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))

@@ -50,12 +50,9 @@ LAYER_TENSORS = tuple(entry.name for entry in fields(LayerTarget) if entry.name 
 
 @dataclass(frozen=True, eq=False)
 class TeacherTargets:
-    """What a loss keeps of a batch's teacher features.
+    """What a loss keeps of a batch's teacher features: one entry per layer, or `parts`, those of each joined loss.
 
-    Attributes:
-        layers: One entry per teacher layer.
-        mask: (B, N) mask of the teacher's tokens, where whole features need it.
-        parts: The targets of each of several joined losses; `layers` is empty then.
+    `mask` (B, N) is that of the teacher's tokens, where whole features need it.
     """
 
     layers: tuple[LayerTarget, ...] = ()

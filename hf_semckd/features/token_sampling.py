@@ -7,20 +7,15 @@ from torch import Tensor
 
 # An odd factor near 2^32 / golden ratio: neighboring sums land far apart (Knuth's multiplicative hashing).
 SPREADING_FACTOR = 2654435761
-
 PHASES = 2**24
-
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_phase(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return a number in [0, 1) per sample (B), float32, that depends on its content only; no host sync.
 
-    A random draw would differ between a run, its continuation, another cut into micro-batches and a cache.
-
-    Args:
-        values: (B, ...) the model's input: token ids or pixels.
-        mask: (B, N) for (B, N) values; padding does not count.
+    A random draw would differ between a run, its continuation, another cut into micro-batches and a cache. `values`
+    (B, ...) are token ids, whose padding does not count, or pixels.
     """
     if values.is_floating_point():
         values = values.contiguous().view(INTEGERS[values.element_size()])
@@ -41,16 +36,9 @@ def spread_positions(
     A sample with n tokens gets m = min(n, limit) of them: those of rank floor((k + phase) * n / m). Over all phases
     every token is equally likely, so the mean over the chosen ones is an unbiased estimate.
 
-    Args:
-        length: N, the number of positions, padding included.
-        limit: Most tokens that are chosen of a sample, >= 1.
-        mask: (B, N); only positions with 1 are tokens. None: all are.
-        phase: (B) in [0, 1), see `content_phase`; None for 0.
-        like: Any tensor of the batch (B, ...), for its size and device.
-
-    Returns:
-        Positions (B, K), K = min(N, limit), the chosen ones first, and their mask (B, K), or None when all were
-        chosen.
+    `length` N counts padding, where the mask (B, N) is 0; `phase` (B) is `content_phase`, None for 0; `like` is any
+    tensor of the batch, for size and device. Returns positions (B, K), K = min(N, limit), the chosen ones first, and
+    their mask (B, K), None when all were chosen.
     """
     batch, device = len(like), like.device
     width = min(length, limit)

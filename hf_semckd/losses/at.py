@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +10,9 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import Shape, layer_specs
+from .base import Shapes, layer_specs
 from .baseline import BaselineBatch, BaselineLoss, skip_map
-from .reduction import masked_mean
+from .reduction import masked_mean, zero_masked
 
 
 class ATLoss(BaselineLoss):
@@ -28,22 +26,16 @@ class ATLoss(BaselineLoss):
     A pair that shares a single position (other tokenizations, vectors, maps of one cell) is left out: its map is
     always 1. There are no parameters, and the models need not share their width.
 
-    Attributes:
-        pairs: The positions (student layer, teacher layer) of the pairs that are compared.
-
-    Raises:
-        ConfigurationError: When no pair shares more than one position.
+    `pairs` are the (student layer, teacher layer) that are compared. Raises `ConfigurationError` for none.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
         the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al.,
         "Contrastive Representation Distillation", ICLR 2020.
     """
 
-    default_weight: float = 1000.0
+    default_weight = 1000.0
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         students, teachers = layer_specs(student_shapes, "student"), layer_specs(teacher_shapes, "teacher")
         pairing = list(enumerate(skip_map(len(students), len(teachers))))
         pairs = [(s, t) for s, t in pairing if not _share_one(students[s], teachers[t], tokens_aligned)]
@@ -73,10 +65,7 @@ def attention_map(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Positions whose mask (B, N) is 0 are zero and get no gradient, whatever they hold.
     """
-    tokens = at_least_float32(tokens)
-    if mask is not None:
-        tokens = tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-    return F.normalize(tokens.square().mean(-1), dim=1)
+    return F.normalize(zero_masked(at_least_float32(tokens), mask).square().mean(-1), dim=1)
 
 
 def _share_one(student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> bool:

@@ -15,6 +15,7 @@ from ..features.targets import TeacherTargets
 from .options import LossOptions
 
 Shape = FeatureSpec | Sequence[int]
+Shapes = Sequence[Shape]
 
 
 @dataclass
@@ -89,26 +90,18 @@ class FeatureLoss(nn.Module, ABC):
         tokens_aligned: bool = True,
         student_parameters: int | None = None,
     ) -> FeatureLoss:
-        """Return the loss for the layers that a trainer found.
+        """Return the loss for the layers that a trainer found, or raise `ConfigurationError` where it cannot be used.
 
-        Args:
-            student_specs: The student's layers.
-            teacher_specs: The teacher's layers.
-            options: The user's choices; baselines have none.
-            tokens_aligned: Whether position n of both models stands for the same input.
-            student_parameters: Number of the student's parameters, for losses that limit their own size by it.
-
-        Raises:
-            ConfigurationError: When the method cannot be used for these layers.
+        `tokens_aligned` tells whether position n of both models stands for the same input; `student_parameters` is the
+        number of the student's parameters, for losses that limit their own size by it.
         """
         return cls(student_specs, teacher_specs, tokens_aligned=tokens_aligned)
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str] | None:
-        """Return the names of the modules of a model (`role`) that the method compares; None for all blocks.
+        """Return the modules of a model (`role`) that the method compares, None for all blocks.
 
-        Raises:
-            ConfigurationError: When the model has none of the kind.
+        Raises `ConfigurationError` when the model has none of the kind.
         """
         return None
 
@@ -134,8 +127,7 @@ class FeatureLoss(nn.Module, ABC):
             student_mask: (B, N), 0 for padding tokens; None: all count.
             teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
 
-        Raises:
-            InputError: When the number of features is not the number of layers.
+        Raises `InputError` when the number of features is not the number of layers.
         """
         expected = (len(self.student_specs), len(self.teacher_specs))
         received = len(student_features), expected[1]
@@ -168,8 +160,7 @@ class FeatureLoss(nn.Module, ABC):
         stores the result in the teacher cache. It must not depend on anything that training changes.
 
         Args:
-            features: T tensors.
-            mask: (B, N) mask of the teacher's tokens.
+            features, mask: T tensors and the (B, N) mask of their tokens.
             phase: (B) numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
         """
         return TeacherTargets.of_whole(features, mask)
@@ -192,11 +183,10 @@ class FeatureLoss(nn.Module, ABC):
         return
 
 
-def layer_specs(shapes: Sequence[Shape], role: str) -> list[FeatureSpec]:
+def layer_specs(shapes: Shapes, role: str) -> list[FeatureSpec]:
     """Return the specifications of layers that may be given as shapes (C, H, W) or (tokens, C).
 
-    Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
+    Raises `InputError` when there is no layer, or a shape is neither a map nor tokens.
     """
     if not len(shapes):
         raise InputError(

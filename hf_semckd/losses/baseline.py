@@ -13,7 +13,7 @@ from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.summaries import Average, embedding
 from ..features.targets import TeacherTargets
-from .base import FeatureLoss, FeatureLossOutput, Shape, layer_specs
+from .base import FeatureLoss, FeatureLossOutput, Shapes, layer_specs
 from .positions import compared_positions
 
 
@@ -54,24 +54,20 @@ class BaselineLoss(FeatureLoss):
     All baselines take these arguments; where layers of different sizes are compared, see `BaselineBatch.pair`.
 
     Args:
-        student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per student layer.
-        teacher_shapes: The same for each teacher layer.
+        student_shapes, teacher_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per layer.
         tokens_aligned: Whether position n of both models stands for the same input.
-        used_teacher_layers: Positions in `teacher_shapes`, negative ones from the end; None for `default_used`.
+        used_teacher_layers: Positions in `teacher_shapes`, negative ones from the end; None for `default_used`,
+            the layers that the method uses (None: all).
 
-    Attributes:
-        default_used: The teacher layers that the method uses, None for all.
-
-    Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
+    Raises `InputError` when there is no layer, or a shape is neither a map nor tokens.
     """
 
     default_used: ClassVar[Sequence[int] | None] = None
 
     def __init__(
         self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
         *,
         tokens_aligned: bool = True,
         used_teacher_layers: Sequence[int] | None = None,
@@ -107,17 +103,16 @@ class BaselineLoss(FeatureLoss):
 class SkipMapLoss(BaselineLoss):
     """A baseline that pairs every student layer with the teacher layer at its depth.
 
-    Attributes:
-        teacher_of: The teacher layer of each student layer, see `skip_map`.
+    `teacher_of` holds the teacher layer of each student layer, see `skip_map`; `widths` the channels of both.
     """
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         # Without a layer there is no map; the base class refuses that.
         pairing = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
         self.teacher_of = pairing
+        pairs = zip(self.student_specs, pairing, strict=True)
+        self.widths = [(spec.channels, self.teacher_specs[t].channels) for spec, t in pairs]
 
 
 def skip_map(students: int, teachers: int) -> list[int]:

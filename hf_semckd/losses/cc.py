@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..features.precision import at_least_float32, full_precision
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
+from .similarity import cosine_matrix
 
 # The width of the published kernel, and the last power of its Taylor series.
 GAMMA, ORDER = 0.4, 2
@@ -29,28 +26,17 @@ class CCLoss(BaselineLoss):
     This is the paper's equation. The code of Tian et al., from which the weight comes, multiplies the absolute errors
     of neighbors in the batch instead, which depends on its order. Both linear layers are trained, as there.
 
-    Args:
-        embedding_size: Width of both projections.
-
-    Attributes:
-        student_head, teacher_head: The linear layers.
-
     Source: Correlation Congruence for Knowledge Distillation (Peng et al., 2019), section 3: the equation of the
         correlation congruence loss L_CC, with the Taylor series of the Gaussian RBF correlation; gamma 0.4 and order 2
         are the paper's, the width and the weight 0.02 those of Tian et al., "Contrastive Representation Distillation",
         ICLR 2020.
     """
 
-    default_weight: float = 0.02
-    default_used: ClassVar[Sequence[int]] = (-1,)
+    default_weight = 0.02
+    default_used = (-1,)
 
     def __init__(
-        self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
-        *,
-        tokens_aligned: bool = True,
-        embedding_size: int = 256,
+        self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True, embedding_size: int = 256
     ):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         self.student_head = nn.Linear(self.student_specs[-1].channels, embedding_size)
@@ -69,8 +55,6 @@ def gaussian_correlations(embeddings: Tensor) -> Tensor:
 
     exp(-gamma * |x - y|^2) = exp(-2 gamma) * exp(2 gamma <x, y>) for vectors of unit length. At least in float32.
     """
-    rows = F.normalize(at_least_float32(embeddings), dim=1)
-    with full_precision(rows):
-        products = 2 * GAMMA * (rows @ rows.T)
+    products = 2 * GAMMA * cosine_matrix(embeddings)
     terms = [products**power / math.factorial(power) for power in range(ORDER + 1)]
     return math.exp(-2 * GAMMA) * torch.stack(terms).sum(0)

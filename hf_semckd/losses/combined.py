@@ -17,12 +17,7 @@ class CombinedLoss(FeatureLoss):
 
     total = loss_0 + sum over k of (w_k / w_0) * loss_k with each loss's own `default_weight` w: `feature_weight`
     scales the sum as it would scale the first loss alone. The association shown is that of the first loss with one.
-
-    Args:
-        losses: Two or more feature losses, made for the same layers.
-
-    Raises:
-        ConfigurationError: When there are fewer, or two of them may not be joined.
+    Raises `ConfigurationError` for fewer than two losses, or when one replaces the student's classifier.
 
     Source: Wang et al. (TKDE 2023) join SemCKD with CRD in this way.
     """

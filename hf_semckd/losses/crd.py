@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.precision import at_least_float32, full_precision
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
 
@@ -37,25 +34,17 @@ class CRDLoss(BaselineLoss):
       both linear layers;
     - N grows from B - 1 to `negatives` + B - 1, where the published one is 16384 random entries from the start.
 
-    Args:
-        negatives: Number of embeddings of each model that the ring holds; >= 1.
-        embedding_size: Width of both embeddings.
-
     Attributes:
-        student_head, teacher_head: The linear layers; both are trained, as published.
         student_ring, teacher_ring: (negatives, embedding_size) stored embeddings; zeros where there is none yet.
         seen: Number of embeddings that have been stored so far; the next goes to this position in the ring.
         log_normalizer: (2) log c for either anchor, infinite before it is known.
-
-    Raises:
-        ConfigurationError: When `negatives` is below one.
 
     Source: Contrastive Representation Distillation (Tian et al., 2020), sections 3.1 and 3.2: the objective of the
         critic, h(T, S) = exp(g / t) / (exp(g / t) + N / M), and the implementation with a memory of negatives.
     """
 
-    default_weight: float = 0.8
-    default_used: ClassVar[Sequence[int]] = (-1,)
+    default_weight = 0.8
+    default_used = (-1,)
     student_ring: Tensor
     teacher_ring: Tensor
     seen: Tensor
@@ -63,8 +52,8 @@ class CRDLoss(BaselineLoss):
 
     def __init__(
         self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
         *,
         tokens_aligned: bool = True,
         negatives: int = 16384,

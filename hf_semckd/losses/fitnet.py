@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
 from .reduction import squared_error
@@ -22,24 +20,20 @@ class FitNetLoss(BaselineLoss):
     map pooled, where the paper's convolution changes the size; and the mean replaces the factor 1/2 and the sum over
     positions and channels, as in the comparison that the default weight comes from.
 
-    Args:
-        hint_layer: Positions of the compared layers in `student_shapes` and `teacher_shapes`, negative ones from the
-            end; None for the middle of both, (S // 2, T // 2).
-
-    Raises:
-        ConfigurationError: When there is no layer at a position of `hint_layer`.
+    `hint_layer` are the positions of the student's and the teacher's layer, negative ones from the end; None for the
+    middle of both, (S // 2, T // 2). Raises `ConfigurationError` when there is no layer at one of them.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, the loss of the hints. Weight, mean and
         middle layer: Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose comparison uses 100 and
         the second of three blocks.
     """
 
-    default_weight: float = 100.0
+    default_weight = 100.0
 
     def __init__(
         self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
         *,
         tokens_aligned: bool = True,
         hint_layer: tuple[int, int] | None = None,
@@ -57,7 +51,6 @@ class FitNetLoss(BaselineLoss):
 
 
 def _checked(hint_layer: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
-    """Return the two positions counted from the front."""
     if len(hint_layer) != 2 or not all(-n <= layer < n for layer, n in zip(hint_layer, counts, strict=True)):
         raise ConfigurationError(
             "There is no layer at a position of hint_layer",

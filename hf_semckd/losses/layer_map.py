@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, SkipMapLoss
 from .positions import regress
 from .reduction import squared_error
@@ -22,23 +20,15 @@ class LayerMapLoss(SkipMapLoss):
     TinyBERT shares one projection among all layers; here each has its own, as layers may differ in width. The mean
     over student layers instead of the paper's sum keeps the size of the loss independent of the student's depth.
 
-    Attributes:
-        projection: One linear map per student layer, from its channels to those of its teacher layer.
-
     Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of EMNLP 2020,
         the loss of the hidden states, with the uniform layer mapping; the weight of a layer is 1 there.
     """
 
-    default_weight: float = 1.0
+    default_weight = 1.0
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
-        self.projection = nn.ModuleList(
-            nn.Linear(spec.channels, self.teacher_specs[t].channels)
-            for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
-        )
+        self.projection = nn.ModuleList(nn.Linear(*widths) for widths in self.widths)
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean over student layers of each sample's error (B)."""

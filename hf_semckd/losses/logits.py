@@ -27,10 +27,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the mean over independent labels of T^2 * KL of two Bernoullis, (...) for logits (..., labels).
-
-    At least in float32; the teacher gets no gradient.
-    """
+    """Return `kd_loss` of two Bernoullis, averaged over independent labels: (...) for logits (..., labels)."""
     student = at_least_float32(student_logits) / temperature
     teacher = at_least_float32(teacher_logits.detach()) / temperature
     positive = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
@@ -48,17 +45,8 @@ def logit_loss_sum(
     """Return the distillation loss of logits of one shape, summed over the items that `count_items` counts.
 
     Token tasks count labeled positions only (all but padding without labels); causal language models predict the
-    next token, so the last position is left out. Regression compares outputs by their squared difference.
-
-    Args:
-        student, teacher: The logits.
-        batch: The micro-batch, for labels and attention mask.
-        temperature: T > 0.
-        task: The kind of head.
-        shifted: Whether position n predicts label n + 1.
-
-    Raises:
-        InputError: When the shapes differ.
+    next token (`shifted`), so the last position is left out. Regression compares outputs by their squared difference.
+    Labels and attention mask come from `batch`. Raises `InputError` when the shapes differ.
     """
     if student.shape != teacher.shape:
         raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,14 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32, full_precision
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
-from .reduction import masked_mean
+from .reduction import masked_mean, zero_masked
 
 # What query, key and value are called in one attention block.
 NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
-
 # Attention from one sequence to another, whose queries and keys are not of the same tokens.
 CROSS_ATTENTION = ("cross", "encoder_attn", "encdec")
-
 # The published number of relation heads for base models.
 MAXIMUM_HEADS = 48
 
@@ -33,28 +30,22 @@ class MiniLMLoss(BaselineLoss):
     is cut into relation heads of width d, and R = softmax(X X^T / sqrt(d)). Padding takes part neither as a position
     nor in a softmax.
 
-    Relation heads need not be the models' attention heads, of which both may have any number; there are no parameters.
-    The paper takes a layer below the last of 24-layer teachers: name its modules in `teacher_layers`. The layers are
-    three each, the outputs of the modules that `find_layers` names.
-
-    Args:
-        relation_heads: How many heads are compared, a divisor of all widths; None for the largest up to 48.
-
-    Raises:
-        ConfigurationError: When there are not three layers each, they are not tokens at the same positions, or
-            `relation_heads` does not divide their widths.
+    The layers are three each, tokens at the same positions: the outputs of the modules that `find_layers` names.
+    `relation_heads`, which need not be the models' attention heads, divide all widths; None for the largest up to 48.
+    There are no parameters. The paper takes a layer below the last of 24-layer teachers: name its modules in
+    `teacher_layers`. Raises `ConfigurationError` for other layers or heads.
 
     Source: MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers (Wang et
         al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
         Q-Q, K-K and V-V, each with weight 1/3.
     """
 
-    default_weight: float = 1.0
+    default_weight = 1.0
 
     def __init__(
         self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
         *,
         tokens_aligned: bool = True,
         relation_heads: int | None = None,
@@ -75,11 +66,7 @@ class MiniLMLoss(BaselineLoss):
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str]:
-        """Return the names of the linear layers of query, key and value in the last self-attention, in this order.
-
-        Raises:
-            ConfigurationError: When there is no self-attention with three such layers of known names.
-        """
+        """Return the names of the linear layers of query, key and value in the last self-attention, in this order."""
         found: list[str] = []
         for path, parent in model.named_modules():
             if any(mark in path.lower() for mark in CROSS_ATTENTION):
@@ -108,13 +95,8 @@ class MiniLMLoss(BaselineLoss):
         return torch.stack(losses).mean(0)
 
     def _log_relations(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
-        """Return log R (B, heads, N, N) of vectors (B, N, C).
-
-        Padding comes out as a finite number, the same in both models: its share is zero and its logarithms cancel.
-        """
-        vectors = at_least_float32(vectors)
-        if mask is not None:
-            vectors = vectors.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        # Padding comes out as a finite number, the same in both models: its share is zero and its logarithms cancel.
+        vectors = zero_masked(at_least_float32(vectors), mask)
         heads = vectors.unflatten(2, (self.relation_heads, -1)).transpose(1, 2)
         with full_precision(heads):
             logits = heads @ heads.mT / math.sqrt(heads.shape[-1])

@@ -9,14 +9,7 @@ from ..choices import Association, ProjectionInit, Projector, TargetNorm
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Choices for a feature loss; None where the layers decide. Baselines have none.
-
-    Attributes:
-        association, association_temperature, target_norm, projector, projection_init, relation_weight, max_tokens,
-            max_grid: As in `SemCKDConfig`.
-        batch_size: Samples in every training batch, which the published association is built for.
-        spares_last_layer: Whether the student's last layer may be left to the logits.
-    """
+    """Choices for a feature loss, as in `SemCKDConfig`; None where the layers decide. Baselines have none."""
 
     association: Association | None = None
     association_temperature: float | None = None
@@ -26,5 +19,7 @@ class LossOptions:
     relation_weight: float | None = None
     max_tokens: int = 16
     max_grid: int | None = None
+    # Samples in every training batch, which the published association is built for.
     batch_size: int | None = None
+    # Whether the student's last layer may be left to the logits.
     spares_last_layer: bool = True

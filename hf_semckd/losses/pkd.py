@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss, skip_map
 from .positions import regress
 
@@ -26,23 +24,16 @@ class PKDLoss(BaselineLoss):
     writes the sum over layers and channels. Where widths differ, which the paper does not have, a linear layer
     projects the student's token to the teacher's. Positions need not correspond: the first token stands for the whole.
 
-    Attributes:
-        pairs: The (student layer, teacher layer) that are compared.
-        projection: One module per pair: a linear layer, or the identity where widths are equal.
-
-    Raises:
-        ConfigurationError: When there is only one student layer, or a compared layer has no first token that stands
-            for the whole: a map, or image patches alone.
+    Raises `ConfigurationError` when there is only one student layer, or a compared layer has no first token: a map, or
+    image patches alone.
 
     Source: Patient Knowledge Distillation for BERT Model Compression (Sun et al., 2019), section 3.2: the patient loss
         L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
     """
 
-    default_weight: float = 100.0
+    default_weight = 100.0
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         mapped = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))[:-1]
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=mapped)
         self.pairs = list(enumerate(mapped))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..features.precision import at_least_float32, full_precision
 from .baseline import BaselineBatch, BaselineLoss
+from .similarity import cosine_matrix
 
 # The published code adds it to both probabilities.
 EPSILON = 1e-7
@@ -29,8 +25,8 @@ class PKTLoss(BaselineLoss):
         divergence; the weight 30000 is that of Tian et al., "Contrastive Representation Distillation", ICLR 2020.
     """
 
-    default_weight: float = 30000.0
-    default_used: ClassVar[Sequence[int]] = (-1,)
+    default_weight = 30000.0
+    default_used = (-1,)
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean over each sample's row of the B x B divergences (B)."""
@@ -41,10 +37,7 @@ class PKTLoss(BaselineLoss):
 def neighbor_probabilities(embeddings: Tensor) -> Tensor:
     """Return how probable each sample of (B, C) is as a neighbor of each other one, by shifted cosines.
 
-    Returns:
-        (B, B), at least in float32; rows sum to one.
+    (B, B), at least in float32; rows sum to one.
     """
-    rows = F.normalize(at_least_float32(embeddings), dim=1)
-    with full_precision(rows):
-        affinities = (rows @ rows.T + 1) / 2
+    affinities = (cosine_matrix(embeddings) + 1) / 2
     return affinities / affinities.sum(1, keepdim=True)

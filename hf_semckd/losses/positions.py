@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..features.geometry import Alignment, as_map, as_tokens, both_masks, common_grid, fitting_mask, map_to_tokens
 from ..features.layers import FeatureSpec
 from ..features.summaries import Average
+from .reduction import zero_masked
 
 
 def compared_positions(
@@ -16,13 +17,7 @@ def compared_positions(
     student_mask: Tensor | None = None,
     teacher_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both layers as tokens (B, N, C) at the same positions, and the mask (B, N) of those that count.
-
-    Args:
-        alignment: How the two layers are aligned.
-        student, teacher: The layers' outputs and specifications.
-        student_mask, teacher_mask: (B, N) masks of their tokens.
-    """
+    """Return both layers as tokens (B, N, C) at the same positions, and the mask (B, N) of those that count."""
     (feature, spec), (target, target_spec) = student, teacher
     if alignment.kind == "grid":
         size = common_grid(feature, spec, target, target_spec)
@@ -37,9 +32,6 @@ def compared_positions(
 def regress(regressor: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the regressor's output (..., C_t) for features (..., C_s), computed in the type of its weights.
 
-    Positions of (B, N, C_s) whose mask (B, N) is 0 are replaced by zeros, whatever they hold, and get no gradient.
+    Masked positions enter as zeros: zeroing their error alone would leave a weight's gradient of 0 times the feature.
     """
-    if mask is not None:
-        # Zeroing the error is not enough: the gradient of a weight multiplies it by the feature.
-        tokens = tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-    return regressor(tokens.to(next(regressor.parameters()).dtype))
+    return regressor(zero_masked(tokens, mask).to(next(regressor.parameters()).dtype))

@@ -8,6 +8,11 @@ from torch import Tensor
 from ..features.precision import at_least_float32
 
 
+def zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Return tokens (B, N, C), zero and without gradient where the mask (B, N) is 0, whatever they hold."""
+    return tokens if mask is None else tokens.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average (B, N) values over the positions of each sample whose mask is 1; zero where there is none."""
     if mask is None:

@@ -67,8 +67,7 @@ def make_feature_loss(
 
     The other arguments are those of `FeatureLoss.for_layers`.
 
-    Raises:
-        ConfigurationError: When a method cannot be used for these layers, or with another one.
+    Raises `ConfigurationError` when a method cannot be used for these layers, or with another one.
     """
     known = {"tokens_aligned": tokens_aligned, "student_parameters": student_parameters}
     losses = [method.for_layers(student_specs, teacher_specs, options, **known) for method in _methods(source)]
@@ -89,8 +88,7 @@ def reuses_teacher_head(source: LossSource | None) -> bool:
 def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss compares where the user chose no layers; None for all blocks.
 
-    Raises:
-        ConfigurationError: When the model lacks them, or joined methods want different ones.
+    Raises `ConfigurationError` when the model lacks them, or joined methods want different ones.
     """
     found = [method.find_layers(model, role) for method in _methods(source)]
     if all(layers == found[0] for layers in found):

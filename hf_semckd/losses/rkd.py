@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
 
 # Squared distances up to this are those of identical samples, as in the published code.
@@ -27,21 +24,17 @@ class RKDLoss(BaselineLoss):
 
     There are no parameters, and the models need not share their width. The angles need B^2 * C and B^3 numbers.
 
-    Args:
-        distance_weight: Factor of the distances.
-        angle_weight: Factor of the angles.
-
     Source: Relational Knowledge Distillation (Park et al., 2019), section 3.2: the equations of the distance-wise loss
         (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
     """
 
-    default_weight: float = 1.0
-    default_used: ClassVar[Sequence[int]] = (-1,)
+    default_weight = 1.0
+    default_used = (-1,)
 
     def __init__(
         self,
-        student_shapes: Sequence[Shape],
-        teacher_shapes: Sequence[Shape],
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
         *,
         tokens_aligned: bool = True,
         distance_weight: float = 25.0,
@@ -62,11 +55,8 @@ class RKDLoss(BaselineLoss):
 def relations(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distances of every two samples of (B, C) and the cosines of the angles of every three.
 
-    Identical samples are at distance zero and have no direction: their cosines and their gradients are zero.
-
-    Returns:
-        (B, B) distances over the mean of those that are not zero, and (B, B, B) cosines whose first index is the
-        vertex; both at least in float32.
+    These are (B, B), over the mean of those that are not zero, and (B, B, B), whose first index is the vertex; both at
+    least in float32. Identical samples have no direction: their cosines and their gradients are zero.
     """
     rows = at_least_float32(embeddings)
     differences = rows.unsqueeze(0) - rows.unsqueeze(1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
+from .reduction import zero_masked
 
 # A row whose spread is below this share of its size is constant: what is left is the rounding of float32.
 ROUNDING = 1e-6
@@ -17,15 +18,10 @@ ROUNDING = 1e-6
 def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize: bool = False) -> Tensor:
     """Return the similarity (B, B) of every two samples of (B, ...): A = R R^T, R a sample flattened to one row.
 
-    At least in float32: the raw form overflows half precision on ordinary maps.
-
-    Positions of (B, N, C) whose mask (B, N) is 0 do not take part. `normalize` gives cosines, which neither overflow
-    nor depend on the layer's scale; the published form (SemCKD, equation 4) does not.
+    At least in float32: the raw form overflows half precision. Positions of (B, N, C) whose mask (B, N) is 0 do not
+    take part. `normalize` gives cosines, unlike the published form (SemCKD, equation 4), which depends on the scale.
     """
-    features = at_least_float32(features)
-    if mask is not None:
-        features = features.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-    rows = features.flatten(1)
+    rows = zero_masked(at_least_float32(features), mask).flatten(1)
     if normalize:
         return cosine_matrix(rows)
     with full_precision(rows):
@@ -58,7 +54,6 @@ def relative_distances(embeddings: Tensor) -> Tensor:
     """Return the distances (..., B, B) of the samples of (..., B, C), in units of the batch's mean distance.
 
     At least in float32, zero on the diagonal; the gradient is zero, up to rounding, where two samples coincide.
-
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
     """
     rows = at_least_float32(embeddings)

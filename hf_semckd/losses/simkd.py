@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.precision import at_least_float32
-from .base import FeatureLoss, Shape
+from .base import FeatureLoss, Shapes
 from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
 from .reduction import squared_error
@@ -27,22 +26,18 @@ class SimKDLoss(BaselineLoss):
     linear classifier on the average of their last map, as most CNNs do; a trainer checks that before training.
 
     Published weights: 1, with `task_weight=0` and `logit_weight=0`. With others the student's own classifier trains
-    too and is replaced at the end, and a resumed run goes on from that.
-
-    Raises:
-        ConfigurationError: When one of the last layers is no map.
+    too and is replaced at the end, and a resumed run goes on from that. Raises
+    `ConfigurationError` when one of the last layers is no map.
 
     Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, the feature loss.
     """
 
     title = "SimKD with a linear projector"
-    default_weight: float = 1.0
-    default_used: ClassVar[Sequence[int]] = (-1,)
-    reuses_teacher_head: ClassVar[bool] = True
+    default_weight = 1.0
+    default_used = (-1,)
+    reuses_teacher_head = True
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
             if spec.kind == "map":
@@ -83,8 +78,7 @@ class SimKDLoss(BaselineLoss):
 def find_head(model: nn.Module, role: str) -> nn.Linear:
     """Return the last linear module of a student or teacher (`role`), its classifier.
 
-    Raises:
-        ConfigurationError: When there is none, or the student's has no bias to write to.
+    Raises `ConfigurationError` when there is none, or the student's has no bias to write to.
     """
     # While training the feature loss is a part of the student, and has linear modules too.
     own = {id(part) for module in model.modules() if isinstance(module, FeatureLoss) for part in module.modules()}

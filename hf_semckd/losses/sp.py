@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,8 +23,8 @@ class SPLoss(BaselineLoss):
         layers. Weight: Tian et al., "Contrastive Representation Distillation", ICLR 2020.
     """
 
-    default_weight: float = 3000.0
-    default_used: ClassVar[Sequence[int]] = (-1,)
+    default_weight = 3000.0
+    default_used = (-1,)
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the squared distance of each row (B) over the batch size."""

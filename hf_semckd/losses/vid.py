@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.precision import at_least_float32
-from .base import Shape
+from .base import Shapes
 from .baseline import BaselineBatch, SkipMapLoss
 from .positions import regress
-from .reduction import masked_mean
+from .reduction import masked_mean, zero_masked
 
 INITIAL_VARIANCE, SMALLEST_VARIANCE = 5.0, 1e-5
 
@@ -25,24 +24,16 @@ class VIDLoss(SkipMapLoss):
     ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `skip_map`. Its negative
     bounds the mutual information of both layers from below, up to a constant. It may be negative.
 
-    Attributes:
-        gaussian: One `GaussianRegressor` per student layer.
-
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2: the
         Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight 1 are those
         of Tian et al., "Contrastive Representation Distillation", ICLR 2020, with code of the authors.
     """
 
-    default_weight: float = 1.0
+    default_weight = 1.0
 
-    def __init__(
-        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, tokens_aligned: bool = True
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
-        self.gaussian = nn.ModuleList(
-            GaussianRegressor(spec.channels, self.teacher_specs[t].channels)
-            for spec, t in zip(self.student_specs, self.teacher_of, strict=True)
-        )
+        self.gaussian = nn.ModuleList(GaussianRegressor(*widths) for widths in self.widths)
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the sum over pairs of each sample's mean (B)."""
@@ -53,13 +44,8 @@ class VIDLoss(SkipMapLoss):
 class GaussianRegressor(nn.Module):
     """A Gaussian over teacher channels: its mean is a network of the student's, its variance one number per channel.
 
-    Args:
-        student_channels: C_s.
-        teacher_channels: C_t.
-
-    Attributes:
-        mean: Three linear maps C_s, C_t, C_t, C_t over channels (1x1 convolutions) without bias, ReLU between.
-        raw_variance: (C_t), softplus of which is the variance; 5 at the start.
+    The network has three linear maps over channels (1x1 convolutions) without bias, ReLU between; the variance is
+    softplus of `raw_variance` (C_t), 5 at the start.
 
     Source: Ahn et al., 2019, sections 2 and 3; the sizes are those of the authors' code.
     """
@@ -81,12 +67,7 @@ class GaussianRegressor(nn.Module):
         return F.softplus(at_least_float32(self.raw_variance)) + SMALLEST_VARIANCE
 
     def forward(self, tokens: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the mean negative log-likelihood (B) of target (B, N, C_t), without the constant log(2 pi) / 2.
-
-        Positions whose mask (B, N) is 0 do not count and get no gradient, whatever they hold.
-        """
-        difference = at_least_float32(regress(self.mean, tokens, mask)) - target
-        if mask is not None:
-            difference = difference.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        """Return the mean negative log-likelihood (B) of target (B, N, C_t), without the constant log(2 pi) / 2."""
+        difference = zero_masked(at_least_float32(regress(self.mean, tokens, mask)) - target, mask)
         variance = self.variance()
         return masked_mean(0.5 * (difference.square() / variance + variance.log()).mean(-1), mask)
