@@ -25,29 +25,19 @@ from ..positions import compared_positions
 from ..reduction import squared_error
 from .alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
 from .kernel import weighted_feature_error
-from .projection import (
-    build_decoders,
-    build_pairwise_projections,
-    build_shared_projections,
-    shared_among_neighbors,
-)
+from .projection import build_decoders, build_pairwise_projections, build_shared_projections, shared_among_neighbors
 
 
 class Comparison(ABC):
     """A way to project student layers and compare them with teacher layers; `SemCKDLoss` registers its networks.
 
-    Attributes:
-        alignments: How each of the S student layers is aligned with each of the T teacher layers.
-        compared: How many student layers are compared; the last S - compared ones are spared.
-        keeps_whole: Whether it needs the teacher's whole features.
-        decoder: Modules that read a student layer's map before its projections; perhaps empty.
-        projection: The projections.
-        projection_of: The entry of `projection` of each student layer.
+    `alignments` are S x T. Only the first `compared` student layers are compared: their maps are read by `decoder`,
+    which may be empty, and projected by the entries `projection_of` of `projection`.
     """
 
     alignments: list[list[Alignment]]
     compared: int
-    keeps_whole: bool = False
+    keeps_whole: bool = False  # Whether the teacher's whole features are needed.
     decoder: nn.ModuleList
     projection: nn.ModuleList
     projection_of: list[int]
@@ -65,11 +55,8 @@ class Comparison(ABC):
 class SharedComparison(Comparison):
     """Linear projections, one for all teacher layers of one width, and a fused error without a tensor for each pair.
 
-    `projection[projection_of[s]][str(width)]` is that of student layer s; a decoder reads its map first where
-    `decoded`.
-
-    Raises:
-        ConfigurationError: When decoders would have to read something that is no map.
+    That of student layer s is `projection[projection_of[s]][str(width)]`, behind a decoder where `decoded`:
+    `ConfigurationError` if not all layers are compared as maps then.
     """
 
     def __init__(
@@ -105,7 +92,6 @@ class SharedComparison(Comparison):
         for group, students in find_pair_groups(student, self.alignments[: self.compared]).items():
             values, pairs = self._group_errors(student, teacher, weights, group, students)
             if (len(students), len(group.teachers)) == (self.compared, layers):
-                # One group holds all pairs.
                 return values, pairs
             for index, s in enumerate(students):
                 weighted[s].append(values[:, index])
