@@ -66,7 +66,8 @@ class LossMeter:
         weights = _widened(weights.detach())
         sums = torch.stack([weights.sum(0), weights.square().sum(0)]).flatten()
         extra = torch.stack([weights.new_full((), float(len(weights))), entropy(weights).mean(1).sum()])
-        packed, self._shape = torch.cat([sums, extra]), tuple(weights.shape[1:])
+        packed = torch.cat([sums, extra])
+        self._shape = tuple(weights.shape[1:])
         self._association = packed if self._association is None else self._association + packed
 
     @property
@@ -168,7 +169,12 @@ class Monitor:
                 "probabilities for all %d classes give %.3f. The feature term may be why: it slows the first steps "
                 "down. Lower feature_weight (it is %g), raise learning_rate (it is %g), or train for more steps "
                 "(these were %d).",
-                *(loss, self.plan.classes, chance, self.plan.feature_weight, learning_rate, steps),
+                loss,
+                self.plan.classes,
+                chance,
+                self.plan.feature_weight,
+                learning_rate,
+                steps,
             )
 
     def _warn_of_collapse(self, association: np.ndarray) -> None:

@@ -30,7 +30,7 @@ from ...features.token_sampling import flat_positions, take_positions
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Teacher layers of `width` channels at the same positions, by `Alignment.kind`, a grid of `size`."""
+    """Teacher layers of one width that are compared at the same positions; `kind` is that of their `Alignment`s."""
 
     kind: str
     size: tuple[int, int] | None

@@ -90,7 +90,7 @@ class SharedComparison(Comparison):
         weighted: list[list[Tensor]] = [[] for _ in range(self.compared)]
         errors: dict[tuple[int, int], Tensor] = {}
         for group, students in find_pair_groups(student, self.alignments[: self.compared]).items():
-            values, pairs = self._group_errors(student, teacher, weights, group, students)
+            values, pairs = self._group_errors(student, weights, group, students)
             if (len(students), len(group.teachers)) == (self.compared, layers):
                 return values, pairs
             for index, s in enumerate(students):
@@ -100,12 +100,7 @@ class SharedComparison(Comparison):
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
 
     def _group_errors(
-        self,
-        student: AlignedStudent,
-        teacher: AlignedTeacher,
-        weights: Tensor,
-        group: PairGroup,
-        students: Sequence[int],
+        self, student: AlignedStudent, weights: Tensor, group: PairGroup, students: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         features = [student.at(s, group) for s in students]
         linears = [self._linear(s, group.width) for s in students]
@@ -114,6 +109,7 @@ class SharedComparison(Comparison):
             # ZeRO-3 gathers a weight when its module is called, and not before.
             features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
             projections = []
+        teacher = student.teacher
         center, scale = teacher.standardization(group.teachers)
         return weighted_feature_error(
             features,
