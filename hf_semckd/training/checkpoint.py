@@ -61,10 +61,7 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back; `CheckpointError` when it is missing or of another shape.
-
-    A checkpoint that was meant to hold the student alone is a warning.
-    """
+    """Read the feature loss back, or warn where only the student was saved; `CheckpointError` when it does not fit."""
     if not (Path(folder) / OPTIMIZER_FILE).is_file():
         logger.warning(
             "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "

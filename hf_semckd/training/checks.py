@@ -97,10 +97,7 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
     """Refuse an empty dataset, and one whose columns neither model takes."""
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise InputError(
-            "The training dataset is empty",
-            received="0 samples",
-            expected="at least 1",
-            todo="check how it is made",
+            "The training dataset is empty", received="0 samples", expected="at least 1", todo="check how it is made"
         )
     columns = column_names(dataset)
     if not columns or not remove_unused_columns:

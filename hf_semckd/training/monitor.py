@@ -33,12 +33,7 @@ JUDGED_STEPS = 20
 
 @dataclass(frozen=True)
 class WindowAverages:
-    """What a logging window amounts to.
-
-    Attributes:
-        terms: The unweighted loss terms that were computed, and `association/entropy` in nats.
-        association, spread: (S, T) mean and standard deviation of the weights; None without an association.
-    """
+    """Unweighted loss terms with `association/entropy` in nats; mean and standard deviation (S, T) of the weights."""
 
     terms: dict[str, float]
     association: np.ndarray | None
@@ -109,18 +104,13 @@ class Monitor:
     """Averages loss terms and association weights over logging windows.
 
     Nothing is read from the device before a window ends, and a window costs one reduction over processes.
-
-    Attributes:
-        judges_student: Whether a task loss at chance tells that the student has learned nothing.
-        last_association: (S, T) mean weights of the last window that had any.
-        task_losses: Steps and mean task loss of the last windows.
+    `judges_student` tells whether a task loss at chance means that the student has learned nothing; `task_losses`
+    holds steps and mean task loss of the last windows.
     """
 
     def __init__(self, plan: Plan, pair: Pair, loss: FeatureLoss | None, services: Services):
-        self.plan = plan
-        self.services = services
-        self.student_layers = pair.student_layer_names
-        self.teacher_layers = pair.teacher_layer_names
+        self.plan, self.services = plan, services
+        self.student_layers, self.teacher_layers = pair.student_layer_names, pair.teacher_layer_names
         self.upper_bound = None if loss is None else loss.upper_bound
         classifies = plan.task == "single_label" and plan.classes is not None and plan.classes > 1
         learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0

@@ -65,12 +65,7 @@ class InputRouter:
 
 @dataclass(frozen=True)
 class Pair:
-    """A student, without wrappers, its teacher, and the feature loss that was chosen.
-
-    Attributes:
-        capture: Takes the student's features out of its forward.
-        source: The feature loss as it was given, or its name; None where features are not distilled.
-    """
+    """A student, without wrappers, its teacher, and the chosen feature loss or its name (None for logits alone)."""
 
     student: nn.Module
     teacher: Teacher | CachedTeacher

@@ -27,9 +27,7 @@ from .pair import Pair
 class StudentTrainer(Trainer):
     """`transformers.Trainer` that saves, reloads and publishes the student without what it is trained with.
 
-    Attributes:
-        pair: Student and teacher, or None without distillation.
-        distillation: The parts of the distillation, once they were built.
+    Without distillation `pair` and `distillation` are None, the latter also before it is built.
     """
 
     args: SemCKDConfig
@@ -69,12 +67,9 @@ class StudentTrainer(Trainer):
         return None if self.distillation is None else self.distillation.loss
 
     def association(self) -> np.ndarray | None:
-        """Return the mean association weights of the last logging window.
+        """Return the mean association weights (student_layer, teacher_layer) of the last logging window, or None.
 
-        Returns:
-            (student_layer, teacher_layer), rows summing to 1 over the teacher layers that a student layer learns
-            from, or would if it were not left to the logits; None when nothing was logged yet or there is no
-            association.
+        Rows add up to 1 over the teacher layers; also those of layers that are left to the logits.
         """
         found = None if self.distillation is None else self.distillation.monitor.last_association
         return None if found is None else found.copy()

@@ -30,10 +30,7 @@ from ...features.token_sampling import flat_positions, take_positions
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Teacher layers of `width` channels that some student layers are compared with at the same positions.
-
-    They are aligned by `kind`, see `geometry.Alignment`, on a grid of (height, width) `size`.
-    """
+    """Teacher layers of one width that are compared at the same positions; `kind` is that of their `Alignment`s."""
 
     kind: str
     size: tuple[int, int] | None
@@ -115,12 +112,8 @@ class AlignedTeacher:
 class AlignedStudent:
     """A student's features as they are compared; tensors that pairs share are computed once.
 
-    Attributes:
-        features, specs, mask: S tensors, their layers, and the mask (B, N) of their tokens.
-        teacher: The teacher's side, with the positions of the kept tokens.
-        max_grid: Largest height and width of compared maps, or None.
-        compared_as_map: For each layer, whether its map is compared; empty for none.
-        decoders: Modules that read the maps of the first layers before they are compared; empty for none.
+    `mask` (B, N) is that of its tokens, and `teacher` knows the positions of the kept ones. `compared_as_map` tells
+    for each layer whether its map is compared; `decoders` read the maps of the first layers before; both may be empty.
     """
 
     features: Sequence[Tensor]
@@ -191,7 +184,6 @@ class AlignedStudent:
         feature, spec = self.features[s].detach(), self.specs[s]
         size = None if spec.grid is None else limited_grid(feature, spec, self.max_grid)
         if self.compared_as_map and self.compared_as_map[s] and size == summary_size(feature, spec):
-            # Computed anyway.
             return at_least_float32(self.map(s).detach().flatten(1))
         return summary(feature, spec, self._average)
 
@@ -213,9 +205,7 @@ def find_pair_groups(student: AlignedStudent, alignments: Sequence[Sequence[Alig
         for t, (alignment, spec) in enumerate(zip(row, student.teacher.specs, strict=True)):
             size = None
             if alignment.kind == "grid":
-                size = common_grid(
-                    student.map(s), student.specs[s], required(student.teacher.targets.layers[t].grid), spec
-                )
+                size = common_grid(student.map(s), student.specs[s], student.teacher.map(t), spec)
             groups.setdefault((alignment.kind, size, spec.channels), []).append(t)
         for (kind, size, width), teachers in groups.items():
             found.setdefault(PairGroup(kind, size, width, tuple(teachers)), []).append(s)

@@ -45,12 +45,8 @@ FixedName = Literal["uniform", "last", "one_to_one"]
 class Association(ABC):
     """A way to weigh teacher layers. `SemCKDLoss` registers its networks, or the association itself if it is a module.
 
-    Attributes:
-        name: Its name among the settings.
-        needs: The teacher features it is computed from, which must be kept.
-        temperature: tau.
-        upper_bound: The largest weight it can learn to give a layer; None when nothing is learned.
-        required_batch_size: The only batch size it takes, or None for any.
+    It `needs` teacher features, which must be kept. `upper_bound` is the largest weight it can learn to give a layer,
+    None when nothing is learned; `required_batch_size` is the only batch size it takes, or None for any.
     """
 
     name: str = "custom"
@@ -81,9 +77,6 @@ class SimilarityAssociation(Association):
     """Weights by how alike both layers see a sample among the others; uniform for a batch of one.
 
     Trained weights drift to the teacher layer that is easiest to imitate; these are not trained.
-
-    Args:
-        temperature: tau > 0; smaller is sharper.
     """
 
     name = "similarity"
@@ -173,10 +166,7 @@ class LearnedAssociation(QueryKeyAssociation):
 class PublishedAssociation(QueryKeyAssociation):
     """The paper's weights: learned embeddings of the rows of similarity matrices, whose length is the batch size.
 
-    Its temperature is 1 in the paper; only `students` student layers are compared.
-
-    Raises:
-        ConfigurationError: Without a batch size.
+    The temperature is 1 in the paper; `students` layers are compared. `ConfigurationError` without a batch size.
     """
 
     needs = "whole"
@@ -195,11 +185,7 @@ class PublishedAssociation(QueryKeyAssociation):
         self.upper_bound = bound_of_cosine_weights(temperature, teachers)
 
     def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
-        """Return alpha (B, S, T).
-
-        Raises:
-            RaggedBatchError: For a batch of another size.
-        """
+        """Return alpha (B, S, T); `RaggedBatchError` for a batch of another size."""
         queries = [net(_similarity(student.features[s], student.mask)) for s, net in enumerate(self.query)]
         keys = [net(_similarity(teacher.targets.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
         return self.of_products(queries, keys, 1.0 / self.temperature, len(student.specs))
@@ -224,10 +210,7 @@ class FixedAssociation(Association):
 
 
 def fixed_weights(name: FixedName, students: int, teachers: int, like: Tensor) -> Tensor:
-    """Return weights (B, S, T), of the size, type and device of a tensor (B, ...) `like`.
-
-    Equal; 1 from the last layer to the last alone; or 1 from each student layer to that of `skip_map`.
-    """
+    """Return equal weights, or 1 from last to last, or 1 as by `skip_map`: (B, S, T) for a tensor (B, ...) `like`."""
     shape = (len(like), students, teachers)
     if name == "uniform":
         return like.new_full(shape, 1.0 / teachers)

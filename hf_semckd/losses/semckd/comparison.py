@@ -25,29 +25,19 @@ from ..positions import compared_positions
 from ..reduction import squared_error
 from .alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
 from .kernel import weighted_feature_error
-from .projection import (
-    build_decoders,
-    build_pairwise_projections,
-    build_shared_projections,
-    shared_among_neighbors,
-)
+from .projection import build_decoders, build_pairwise_projections, build_shared_projections, shared_among_neighbors
 
 
 class Comparison(ABC):
     """A way to project student layers and compare them with teacher layers; `SemCKDLoss` registers its networks.
 
-    Attributes:
-        alignments: How each of the S student layers is aligned with each of the T teacher layers.
-        compared: How many student layers are compared; the last S - compared ones are spared.
-        keeps_whole: Whether it needs the teacher's whole features.
-        decoder: Modules that read a student layer's map before its projections; perhaps empty.
-        projection: The projections.
-        projection_of: The entry of `projection` of each student layer.
+    `alignments` are S x T. Only the first `compared` student layers are compared: their maps are read by `decoder`,
+    which may be empty, and projected by the entries `projection_of` of `projection`.
     """
 
     alignments: list[list[Alignment]]
     compared: int
-    keeps_whole: bool = False
+    keeps_whole: bool = False  # Whether the teacher's whole features are needed.
     decoder: nn.ModuleList
     projection: nn.ModuleList
     projection_of: list[int]
@@ -65,11 +55,8 @@ class Comparison(ABC):
 class SharedComparison(Comparison):
     """Linear projections, one for all teacher layers of one width, and a fused error without a tensor for each pair.
 
-    `projection[projection_of[s]][str(width)]` is that of student layer s; a decoder reads its map first where
-    `decoded`.
-
-    Raises:
-        ConfigurationError: When decoders would have to read something that is no map.
+    That of student layer s is `projection[projection_of[s]][str(width)]`, behind a decoder where `decoded`:
+    `ConfigurationError` if not all layers are compared as maps then.
     """
 
     def __init__(
@@ -103,9 +90,8 @@ class SharedComparison(Comparison):
         weighted: list[list[Tensor]] = [[] for _ in range(self.compared)]
         errors: dict[tuple[int, int], Tensor] = {}
         for group, students in find_pair_groups(student, self.alignments[: self.compared]).items():
-            values, pairs = self._group_errors(student, teacher, weights, group, students)
+            values, pairs = self._group_errors(student, weights, group, students)
             if (len(students), len(group.teachers)) == (self.compared, layers):
-                # One group holds all pairs.
                 return values, pairs
             for index, s in enumerate(students):
                 weighted[s].append(values[:, index])
@@ -114,12 +100,7 @@ class SharedComparison(Comparison):
         return torch.stack([torch.stack(parts).sum(0) for parts in weighted], 1), torch.stack(rows, 1)
 
     def _group_errors(
-        self,
-        student: AlignedStudent,
-        teacher: AlignedTeacher,
-        weights: Tensor,
-        group: PairGroup,
-        students: Sequence[int],
+        self, student: AlignedStudent, weights: Tensor, group: PairGroup, students: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         features = [student.at(s, group) for s in students]
         linears = [self._linear(s, group.width) for s in students]
@@ -128,6 +109,7 @@ class SharedComparison(Comparison):
             # ZeRO-3 gathers a weight when its module is called, and not before.
             features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
             projections = []
+        teacher = student.teacher
         center, scale = teacher.standardization(group.teachers)
         return weighted_feature_error(
             features,

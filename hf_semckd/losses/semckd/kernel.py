@@ -14,7 +14,6 @@ from ..similarity import by_shape, relative_distances
 
 # On a CPU a few samples at a time: their targets then stay in its cache, and need no large allocation.
 BLOCK_BYTES = 4 * 2**20
-
 # Where layers are projected one by one: products of stacked matrices take nearly twice as long there. On a GPU a
 # single layer is launch-bound.
 UNSTACKED_DEVICES = ("cpu",)
@@ -61,15 +60,8 @@ def weighted_relation_error(student: Sequence[Tensor], teacher: Sequence[Tensor]
     """Return the error of each sample's distances to the other samples of the batch.
 
     error[i, s] = sum over t of weights[i, s, t] * mean over the other samples j of (d_s[i, j] - d_t[i, j])^2, with
-    `relative_distances` d. It needs no projection, and depends on neither layer's scale, rotation or offset.
-
-    Args:
-        student: S embeddings (B, C_s).
-        teacher: T embeddings (B, C_t); no gradient flows into them.
-        weights: (B, S, T), non-negative; no gradient flows into them.
-
-    Returns:
-        (B, S), at least in float32; zeros for a batch of one.
+    `relative_distances` d of S and T embeddings (B, C). It needs no projection, and depends on neither layer's scale,
+    rotation or offset. The result (B, S) is 0 for a batch of one, and its gradient goes to the student alone.
     """
     own = [rows.unsqueeze(1) for rows in by_shape(relative_distances, student)]
     with torch.no_grad():

@@ -61,30 +61,23 @@ class SemCKDLoss(FeatureLoss):
         student_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per student layer.
         teacher_shapes: The same for each teacher layer.
         association: A name, see `SemCKDConfig`, or an `Association`.
-        target_norm, projector, projection_init: See `SemCKDConfig`; projections start at random by default.
-        association_temperature: > 0; None for the association's default.
         batch_size: Needed by the published association only (`learned` on raw targets).
         tokens_aligned: Whether position n of both models stands for the same input.
         max_tokens: Most tokens of a sample that are compared, evenly spaced; None for all.
         max_grid: Maps are pooled to at most this many rows and columns before they are compared; None for no limit.
             The pairwise projector compares all tokens and whole maps.
-        relation_weight: >= 0; 0, the paper's form, leaves relations out.
         layers_per_projection: How many neighboring student layers of one width share their (shared) projections.
         spared_layers: How many of the student's last layers are not compared; relations still train them, and their
             weights are still shown.
 
     Attributes:
-        association: The `Association`.
-        comparison: The `Comparison`.
         query, key: Networks of a learned association, one per compared student layer and one per teacher layer.
         projection: `projection[s][t]` (pairwise), or `projection[comparison.projection_of[s]][str(width)]` (shared).
         decoder: Modules that read a student layer's map before its projections; empty unless convolutional.
         statistics: `TeacherStatistics`, empty without standardization.
 
     Raises:
-        InputError: When there is no layer, or a shape is neither a map nor tokens.
-        ConfigurationError: When the published association has no batch size, convolutions would read something that is
-            no map, pairwise projections would start at zero, or no layer, or none with a weight, would be compared.
+        InputError, ConfigurationError: For shapes that are no layers, and settings that do not fit together.
     """
 
     default_weight: float = IMAGE_DEFAULTS.feature_weight
@@ -116,8 +109,7 @@ class SemCKDLoss(FeatureLoss):
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.projector: Projector = projector
         self.projection_init: ProjectionInit = projection_init or "random"
-        self.relation_weight = relation_weight
-        self.max_grid = max_grid
+        self.relation_weight, self.max_grid = relation_weight, max_grid
         check_projection_init(projector, self.projection_init)
         _check_spared(spared_layers, len(self.student_specs), projector, association)
         standardized = self.teacher_specs if target_norm == "channel" else []
@@ -203,11 +195,7 @@ class SemCKDLoss(FeatureLoss):
     def compare(
         self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
     ) -> FeatureLossOutput:
-        """Return the loss of a batch; see `FeatureLoss.compare`.
-
-        Raises:
-            RaggedBatchError: In the published form, for a batch of another size.
-        """
+        """Return the loss of a batch; in the published form `RaggedBatchError` for one of another size."""
         if len(self.statistics) and self.training and self.collecting:
             self.update_statistics(targets)
             if self.automatic_synchronization:

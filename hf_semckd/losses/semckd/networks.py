@@ -13,7 +13,6 @@ from ...features.precision import full_precision
 
 # Wide enough for every association that was measured, and small beside any student.
 EMBEDDING_WIDTH = 32
-
 # Logits of the learned association are cosines times a learned scale, held below this for stability.
 MAXIMUM_SCALE = 100.0
 
@@ -27,11 +26,7 @@ class SimilarityEmbedding(nn.Sequential):
         self.batch_size = batch_size
 
     def forward(self, similarity: Tensor) -> Tensor:
-        """Embed each row of a (B, B) similarity matrix into (B, d).
-
-        Raises:
-            RaggedBatchError: When the batch has another size than B.
-        """
+        """Embed each row of a (B, B) similarity matrix into (B, d); `RaggedBatchError` for another B."""
         if len(similarity) != self.batch_size:
             raise RaggedBatchError(
                 "The published association takes similarity rows, whose length is the batch size",
@@ -59,8 +54,7 @@ class FeatureEmbedding(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """Embed (B, C) into (B, d)."""
-        dtype = next(self.parameters()).dtype
-        return F.normalize(super().forward(features.to(dtype)), dim=1)
+        return F.normalize(super().forward(features.to(next(self.parameters()).dtype)), dim=1)
 
 
 class LearnedScale(nn.Module):

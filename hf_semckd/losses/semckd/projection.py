@@ -41,9 +41,7 @@ class FeatureDecoder(nn.Sequential):
 class ConvolutionalProjection(FeatureDecoder):
     """The published projection of a pair: 1x1 conv to 2 * C_t, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv to C_t, no bias.
 
-    The kernel of the middle convolution is 1 on tokens, which have no neighbors in two dimensions.
-
-    Source: SemCKD (Chen et al., 2021), section 3.3.
+    See SemCKD, section 3.3. On tokens, which have no neighbors in two dimensions, the middle kernel is 1.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, kernel: int = 3):
@@ -62,14 +60,11 @@ class ConvolutionalProjection(FeatureDecoder):
 
 
 def _by_running_statistics(norm: nn.BatchNorm2d, maps: Tensor) -> Tensor:
-    return F.batch_norm(
-        maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
-    )
+    return F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 # Channels inside a decoder. The published projections have twice the teacher's, at many times the price.
 DECODER_WIDTH = 64
-
 # Neighboring student layers share projections where these would weigh more than this share of the student.
 MAXIMUM_PROJECTION_SHARE = 0.2
 
@@ -131,10 +126,7 @@ def build_shared_projections(
     decoded: bool,
     start: ProjectionInit,
 ) -> nn.ModuleList:
-    """Return linear projections `[owner][str(width)]` of student layers, one for each width among teacher layers.
-
-    `owners` are those of `shared_among_neighbors`; `decoded` says whether decoders come first.
-    """
+    """Return linear projections `[owner][str(width)]` of student layers, behind decoders where `decoded`."""
     linear = ZeroLinear if start == "zero" else nn.Linear
     widths = sorted({teacher.channels for teacher in teacher_specs})
     read = [DECODER_WIDTH if decoded else spec.channels for spec in _first(student_specs, owners)]

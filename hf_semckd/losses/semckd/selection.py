@@ -19,10 +19,7 @@ AssociationInput = Literal["summary", "mean", "whole"] | None
 
 
 class KeptTokens(NamedTuple):
-    """The tokens that are kept of the layers of one layout and length; all of them where `flat` is None.
-
-    `flat` (B * K) are their `flat_positions`, `unused` (B, K, 1) the places that hold no token.
-    """
+    """The tokens that are kept, at `flat` positions (B * K), or all; `unused` (B, K, 1) places hold none."""
 
     choice: TokenChoice | None
     flat: Tensor | None = None
@@ -42,14 +39,8 @@ class TeacherSelection:
 
     The rest, by far the most, can be freed before the student runs, and need not be stored in a cache. Layers are
     compared as tokens (sampled, or all of them), as a map (pooled to `max_grid`), or as their mean; maps and means
-    also serve as summaries where they are the same. Layers of one layout share their token choice.
-
-    Args:
-        teacher_specs: The teacher's T layers.
-        alignments: How they are aligned with each student layer, S x T; empty to keep whole features.
-        association: What the weights are computed from.
-        max_tokens, max_grid: See `SemCKDLoss`.
-        relations: Whether relations between samples are compared.
+    also serve as summaries where they are the same. Layers of one layout share their token choice. Without
+    `alignments` (S x T) whole features are kept.
     """
 
     def __init__(
@@ -61,12 +52,10 @@ class TeacherSelection:
         max_grid: int | None = None,
         relations: bool = False,
     ):
-        self.relations = relations
         self.specs = list(teacher_specs)
         self.kinds = [{row[t].kind for row in alignments} for t in range(len(self.specs))]
-        self.association = association
-        self.max_tokens = max_tokens
-        self.max_grid = max_grid
+        self.association, self.relations = association, relations
+        self.max_tokens, self.max_grid = max_tokens, max_grid
         layouts = [(spec.length, spec.prefix, spec.grid) for spec in self.specs]
         self.layout = [layouts.index(entry) for entry in layouts]
 

@@ -7,22 +7,17 @@ from torch import Tensor
 
 # Cosines over 0.02 differ by up to 50: divided by 64, they can be balanced at once.
 SINKHORN_STAGES = 7
-
 SINKHORN_ROUNDS = 5
 
 
 def sinkhorn_weights(scores: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
-    """Return softmax over t of scores, with the total weight of each teacher layer bounded.
+    """Return softmax over t of scores (B, S, T), with the total weight of each teacher layer at most max(1, S / T).
 
-    Layers that are like all others (the first of a CNN, say) would else teach every student layer. Here a teacher
-    layer weighs at most max(1, S / T) in all, summed over student layers; a layer that no student layer resembles
-    still gets nothing. These are the weights of the largest sum_st w_st * scores_st plus their entropy under that
-    bound, found by scaling rows and columns in turn: first for scores divided by 64, which takes few rounds, then by
-    32, and so on. Rows add up to 1; columns keep the bound as closely as the rounds have come.
-
-    Args:
-        scores: (B, S, T).
-        rounds: How often rows and columns are scaled at every stage; twice as often at the last.
+    Layers that are like all others (the first of a CNN, say) would else teach every student layer; a layer that no
+    student layer resembles still gets nothing. These are the weights of the largest sum_st w_st * scores_st plus their
+    entropy under that bound, found by scaling rows and columns in turn, `rounds` times at every stage and twice as
+    often at the last: first for scores divided by 64, which takes few rounds, then by 32, and so on. Rows add up to 1;
+    columns keep the bound as closely as the rounds have come.
 
     Source: Chizat et al., "Scaling algorithms for unbalanced optimal transport problems", 2018.
     """
