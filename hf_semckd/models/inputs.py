@@ -27,7 +27,6 @@ class InputSelector:
     def __init__(self, model: nn.Module):
         self._model = type(model).__name__
         entries = inspect.signature(base_model(model).forward).parameters.values()
-        self._names = {entry.name for entry in entries}
         self.parameters = [
             entry.name for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
         ]
@@ -39,12 +38,9 @@ class InputSelector:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of a batch that the forward names, without labels; `InputError` if there are none."""
-        inputs = {
-            key: value
-            for key, value in batch.items()
-            if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)
-        }
-        chosen = {key: value for key, value in inputs.items() if key in self._names}
+        left_out = {key for key in batch if key in LABEL_COLUMNS or key.startswith(TEACHER_PREFIX)}
+        inputs = {key: value for key, value in batch.items() if key not in left_out}
+        chosen = {key: value for key, value in inputs.items() if key in self.parameters}
         if chosen:
             return chosen
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]

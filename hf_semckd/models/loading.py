@@ -22,6 +22,8 @@ def load_model(
 ) -> nn.Module:
     """Return a model as it is, or load it by name or folder, without running remote code.
 
+    Refuses (`InputError`) what can be neither used nor loaded, or not be had in this precision.
+
     Args:
         source: A module, or what `from_pretrained` takes.
         role: `student` or `teacher`, for messages.
@@ -29,9 +31,6 @@ def load_model(
             configuration names.
         dtype: The precision that is wanted; a module of another one is copied, so that it stays as it is. None: as
             it was given, or saved.
-
-    Raises:
-        InputError: When it can be neither used nor loaded, or not be had in this precision.
     """
     if isinstance(source, nn.Module):
         return source if dtype is None else _in_precision(source, role, dtype)
@@ -88,11 +87,9 @@ def _in_precision(model: nn.Module, role: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _model_class(config: Any, like: nn.Module | None) -> Any:
-    wanted = type(like).__name__.rpartition("For")[2] if like is not None else ""
+    head = "" if like is None else type(like).__name__.rpartition("For")[2]
     names = list(getattr(config, "architectures", None) or [])
-    auto = getattr(transformers, f"AutoModelFor{wanted}", None) if wanted else None
-    if auto is not None:
-        return auto
-    if not names or not hasattr(transformers, names[0]):
-        raise ValueError(f"the configuration names no known architecture: {names}")
-    return getattr(transformers, names[0])
+    for name in (f"AutoModelFor{head}", *names[:1]):
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ValueError(f"the configuration names no known architecture: {names}")

@@ -77,14 +77,10 @@ class TeacherCache:
     def rows(
         self, outputs: TeacherOutputs, inputs: Mapping[str, Any], samples: Sequence[int] | None = None
     ) -> list[Row]:
-        """Return what is stored of each sample of the teacher's outputs.
+        """Return what is stored of each sample, where the outputs are those of some (`samples`) or all of a batch.
 
-        Refuses (`InputError`) several rows per sample, and what overflows in the cache's precision.
-
-        Args:
-            outputs: What the teacher gave.
-            inputs: The teacher's inputs of the whole batch, with which the keys of its samples were made.
-            samples: Which samples of the batch the outputs are of; None for all.
+        `inputs` are those of the whole batch: it decides what is cut, as it does in the keys. Several rows per sample,
+        and what overflows in the cache's precision, are refused (`InputError`).
         """
         if samples is None:
             samples = range(len(next(value for value in inputs.values() if isinstance(value, Tensor))))

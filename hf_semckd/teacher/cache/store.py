@@ -70,7 +70,11 @@ class TensorStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._stop(error)
-        _remove_leftovers(self.folder)
+        # What a crash left half written.
+        for path in self.folder.glob("*.partial"):
+            with contextlib.suppress(OSError):
+                if LEFTOVER_NAME.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink()
         self.refresh()
 
     @property
@@ -244,11 +248,3 @@ def _write_shard(folder: Path, buffer: Buffer, limit_bytes: int | None) -> str:
     with replacing(folder / name) as temporary, pa.OSFile(str(temporary), "wb") as file:
         write(batch, file)
     return name
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a crash left half written."""
-    for path in folder.glob("*.partial"):
-        with contextlib.suppress(OSError):
-            if LEFTOVER_NAME.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                path.unlink()
