@@ -85,7 +85,13 @@ class FeatureCapture:
             self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
         else:
             self.layers = [self._checked_index(index, len(states)) for index in self.layers]
-            self._check_distinct()
+            if len(set(self.layers)) < len(self.layers):
+                raise InputError(
+                    f"A {self.role} layer is named twice, from the front and from the end",
+                    received=f"{self.role}_layers that mean the hidden states {self.layers}",
+                    expected="every layer once",
+                    todo=f"leave one of them out of {self.role}_layers",
+                )
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
@@ -102,16 +108,6 @@ class FeatureCapture:
                 todo=f"the nearest is {max(0, min(position, count - 1))}; leave {self.role}_layers out for all blocks",
             )
         return position
-
-    def _check_distinct(self) -> None:
-        layers = self.layers or []
-        if len(set(layers)) < len(layers):
-            raise InputError(
-                f"A {self.role} layer is named twice, from the front and from the end",
-                received=f"{self.role}_layers that mean the hidden states {layers}",
-                expected="every layer once",
-                todo=f"leave one of them out of {self.role}_layers",
-            )
 
     def _find_module(self, model: nn.Module, name: str) -> nn.Module:
         modules = dict(model.named_modules())

@@ -12,9 +12,8 @@ from torch import Tensor
 class TokenChoice:
     """Which tokens are kept of the layers of one layout; these layers share the object.
 
-    Attributes:
-        positions: (B, K) position of each kept token in its sample, the kept ones first; None: all tokens are kept.
-        mask: (B, K) nonzero for the places that hold a token; None: all do.
+    `positions` (B, K) are those of the kept tokens in their sample, these first, None for all tokens; `mask` (B, K) is
+    nonzero for the places that hold a token, None where all do.
     """
 
     positions: Tensor | None = None
@@ -92,10 +91,9 @@ class TeacherTargets:
         for t, layer in enumerate(self.layers):
             for name in LAYER_TENSORS:
                 value = getattr(layer, name)
-                if value is None:
-                    continue
                 mask = self.mask if name == "whole" else layer.choice.mask if layer.choice is not None else None
-                yield t, value, mask if value.dim() == 3 else None
+                if value is not None:
+                    yield t, value, mask if value.dim() == 3 else None
 
 
 def required(value: Tensor | None) -> Tensor:

@@ -20,13 +20,10 @@ Shapes = Sequence[Shape]
 
 @dataclass
 class FeatureLossOutput:
-    """The result of a feature loss.
+    """The result of a feature loss: the loss of each sample (B), and `total`, its mean, before `feature_weight`.
 
-    Attributes:
-        total: Scalar, the mean of `per_sample`; before `feature_weight`.
-        per_sample: (B) the loss of each sample, from which a trainer averages over micro-batches and processes.
-        association: (B, S, T) association weights without gradient, or None for losses without any.
-        errors: (B, S, T) errors of the pairs without gradient, NaN where a pair is not compared; or None.
+    `association` (B, S, T) are the weights and `errors` (B, S, T) the errors of pairs, NaN where one is not compared;
+    both without gradient, and None for losses without any.
     """
 
     total: Tensor
@@ -122,8 +119,7 @@ class FeatureLoss(nn.Module, ABC):
         """Return the loss of a batch.
 
         Args:
-            student_features: S tensors.
-            teacher_features: T tensors, or what `select` kept of them.
+            student_features, teacher_features: S and T tensors, or what `select` kept of the teacher's.
             student_mask: (B, N), 0 for padding tokens; None: all count.
             teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
 

@@ -71,7 +71,7 @@ def first_token(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     A feature (B, C) is the token itself. With padding on the left the first token is not at position 0.
     """
     mask = fitting_mask(mask, feature)
-    if feature.dim() == 2 or mask is None:
+    if mask is None:
         counts = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
         return (feature if feature.dim() == 2 else feature[:, 0]), counts
     places = (mask != 0).long().argmax(1)

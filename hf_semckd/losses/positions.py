@@ -23,8 +23,7 @@ def compared_positions(
         size = common_grid(feature, spec, target, target_spec)
         return map_to_tokens(as_map(feature, spec, size)), map_to_tokens(as_map(target, target_spec, size)), None
     if alignment.kind == "mean":
-        own, theirs = Average(student_mask)(feature), Average(teacher_mask)(target)
-        return own.unsqueeze(1), theirs.unsqueeze(1), None
+        return Average(student_mask)(feature).unsqueeze(1), Average(teacher_mask)(target).unsqueeze(1), None
     mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
     return as_tokens(feature), as_tokens(target), mask
 

@@ -65,9 +65,8 @@ def make_feature_loss(
 ) -> FeatureLoss:
     """Return the feature loss of a name, of several joined by "+", or of a class, for the layers that were found.
 
-    The other arguments are those of `FeatureLoss.for_layers`.
-
-    Raises `ConfigurationError` when a method cannot be used for these layers, or with another one.
+    See `FeatureLoss.for_layers`. Raises `ConfigurationError` for a method that cannot be used for these layers, or
+    with another one.
     """
     known = {"tokens_aligned": tokens_aligned, "student_parameters": student_parameters}
     losses = [method.for_layers(student_specs, teacher_specs, options, **known) for method in _methods(source)]

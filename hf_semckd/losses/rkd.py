@@ -41,8 +41,7 @@ class RKDLoss(BaselineLoss):
         angle_weight: float = 50.0,
     ):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the share of each sample (B): its row of distances, and the angles at it."""
