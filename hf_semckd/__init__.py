@@ -1,7 +1,5 @@
 """Knowledge distillation for the Hugging Face ecosystem: features of all teacher layers, no layer map needed."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The values that settings may take."""
 
-from __future__ import annotations
-
 import math
 import re
 from numbers import Real

@@ -1,7 +1,5 @@
 """The errors a user can meet. Each message says what was received, what was expected and what to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The command line: `hf-semckd`, or `python -m hf_semckd.cli`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`hf-semckd cache`: run the teacher over a dataset ahead of training."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

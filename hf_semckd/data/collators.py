@@ -1,7 +1,5 @@
 """Batches for a teacher and a student that read the same samples in different ways."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

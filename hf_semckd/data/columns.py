@@ -1,7 +1,5 @@
 """Which columns of a batch are whose."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

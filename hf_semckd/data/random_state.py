@@ -1,7 +1,5 @@
 """Random generators that are left as they were."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A few samples of a dataset, and batches made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any

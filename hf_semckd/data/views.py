@@ -1,7 +1,5 @@
 """A dataset whose random augmentation repeats, so that teacher outputs can be cached."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

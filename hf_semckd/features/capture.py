@@ -1,7 +1,5 @@
 """Capturing the outputs of chosen layers in a forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

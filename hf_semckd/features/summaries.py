@@ -1,7 +1,5 @@
 """One vector per sample: averages, embeddings, and summaries to compute similarities from."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .geometry import as_map, limited_grid

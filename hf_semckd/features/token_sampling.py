@@ -1,7 +1,5 @@
 """Systematic sampling of tokens, the same ones whenever a sample comes again."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

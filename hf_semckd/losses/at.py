@@ -1,7 +1,5 @@
 """Attention transfer (Zagoruyko and Komodakis, 2017): the student learns where the teacher is active."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The losses that SemCKD is compared with: the layers they compare and what they keep of the teacher."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

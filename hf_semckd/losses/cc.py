@@ -1,7 +1,5 @@
 """Correlation congruence (Peng et al., ICCV 2019)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Several feature losses at once, such as SemCKD with a loss on embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

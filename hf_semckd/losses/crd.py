@@ -1,7 +1,5 @@
 """Contrastive representation distillation (Tian et al., ICLR 2020)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """FitNets (Romero et al., 2015): one hint layer of the student regresses one guiding layer of the teacher."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError

@@ -1,7 +1,5 @@
 """The uniform layer map: each student layer regresses the teacher layer at its depth."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

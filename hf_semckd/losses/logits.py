@@ -1,7 +1,5 @@
 """Losses on logits: distillation (Hinton et al., 2015) and the task loss of models that compute none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Self-attention relation distillation, MiniLMv2 (Wang et al., Findings of ACL 2021)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

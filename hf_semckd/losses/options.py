@@ -1,7 +1,5 @@
 """The user's choices for the feature loss, as plain values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..choices import Association, ProjectionInit, Projector, TargetNorm

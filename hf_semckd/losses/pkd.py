@@ -1,7 +1,5 @@
 """Patient knowledge distillation (Sun et al., EMNLP 2019)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Probabilistic knowledge transfer (Passalis & Tefas, ECCV 2018)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .baseline import BaselineBatch, BaselineLoss

@@ -1,7 +1,5 @@
 """Two layers at the same positions, and the regression of one on the other."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..features.geometry import Alignment, as_map, as_tokens, both_masks, common_grid, fitting_mask, map_to_tokens

@@ -1,7 +1,5 @@
 """Means over the positions that count."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The feature losses by name, and how a trainer makes one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any

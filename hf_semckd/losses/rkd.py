@@ -1,7 +1,5 @@
 """Relational knowledge distillation (Park et al., CVPR 2019)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

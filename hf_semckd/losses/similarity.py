@@ -1,7 +1,5 @@
 """Similarities of samples, and how alike they are in two layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """SimKD (Chen et al., CVPR 2022): the student reuses the teacher's classifier behind a projection."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

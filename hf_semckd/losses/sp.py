@@ -1,7 +1,5 @@
 """Similarity-preserving distillation (Tung and Mori, 2019)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Variational information distillation (Ahn et al., 2019): a student layer predicts a Gaussian of its target."""
 
-from __future__ import annotations
-
 import math
 
 import torch

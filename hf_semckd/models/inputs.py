@@ -1,7 +1,5 @@
 """Which entries of a batch a model takes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Loads a model by name or folder, or takes it as it is given."""
 
-from __future__ import annotations
-
 import copy
 import os
 from typing import Any

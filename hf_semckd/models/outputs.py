@@ -1,7 +1,5 @@
 """What a model returns: logits, and which of its positions are tokens."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The kinds of task heads, and which items of a batch their losses are taken over."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The README of a distilled student: how to load it, how good it is, how it was made and which papers to cite."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os

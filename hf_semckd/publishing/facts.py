@@ -1,7 +1,5 @@
 """The facts of a student that its model card states."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real

@@ -1,7 +1,5 @@
 """Publishing the plain student: the Hub gets the student, its processor, a model card and the settings."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Heat maps of the association of student layers with teacher layers."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Sequence

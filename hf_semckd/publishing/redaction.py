@@ -1,7 +1,5 @@
 """What a model card may show. Allow-lists: no pattern finds every path and every secret in free text."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

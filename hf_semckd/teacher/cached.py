@@ -1,7 +1,5 @@
 """A teacher whose outputs are kept on disk: it runs, and is even loaded, only for samples that the cache lacks."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """How the teacher's forward runs: on a CUDA stream beside the student, and under `torch.compile`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Notes beside a cache: what a training has to know of a teacher that it need not load."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

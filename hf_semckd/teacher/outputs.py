@@ -1,7 +1,5 @@
 """What the teacher gives for one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter

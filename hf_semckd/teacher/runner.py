@@ -1,7 +1,5 @@
 """Runs the teacher as training does: beside the student, in its mixed precision, keeping what the loss needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """The frozen teacher: its inputs, and running it without gradient in its own precision."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The student and the feature loss as one module while training, so that one wrapped forward holds all that learns."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checking and filling a teacher cache: what cannot be cached, or finds no room, is refused before training."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable

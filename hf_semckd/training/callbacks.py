@@ -1,7 +1,5 @@
 """The callback that a trainer adds for itself: the association in pictures and TensorBoard, and the cache on disk."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is kept besides the student in a checkpoint, and reloading that tolerates no missing weight."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

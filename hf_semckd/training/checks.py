@@ -1,7 +1,5 @@
 """Refuses models, data (`InputError`) and options (`ConfigurationError`) that cannot work, before the first step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

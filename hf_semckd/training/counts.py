@@ -1,7 +1,5 @@
 """The numbers that loss terms are averaged over, exact over micro-batches and processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

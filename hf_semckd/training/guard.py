@@ -1,7 +1,5 @@
 """Nothing broken is learned, logged or saved: NaN and infinite losses end the training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

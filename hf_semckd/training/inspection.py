@@ -1,7 +1,5 @@
 """Runs one small batch through both models, to see what their layers look like and whether they fit together."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress

@@ -1,7 +1,5 @@
 """What is shown of a training: loss terms and the association, averaged over logging windows, and two warnings."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque

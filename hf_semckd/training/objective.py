@@ -1,7 +1,5 @@
 """What is minimized in a step: the task, logit and feature terms, exact over micro-batches and processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The calibration's parameters in the student's optimizer, for the time of training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """From the configuration to the plain values that losses take."""
 
-from __future__ import annotations
-
 from ..config import SemCKDConfig
 from ..losses.options import LossOptions
 

@@ -1,7 +1,5 @@
 """A trainer whose student stays a plain model: in checkpoints, in what it saves, and on the Hub."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial

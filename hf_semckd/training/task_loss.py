@@ -1,7 +1,5 @@
 """The task loss of a batch: the model's own, a user's function, label smoothing, or that of plain modules."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Trainers that distil: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar

@@ -18,8 +18,6 @@ SemCKD's loss of sample i, with association weights alpha (B, S, T) that sum to 
     tau          temperature
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

@@ -9,8 +9,6 @@ Features F_s and F_t of student layer s and teacher layer t, at the positions n 
     pairwise     P_st is a stack of convolutions per pair, as published.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """SemCKD's defaults."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...choices import Association, ProjectionInit, Projector

@@ -1,7 +1,5 @@
 """The error of several student layers against the weighted teacher layers, without a tensor for each pair."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

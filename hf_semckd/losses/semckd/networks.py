@@ -1,7 +1,5 @@
 """The query and key networks of the learned associations."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The projections of the student's layers, and the decoders before them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

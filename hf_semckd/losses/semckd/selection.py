@@ -1,7 +1,5 @@
 """What SemCKD keeps of the teacher's features: tokens or pooled maps to compare, and summaries to weigh by."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Association weights under a bound on what each teacher layer gives in all."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

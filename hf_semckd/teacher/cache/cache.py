@@ -1,7 +1,5 @@
 """Teacher outputs on disk, keyed by what the teacher was given, so that no epoch and no run computes them twice."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

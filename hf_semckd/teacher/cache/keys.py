@@ -1,7 +1,5 @@
 """Keys of samples and fingerprints of teachers."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

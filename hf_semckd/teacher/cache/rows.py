@@ -5,8 +5,6 @@ A name is `logits`, `mask`, or `LAYER.KIND` (`2.mean`). Tokens also name the lay
 Where a tensor was cut, the name says along what: `|all` tokens of its sample, or its `|chosen` ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The format of a shard: an Arrow IPC file of one record batch, memory-mapped and checked."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

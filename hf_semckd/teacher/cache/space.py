@@ -1,7 +1,5 @@
 """Whether there is room on a disk, and below a limit, for what is to be stored."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Tensors of many samples in a folder of shards, which several runs read and write."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
