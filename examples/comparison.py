@@ -218,6 +218,7 @@ class Comparison:
         auto = "AutoModelFor" + type(trainer.student).__name__.rpartition("For")[2]
         print(f"\n{self.name}, {self.data['eval_samples']} {self.data['eval_split']} {self.unit}, seed {args.seed}\n")
         print(f"{'model':17}  {'parameters':>12}  {'accuracy':>8}  {'seconds':>7}")
+        print("  ".join("-" * width for width in (17, 12, 8, 7)))
         for row in self.rows:
             seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
             print(f"{row['name']:17}  {row['parameters']:12,}  {row['metric']:8.4f}  {seconds:>7}")
