@@ -31,7 +31,6 @@ DEFAULTS = {
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
     "per_device_eval_batch_size": 128,
-    "feature_weight": 10.0,  # the best of 1, 3 and 10 on the validation split, with another seed
 }
 
 
