@@ -67,6 +67,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def holds_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model's tokens can be patches of an image: it reads no text, and no decoder follows the labels."""
+    return not is_encoder_decoder(model) and not any(name.endswith("input_ids") for name in inputs)
+
+
 def accepts(function: Any, name: str) -> bool:
     """Whether a function can be called with keyword `name`, by its signature or by taking any keyword."""
     parameters = inspect.signature(function).parameters

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigurationError, InputError, SemCKDError
-from ..features.capture import FeatureCapture
-from ..features.layers import FeatureSpec, describe
+from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
 from ..losses.logits import logit_shape_message
 from ..losses.simkd import find_head
 from ..models.inputs import check_decoder_inputs, run_on_inputs, select_inputs
-from ..models.outputs import logits_of
+from ..models.outputs import holds_images, logits_of
 from ..teacher.outputs import TeacherDescription
 from .pair import Pair
 
@@ -47,7 +46,12 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
     was_training = student.training
     student.eval()
     try:
-        outputs, taken = run_on_inputs("student", batch, lambda: _capture_student(student, capture, inputs, features))
+        if features:
+            found = run_on_inputs("student", batch, lambda: capture.find(student, inputs))
+            outputs, taken = found.outputs, found.features
+            specs = found.describe(of_image=holds_images(student, inputs))
+        else:
+            outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
     finally:
         student.train(was_training)
     student_logits: Any = None
@@ -57,19 +61,7 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
     # Of a teacher that is not loaded the classes are known, not the batch.
     if logits and described.logits and tuple(student_logits.shape)[-len(described.logits) :] != described.logits:
         raise InputError(logit_shape_message(tuple(student_logits.shape), described.logits))
-    specs = [describe(x, name, student, inputs) for x, name in zip(taken, capture.names(), strict=False)]
     return Inspection(batch, student_logits, specs, taken, described)
-
-
-def _capture_student(
-    student: nn.Module, capture: FeatureCapture, inputs: Mapping[str, Any], features: bool
-) -> tuple[Any, list[Tensor]]:
-    if not features:
-        return student(**inputs), []
-    with capture.recording(student) as recorded:
-        outputs = student(**inputs, **capture.request(student))
-    capture.resolve(student, outputs)
-    return outputs, capture.collect(outputs, recorded)
 
 
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
