@@ -22,16 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class CachedTeacher:
-    """A teacher in front of which a cache answers.
+    """A teacher in front of which a cache answers; see `TeacherCache` for `folder`, `dtype` and `limit_bytes`.
 
     Args:
-        teacher: The teacher; around a model without weights where `load` is given.
-        folder: Where all caches live.
+        teacher: The teacher; around a model without weights where `load`, which loads it when needed, is given.
         request: What is asked of the teacher, but for the inputs.
         digest: Of the files that it comes from; None where they are unknown, and nothing is noted then.
-        load: Loads the teacher when it is needed; None when it is there.
-        dtype: Precision of stored features; None for the teacher's own.
-        limit_bytes: Most that the cache may take; None for what the disk can spare.
 
     Attributes:
         note: What is known of a teacher that is not loaded.
@@ -75,14 +71,9 @@ class CachedTeacher:
         return self._teacher.layer_names
 
     @property
-    def is_open(self) -> bool:
-        """Whether the cache was opened."""
-        return self._cache is not None
-
-    @property
     def cache(self) -> TeacherCache:
-        """The cache, once it was opened."""
-        assert self._cache is not None, "open the cache first"
+        """The cache; `open` comes first."""
+        assert self._cache is not None
         return self._cache
 
     def to(self, device: torch.device) -> None:
@@ -129,7 +120,8 @@ class CachedTeacher:
         self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
     ) -> TeacherCache:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
-        self.close()
+        if self._cache is not None:
+            self._cache.store.close()
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
         self._cache = TeacherCache(
@@ -191,12 +183,6 @@ class CachedTeacher:
         """Bring what is waiting to the disk."""
         if self._cache is not None:
             self._cache.store.flush()
-
-    def close(self) -> None:
-        """Close the cache, if it is open."""
-        if self._cache is not None:
-            self._cache.store.close()
-            self._cache = None
 
 
 def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> bool:
