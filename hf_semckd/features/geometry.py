@@ -91,30 +91,13 @@ def map_to_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Turn tokens (B, prefix + H * W, C) into a map (B, C, H, W); CLS and register tokens in front are dropped.
-
-    Raises `InputError` when there are fewer tokens than cells in the grid.
-    """
-    height, width = grid
-    if features.shape[1] < height * width:
-        raise InputError(
-            "The tokens do not fill the grid",
-            received=f"{features.shape[1]} tokens for a grid of {height} x {width}",
-            expected=f"at least {height * width} tokens",
-            todo="use one image size for all batches, or name the layers to use with student_layers / teacher_layers",
-        )
-    patches = features[:, features.shape[1] - height * width :]
-    return patches.transpose(1, 2).unflatten(2, grid)
-
-
 def pool_tokens(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Average-pool tokens (B, H * W, C) that lie on a grid (H, W) to a map (B, C, height, width) that is not larger.
 
     As one matrix product: transposing to a map first would cost far more.
     """
     if tuple(grid) == tuple(size):
-        return tokens_to_map(features, grid)
+        return features.transpose(1, 2).unflatten(2, grid)
     cells = torch.eye(grid[0] * grid[1], dtype=at_least_float32(features[:0]).dtype, device=features.device)
     shares = F.adaptive_avg_pool2d(cells.unflatten(1, grid).unsqueeze(1), size).flatten(1).T
     with full_precision(features):

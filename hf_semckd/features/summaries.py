@@ -38,14 +38,8 @@ class Average:
 
 
 def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
-    """Return the vector (B, C) that a classifier would read of a layer.
-
-    The average of a map (global average pooling), the first token (CLS) in front of image patches, and the average of
-    the tokens that count everywhere else.
-    """
-    if feature.dim() == 3 and spec.prefix > 0:
-        return feature[:, 0]
-    return average(feature)
+    """Return the vector (B, C) that a classifier would read of a layer: the first token (CLS), or else the average."""
+    return feature[:, 0] if feature.dim() == 3 and spec.prefix > 0 else average(feature)
 
 
 def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:

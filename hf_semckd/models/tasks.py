@@ -41,10 +41,7 @@ def token_targets(labels: Any, attention_mask: Any, shifted: bool) -> Tensor | N
 
 
 def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
-    """Tell the kind of head from its logits, labels and `config.problem_type`.
-
-    Logits are (B, classes), (B, N, classes), (B, classes, H, W) for segmentation, or (B) for one number per sample.
-    """
+    """Tell the kind of head from labels, `config.problem_type`, and logits (B), (B, C), (B, N, C) or (B, C, H, W)."""
     if logits.dim() == 3:
         return "tokens"
     if problem_type == "regression" or logits.dim() == 1 or (logits.dim() == 2 and logits.shape[-1] == 1):

@@ -38,10 +38,9 @@ def is_plain_text(text: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether "user/name", a bare "name" or a path is the id of a Hub repository.
+    """Tell whether a name is the id of a Hub repository ("user/name" or "name").
 
-    Not paths, names of files and of common output folders, access tokens, and whatever exists on this disk, from where
-    transformers would load it.
+    Names of files and of common output folders are not, nor what exists on this disk: transformers would load that.
     """
     return _spelled_like_hub_id(name) and not os.path.exists(name)
 

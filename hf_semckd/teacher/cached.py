@@ -13,10 +13,9 @@ from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of
 from .cache.keys import teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
-from .execution import TeacherStream
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher
+from .teacher import FeatureSelector, Teacher, TeacherStream
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ class TeacherOutputs:
     Attributes:
         logits: (B, ...), or None when they are not needed.
         features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
-        mask: (B, N) mask of the teacher's tokens, or None.
+        mask: (B, N) mask of the teacher's tokens.
     """
 
     logits: Tensor | None = None

@@ -33,13 +33,11 @@ class TeacherCache:
     dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
 
     Args:
-        folder: Where all caches live.
-        fingerprint: What the outputs depend on besides the inputs; see `teacher_fingerprint`.
+        folder, fingerprint: Where all caches live, and the name of this one; see `teacher_fingerprint`.
         select_inputs: Returns the teacher's inputs of a batch.
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
         limit_bytes: Most that the folder may take; None for what the disk can spare.
-        cut: Whether outputs that are as long as the mask run along it, so that padding can be cut off; False for
-            models that pool tokens or put others in front of them.
+        cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.
     """
 
     def __init__(
@@ -94,8 +92,7 @@ class TeacherCache:
 class CachingCollator:
     """A collator that also looks its samples up in the teacher cache, so that the step need not wait for the disk.
 
-    In a worker process of the data loader this runs beside the training; without workers a thread does it
-    (`in_thread`), while the step before is computed.
+    A worker process of the data loader does this beside the training, without workers a thread (`in_thread`).
     """
 
     def __init__(self, collator: Callable[[Any], Mapping[str, Any]], cache: TeacherCache, *, in_thread: bool):
