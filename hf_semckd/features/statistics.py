@@ -133,9 +133,8 @@ def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) ->
 def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and the factor that follows its subtraction, (L, channels) for L layers of one width.
 
-    A channel that was silent in a few samples would be blown up by the first one that activates it. Each variance is
-    therefore shrunk to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
-    are seen.
+    A channel that was silent in a few samples would be blown up by the first one that activates it: each variance is
+    shrunk to the layer's mean with the weight of `PRIOR_POSITIONS` positions, which fades as more are seen.
     """
     mean, variance, count = _state(layers)
     typical = variance.mean(1, keepdim=True)

@@ -28,7 +28,7 @@ def logits_of(outputs: Any, role: str) -> Tensor:
         f"The {role} returns no logits",
         received=f"an output with {fields}",
         expected="a tensor of logits, or an output with `.logits`",
-        todo="use a model with a task head (AutoModelFor...), or set logit_weight=0 to distil features alone",
+        todo="use a model with a task head (AutoModelFor...), or set logit_weight=0 to distill features alone",
     )
 
 

@@ -11,8 +11,7 @@ import torch
 def environment() -> dict[str, object]:
     """Return what a reader needs to judge a timing or repeat a run, and nothing that tells who ran it or where.
 
-    Versions are None where a package is not installed; "accelerator" is the first CUDA device's model, None without
-    one. No host name, user or path.
+    Versions are None where a package is not installed, "accelerator" is None without a CUDA device.
     """
     versions: dict[str, str | None] = dict.fromkeys(("transformers", "accelerate", "hf_semckd"))
     for name in versions:

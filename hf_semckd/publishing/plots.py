@@ -34,11 +34,8 @@ def plot_association(
     student layer prefers none of the T teacher layers. The figure is independent of `pyplot` and of the user's style.
 
     `association` is (S, T), as from `trainer.association()`; without names the layers are numbered. Returns the
-    `matplotlib.figure.Figure` and the `Axes` of the map.
-
-    Raises:
-        InputError: When these are not weights, or when there is not one name per layer.
-        MissingDependencyError: When matplotlib is not installed.
+    `matplotlib.figure.Figure` and the `Axes` of the map. Raises `InputError` when these are not weights, or when there
+    is not one name per layer, and `MissingDependencyError` without matplotlib.
     """
     weights = validate_association(association)
     rows = _names(student_layers, weights.shape[0], "student")

@@ -23,13 +23,8 @@ logger = logging.getLogger(__name__)
 class CachedTeacher:
     """A teacher in front of which a cache answers; see `TeacherCache` for `folder`, `dtype` and `limit_bytes`.
 
-    Args:
-        teacher: The teacher; around a model without weights where `load`, which loads it when needed, is given.
-        request: What is asked of the teacher, but for the inputs.
-        digest: Of the files that it comes from; None where they are unknown, and nothing is noted then.
-
-    Attributes:
-        note: What is known of a teacher that is not loaded.
+    The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
+    of it until then. `digest` is that of the files it comes from; None where they are unknown, and nothing is noted.
     """
 
     def __init__(

@@ -37,10 +37,9 @@ class TeacherDescription:
     """What a small batch tells of a teacher.
 
     Attributes:
-        logits: Shape of the logits, or None when they are not needed; without the batch (and without the tokens) for
-            a teacher that is known from an earlier run alone.
+        logits: Shape of the logits, or None when they are not needed; without batch and tokens for a noted teacher.
         specs: The chosen layers; empty when features are not distilled.
-        features: What they gave; empty for a teacher that is known from an earlier run alone.
+        features: What they gave; empty for a teacher that is known from a note alone.
     """
 
     logits: tuple[int, ...] | None

@@ -34,7 +34,6 @@ class TeacherCache:
 
     Args:
         folder, fingerprint: Where all caches live, and the name of this one; see `teacher_fingerprint`.
-        select_inputs: Returns the teacher's inputs of a batch.
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
         limit_bytes: Most that the folder may take; None for what the disk can spare.
         cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.

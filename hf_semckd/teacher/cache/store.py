@@ -49,10 +49,8 @@ class TensorStore:
     limited or read-only ends the storing with one warning, never the training. Copies that arrive in another process,
     by pickling or by a fork, only read.
 
-    Args:
-        folder: Where the files live; made when needed.
-        limit_bytes: Most that the folder may take; None for what the disk can spare.
-        shard_bytes: Size of a file; a larger row gets a file of its own.
+    The folder is made when needed, and takes at most `limit_bytes` (None: what the disk can spare). A file has
+    `shard_bytes`; a larger row gets one of its own.
     """
 
     def __init__(
@@ -96,10 +94,10 @@ class TensorStore:
             if None in rows and time.monotonic() - self._refreshed > REFRESH_SECONDS:
                 self.refresh()
                 rows = [self._row(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
-        return rows
+            return rows
 
     def write(self, keys: Sequence[bytes], rows: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over copies of rows, under keys of `KEY_BYTES` bytes, in place of earlier ones with the same keys.
+        """Take over copies of rows, in place of earlier ones with the same keys (of `KEY_BYTES` bytes).
 
         They can be read at once and reach the disk in the background.
         """
