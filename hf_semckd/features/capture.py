@@ -77,15 +77,15 @@ class FeatureCapture:
             return
         if self.layers is None:
             self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
-        else:
-            self.layers = [self._checked_index(index, len(states)) for index in self.layers]
-            if len(set(self.layers)) < len(self.layers):
-                raise InputError(
-                    f"A {self.role} layer is named twice, from the front and from the end",
-                    received=f"{self.role}_layers that mean the hidden states {self.layers}",
-                    expected="every layer once",
-                    todo=f"leave one of them out of {self.role}_layers",
-                )
+            return
+        self.layers = [self._checked_index(index, len(states)) for index in self.layers]
+        if len(set(self.layers)) < len(self.layers):
+            raise InputError(
+                f"A {self.role} layer is named twice, from the front and from the end",
+                received=f"{self.role}_layers that mean the hidden states {self.layers}",
+                expected="every layer once",
+                todo=f"leave one of them out of {self.role}_layers",
+            )
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""

@@ -72,16 +72,11 @@ def _metadata(facts: StudentFacts, repo: str, results: Mapping[str, float]) -> M
     dataset = _kept(facts.dataset, is_dataset_id)
     metrics = [name for name in results if name != "loss"]  # the Hub knows no metric of that name
     task = _kept(facts.pipeline_tag)
+    rounded = {name: float(f"{results[name]:.6g}") for name in metrics if math.isfinite(results[name])}
     evaluations = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type=name,
-            metric_value=float(f"{results[name]:.6g}"),
-        )
-        for name in metrics
-        if task and dataset and math.isfinite(results[name])
+        EvalResult(task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=value)
+        for name, value in rounded.items()
+        if task and dataset
     ]
     own = ["knowledge-distillation", *(["semckd"] if _is_semckd(facts.method) else []), "generated_from_trainer"]
     return ModelCardData(

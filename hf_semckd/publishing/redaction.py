@@ -65,11 +65,7 @@ def repository_name(name: str) -> str:
 
 
 def shown_setting(name: str, value: object) -> str:
-    """Return a setting's value as text if it is on the allow-list, else `HIDDEN`.
-
-    Shown are numbers, booleans, None, the words of `choices`, plain text under `LAYER_SETTINGS`, and lists and
-    mappings of them, item by item.
-    """
+    """Return a setting's value as text, item by item; `HIDDEN` unless it is a number, None, a choice or a layer."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shown_setting(name, item) for item in value)
     if isinstance(value, Mapping):

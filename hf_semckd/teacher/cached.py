@@ -38,14 +38,10 @@ class CachedTeacher:
         dtype: torch.dtype | None = None,
         limit_bytes: int | None = None,
     ):
-        self.folder = folder
-        self.request = request
-        self.digest = digest
-        self.dtype = dtype
-        self.limit_bytes = limit_bytes
+        self.folder, self.dtype, self.limit_bytes = folder, dtype, limit_bytes
+        self.request, self.digest = request, digest
         self.note: TeacherNote | None = None
-        self._teacher = teacher
-        self._load = load
+        self._teacher, self._load = teacher, load
         self._device: torch.device | None = None
         self._cache: TeacherCache | None = None
 
