@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.outputs import tokens_mask
-from .cache.cache import TeacherCache, lookup_of
-from .cache.keys import teacher_fingerprint, token_count
+from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs

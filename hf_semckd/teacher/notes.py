@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..features.layers import FeatureSpec
 from ..files import write_json
-from .cache.keys import token_count
+from .cache.cache import token_count
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 2**22

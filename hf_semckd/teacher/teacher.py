@@ -15,7 +15,7 @@ from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
 from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
 from ..models.outputs import logits_of, token_attention, tokens_mask
-from .cache.keys import weights_digest
+from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
