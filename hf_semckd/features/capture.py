@@ -1,7 +1,8 @@
 """Capturing the outputs of chosen layers in a forward pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,16 +43,11 @@ class FeatureCapture:
     def recording(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Record the outputs of the named modules while the context is open; no hook survives it."""
         recorded: dict[str, Tensor] = {}
-        handles = []
-        try:
-            if self.by_name:
-                for name in self.names():
-                    module = self._find_module(model, name)
-                    handles.append(module.register_forward_hook(_recorder(recorded, name)))
+        with ExitStack() as hooks:
+            for name in self.names() if self.by_name else ():
+                hook = partial(_record, recorded, name)
+                hooks.enter_context(self._find_module(model, name).register_forward_hook(hook))
             yield recorded
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def collect(self, outputs: Any, recorded: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the chosen layers' outputs, in order, after the forward pass.
@@ -81,15 +77,15 @@ class FeatureCapture:
             return
         if self.layers is None:
             self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
-        else:
-            self.layers = [self._checked_index(index, len(states)) for index in self.layers]
-            if len(set(self.layers)) < len(self.layers):
-                raise InputError(
-                    f"A {self.role} layer is named twice, from the front and from the end",
-                    received=f"{self.role}_layers that mean the hidden states {self.layers}",
-                    expected="every layer once",
-                    todo=f"leave one of them out of {self.role}_layers",
-                )
+            return
+        self.layers = [self._checked_index(index, len(states)) for index in self.layers]
+        if len(set(self.layers)) < len(self.layers):
+            raise InputError(
+                f"A {self.role} layer is named twice, from the front and from the end",
+                received=f"{self.role}_layers that mean the hidden states {self.layers}",
+                expected="every layer once",
+                todo=f"leave one of them out of {self.role}_layers",
+            )
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
@@ -148,10 +144,7 @@ def remove_capturing_traces(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def _recorder(recorded: dict[str, Tensor], name: str) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is not None:
-            recorded[name] = tensor
-
-    return hook
+def _record(recorded: dict[str, Tensor], name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    tensor = first_tensor(output)
+    if tensor is not None:
+        recorded[name] = tensor

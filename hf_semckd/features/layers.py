@@ -67,10 +67,7 @@ def without_hidden_states(outputs: Any) -> Any:
 
 
 def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, Any]) -> FeatureSpec:
-    """Return the specification of a captured output; for image tokens, with the grid of patches and their prefix.
-
-    The model's config may hold the patch size; a 4-D tensor among its inputs is the image batch.
-    """
+    """Return the specification of a captured output; for image tokens (a 4-D input), with their grid and prefix."""
     if feature.dim() == 2:
         return FeatureSpec(name, "tokens", feature.shape[1], 1)
     spec = FeatureSpec.from_shape(tuple(feature.shape[1:]), name)
