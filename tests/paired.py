@@ -4,7 +4,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from hf_semckd.data.collators import TeacherStudentCollator
+from hf_semckd.data import TeacherStudentCollator
 
 SENTENCES = ["a b c", "b", "c a b a c", "a a", "b c", "c"]
 

@@ -16,7 +16,7 @@ from tiny import make as make_problem
 from transformers import Trainer
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
-from hf_semckd.data.random_state import preserved_random_state
+from hf_semckd.data.views import preserved_random_state
 from hf_semckd.errors import TeacherOutputError
 
 if not torch.cuda.is_available():

@@ -18,10 +18,7 @@ Run on several processes:                           accelerate launch -m hf_semc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, given the words after the program's name (None: those of the process).
-
-    Returns the exit status: 0, or 2 for arguments that cannot work.
-    """
+    """Run a command, by default the process's, and return the exit status: 2 for arguments that cannot work."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)

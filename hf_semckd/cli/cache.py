@@ -28,10 +28,7 @@ class CacheArguments:
 
 
 def run(words: Sequence[str]) -> None:
-    """Fill a teacher cache, as the words after `hf-semckd cache` say.
-
-    Raises `SemCKDError` when the models, the dataset and the settings do not fit together.
-    """
+    """Fill a teacher cache, as the words after `hf-semckd cache` say; `SemCKDError` when they do not fit together."""
     parser = HfArgumentParser(
         [CacheArguments, SemCKDConfig],
         prog="hf-semckd cache",

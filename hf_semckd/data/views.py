@@ -1,13 +1,30 @@
 """A dataset whose random augmentation repeats, so that teacher outputs can be cached."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .random_state import preserved_random_state
+
+@contextmanager
+def preserved_random_state(seed: int) -> Iterator[None]:
+    """Seed all generators for a moment and restore them: inspection and building leave training's randomness alone."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Not in a worker process, where touching a GPU is an error, and not where none was used yet.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 class RepeatableViews(Dataset[Any]):
@@ -15,23 +32,16 @@ class RepeatableViews(Dataset[Any]):
 
     Random augmentation never shows a teacher the same input twice, so that nothing can be cached. With this, every
     sample has `views` versions, of which a random one is taken each time: a cache holds them all after some epochs.
-
-    Args:
-        dataset: Map-style dataset.
-        transform: Turns one of its samples into a sample of this dataset; draws from the generators of `random`,
-            `numpy` or `torch`.
-        views: Versions of each sample, >= 1.
-        seed: Of the versions.
+    `transform` turns a sample of the map-style dataset into one of this; it draws from the generators of `random`,
+    `numpy` or `torch`.
 
     Example:
         >>> RepeatableViews(images, lambda row: {**row, "pixel_values": crop(row["pixel_values"])})  # doctest: +SKIP
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], views: int = 4, seed: int = 0):
-        self.dataset = dataset
-        self.transform = transform
-        self.views = views
-        self.seed = seed
+        self.dataset, self.transform = dataset, transform
+        self.views, self.seed = views, seed
 
     def __len__(self) -> int:
         return len(self.dataset)

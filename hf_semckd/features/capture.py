@@ -1,8 +1,9 @@
 """Capturing the outputs of chosen layers in a forward pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,16 +69,11 @@ class FeatureCapture:
     def recording(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Record the outputs of the named modules while the context is open; no hook survives it."""
         recorded: dict[str, Tensor] = {}
-        handles = []
-        try:
-            if self.by_name:
-                for name in (*self.names(), *filter(None, [self._before_blocks])):
-                    module = self._find_module(model, name)
-                    handles.append(module.register_forward_hook(_recorder(recorded, name)))
+        with ExitStack() as hooks:
+            for name in (*self.names(), *filter(None, [self._before_blocks])) if self.by_name else ():
+                hook = partial(_record, recorded, name)
+                hooks.enter_context(self._find_module(model, name).register_forward_hook(hook))
             yield recorded
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def collect(self, outputs: Any, recorded: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the chosen layers' outputs, in order, after the forward pass.
@@ -144,7 +140,7 @@ class FeatureCapture:
             return
         self.modules = found.modules
         self.layers = list(found.modules if found.states is None else found.states)
-        if drops_layers(model) and len(set(found.modules)) == len(found.modules):
+        if self.role == "student" and drops_layers(model) and len({*found.modules}) == len(found.modules):
             self.layers = list(found.modules)
             self._before_blocks = next(iter(trace.makers(states[0])), None)
 
@@ -222,10 +218,7 @@ def remove_capturing_traces(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def _recorder(recorded: dict[str, Tensor], name: str) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is not None:
-            recorded[name] = tensor
-
-    return hook
+def _record(recorded: dict[str, Tensor], name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    tensor = first_tensor(output)
+    if tensor is not None:
+        recorded[name] = tensor

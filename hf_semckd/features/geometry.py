@@ -1,4 +1,4 @@
-"""Alignment of two layers: the positions at which both can be compared."""
+"""Alignment of two layers: the positions at which both can be compared, and one vector for all of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from ..errors import InputError
 from .layers import FeatureSpec
 from .precision import at_least_float32, full_precision
+
+# Larger maps are pooled to this before similarities: coarse positions matter, single pixels do not.
+SUMMARY_GRID = 4
 
 
 @dataclass(frozen=True)
@@ -91,30 +94,13 @@ def map_to_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def tokens_to_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Turn tokens (B, prefix + H * W, C) into a map (B, C, H, W); CLS and register tokens in front are dropped.
-
-    Raises `InputError` when there are fewer tokens than cells in the grid.
-    """
-    height, width = grid
-    if features.shape[1] < height * width:
-        raise InputError(
-            "The tokens do not fill the grid",
-            received=f"{features.shape[1]} tokens for a grid of {height} x {width}",
-            expected=f"at least {height * width} tokens",
-            todo="use one image size for all batches, or name the layers to use with student_layers / teacher_layers",
-        )
-    patches = features[:, features.shape[1] - height * width :]
-    return patches.transpose(1, 2).unflatten(2, grid)
-
-
 def pool_tokens(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Average-pool tokens (B, H * W, C) that lie on a grid (H, W) to a map (B, C, height, width) that is not larger.
 
     As one matrix product: transposing to a map first would cost far more.
     """
     if tuple(grid) == tuple(size):
-        return tokens_to_map(features, grid)
+        return features.transpose(1, 2).unflatten(2, grid)
     cells = torch.eye(grid[0] * grid[1], dtype=at_least_float32(features[:0]).dtype, device=features.device)
     shares = F.adaptive_avg_pool2d(cells.unflatten(1, grid).unsqueeze(1), size).flatten(1).T
     with full_precision(features):
@@ -131,3 +117,47 @@ def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
     """Return the mask where it is that of the feature's positions: tokens (B, N, C) of its length."""
     return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None
+
+
+class Average:
+    """Averages layers' outputs over their positions; terms of the mask alone are computed once.
+
+    Positions whose mask (B, N) is 0 do not count in features of N positions, whatever they hold. None: all count.
+    """
+
+    def __init__(self, mask: Tensor | None = None):
+        self.mask = mask
+        self._parts: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Return the average (B, C) of (B, C, H, W), (B, N, C) or (B, C); under the mask at least in float32."""
+        if feature.dim() == 4:
+            return feature.mean((2, 3))
+        if feature.dim() == 2:
+            return feature
+        if self.mask is None or self.mask.shape[1] != feature.shape[1]:
+            return feature.mean(1)
+        dtype = at_least_float32(feature[:0]).dtype
+        if self._parts is None or self._parts[1].dtype != dtype:
+            counted = self.mask != 0
+            self._parts = ~counted.unsqueeze(-1), counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
+        left_out, count = self._parts
+        # In half precision the sum of a long sequence overflows, though its mean would not.
+        return feature.masked_fill(left_out, 0.0).sum(1, dtype=dtype) / count
+
+
+def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
+    """Return the vector (B, C) that a classifier would read of a layer: the first token (CLS), or else the average."""
+    return feature[:, 0] if feature.dim() == 3 and spec.prefix > 0 else average(feature)
+
+
+def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
+    """Return (B, C * cells) to compute similarities from: a small map for images, the mean token for text."""
+    if spec.grid is None:
+        return at_least_float32(average(feature))
+    return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))
+
+
+def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
+    """Return the height and width of the map in a summary."""
+    return limited_grid(feature, spec, SUMMARY_GRID)

@@ -21,9 +21,8 @@ OTHER_GROUP_BYTES = 64 * 2**20
 class ChannelStatistics(nn.Module):
     """Mean and variance of every channel of one teacher layer, over all samples seen so far.
 
-    A frozen teacher's features do not drift, so all samples weigh the same and there is no momentum. Moments of a
-    forward pass are collected and merged once per optimizer step, after a sum over processes; all micro-batches of a
-    step are therefore standardized alike, however a step is cut into micro-batches.
+    A frozen teacher's features do not drift, so all samples weigh the same. Moments are merged once per optimizer
+    step, after a sum over processes: a step is standardized alike, however it is cut into micro-batches.
 
     Attributes:
         mean, variance: (channels) buffers, at least float32 even when the module around them is cast below that.
@@ -51,11 +50,7 @@ class ChannelStatistics(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C, H, W) or (B, N, C) with every channel standardized, in the statistics' precision or wider."""
         shape = (-1, 1, 1) if features.dim() == 4 else (-1,)
-        return (at_least_float32(features) - self.mean.view(shape)) * self.scale().view(shape)
-
-    def scale(self) -> Tensor:
-        """Return the factor (channels) that follows the subtraction of the mean."""
-        return standardization([self])[1][0]
+        return (at_least_float32(features) - self.mean.view(shape)) * standardization([self])[1][0].view(shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelStatistics:
         # Engines cast whole modules to bfloat16, in which a count stops growing at a few hundred.
@@ -138,9 +133,8 @@ def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) ->
 def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and the factor that follows its subtraction, (L, channels) for L layers of one width.
 
-    A channel that was silent in a few samples would be blown up by the first one that activates it. Each variance is
-    therefore shrunk to the layer's mean variance with the weight of `PRIOR_POSITIONS` positions, which fades as more
-    are seen.
+    A channel that was silent in a few samples would be blown up by the first one that activates it: each variance is
+    shrunk to the layer's mean with the weight of `PRIOR_POSITIONS` positions, which fades as more are seen.
     """
     mean, variance, count = _state(layers)
     typical = variance.mean(1, keepdim=True)

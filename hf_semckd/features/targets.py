@@ -12,8 +12,8 @@ from torch import Tensor
 class TokenChoice:
     """Which tokens are kept of the layers of one layout; these layers share the object.
 
-    `positions` (B, K) are those of the kept tokens in their sample, these first, None for all tokens; `mask` (B, K) is
-    nonzero for the places that hold a token, None where all do.
+    `positions` (B, K) are those of the kept tokens, these first, None for all; `mask` (B, K) is nonzero for the places
+    that hold a token, None where all do.
     """
 
     positions: Tensor | None = None
@@ -64,10 +64,8 @@ class TeacherTargets:
     ) -> TeacherTargets:
         """Keep T features, or the `used` ones of them, as they are, detached, and the mask (B, N) of their tokens."""
         kept = range(len(features)) if used is None else used
-        layers = [
-            LayerTarget(whole=feature.detach()) if t in kept else LayerTarget() for t, feature in enumerate(features)
-        ]
-        return cls(tuple(layers), mask)
+        wholes = (feature.detach() if t in kept else None for t, feature in enumerate(features))
+        return cls(tuple(map(LayerTarget, wholes)), mask)
 
     def whole(self, t: int) -> Tensor:
         """Return the whole output of teacher layer t."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +18,21 @@ from ..models.outputs import first_tensor
 
 # A stage ends in a transition where this many positions become one or fewer; a class token more is none.
 TRANSITION = 2
-# Sums of the same values in another order agree to far better than this in float64.
-SAME = 1e-9
+# Sums of the same values in another order agree to better than this in float64; a block may change little more.
+SAME = 1e-12
 
 
 @dataclass(frozen=True)
 class Call:
     """A module that ran: its name, the shape of the first tensor that it returned, and a fingerprint of its values.
 
-    The tensor itself is not kept, so that the trace of a large model takes no memory.
+    The tensor itself is held weakly, so that the trace of a large model takes no memory.
     """
 
     name: str
     shape: tuple[int, ...]
     fingerprint: Tensor
+    tensor: weakref.ref[Tensor]
 
     @property
     def positions(self) -> int:
@@ -69,6 +71,9 @@ class ForwardTrace:
 
     def makers(self, state: Tensor) -> list[str]:
         """Return the modules that returned the values of a tensor, in any layout; inner ones come first."""
+        same = [call.name for call in self.calls if call.tensor() is state]
+        if any("#" in pattern_of(name) for name in same):
+            return same
         known, size = _fingerprint(state), state.numel()
         near = [call for call in self.calls if math.prod(call.shape) == size]
         return [call.name for call in near if torch.allclose(call.fingerprint, known, rtol=SAME, atol=0)]
@@ -89,7 +94,7 @@ class ForwardTrace:
             tensor = first_tensor(output)
             if tensor is None or tensor.dim() < 2:
                 return
-            self.calls.append(Call(name, tuple(tensor.shape), _fingerprint(tensor)))
+            self.calls.append(Call(name, tuple(tensor.shape), _fingerprint(tensor), weakref.ref(tensor)))
             if isinstance(module, nn.Conv2d):
                 self.grids.append((int(tensor.shape[2]), int(tensor.shape[3])))
 
@@ -134,8 +139,9 @@ def find_layers(states: Sequence[Tensor], trace: ForwardTrace) -> FoundLayers | 
     found: dict[int, str] = {}
     for i, names in enumerate(makers):
         # A state that no module made is what the model says it is; the first may be an embedding.
-        made = [name for name in names if pattern_of(name) == pattern] or [""] * (i > 0 and not names)
-        found |= {i: name for name in made}
+        made = [name for name in names if pattern_of(name) == pattern]
+        if made or (i > 0 and not names):
+            found[i] = made[-1] if made else ""
     members = trace.members(pattern)
     ran, last = len(members), len(states) - 1
     if len(found) < ran and last not in found and states[last].shape == states[max(found)].shape:

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..features.geometry import Alignment
+from ..features.geometry import Alignment, Average, embedding
 from ..features.layers import FeatureSpec
-from ..features.summaries import Average, embedding
 from ..features.targets import TeacherTargets
 from .base import FeatureLoss, FeatureLossOutput, Shapes, layer_specs
 from .positions import compared_positions
@@ -38,7 +37,7 @@ class BaselineBatch:
         return compared_positions(alignment, student, teacher, self.mask, self.targets.mask)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `summaries.embedding`."""
+        """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `geometry.embedding`."""
         last = len(self.teacher_specs) - 1
         return (
             embedding(self.features[-1], self.student_specs[-1], Average(self.mask)),

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, message
 from ..features.precision import at_least_float32
-from ..models.tasks import IGNORED, Task, token_targets
+from ..models.outputs import IGNORED, Task, token_targets
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

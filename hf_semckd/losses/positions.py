@@ -2,9 +2,17 @@
 
 from torch import Tensor, nn
 
-from ..features.geometry import Alignment, as_map, as_tokens, both_masks, common_grid, fitting_mask, map_to_tokens
+from ..features.geometry import (
+    Alignment,
+    Average,
+    as_map,
+    as_tokens,
+    both_masks,
+    common_grid,
+    fitting_mask,
+    map_to_tokens,
+)
 from ..features.layers import FeatureSpec
-from ..features.summaries import Average
 from .reduction import zero_masked
 
 

@@ -14,34 +14,26 @@ Result = TypeVar("Result")
 
 
 class InputSelector:
-    """Picks out of batches what a model's forward names; the signature is read once.
+    """Picks out of batches what a model's forward names: its `parameters`, without catch-alls.
 
     A plain module whose only argument has another name (`forward(self, x)`) gets the batch's one tensor under it.
-
-    Attributes:
-        parameters: The names that its forward takes, without catch-alls.
     """
 
     def __init__(self, model: nn.Module):
         self._model = type(model).__name__
         entries = inspect.signature(base_model(model).forward).parameters.values()
-        self.parameters = [
-            entry.name for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)
-        ]
-        self._required = [
-            entry.name
-            for entry in entries
-            if entry.default is entry.empty and entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)
-        ]
+        named = [entry for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)]
+        self.parameters = [entry.name for entry in named]
+        positional = [entry for entry in named if entry.kind is not entry.KEYWORD_ONLY]
+        self._required = [entry.name for entry in positional if entry.default is entry.empty]
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of a batch that the forward names, without labels; `InputError` if there are none."""
-        left_out = {key for key in batch if key in LABEL_COLUMNS or key.startswith(TEACHER_PREFIX)}
-        inputs = {key: value for key, value in batch.items() if key not in left_out}
-        chosen = {key: value for key, value in inputs.items() if key in self.parameters}
+        names = [key for key in batch if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)]
+        chosen = {key: batch[key] for key in names if key in self.parameters}
         if chosen:
             return chosen
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        tensors = [batch[key] for key in names if isinstance(batch[key], Tensor)]
         if len(self._required) == 1 and len(tensors) == 1:
             return {self._required[0]: tensors[0]}
         expected = [name for name in self.parameters if name not in LABEL_COLUMNS]
@@ -52,16 +44,6 @@ class InputSelector:
             todo="rename the dataset's columns, set remove_unused_columns=False if your collator makes them, "
             "or give the teacher columns of its own named teacher_...",
         )
-
-
-def select_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of one batch that a model's forward names, without labels; see `InputSelector`."""
-    return InputSelector(model)(batch)
-
-
-def forward_parameters(model: nn.Module) -> list[str]:
-    """Return the names that a model's forward takes, without catch-alls."""
-    return InputSelector(model).parameters
 
 
 def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

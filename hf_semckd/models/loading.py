@@ -11,24 +11,17 @@ from transformers import AutoConfig
 
 from ..errors import InputError
 
+ModelSource = nn.Module | str | os.PathLike[str]
+
 
 def load_model(
-    source: nn.Module | str | os.PathLike[str],
-    role: str,
-    like: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
+    source: ModelSource, role: str, like: nn.Module | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """Return a model as it is, or load it by name or folder, without running remote code.
 
-    Refuses (`InputError`) what can be neither used nor loaded, or not be had in this precision.
-
-    Args:
-        source: A module, or what `from_pretrained` takes.
-        role: `student` or `teacher`, for messages.
-        like: A model whose task head is wanted (the student, for a teacher); without it the head that the
-            configuration names.
-        dtype: The precision that is wanted; a module of another one is copied, so that it stays as it is. None: as
-            it was given, or saved.
+    Refuses (`InputError`) what can be neither used nor loaded, or not be had in the precision `dtype` (None: as it was
+    given or saved); a module of another precision is copied, so that it stays as it is. `like` is a model whose task
+    head is wanted (the student, for a teacher); without it the configuration names the head.
     """
     if isinstance(source, nn.Module):
         return source if dtype is None else _in_precision(source, role, dtype)

@@ -17,9 +17,8 @@ from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, rep
 def create_model_card(facts: StudentFacts) -> str:
     """Return the model card of a student as Markdown: a YAML block for the Hub, then a short text for people.
 
-    No local path and no access token gets into it: every value is checked against the allow-lists of `redaction`.
-    Models and data that are not on the Hub are called local; settings off the list show as "(not shown)"; metadata,
-    metrics and descriptions off it are left out.
+    Every value is checked against the allow-lists of `redaction`: what is off them is called local, shown as
+    "(not shown)" or left out.
     """
     # ModelCard parses the metadata again: what the Hub's client cannot read fails here.
     return str(ModelCard(_template().render(_context(facts))))
@@ -73,16 +72,11 @@ def _metadata(facts: StudentFacts, repo: str, results: Mapping[str, float]) -> M
     dataset = _kept(facts.dataset, is_dataset_id)
     metrics = [name for name in results if name != "loss"]  # the Hub knows no metric of that name
     task = _kept(facts.pipeline_tag)
+    rounded = {name: float(f"{results[name]:.6g}") for name in metrics if math.isfinite(results[name])}
     evaluations = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            metric_type=name,
-            metric_value=float(f"{results[name]:.6g}"),
-        )
-        for name in metrics
-        if task and dataset and math.isfinite(results[name])
+        EvalResult(task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=value)
+        for name, value in rounded.items()
+        if task and dataset
     ]
     own = ["knowledge-distillation", *(["semckd"] if _is_semckd(facts.method) else []), "generated_from_trainer"]
     return ModelCardData(

@@ -36,6 +36,8 @@ _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "s
 class StudentFacts:
     """A student, its teacher and its training, before redaction; None or empty where unknown.
 
+    Raises `InputError` when a class is not a Python name, a number of parameters is below 1, or a metric not a number.
+
     Attributes:
         repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
         student_class, processor: The auto classes that load the student and the processor saved beside it.
@@ -43,10 +45,6 @@ class StudentFacts:
         dataset: Hub id, or a description in words.
         method: Name of the feature loss, or of several joined by " + ".
         metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
-        language: ISO 639 code or codes.
-
-    Raises:
-        InputError: When a class is not a Python name, a number of parameters is below 1, or a metric not a number.
     """
 
     repo_name: str

@@ -30,14 +30,8 @@ class Publisher:
     Uploads come from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the output
     folder stay private.
 
-    Args:
-        args: The training arguments; only `output_dir` and those about the Hub are read.
-        is_main: Whether this process uploads.
-        training_state: Glob patterns of a checkpoint's files that only resuming needs; published with whole
-            checkpoints alone.
-
-    Attributes:
-        repo_id: The repository, once it is created or found.
+    Only `output_dir` and what is about the Hub are read of `args`. `training_state` are glob patterns of files that
+    only resuming needs, published with whole checkpoints alone. `repo_id` is set once the repository is found.
     """
 
     def __init__(self, args: TrainingArguments, *, is_main: bool, training_state: Sequence[str] = ()):
@@ -57,9 +51,7 @@ class Publisher:
     def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it; raises `HubPushError` when the Hub refuses or cannot be reached.
 
-        Args:
-            token: With write permission; None: `args.hub_token`.
-            private: Whether a new repository is private; None: `args.hub_private_repo`.
+        None means `args.hub_token` for the token, and `args.hub_private_repo` for whether a new one is private.
         """
         if not self._is_main:
             return
@@ -94,13 +86,10 @@ class Publisher:
         Args:
             save_student: Saves the plain student and its processor to a folder; called on every process.
             write_card: Writes the model card to the output folder; called once `repo_id` is known.
-            commit_message: Title of the commit.
-            blocking: Whether to wait for the upload.
             token, private: As in `create_repository`.
             revision: Branch to commit to; None: `args.hub_revision`.
 
-        Returns:
-            The commit, or its future when not blocking; None on other processes than the main one.
+        Returns the commit, or its future when not blocking; None on other processes than the main one.
         """
         save_student(self.args.output_dir)
         if self.repo_id is None:

@@ -33,18 +33,9 @@ def plot_association(
     Up to 12 x 12 layers the values are written into the cells. The color bar marks the uniform level 1 / T: there a
     student layer prefers none of the T teacher layers. The figure is independent of `pyplot` and of the user's style.
 
-    Args:
-        association: (S, T), weights in [0, 1], as from `trainer.association()`.
-        student_layers: S names; None: 1, 2, ...
-        teacher_layers: T names; None: 1, 2, ...
-        title: Text above the map.
-
-    Returns:
-        The `matplotlib.figure.Figure` and the `Axes` of the map.
-
-    Raises:
-        InputError: When these are not weights, or when there is not one name per layer.
-        MissingDependencyError: When matplotlib is not installed.
+    `association` is (S, T), as from `trainer.association()`; without names the layers are numbered. Returns the
+    `matplotlib.figure.Figure` and the `Axes` of the map. Raises `InputError` when these are not weights, or when there
+    is not one name per layer, and `MissingDependencyError` without matplotlib.
     """
     weights = validate_association(association)
     rows = _names(student_layers, weights.shape[0], "student")
@@ -104,11 +95,7 @@ def figure_to_array(figure: Any) -> np.ndarray:
 
 
 def validate_association(association: np.ndarray) -> np.ndarray:
-    """Return (S, T) association weights as a new float64 array, clipped to [0, 1].
-
-    Raises:
-        InputError: When it is not two-dimensional, is empty, or holds values outside [0, 1], other than by rounding.
-    """
+    """Return (S, T) weights as float64, clipped to [0, 1]; `InputError` for what is outside by more than rounding."""
     weights = np.asarray(association, dtype=np.float64)
     finite = np.isfinite(weights)
     if weights.ndim != 2 or weights.size == 0:

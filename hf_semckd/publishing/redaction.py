@@ -38,10 +38,9 @@ def is_plain_text(text: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether "user/name", a bare "name" or a path is the id of a Hub repository.
+    """Tell whether a name is the id of a Hub repository ("user/name" or "name").
 
-    Not paths, names of files and of common output folders, access tokens, and whatever exists on this disk, from where
-    transformers would load it.
+    Names of files and of common output folders are not, nor what exists on this disk: transformers would load that.
     """
     return _spelled_like_hub_id(name) and not os.path.exists(name)
 
@@ -66,11 +65,7 @@ def repository_name(name: str) -> str:
 
 
 def shown_setting(name: str, value: object) -> str:
-    """Return a setting's value as text if it is on the allow-list, else `HIDDEN`.
-
-    Shown are numbers, booleans, None, the words of `choices`, plain text under `LAYER_SETTINGS`, and lists and
-    mappings of them, item by item.
-    """
+    """Return a setting's value as text, item by item; `HIDDEN` unless it is a number, None, a choice or a layer."""
     if isinstance(value, (list, tuple)):
         return ", ".join(shown_setting(name, item) for item in value)
     if isinstance(value, Mapping):

@@ -10,31 +10,20 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.outputs import tokens_mask
-from .cache.cache import TeacherCache, lookup_of
-from .cache.keys import teacher_fingerprint, token_count
+from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
-from .execution import TeacherStream
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher
+from .teacher import FeatureSelector, Teacher, TeacherStream
 
 logger = logging.getLogger(__name__)
 
 
 class CachedTeacher:
-    """A teacher in front of which a cache answers.
+    """A teacher in front of which a cache answers; see `TeacherCache` for `folder`, `dtype` and `limit_bytes`.
 
-    Args:
-        teacher: The teacher; around a model without weights where `load` is given.
-        folder: Where all caches live.
-        request: What is asked of the teacher, but for the inputs.
-        digest: Of the files that it comes from; None where they are unknown, and nothing is noted then.
-        load: Loads the teacher when it is needed; None when it is there.
-        dtype: Precision of stored features; None for the teacher's own.
-        limit_bytes: Most that the cache may take; None for what the disk can spare.
-
-    Attributes:
-        note: What is known of a teacher that is not loaded.
+    The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
+    of it until then. `digest` is that of the files it comes from; None where they are unknown, and nothing is noted.
     """
 
     def __init__(
@@ -48,14 +37,10 @@ class CachedTeacher:
         dtype: torch.dtype | None = None,
         limit_bytes: int | None = None,
     ):
-        self.folder = folder
-        self.request = request
-        self.digest = digest
-        self.dtype = dtype
-        self.limit_bytes = limit_bytes
+        self.folder, self.dtype, self.limit_bytes = folder, dtype, limit_bytes
+        self.request, self.digest = request, digest
         self.note: TeacherNote | None = None
-        self._teacher = teacher
-        self._load = load
+        self._teacher, self._load = teacher, load
         self._device: torch.device | None = None
         self._cache: TeacherCache | None = None
 
@@ -75,14 +60,9 @@ class CachedTeacher:
         return self._teacher.layer_names
 
     @property
-    def is_open(self) -> bool:
-        """Whether the cache was opened."""
-        return self._cache is not None
-
-    @property
     def cache(self) -> TeacherCache:
-        """The cache, once it was opened."""
-        assert self._cache is not None, "open the cache first"
+        """The cache; `open` comes first."""
+        assert self._cache is not None
         return self._cache
 
     def to(self, device: torch.device) -> None:
@@ -129,7 +109,8 @@ class CachedTeacher:
         self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
     ) -> TeacherCache:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
-        self.close()
+        if self._cache is not None:
+            self._cache.store.close()
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
         self._cache = TeacherCache(
@@ -191,12 +172,6 @@ class CachedTeacher:
         """Bring what is waiting to the disk."""
         if self._cache is not None:
             self._cache.store.flush()
-
-    def close(self) -> None:
-        """Close the cache, if it is open."""
-        if self._cache is not None:
-            self._cache.store.close()
-            self._cache = None
 
 
 def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..features.layers import FeatureSpec
 from ..files import write_json
-from .cache.keys import token_count
+from .cache.cache import token_count
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 2**22
@@ -24,10 +24,8 @@ READ_BYTES = 2**22
 class TeacherRequest:
     """What is asked of a teacher, but for the inputs.
 
-    Attributes:
-        head: The student's task head, which the teacher is loaded with.
-        layers: The layers that the user chose, or the method that names its own; None for all blocks.
-        dtype: The precision that is wanted.
+    The teacher is loaded with the student's task `head`. `layers` are those that the user chose, or the method that
+    names its own; None for all blocks.
     """
 
     head: str
@@ -50,15 +48,12 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class TeacherNote:
-    """What a training has to know of a teacher without running it; kept beside the cache.
+    """What a training has to know of a teacher without running it; kept beside the cache. `cut`: see `TeacherCache`.
 
     Attributes:
         weights: Digest of its weights.
-        layers: The layers that were found for the request.
-        specs: What they look like.
-        tokens: Number of tokens in the mask of the batch that they were found with; None without a mask.
+        tokens: Number of tokens in the mask of the batch that the layers were found with; None without a mask.
         logits: Shape of the logits without the batch and, where they are per token, without the tokens.
-        cut: See `TeacherCache`.
     """
 
     weights: str
@@ -125,10 +120,7 @@ def read_note(folder: str | os.PathLike[str], digest: str, asked: str) -> Teache
     """Return what is known of a teacher, or None."""
     entry: Any = _notes(folder, digest).get(asked)
     try:
-        specs = [
-            FeatureSpec(**{**fields, "grid": None if fields["grid"] is None else tuple(fields["grid"])})
-            for fields in entry["specs"]
-        ]
+        specs = [FeatureSpec(**{**spec, "grid": spec["grid"] and tuple(spec["grid"])}) for spec in entry["specs"]]
         logits = None if entry["logits"] is None else tuple(entry["logits"])
         return TeacherNote(**{**entry, "specs": specs, "logits": logits})
     except (KeyError, TypeError):

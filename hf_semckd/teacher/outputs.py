@@ -19,7 +19,7 @@ class TeacherOutputs:
     Attributes:
         logits: (B, ...), or None when they are not needed.
         features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
-        mask: (B, N) mask of the teacher's tokens, or None.
+        mask: (B, N) mask of the teacher's tokens.
     """
 
     logits: Tensor | None = None
@@ -37,10 +37,9 @@ class TeacherDescription:
     """What a small batch tells of a teacher.
 
     Attributes:
-        logits: Shape of the logits, or None when they are not needed; without the batch (and without the tokens) for
-            a teacher that is known from an earlier run alone.
+        logits: Shape of the logits, or None when they are not needed; without batch and tokens for a noted teacher.
         specs: The chosen layers; empty when features are not distilled.
-        features: What they gave; empty for a teacher that is known from an earlier run alone.
+        features: What they gave; empty for a teacher that is known from a note alone.
     """
 
     logits: tuple[int, ...] | None

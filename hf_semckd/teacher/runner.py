@@ -16,8 +16,7 @@ from .teacher import Teacher
 class TeacherRunner:
     """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
 
-    `autocast` is the context of the student's forward: accelerate wraps that alone, and without it the teacher's takes
-    several times as long.
+    `autocast` is that of the student's forward: without it the teacher's takes several times as long.
     """
 
     def __init__(

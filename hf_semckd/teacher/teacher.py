@@ -1,4 +1,4 @@
-"""The frozen teacher: its inputs, and running it without gradient in its own precision."""
+"""The frozen teacher: its inputs, and running it without gradient, on a CUDA stream or under `torch.compile`."""
 
 import functools
 import logging
@@ -14,8 +14,7 @@ from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
 from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
 from ..models.outputs import holds_images, logits_of, token_attention, tokens_mask
-from .cache.keys import weights_digest
-from .execution import CompiledForward, TeacherStream, runs_by_itself
+from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
@@ -24,16 +23,78 @@ logger = logging.getLogger(__name__)
 FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
 
 
+class TeacherStream:
+    """Runs the teacher on a CUDA stream of its own, beside what the student does; elsewhere at once.
+
+    A teacher that is not `alone`, whole on its device, but dispatched or sharded waits for other devices.
+    """
+
+    def __init__(self, device: torch.device, alone: bool):
+        self._stream = torch.cuda.Stream(device) if alone and device.type == "cuda" else None
+
+    def run(self, compute: Callable[[], TeacherOutputs]) -> TeacherOutputs:
+        """Return what is computed; whoever uses it calls `wait` first."""
+        if self._stream is None:
+            return compute()
+        current = torch.cuda.current_stream(self._stream.device)
+        # The batch is ready when what was queued before is done.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            outputs = compute()
+        for tensor in outputs.tensors():
+            # Its memory must not be given away before the student's stream is done with it.
+            tensor.record_stream(current)
+        return outputs
+
+    def wait(self) -> None:
+        """Make the current stream wait for what was run."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class CompiledForward:
+    """A model under `torch.compile`, and without it where that fails; the model itself is not changed.
+
+    Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so the first
+    call, and the first after `cool`, is eager. `active` until compiling fails.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+        def call(**keywords: Any) -> Any:
+            return model(**keywords)
+
+        # A function: compiling the module itself would leave a mark on it.
+        self._compiled: Any = torch.compile(call)
+        self.active = True
+        self._warm = False
+
+    def cool(self) -> None:
+        """Run eagerly once more."""
+        self._warm = False
+
+    def __call__(self, **keywords: Any) -> Any:
+        """Run the model."""
+        compiled = self.active and self._warm
+        self._warm = True
+        if not compiled:
+            return self.model(**keywords)
+        try:
+            return self._compiled(**keywords)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler says; an error of the model itself comes again below
+            self.active = False
+            logger.warning("The teacher runs without torch.compile, which failed: %s", str(error).partition("\n")[0])
+            return self.model(**keywords)
+
+
 class Teacher:
-    """A frozen model in evaluation mode, and the layers that are taken from it.
+    """A frozen model in evaluation mode, and the layers that are taken from it; see `FeatureCapture`.
 
-    Handing a model over freezes it: its parameters stop requiring gradients, and it is put into evaluation mode. Its
-    precision stays its own.
-
-    Args:
-        model: The teacher.
-        layers: Hidden-state indices or module names; None finds all blocks.
-        compiled: Whether to run it under `torch.compile`, where that works; the model itself is not changed.
+    Handing a model over freezes it: its parameters stop requiring gradients, and it is put into evaluation mode.
+    With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None = None, compiled: bool = False):
@@ -90,12 +151,7 @@ class Teacher:
     ) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch as the collator made it.
 
-        Args:
-            batch: Its `teacher_*` entries are the teacher's own inputs.
-            logits: Whether logits are needed.
-            features: Whether the chosen layers' features are needed.
-            select: Keeps what is needed of the features; None keeps all.
-            samples: Which of the batch's samples to run; None for all.
+        `select` keeps what is needed of the features (None: all), `samples` are those of the batch to run (None: all).
         """
 
         def chosen(value: Any) -> Any:
@@ -175,3 +231,11 @@ class Teacher:
             # Multiple choice: a row of features for each of a sample's choices.
             content, mask = content.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
         return content_phase(content, mask)
+
+
+def runs_by_itself(model: nn.Module) -> bool:
+    """Whether a model is on one device, whole: not dispatched over several, offloaded, or sharded."""
+    wrapped = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+    # DTensor (FSDP2, tensor parallelism) and ZeRO-3 mark the parameters that they shard.
+    sharded = any(hasattr(entry, "placements") or hasattr(entry, "ds_id") for entry in model.parameters())
+    return getattr(model, "hf_device_map", None) is None and not wrapped and not sharded

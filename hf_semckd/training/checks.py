@@ -12,7 +12,7 @@ from ..data.samples import column_names
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
-from ..models.inputs import forward_parameters
+from ..models.inputs import InputSelector
 from ..models.outputs import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
@@ -100,10 +100,10 @@ def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_colum
     columns = column_names(dataset)
     if not columns or not remove_unused_columns:
         return
-    taken = {name for model in models for name in forward_parameters(model)} - set(LABEL_COLUMNS)
+    taken = {name for model in models for name in InputSelector(model).parameters} - set(LABEL_COLUMNS)
     useful = [name for name in columns if name in taken or name.startswith(TEACHER_PREFIX)]
     # A plain module's one input may have any name: any single tensor is given to it.
-    takes_any = any(not hasattr(model, "config") and len(forward_parameters(model)) == 1 for model in models)
+    takes_any = any(not hasattr(model, "config") and len(InputSelector(model).parameters) == 1 for model in models)
     if not useful and not takes_any:
         raise InputError(
             "Neither student nor teacher takes any column of the training dataset",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..features.precision import at_least_float32
-from ..models.tasks import IGNORED, Task, batch_size, token_targets
+from ..models.outputs import IGNORED, Task, batch_size, token_targets
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"

@@ -14,7 +14,7 @@ from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
-from ..models.tasks import shifts_labels, task_of
+from ..models.outputs import shifts_labels, task_of
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation

@@ -14,7 +14,7 @@ from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
 from ..losses.logits import logit_shape_message
 from ..losses.simkd import find_head
-from ..models.inputs import check_decoder_inputs, run_on_inputs, select_inputs
+from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
 from ..models.outputs import holds_images, logits_of
 from ..teacher.outputs import TeacherDescription
 from .pair import Pair
@@ -41,7 +41,7 @@ def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features
     """Run a small batch through both models in evaluation mode and check that they fit together."""
     described = pair.teacher.describe(batch, logits=logits, features=features)
     student, capture = pair.student, pair.capture
-    inputs = select_inputs(student, batch)
+    inputs = InputSelector(student)(batch)
     check_decoder_inputs(student, inputs)
     was_training = student.training
     student.eval()
@@ -86,7 +86,7 @@ def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
 def check_heads(loss: FeatureLoss, pair: Pair, found: Inspection) -> None:
     """Refuse models that do not end in a linear classifier of their last layer's average; the teacher is loaded."""
     for role, model, inputs, features in (
-        ("student", pair.student, select_inputs(pair.student, found.batch), found.student_features),
+        ("student", pair.student, InputSelector(pair.student)(found.batch), found.student_features),
         ("teacher", pair.teacher.model, pair.teacher.inputs(found.batch), found.teacher.features),
     ):
         seen: list[Tensor] = []

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..losses.logits import logit_loss_sum
-from ..models.outputs import logits_of, token_attention
-from ..models.tasks import batch_size
+from ..models.outputs import batch_size, logits_of, token_attention
 from ..teacher.outputs import TeacherOutputs
 from ..teacher.runner import TeacherRunner
 from .attachment import DistillationTargets

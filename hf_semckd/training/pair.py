@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX
 from ..features.capture import FeatureCapture
 from ..losses import FeatureLoss
 from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
-from ..models.inputs import InputSelector, forward_parameters
-from ..models.loading import empty_model, load_model
+from ..models.inputs import InputSelector
+from ..models.loading import ModelSource, empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.teacher import Teacher
 from .checks import check_encoder_decoder, check_label_names, check_models
 
-ModelSource = nn.Module | str | os.PathLike[str]
 GIGABYTE = 2**30
 
 
@@ -32,7 +30,7 @@ class InputRouter:
     def __init__(self, student: nn.Module, teacher: nn.Module):
         self._select = InputSelector(student)
         self.student_takes = self._select.parameters
-        self._teacher_takes = forward_parameters(teacher)
+        self._teacher_takes = InputSelector(teacher).parameters
         self._teacher_only = {*self._teacher_takes} - {*self.student_takes, *LABEL_COLUMNS}
         self._pretrained = isinstance(student, PreTrainedModel)
         self._named_inputs = self._pretrained or hasattr(student, "get_base_model")

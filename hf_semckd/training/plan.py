@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..models.tasks import Task
+from ..models.outputs import Task
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SemCKDConfig
-from ..data.random_state import preserved_random_state
 from ..data.samples import is_map_style
-from ..data.views import all_versions
+from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
-from ..models.loading import load_model
+from ..models.loading import ModelSource, load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
@@ -22,7 +21,7 @@ from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
 from .distillation import Distillation
-from .pair import ModelSource, Pair
+from .pair import Pair
 from .plan import Services
 from .student_trainer import StudentTrainer
 from .task_loss import plain_module_loss
@@ -179,8 +178,9 @@ class DistillationTrainer(StudentTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
-        teacher = None if self.pair is None else self.pair.cached_teacher
-        if teacher is None or not teacher.is_open or not is_map_style(self.train_dataset):
+        # The cache is open when the distillation is built.
+        teacher = None if self.distillation is None else self.distillation.pair.cached_teacher
+        if teacher is None or not is_map_style(self.train_dataset):
             return super().get_train_dataloader()
         with self._looking_up(teacher, drop_last=self.args.dataloader_drop_last):
             return super().get_train_dataloader()

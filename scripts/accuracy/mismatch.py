@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_semckd import DistillationTrainer
 from hf_semckd.errors import InputError
 from hf_semckd.features.capture import remove_capturing_traces
-from hf_semckd.features.summaries import Average
+from hf_semckd.features.geometry import Average
 from hf_semckd.losses.similarity import similarity_matrix
 
 from .data import Rows, collate

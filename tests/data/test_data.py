@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.data.random_state import preserved_random_state
-from hf_semckd.data.views import RepeatableViews
+from hf_semckd.data.views import RepeatableViews, preserved_random_state
 from hf_semckd.errors import InputError
 
 

@@ -15,7 +15,6 @@ from hf_semckd.features.geometry import (
     map_to_tokens,
     pool_map,
     pool_tokens,
-    tokens_to_map,
 )
 from hf_semckd.features.layers import FeatureSpec
 
@@ -60,15 +59,15 @@ def test_map_to_tokens_goes_row_by_row():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_tokens_to_map_drops_the_prefix_and_inverts_map_to_tokens(prefix):
+def test_as_map_drops_the_prefix_and_inverts_map_to_tokens(prefix):
     features = normal(2, 3, 4, 5, seed=28)
     tokens = torch.cat([torch.full((2, prefix, 3), 9.0), map_to_tokens(features)], 1)
-    assert torch.equal(tokens_to_map(tokens, (4, 5)), features)
+    assert torch.equal(as_map(tokens, image_tokens(3, 4, 5, prefix), (4, 5)), features)
 
 
 def test_tokens_that_do_not_fill_the_grid_are_refused():
-    with pytest.raises(InputError, match=r"(?s)19 tokens for a grid of 4 x 5.*at least 20"):
-        tokens_to_map(normal(2, 19, 3), (4, 5))
+    with pytest.raises(InputError, match=r"(?s)19 tokens.*20: 0 in front of a grid of \(4, 5\)"):
+        as_map(normal(2, 19, 3), image_tokens(3, 4, 5, 0), (4, 5))
 
 
 POOLED = [((6, 6), (3, 3)), ((14, 14), (4, 4)), ((5, 7), (3, 4)), ((7, 5), (2, 5)), ((4, 4), (1, 1)), ((1, 6), (1, 4))]

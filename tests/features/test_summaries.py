@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from naive import normal
 
+from hf_semckd.features.geometry import Average, summary
 from hf_semckd.features.layers import FeatureSpec
-from hf_semckd.features.summaries import Average, summary
 
 
 def map_spec(channels, height, width):

@@ -25,7 +25,7 @@ from transformers import BertForSequenceClassification, BertModel, ViTForImageCl
 from hf_semckd.data.columns import has_own_tokens
 from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
 from hf_semckd.features.targets import TeacherTargets
-from hf_semckd.models.inputs import forward_parameters, select_inputs
+from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.loading import load_model
 from hf_semckd.teacher.outputs import TeacherOutputs, check_finite
 from hf_semckd.teacher.teacher import Teacher
@@ -62,30 +62,30 @@ def pictures(count=2):
 
 def test_a_model_gets_what_its_signature_names_and_no_labels():
     batch = {**batch_of_texts(), "teacher_input_ids": torch.zeros(3, 2), "idx": torch.arange(3)}
-    assert set(select_inputs(bert(), batch)) == {"input_ids", "attention_mask", "token_type_ids"}
-    assert set(select_inputs(distilbert(), batch)) == {"input_ids", "attention_mask"}
+    assert set(InputSelector(bert())(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert set(InputSelector(distilbert())(batch)) == {"input_ids", "attention_mask"}
 
 
 def test_a_plain_module_gets_the_one_tensor_under_its_own_name():
     values = torch.zeros(2, 4)
-    assert select_inputs(Plain(), {"pixel_values": values, "labels": torch.zeros(2)}) == {"x": values}
+    assert InputSelector(Plain())({"pixel_values": values, "labels": torch.zeros(2)}) == {"x": values}
 
 
 def test_two_tensors_for_one_unnamed_input_are_not_guessed():
     with pytest.raises(InputError, match="(?s)Plain takes nothing of the batch.*'a', 'b'.*'x'.*rename"):
-        select_inputs(Plain(), {"a": torch.zeros(2, 4), "b": torch.zeros(2, 4)})
+        InputSelector(Plain())({"a": torch.zeros(2, 4), "b": torch.zeros(2, 4)})
 
 
 def test_two_unnamed_inputs_are_not_guessed():
     with pytest.raises(InputError, match="TwoInputs takes nothing"):
-        select_inputs(TwoInputs(), {"a": torch.zeros(2, 4)})
+        InputSelector(TwoInputs())({"a": torch.zeros(2, 4)})
 
 
-def test_forward_parameters_leave_out_catch_alls():
+def test_the_parameters_leave_out_catch_alls():
     class Any(nn.Module):
         def forward(self, pixel_values, *rest, labels=None, **others): ...
 
-    assert forward_parameters(Any()) == ["pixel_values", "labels"]
+    assert InputSelector(Any()).parameters == ["pixel_values", "labels"]
 
 
 def test_columns_of_its_own_lose_the_prefix():

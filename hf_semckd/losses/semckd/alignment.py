@@ -11,19 +11,22 @@ from torch import Tensor, nn
 
 from ...features.geometry import (
     Alignment,
+    Average,
     as_map,
     as_tokens,
     both_masks,
     common_grid,
+    embedding,
     fitting_mask,
     limited_grid,
     map_to_tokens,
     pool_map,
+    summary,
+    summary_size,
 )
 from ...features.layers import FeatureSpec
 from ...features.precision import at_least_float32
 from ...features.statistics import ChannelStatistics, standardization
-from ...features.summaries import Average, embedding, summary, summary_size
 from ...features.targets import TeacherTargets, TokenChoice, required
 from ...features.token_sampling import flat_positions, take_positions
 

@@ -6,9 +6,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...features.geometry import Alignment, as_map, as_tokens, fitting_mask, limited_grid
+from ...features.geometry import (
+    Alignment,
+    Average,
+    as_map,
+    as_tokens,
+    embedding,
+    fitting_mask,
+    limited_grid,
+    summary,
+    summary_size,
+)
 from ...features.layers import FeatureSpec
-from ...features.summaries import Average, embedding, summary, summary_size
 from ...features.targets import LayerTarget, TeacherTargets, TokenChoice
 from ...features.token_sampling import flat_positions, spread_positions, take_positions
 

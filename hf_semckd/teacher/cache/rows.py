@@ -24,9 +24,7 @@ CHOICE_TENSORS = ("positions", "mask")
 class Piece(NamedTuple):
     """A tensor (B, ...) of the outputs, and its name in a row.
 
-    Attributes:
-        along: What its second dimension runs along, one of the endings above; empty for neither.
-        chosen: (B, K) mask of the chosen tokens that it runs along.
+    Its second dimension runs `along` one of the endings above, or neither; `chosen` (B, K) masks the chosen tokens.
     """
 
     name: str
@@ -38,13 +36,10 @@ class Piece(NamedTuple):
 def to_rows(
     outputs: TeacherOutputs, lengths: Sequence[int] | None, width: int | None, dtype: torch.dtype | None = None
 ) -> list[Row]:
-    """Return each sample's tensors without padding; what overflows in `dtype` is refused (`InputError`).
+    """Return each sample's tensors without padding, and without the teacher's mask.
 
-    Args:
-        outputs: What the teacher gave for a batch; its mask is not stored.
-        lengths: Number of tokens of each sample, when padding follows them; None when nothing is known to be padding.
-        width: Number of tokens of the padded samples.
-        dtype: Precision of features; None for their own. Logits always keep theirs.
+    `lengths` are the samples' numbers of tokens where padding follows them, `width` that of the padded samples, and
+    `dtype` the precision of features, not of logits; what overflows in it is refused (`InputError`).
     """
     pieces = list(_pieces(outputs))
     rows: list[Row] = [{} for _ in range(len(pieces[0].value))]

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 import uuid
@@ -19,7 +20,6 @@ from torch import Tensor
 from ...errors import InputError
 from ...files import replacing
 from .shard import KEY_BYTES, Buffer, Row, Shard, open_shard, row_bytes, write
-from .space import ADVICE, check_space
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 * 2**20
@@ -32,6 +32,13 @@ LEFTOVER_SECONDS = 24 * 3600
 # Full buffers that may wait for the disk before `write` waits too.
 WAITING_BUFFERS = 2
 REFRESH_SECONDS = 1.0
+# What a store leaves free on its disk: checkpoints and everybody else's files need room too.
+RESERVE_BYTES = 2**30
+RESERVE_SHARE = 0.02
+ADVICE = (
+    'lower max_tokens, name fewer teacher_layers, set teacher_cache_dtype="float16", raise '
+    "teacher_cache_limit_gb, or choose a folder on another disk."
+)
 
 
 class TensorStore:
@@ -42,10 +49,8 @@ class TensorStore:
     limited or read-only ends the storing with one warning, never the training. Copies that arrive in another process,
     by pickling or by a fork, only read.
 
-    Args:
-        folder: Where the files live; made when needed.
-        limit_bytes: Most that the folder may take; None for what the disk can spare.
-        shard_bytes: Size of a file; a larger row gets a file of its own.
+    The folder is made when needed, and takes at most `limit_bytes` (None: what the disk can spare). A file has
+    `shard_bytes`; a larger row gets one of its own.
     """
 
     def __init__(
@@ -54,8 +59,6 @@ class TensorStore:
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
         self.shard_bytes = shard_bytes
-        self.hits = 0
-        self.misses = 0
         self._shards: list[Shard] = []
         # Key -> number of the shard in the upper half, number of the row in the lower: an int is small, and there
         # may be millions.
@@ -91,13 +94,10 @@ class TensorStore:
             if None in rows and time.monotonic() - self._refreshed > REFRESH_SECONDS:
                 self.refresh()
                 rows = [self._row(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
-        absent = rows.count(None)
-        self.misses += absent
-        self.hits += len(rows) - absent
-        return rows
+            return rows
 
     def write(self, keys: Sequence[bytes], rows: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over copies of rows, under keys of `KEY_BYTES` bytes, in place of earlier ones with the same keys.
+        """Take over copies of rows, in place of earlier ones with the same keys (of `KEY_BYTES` bytes).
 
         They can be read at once and reach the disk in the background.
         """
@@ -142,10 +142,6 @@ class TensorStore:
     def __len__(self) -> int:
         with self._locked():
             return len(set(self._index).union(*(buffer.rows for buffer in self._pending())))
-
-    def __contains__(self, key: object) -> bool:
-        with self._locked():
-            return key in self._index or any(key in buffer.rows for buffer in self._pending())
 
     def __reduce__(self) -> tuple[Any, ...]:
         opening = functools.partial(TensorStore, limit_bytes=self.limit_bytes, shard_bytes=self.shard_bytes)
@@ -246,3 +242,38 @@ def _write_shard(folder: Path, buffer: Buffer, limit_bytes: int | None) -> str:
     with replacing(folder / name) as temporary, pa.OSFile(str(temporary), "wb") as file:
         write(batch, file)
     return name
+
+
+def check_space(folder: str | os.PathLike[str], needed_bytes: int, limit_bytes: int | None) -> None:
+    """Raise `InputError` unless what is still to be written fits on the disk and, with the rest, below the limit."""
+    folder = Path(folder)
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    disk = shutil.disk_usage(existing)
+    reserve = max(RESERVE_BYTES, int(RESERVE_SHARE * disk.total))
+    if limit_bytes is not None and (used := _folder_bytes(folder)) + needed_bytes > limit_bytes:
+        received = f"about {_readable(needed_bytes)} to be written, beside {_readable(used)} that {folder} holds"
+        expected = f"no more than teacher_cache_limit_gb in total, that is {_readable(limit_bytes)}"
+    elif needed_bytes > disk.free - reserve:
+        received = f"about {_readable(needed_bytes)} to be written below {folder}"
+        expected = f"no more than the {_readable(disk.free)} free on its disk, less {_readable(reserve)} reserve"
+    else:
+        return
+    what = "The teacher's outputs do not fit where they are to be stored"
+    raise InputError(what, received=received, expected=expected, todo=ADVICE)
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*"):
+        # A file may go while the folder is being read.
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _readable(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -8,8 +8,8 @@ import torch
 from naive import normal
 from scipy import optimize, special
 
+from hf_semckd.features.geometry import Average, summary
 from hf_semckd.features.layers import FeatureSpec
-from hf_semckd.features.summaries import Average, summary
 from hf_semckd.losses.semckd.association import (
     SimilarityAssociation,
     bound_of_cosine_weights,

