@@ -12,7 +12,7 @@ from ..data.columns import TEACHER_PREFIX, teacher_entries
 from ..features.capture import Captured, FeatureCapture, remove_capturing_traces
 from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
-from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
+from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import holds_images, logits_of, token_attention, tokens_mask
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
@@ -176,7 +176,6 @@ class Teacher:
         Refuses a batch that the model cannot take, a layer that does not exist, and outputs that are not finite.
         """
         inputs = self.inputs(batch)
-        check_decoder_inputs(self.model, inputs)
         taken, specs = [], []
         if features:
             found = run_on_inputs("teacher", batch, lambda: self._find_layers(inputs))
