@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, LayerNotFoundError, nearest
 from ..models.outputs import accepts, first_tensor
-from .layers import first_block, hidden_states
+from .layers import FeatureSpec, describe, hidden_states
+from .trace import ForwardTrace, find_blocks, find_layers
 
 SHOWN_NAMES = 12
 
@@ -19,32 +21,56 @@ CAPTURING_MARK = "_output_capturing_hooks_installed"
 CAPTURING_FORWARD = "wrapped_forward"
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What one forward pass of a small batch gave: the model's output, its chosen layers, and the trace."""
+
+    outputs: Any
+    names: list[str]
+    features: list[Tensor]
+    trace: ForwardTrace
+
+    def describe(self, *, of_image: bool) -> list[FeatureSpec]:
+        """Describe the layers; `of_image` tells whether tokens can be those of an image."""
+        layers = zip(self.features, self.names, strict=True)
+        return [describe(feature, name, self.trace, of_image=of_image) for feature, name in layers]
+
+
 class FeatureCapture:
     """Captures the outputs of chosen layers in a forward pass, by hidden states or by named modules.
 
     `layers` are hidden-state indices, or module names; None for all blocks, see `resolve`. `role` is for messages.
+    `modules` names the modules that made the layers, once they were found.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None, role: str):
         self.role = role
         self.layers: list[int | str] | None = None if layers is None else list(layers)
-        self.by_name = bool(self.layers) and self.layers is not None and isinstance(self.layers[0], str)
+        self.modules: list[str] = []
+        # What stands for a block that a model in training leaves out now and then; None where every block always runs.
+        self._before_blocks: str | None = None
+        self._request = {
+            name: True for name in ("output_hidden_states", "return_dict") if accepts(model.forward, name)
+        }
         if self.by_name:
             for name in self.names():
                 self._find_module(model, name)
 
-    def request(self, model: nn.Module) -> dict[str, Any]:
-        """Return the keywords that make `model` return hidden states; empty when modules are named."""
-        if self.by_name:
-            return {}
-        return {name: True for name in ("output_hidden_states", "return_dict") if accepts(model.forward, name)}
+    @property
+    def by_name(self) -> bool:
+        """Whether the layers are recorded by hooks on modules, and not taken from the hidden states."""
+        return bool(self.layers) and self.layers is not None and isinstance(self.layers[0], str)
+
+    def request(self) -> dict[str, Any]:
+        """Return the keywords that make the model return hidden states; empty when modules are named."""
+        return {} if self.by_name else dict(self._request)
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Record the outputs of the named modules while the context is open; no hook survives it."""
         recorded: dict[str, Tensor] = {}
         with ExitStack() as hooks:
-            for name in self.names() if self.by_name else ():
+            for name in (*self.names(), *filter(None, [self._before_blocks])) if self.by_name else ():
                 hook = partial(_record, recorded, name)
                 hooks.enter_context(self._find_module(model, name).register_forward_hook(hook))
             yield recorded
@@ -70,22 +96,53 @@ class FeatureCapture:
             raise InputError(f"The {self.role}'s layers have not been resolved: call `resolve` first.")
         return [states[self._checked_index(index, len(states))] for index in self.layers]
 
-    def resolve(self, model: nn.Module, outputs: Any) -> None:
-        """Choose all blocks when no layers were given: every hidden state but the embedding or stem."""
+    def find(self, model: nn.Module, inputs: Mapping[str, Any]) -> Captured:
+        """Run a small batch, choose the layers (see `resolve`), and return what they gave."""
+        named = self.by_name
+        with ForwardTrace.recording(model) as trace, self.recording(model) as recorded:
+            outputs = model(**inputs, **self.request())
+        self.resolve(model, outputs, trace)
+        if self.by_name and not named:
+            # Now it is known which modules to record.
+            with self.recording(model) as recorded:
+                outputs = model(**inputs)
+        return Captured(outputs, self.names(), self.collect(outputs, recorded), trace)
+
+    def resolve(self, model: nn.Module, outputs: Any, trace: ForwardTrace) -> None:
+        """Choose all blocks when no layers were given, by a forward pass and its trace; see `trace.find_layers`."""
         states = None if self.by_name else hidden_states(outputs)
-        if states is None:
-            return
         if self.layers is None:
-            self.layers = list(range(first_block(states, getattr(model, "config", None)), len(states)))
+            self._find_blocks(model, states, trace)
+        elif states is not None:
+            self.layers = [self._checked_index(index, len(states)) for index in self.layers]
+            if len(set(self.layers)) < len(self.layers):
+                raise InputError(
+                    f"A {self.role} layer is named twice, from the front and from the end",
+                    received=f"{self.role}_layers that mean the hidden states {self.layers}",
+                    expected="every layer once",
+                    todo=f"leave one of them out of {self.role}_layers",
+                )
+        if self.by_name:
+            self.modules = self.names()
+        elif states is not None and not self.modules:
+            # The outermost module: that of the block, and not of its last sublayer.
+            made = [trace.makers(states[int(index)]) for index in self.layers or ()]
+            self.modules = [names[-1] if names else "" for names in made]
+
+    def _find_blocks(self, model: nn.Module, states: Sequence[Tensor] | None, trace: ForwardTrace) -> None:
+        if states is None:
+            self.layers = list(find_blocks(trace)) or None
             return
-        self.layers = [self._checked_index(index, len(states)) for index in self.layers]
-        if len(set(self.layers)) < len(self.layers):
-            raise InputError(
-                f"A {self.role} layer is named twice, from the front and from the end",
-                received=f"{self.role}_layers that mean the hidden states {self.layers}",
-                expected="every layer once",
-                todo=f"leave one of them out of {self.role}_layers",
-            )
+        found = find_layers(states, trace)
+        if found is None:
+            # Padded or cut on the way: an embedding comes first, unless the states are maps.
+            self.layers = list(range(1 if len(states) > 1 and states[0].dim() != 4 else 0, len(states)))
+            return
+        self.modules = found.modules
+        self.layers = list(found.modules if found.states is None else found.states)
+        if self.role == "student" and drops_layers(model) and len({*found.modules}) == len(found.modules):
+            self.layers = list(found.modules)
+            self._before_blocks = next(iter(trace.makers(states[0])), None)
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
@@ -119,12 +176,29 @@ class FeatureCapture:
     def _recorded(self, recorded: Mapping[str, Tensor], name: str) -> Tensor:
         if name in recorded:
             return recorded[name]
+        if self._before_blocks is not None and self._before_blocks in recorded:
+            # A block that is left out passes its input on. Detached, it teaches nothing in this step.
+            earlier = [self._before_blocks, *self.names()[: self.names().index(name)]]
+            return next(recorded[other] for other in reversed(earlier) if other in recorded).detach()
         raise InputError(
             f"Module `{name}` of the {self.role} gave no tensor in the forward pass",
             received="no call, or an output without a tensor",
             expected="a module that runs once in every forward pass and returns a tensor first",
             todo=f"name another module in {self.role}_layers",
         )
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Whether a model in training leaves blocks out at random (LayerDrop), by its configuration and those within."""
+    config: Any = getattr(model, "config", None)
+    own = config.to_dict() if hasattr(config, "to_dict") else {}
+    levels = [own, *(value for value in own.values() if isinstance(value, dict))]
+    return any(
+        isinstance(value, (int, float)) and value > 0
+        for level in levels
+        for name, value in level.items()
+        if str(name).endswith("layerdrop")
+    )
 
 
 def remove_capturing_traces(model: nn.Module) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
+from .trace import ForwardTrace
 
 # In order of preference: Swin returns maps beside the tokens, encoder-decoders two sequences.
 HIDDEN_STATE_FIELDS = ("reshaped_hidden_states", "hidden_states", "decoder_hidden_states")
+# Stages of a hierarchical model merge so many patches in each direction.
+REDUCTIONS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,19 @@ class FeatureSpec:
 
 
 def hidden_states(outputs: Any) -> tuple[Tensor, ...] | None:
-    """Return the hidden states in a model's output, or None; maps are preferred where a model gives both."""
-    for field in HIDDEN_STATE_FIELDS:
-        states = outputs.get(field) if isinstance(outputs, Mapping) else getattr(outputs, field, None)
-        if states is not None:
-            return tuple(states)
-    return None
+    """Return the hidden states in a model's output, or None; maps (B, C, H, W) where a model gives both."""
+    given = {
+        field: outputs.get(field) if isinstance(outputs, Mapping) else getattr(outputs, field, None)
+        for field in HIDDEN_STATE_FIELDS
+    }
+    maps, tokens = given["reshaped_hidden_states"], given["hidden_states"]
+    if maps is not None and tokens is not None:
+        # Hiera's maps have their channels last.
+        last = all(grid.shape[-1] == x.shape[-1] for grid, x in zip(maps, tokens, strict=True))
+        first = all(grid.shape[1] == x.shape[-1] for grid, x in zip(maps, tokens, strict=True))
+        return tuple(grid.permute(0, 3, 1, 2) if last and not first else grid for grid in maps)
+    states = next((given[field] for field in HIDDEN_STATE_FIELDS if given[field] is not None), None)
+    return None if states is None else tuple(states)
 
 
 def without_hidden_states(outputs: Any) -> Any:
@@ -66,41 +75,37 @@ def without_hidden_states(outputs: Any) -> Any:
     return type(outputs)(**{key: value for key, value in outputs.items() if key not in dropped})
 
 
-def describe(feature: Tensor, name: str, model: nn.Module, inputs: Mapping[str, Any]) -> FeatureSpec:
-    """Return the specification of a captured output; for image tokens (a 4-D input), with their grid and prefix."""
+def describe(feature: Tensor, name: str, trace: ForwardTrace, *, of_image: bool) -> FeatureSpec:
+    """Return the specification of a captured output; for image tokens, with the grid of patches and their prefix.
+
+    Args:
+        feature: The output, (B, C, H, W), (B, N, C) or (B, C).
+        name: The layer's name.
+        trace: Of the forward pass that it comes from; its convolutions cut an image into patches.
+        of_image: Whether the tokens can be those of an image, and not of a text.
+    """
     if feature.dim() == 2:
         return FeatureSpec(name, "tokens", feature.shape[1], 1)
     spec = FeatureSpec.from_shape(tuple(feature.shape[1:]), name)
-    images = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() == 4]
-    if spec.kind == "map" or not images:
+    if spec.kind == "map" or not of_image:
         return spec
-    grid = _patch_grid(getattr(model, "config", None), (images[0].shape[-2], images[0].shape[-1]), spec.length)
-    if grid is None:
+    found = _patch_grid(trace, spec.length)
+    if found is None:
         return spec
-    return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, spec.length - grid[0] * grid[1])
+    grid, prefix = found
+    return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, prefix)
 
 
-def first_block(states: tuple[Tensor, ...], config: Any) -> int:
-    """Return 1 when the first hidden state is an embedding or a stem, 0 when it is a block already."""
-    if len(states) == 1:
-        return 0
-    if states[0].dim() != 4:
-        return 1
-    stages = getattr(config, "depths", None)
-    return 1 if stages is not None and len(states) == len(stages) + 1 else 0
-
-
-def _patch_grid(config: Any, image: tuple[int, int], length: int) -> tuple[int, int] | None:
-    for owner in (config, getattr(config, "vision_config", None)):
-        patch = getattr(owner, "patch_size", None)
-        if isinstance(patch, int):
-            patch = (patch, patch)
-        if isinstance(patch, (tuple, list)) and len(patch) == 2:
-            grid = (image[0] // patch[0], image[1] // patch[1])
-            if 0 < grid[0] * grid[1] <= length:
-                return grid
-    for prefix in (0, 1):
-        side = math.isqrt(max(length - prefix, 0))
-        if side > 0 and side * side == length - prefix:
-            return (side, side)
-    return None
+def _patch_grid(trace: ForwardTrace, length: int) -> tuple[tuple[int, int], int] | None:
+    """Return the grid of the patches among so many tokens, and how many tokens are in front of them."""
+    if length in trace.patches:
+        start, stop = trace.patches[length]
+        for reduction in REDUCTIONS:
+            for height, width in trace.grids:
+                grid = -(-height // reduction), -(-width // reduction)
+                if grid[0] * grid[1] == stop - start:
+                    return grid, start
+        return None
+    # A single sample does not tell the model's own tokens from patches: most models put theirs in front.
+    grids = [grid for grid in trace.grids if 1 < grid[0] * grid[1] <= length]
+    return (grids[-1], length - grids[-1][0] * grids[-1][1]) if grids else None

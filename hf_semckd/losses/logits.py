@@ -1,6 +1,7 @@
 """Losses on logits: distillation (Hinton et al., 2015) and the task loss of models that compute none."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError, message
 from ..features.precision import at_least_float32
 from ..models.outputs import IGNORED, Task, token_targets
+
+# `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.
+IGNORED_PIXEL = 255
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -33,6 +37,29 @@ def binary_kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return (positive + negative).mean(-1) * temperature**2
 
 
+@dataclass(frozen=True)
+class LogitMatch:
+    """Brings the logits of both models to the same classes.
+
+    Attributes:
+        vocabulary: Number of token ids; logits behind them (padding of an embedding matrix) are left out. None: none.
+        order: (C) the teacher's class for each of the student's, None where the order is the same.
+        dim: The dimension of the classes.
+    """
+
+    vocabulary: int | None = None
+    order: Tensor | None = None
+    dim: int = -1
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's logits of the classes that both know, in the student's order."""
+        if self.vocabulary is not None:
+            return student[..., : self.vocabulary], teacher[..., : self.vocabulary]
+        if self.order is not None:
+            teacher = teacher.index_select(self.dim, self.order.to(teacher.device, non_blocking=True))
+        return student, teacher
+
+
 # Logits up to this number of elements are compared at once, more of them in pieces.
 PIECE = 2**24
 
@@ -53,9 +80,17 @@ def logit_loss_sum(
         return error.reshape(len(error), -1).mean(1).sum()
     if task == "multi_label":
         return binary_kd_loss(student, teacher, temperature).sum()
+    if task == "spans":
+        padding = batch.get("attention_mask")
+        if padding is not None:
+            # The end of a text is no answer: the lowest finite logit gives it no probability, and no NaN.
+            left_out = (padding == 0).unsqueeze(-1)
+            lowest = torch.finfo(at_least_float32(student[:0]).dtype).min / 2
+            student, teacher = (x.masked_fill(left_out, lowest) for x in map(at_least_float32, (student, teacher)))
+        return kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature).mean(1).sum()
     if task == "single_label":
         per_item = kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
-        return per_item.flatten(1).mean(1).sum() if per_item.dim() > 1 else per_item.sum()
+        return _mean_of_pixels(per_item, batch.get("labels")).sum() if per_item.dim() > 1 else per_item.sum()
     mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted)
     if shifted:
         student, teacher = student[:, :-1], teacher[:, :-1]
@@ -66,6 +101,15 @@ def logit_loss_sum(
         # Prompt tuning puts tokens in front, for which there is neither label nor teacher.
         student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
     return _masked_divergence(student, teacher, mask, temperature)
+
+
+def _mean_of_pixels(per_pixel: Tensor, labels: Any) -> Tensor:
+    """Return the mean (B) of (B, h, w) over the pixels that have a label (B, H, W): 255 stands for none, as -100."""
+    if per_pixel.dim() != 3 or not isinstance(labels, Tensor) or labels.dim() != 3:
+        return per_pixel.flatten(1).mean(1)
+    known = ((labels != IGNORED) & (labels != IGNORED_PIXEL)).to(per_pixel.dtype).unsqueeze(1)
+    known = F.interpolate(known, per_pixel.shape[1:], mode="nearest").squeeze(1)
+    return (per_pixel * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,8 +128,9 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
         received=f"student {student}, teacher {teacher} (the last dimension is the number of labels, or the "
         "vocabulary)",
         expected="the same labels, in the same order, for both",
-        todo="load the student with num_labels (and id2label) of the teacher, or set logit_weight=0 to "
-        "distil features alone",
+        todo="load the student with num_labels (and id2label) of the teacher; pass the tokenizer as "
+        "processing_class where vocabularies were only padded differently; or set logit_weight=0 to distill "
+        "features alone",
     )
 
 

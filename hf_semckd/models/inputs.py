@@ -21,6 +21,7 @@ class InputSelector:
 
     def __init__(self, model: nn.Module):
         self._model = type(model).__name__
+        self._has_decoder = is_encoder_decoder(base_model(model))
         entries = inspect.signature(base_model(model).forward).parameters.values()
         named = [entry for entry in entries if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL)]
         self.parameters = [entry.name for entry in named]
@@ -28,11 +29,14 @@ class InputSelector:
         self._required = [entry.name for entry in positional if entry.default is entry.empty]
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the entries of a batch that the forward names, without labels; `InputError` if there are none."""
+        """Return the entries of a batch that the forward names; `InputError` if there are none.
+
+        Labels are not among them, unless a decoder makes its inputs from them.
+        """
         names = [key for key in batch if key not in LABEL_COLUMNS and not key.startswith(TEACHER_PREFIX)]
         chosen = {key: batch[key] for key in names if key in self.parameters}
         if chosen:
-            return chosen
+            return {**chosen, "labels": batch["labels"]} if self.needs_labels(batch) else chosen
         tensors = [batch[key] for key in names if isinstance(batch[key], Tensor)]
         if len(self._required) == 1 and len(tensors) == 1:
             return {self._required[0]: tensors[0]}
@@ -45,16 +49,11 @@ class InputSelector:
             "or give the teacher columns of its own named teacher_...",
         )
 
-
-def check_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse a batch without decoder inputs for a model that has a decoder (`InputError`)."""
-    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
-        raise InputError(
-            f"{type(model).__name__} has a decoder, and the batch holds nothing for it to start from",
-            received=f"columns {', '.join(map(repr, inputs))}",
-            expected="decoder_input_ids beside the labels",
-            todo="use DataCollatorForSeq2Seq(tokenizer, model=student), which makes them from the labels",
-        )
+    def needs_labels(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the model's decoder has nothing to start from but the labels of the batch, (B, N)."""
+        labels = batch.get("labels")
+        sequences = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        return self._has_decoder and sequences and "labels" in self.parameters and "decoder_input_ids" not in batch
 
 
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:
@@ -63,7 +62,7 @@ def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Res
         return forward()
     except SemCKDError:
         raise
-    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError, AttributeError) as error:
         shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
         raise InputError(
             f"The {role} cannot take the training data",

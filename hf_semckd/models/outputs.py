@@ -5,17 +5,25 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
 
 IGNORED = -100
-Task = Literal["single_label", "multi_label", "regression", "tokens"]
+# Two ways to compute one mean cross-entropy in half precision differ by less.
+SAME_LOSS = 1e-3
+Task = Literal["single_label", "multi_label", "regression", "tokens", "spans"]
 
 
 def logits_of(outputs: Any, role: str) -> Tensor:
-    """Return the logits in a model's output: a field, the output itself, or the first of a tuple."""
+    """Return the logits in a model's output: a field, the output itself, or the first of a tuple.
+
+    Those of the start and the end of an answer (question answering) come as (B, N, 2).
+    """
+    if returns_spans(outputs):
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None and isinstance(outputs, Tensor):
         logits = outputs
@@ -30,6 +38,11 @@ def logits_of(outputs: Any, role: str) -> Tensor:
         expected="a tensor of logits, or an output with `.logits`",
         todo="use a model with a task head (AutoModelFor...), or set logit_weight=0 to distill features alone",
     )
+
+
+def returns_spans(outputs: Any) -> bool:
+    """Whether a model's output scores tokens as the start and the end of an answer."""
+    return all(isinstance(getattr(outputs, f"{end}_logits", None), Tensor) for end in ("start", "end"))
 
 
 def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
@@ -69,6 +82,11 @@ def base_model(model: nn.Module) -> nn.Module:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder, so that its outputs follow the labels too."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def holds_images(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model's tokens can be patches of an image: it reads no text, and no decoder follows the labels."""
+    return not is_encoder_decoder(model) and not any(name.endswith("input_ids") for name in inputs)
 
 
 def accepts(function: Any, name: str) -> bool:
@@ -113,7 +131,10 @@ def token_targets(labels: Any, attention_mask: Any, shifted: bool) -> Tensor | N
 
 
 def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
-    """Tell the kind of head from labels, `config.problem_type`, and logits (B), (B, C), (B, N, C) or (B, C, H, W)."""
+    """Tell the kind of head from labels, `config.problem_type`, and logits (B), (B, C), (B, N, C) or (B, C, H, W).
+
+    Spans have logits as tokens do: see `returns_spans`.
+    """
     if logits.dim() == 3:
         return "tokens"
     if problem_type == "regression" or logits.dim() == 1 or (logits.dim() == 2 and logits.shape[-1] == 1):
@@ -122,6 +143,21 @@ def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
     return "multi_label" if problem_type == "multi_label_classification" or floating else "single_label"
 
 
+def find_shift(logits: Tensor, labels: Tensor, loss: Tensor) -> bool | None:
+    """Tell from a model's own loss whether position n of its logits (B, N, V) predicts label n + 1, or n.
+
+    None where it is neither mean cross-entropy, as with label smoothing.
+    """
+    if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
+        return None
+    scores, targets = logits.float().transpose(1, 2), labels.to(logits.device)
+    shifted = F.cross_entropy(scores[..., :-1], targets[:, 1:], ignore_index=IGNORED)
+    plain = F.cross_entropy(scores, targets, ignore_index=IGNORED)
+    far = [float((loss.float() - value).abs() / value.abs().clamp(min=1e-6)) for value in (plain, shifted)]
+    # NaN, of labels that are all ignored, is near to nothing.
+    return far[1] < far[0] if min(far) < SAME_LOSS and far[0] != far[1] else None
+
+
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether position n of a model's logits predicts label n + 1: a causal language model, under PEFT too."""
+    """Whether a model is a causal language model by its name, under PEFT too; see `find_shift` for what it does."""
     return type(base_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX, teacher_entries
-from ..features.capture import FeatureCapture, remove_capturing_traces
-from ..features.layers import describe
+from ..features.capture import Captured, FeatureCapture, remove_capturing_traces
 from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
-from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
-from ..models.outputs import logits_of, token_attention, tokens_mask
+from ..models.inputs import InputSelector, run_on_inputs
+from ..models.outputs import holds_images, logits_of, token_attention, tokens_mask
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
@@ -103,14 +102,10 @@ class Teacher:
         self.capture = FeatureCapture(model, layers, "teacher")
         self.select_inputs = InputSelector(model)
         self.stream = TeacherStream(torch.device("cpu"), alone=False)
-        self._request = self.capture.request(model)
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
-        if compiled and self.capture.by_name:
-            logger.warning(
-                "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
-            )
-        self.compiled = CompiledForward(model) if compiled and not self.capture.by_name else None
+        self.compiled = CompiledForward(model) if compiled else None
+        self._check_compiled()
 
     @property
     def layer_names(self) -> list[str]:
@@ -143,7 +138,7 @@ class Teacher:
         if not features:
             return run(**inputs), {}
         with self.capture.recording(self.model) as recorded:
-            return run(**{**inputs, **self._request}), recorded
+            return run(**{**inputs, **self.capture.request()}), recorded
 
     def run(
         self,
@@ -181,17 +176,31 @@ class Teacher:
         Refuses a batch that the model cannot take, a layer that does not exist, and outputs that are not finite.
         """
         inputs = self.inputs(batch)
-        check_decoder_inputs(self.model, inputs)
-        outputs, recorded = run_on_inputs("teacher", batch, lambda: self.forward(inputs, features=features))
-        taken: list[Tensor] = []
+        taken, specs = [], []
         if features:
-            self.capture.resolve(self.model, outputs)
-            taken = self.capture.collect(outputs, recorded)
+            found = run_on_inputs("teacher", batch, lambda: self._find_layers(inputs))
+            outputs, taken = found.outputs, found.features
+            specs = found.describe(of_image=holds_images(self.model, inputs))
+        else:
+            outputs, _ = run_on_inputs("teacher", batch, lambda: self.forward(inputs, features=False))
         given = logits_of(outputs, "teacher") if logits else None
         mask = tokens_mask(inputs.get("attention_mask"), [])
         check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
-        specs = [describe(x, name, self.model, inputs) for x, name in zip(taken, self.layer_names, strict=False)]
         return TeacherDescription(None if given is None else tuple(given.shape), specs, taken)
+
+    @torch.no_grad()
+    def _find_layers(self, inputs: Mapping[str, Any]) -> Captured:
+        self.model.eval()
+        found = self.capture.find(self.model, inputs)
+        self._check_compiled()
+        return found
+
+    def _check_compiled(self) -> None:
+        if self.compiled is not None and self.capture.by_name:
+            self.compiled = None
+            logger.warning(
+                "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
+            )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.

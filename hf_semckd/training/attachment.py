@@ -147,7 +147,7 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         if targets is None:
             return plain_forward(self, *args, **kwargs)
         with capture.recording(self) as recorded:
-            outputs = plain_forward(self, *args, **{**kwargs, **capture.request(self)})
+            outputs = plain_forward(self, *args, **{**kwargs, **capture.request()})
         features = capture.collect(outputs, recorded)
         if targets.wait is not None:
             targets.wait()

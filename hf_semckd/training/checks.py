@@ -73,22 +73,15 @@ def check_feature_loss(source: LossSource | None) -> LossSource | None:
     )
 
 
-def check_label_names(student: nn.Module, teacher: nn.Module) -> None:
-    """Warn when both models name their labels and the names, or their order, differ."""
-    names = [_label_names(model) for model in (student, teacher)]
-    if all(names) and names[0] != names[1]:
-        logger.warning(
-            "Teacher and student name their labels differently: student %s, teacher %s. Logits are matched "
-            "by position; give the student the teacher's id2label if the order differs.",
-            *names,
+def check_trainable(student: nn.Module) -> None:
+    """Refuse a student whose parameters are all frozen: the projections alone would learn."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise InputError(
+            "The student has nothing to train: all its parameters are frozen",
+            received=f"{type(student).__name__} with requires_grad=False everywhere",
+            expected="at least one parameter with requires_grad=True",
+            todo="call student.requires_grad_(True), or add an adapter (peft.get_peft_model) and train that",
         )
-
-
-def _label_names(model: nn.Module) -> list[str] | None:
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
-        return None
-    return [str(names[key]) for key in sorted(names)]
 
 
 def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:
@@ -148,5 +141,5 @@ def check_published_batches(config: SemCKDConfig, dataset: Any) -> None:
         received=f"{len(dataset)} samples in batches of {size}, dataloader_drop_last=False",
         expected="every batch of the same size",
         todo="set dataloader_drop_last=True, pad the dataset to a multiple of the batch size, or use the default "
-        "(calibrated) form, which takes any batch",
+        "form, which takes any batch size",
     )

@@ -14,7 +14,7 @@ from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
-from ..models.outputs import shifts_labels, task_of
+from ..models.outputs import Task, task_of
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
@@ -68,10 +68,12 @@ class Distillation:
         services: Services,
         *,
         label_names: tuple[str, ...],
+        vocabulary: int | None = None,
     ) -> Distillation:
         """Run a small training batch through both models, and make the parts for the layers that were found."""
         try:
-            found = inspect_pair(pair, batch, logits=args.distils_logits, features=pair.source is not None)
+            wanted = {"logits": args.distils_logits, "features": pair.source is not None}
+            found = inspect_pair(pair, batch, **wanted, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
             distillation = cls(pair, plan, loss, args, services)
@@ -159,9 +161,11 @@ def _make_plan(
     weight = args.feature_weight
     if weight is None:
         weight = 0.0 if loss is None else loss.default_weight
+    task: Task = "single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem)
     return Plan(
-        task="single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem),
-        shifts_labels=shifts_labels(student),
+        task="spans" if found.spans else task,
+        shifts_labels=found.shifts_labels,
+        match=found.match,
         label_names=label_names,
         student_computes_loss=pair.router.takes_any(label_names),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError, SemCKDError
-from ..features.capture import FeatureCapture
-from ..features.layers import FeatureSpec, describe
+from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
-from ..losses.logits import logit_shape_message
+from ..losses.logits import LogitMatch
 from ..losses.simkd import find_head
-from ..models.inputs import InputSelector, check_decoder_inputs, run_on_inputs
-from ..models.outputs import logits_of
+from ..models.inputs import InputSelector, run_on_inputs
+from ..models.outputs import (
+    find_shift,
+    holds_images,
+    is_encoder_decoder,
+    logits_of,
+    returns_spans,
+    shifts_labels,
+)
 from ..teacher.outputs import TeacherDescription
+from .classes import match_logits
 from .pair import Pair
 
 
@@ -27,49 +34,66 @@ class Inspection:
 
     Attributes:
         student_logits: The student's logits, or None when it returns none.
+        spans: Whether they score tokens as the start and the end of an answer.
+        shifts_labels: Whether position n of them predicts label n + 1.
+        match: Brings the logits of both models to the same classes.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
 
     batch: Mapping[str, Any]
     student_logits: Tensor | None
+    spans: bool
+    shifts_labels: bool
+    match: LogitMatch
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
     teacher: TeacherDescription
 
 
 @torch.no_grad()
-def inspect_pair(pair: Pair, batch: Mapping[str, Any], *, logits: bool, features: bool) -> Inspection:
-    """Run a small batch through both models in evaluation mode and check that they fit together."""
+def inspect_pair(
+    pair: Pair, batch: Mapping[str, Any], *, logits: bool, features: bool, vocabulary: int | None = None
+) -> Inspection:
+    """Run a small batch through both models in evaluation mode and check that they fit together.
+
+    `vocabulary` is the number of token ids of the tokenizer, where there is one.
+    """
     described = pair.teacher.describe(batch, logits=logits, features=features)
     student, capture = pair.student, pair.capture
     inputs = InputSelector(student)(batch)
-    check_decoder_inputs(student, inputs)
     was_training = student.training
     student.eval()
     try:
-        outputs, taken = run_on_inputs("student", batch, lambda: _capture_student(student, capture, inputs, features))
+        if features:
+            found = run_on_inputs("student", batch, lambda: capture.find(student, inputs))
+            outputs, taken = found.outputs, found.features
+            specs = found.describe(of_image=holds_images(student, inputs))
+        else:
+            outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
+        shifts = _shifts_labels(student, inputs, outputs, batch)
     finally:
         student.train(was_training)
     student_logits: Any = None
     # Without a logit term the student may return none.
     with nullcontext() if logits else suppress(InputError):
         student_logits = logits_of(outputs, "student")
-    # Of a teacher that is not loaded the classes are known, not the batch.
-    if logits and described.logits and tuple(student_logits.shape)[-len(described.logits) :] != described.logits:
-        raise InputError(logit_shape_message(tuple(student_logits.shape), described.logits))
-    specs = [describe(x, name, student, inputs) for x, name in zip(taken, capture.names(), strict=False)]
-    return Inspection(batch, student_logits, specs, taken, described)
+    match = LogitMatch()
+    if logits and described.logits:
+        match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
+    return Inspection(batch, student_logits, returns_spans(outputs), shifts, match, specs, taken, described)
 
 
-def _capture_student(
-    student: nn.Module, capture: FeatureCapture, inputs: Mapping[str, Any], features: bool
-) -> tuple[Any, list[Tensor]]:
-    if not features:
-        return student(**inputs), []
-    with capture.recording(student) as recorded:
-        outputs = student(**inputs, **capture.request(student))
-    capture.resolve(student, outputs)
-    return outputs, capture.collect(outputs, recorded)
+def _shifts_labels(student: nn.Module, inputs: Mapping[str, Any], outputs: Any, batch: Mapping[str, Any]) -> bool:
+    """Tell whether the student predicts the next token, by the loss that it computes from labels, or its inputs."""
+    if is_encoder_decoder(student):
+        return False
+    logits, labels = getattr(outputs, "logits", None), batch.get("labels", inputs.get("input_ids"))
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.dim() != 3 or labels.dim() != 2:
+        return shifts_labels(student)
+    found = None
+    with suppress(ValueError, RuntimeError, IndexError, TypeError, AttributeError):
+        found = find_shift(logits, labels, student(**{**inputs, "labels": labels})["loss"])
+    return shifts_labels(student) if found is None else found
 
 
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:

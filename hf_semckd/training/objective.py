@@ -78,7 +78,7 @@ class Objective:
     ) -> tuple[Any, Mapping[str, Tensor] | None]:
         """Return the student's output and, where features are distilled, their loss and association."""
         inputs = self.pair.router.student_inputs(batch)
-        if self.task_loss.drops_labels:
+        if self.task_loss.drops_labels and not self.pair.router.student_needs_labels(inputs):
             inputs.pop("labels", None)
         elif "labels" in inputs:
             inputs["labels"] = safe_labels(inputs["labels"], counts.items)
@@ -106,8 +106,8 @@ class Objective:
             terms["task_loss"] = self.task_loss(outputs, plan.labels_of(batch), counts)
         if plan.distils_logits:
             assert targets.logits is not None
-            student, labeled = logits_of(outputs, "student"), plan.with_labels(batch)
-            total = logit_loss_sum(student, targets.logits, labeled, plan.temperature, plan.task, plan.shifts_labels)
+            logits, labeled = plan.match(logits_of(outputs, "student"), targets.logits), plan.with_labels(batch)
+            total = logit_loss_sum(*logits, labeled, plan.temperature, plan.task, plan.shifts_labels)
             terms["logit_loss"] = scaled(total, counts.logit_scale())
         if features is not None:
             # Multiple choice has several rows a sample: the mean over rows is that over samples.

@@ -19,7 +19,7 @@ from ..models.loading import ModelSource, empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.teacher import Teacher
-from .checks import check_encoder_decoder, check_label_names, check_models
+from .checks import check_encoder_decoder, check_models, check_trainable
 
 GIGABYTE = 2**30
 
@@ -34,6 +34,10 @@ class InputRouter:
         self._teacher_only = {*self._teacher_takes} - {*self.student_takes, *LABEL_COLUMNS}
         self._pretrained = isinstance(student, PreTrainedModel)
         self._named_inputs = self._pretrained or hasattr(student, "get_base_model")
+
+    def student_needs_labels(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the student's decoder makes its inputs from the labels; see `InputSelector.needs_labels`."""
+        return self._select.needs_labels(inputs)
 
     def takes_any(self, label_names: Sequence[str]) -> bool:
         """Whether the student's forward takes labels, and so computes their loss."""
@@ -102,7 +106,7 @@ class Pair:
     def open(cls, student: nn.Module, teacher: ModelSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
         """Load the teacher and check that it can teach this student."""
         opened = _open_teacher(student, teacher, args, source)
-        check_label_names(student, opened.model)
+        check_trainable(student)
         check_encoder_decoder((student, opened.model), args)
         opened.to(args.device)
         return cls.of(student, opened, args, source)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..losses.logits import LogitMatch
 from ..models.outputs import Task
 
 
@@ -23,6 +24,7 @@ class Plan:
         label_names: Columns of a batch that hold labels.
         student_computes_loss: Whether the student's forward takes labels and returns their loss.
         classes: Number of classes of a classifier of whole samples; None for any other head.
+        match: Brings the logits of both models to the same classes.
         task_weight, logit_weight, feature_weight: With 0 a term is not computed.
     """
 
@@ -31,6 +33,7 @@ class Plan:
     label_names: tuple[str, ...]
     student_computes_loss: bool
     classes: int | None
+    match: LogitMatch
     temperature: float
     task_weight: float
     logit_weight: float

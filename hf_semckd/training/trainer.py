@@ -20,6 +20,7 @@ from .attachment import forget_wrappers
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
+from .classes import vocabulary_size
 from .distillation import Distillation
 from .pair import Pair
 from .plan import Services
@@ -158,7 +159,13 @@ class DistillationTrainer(StudentTrainer):
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
             self.distillation = Distillation.build(
-                self.pair, batch, data, self.args, services, label_names=tuple(self.label_names)
+                self.pair,
+                batch,
+                data,
+                self.args,
+                services,
+                label_names=tuple(self.label_names),
+                vocabulary=vocabulary_size(self.processing_class),
             )
         install_callback(self.callback_handler, self.distillation.monitor, self.pair.cached_teacher)
         return self.distillation

@@ -236,7 +236,7 @@ def _plain_forward(trainer: DistillationTrainer, inputs: Any) -> tuple[Any, list
     student, capture = trainer.student, trainer.pair.capture
     own = trainer.pair.router.student_inputs(inputs)
     with capture.recording(student) as recorded:
-        outputs = student(**own, **capture.request(student))
+        outputs = student(**own, **capture.request())
     return outputs, capture.collect(outputs, recorded)
 
 

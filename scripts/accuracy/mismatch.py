@@ -83,7 +83,7 @@ def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
     student, capture = trainer.student.eval(), trainer.pair.capture
     inputs = trainer.pair.router.student_inputs(batch)
     with capture.recording(student) as recorded:
-        found = capture.collect(student(**inputs, **capture.request(student)), recorded)
+        found = capture.collect(student(**inputs, **capture.request()), recorded)
     remove_capturing_traces(student)
     return list(map(Average(inputs.get("attention_mask")), found))
 

@@ -10,6 +10,7 @@ from torch import nn
 from hf_semckd.errors import InputError, LayerNotFoundError
 from hf_semckd.features.capture import FeatureCapture
 from hf_semckd.features.layers import FeatureSpec, describe, hidden_states, without_hidden_states
+from hf_semckd.features.trace import ForwardTrace
 from hf_semckd.models.outputs import accepts
 
 DEPTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -70,11 +71,18 @@ def inputs_for(name, size=(32, 32)):
 
 def capture(model, layers, inputs, role="student"):
     """Run the whole path: request, record, resolve, collect."""
-    found = FeatureCapture(model, layers, role)
-    with torch.no_grad(), found.recording(model) as recorded:
-        outputs = model(**inputs, **found.request(model))
-    found.resolve(model, outputs)
-    return found, found.collect(outputs, recorded)
+    capture = FeatureCapture(model, layers, role)
+    with torch.no_grad():
+        found = capture.find(model, inputs)
+    return capture, found.features
+
+
+def described(model, inputs):
+    """Return the names and specifications of all blocks."""
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        found = capture.find(model, inputs)
+    return capture, found.features, found.describe(of_image="input_ids" not in inputs)
 
 
 def hook_count(model):
@@ -96,7 +104,11 @@ EXPECTED = {
     "dinov2_with_registers": ([1, 2, 3], [("tokens", 16, 20, (4, 4), 4)] * 3),
     "resnet": ([1, 2, 3], SPATIAL),
     "convnext": ([1, 2, 3], SPATIAL),
-    "swin": ([1, 2, 3], [("map", 16, 64, (8, 8), 0), ("map", 32, 16, (4, 4), 0), ("map", 32, 16, (4, 4), 0)]),
+    "swin": (
+        # Before the resolution is halved, and not after it.
+        ["encoder.layers.0.blocks.0", "encoder.layers.1.blocks.0", "encoder.layers.2"],
+        [("tokens", 8, 256, (16, 16), 0), ("tokens", 16, 64, (8, 8), 0), ("tokens", 32, 16, (4, 4), 0)],
+    ),
     "mobilevit": (
         [0, 1, 2, 3, 4],
         [
@@ -113,8 +125,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_all_blocks_are_found_and_described(name):
     model, inputs = build(name), inputs_for(name)
-    found, layers = capture(model, None, inputs)
-    specs = [describe(layer, text, model, inputs) for layer, text in zip(layers, found.names(), strict=True)]
+    found, layers, specs = described(model, inputs)
     indices, expected = EXPECTED[name]
     assert found.layers == indices and found.names() == list(map(str, indices))
     assert [(spec.kind, spec.channels, spec.length, spec.grid, spec.prefix) for spec in specs] == expected
@@ -127,19 +138,17 @@ def test_all_blocks_are_found_and_described(name):
 def test_the_grid_follows_the_image_and_not_the_configuration(name):
     model, inputs = build(name), inputs_for(name, size=(48, 24))
     keywords = {"interpolate_pos_encoding": True} if name == "vit" else {}
-    _, layers = capture(model, None, {**inputs, **keywords})
-    spec = describe(layers[0], "1", model, inputs)
+    _, _, (spec, *_) = described(model, {**inputs, **keywords})
     assert spec.grid == (6, 3) and spec.prefix == (1 if name == "vit" else 4)
 
 
-@pytest.mark.parametrize("name", ["resnet", "bert", "swin"])
+@pytest.mark.parametrize("name", ["resnet", "bert"])
 def test_the_captured_layers_are_the_blocks_own_outputs(name):
     model, inputs = build(name), inputs_for(name)
     _, layers = capture(model, None, inputs)
     with torch.no_grad():
         outputs = model(**inputs, output_hidden_states=True)
-    states = outputs.reshaped_hidden_states if name == "swin" else outputs.hidden_states
-    assert all(torch.equal(layer, state) for layer, state in zip(layers, states[1:], strict=True))
+    assert all(torch.equal(layer, state) for layer, state in zip(layers, outputs.hidden_states[1:], strict=True))
 
 
 def test_the_decoder_of_an_encoder_decoder_is_captured():
@@ -182,7 +191,7 @@ def test_an_index_out_of_range_is_also_refused_when_collecting_without_resolving
     model = build("bert")
     found = FeatureCapture(model, [7], "student")
     with torch.no_grad():
-        outputs = model(**inputs_for("bert"), **found.request(model))
+        outputs = model(**inputs_for("bert"), **found.request())
     with pytest.raises(LayerNotFoundError, match="no hidden state 7"):
         found.collect(outputs, {})
 
@@ -230,7 +239,7 @@ def test_module_names_give_the_outputs_of_those_modules_in_the_order_asked():
     found, layers = capture(model, names[::-1], inputs)
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
-    assert found.names() == names[::-1] and found.request(model) == {}
+    assert found.names() == names[::-1] and found.request() == {}
     assert all(torch.equal(layer, state) for layer, state in zip(layers, states[:0:-1], strict=True))
 
 
@@ -336,9 +345,9 @@ def test_a_model_without_hidden_states_is_an_input_error_that_names_the_layers_o
 
 
 def test_hidden_states_are_only_requested_from_a_forward_that_takes_them():
-    assert FeatureCapture(twins()[0], None, "student").request(twins()[0]) == {}
+    assert FeatureCapture(twins()[0], None, "student").request() == {}
     bert = build("bert")
-    assert FeatureCapture(bert, None, "student").request(bert) == {"output_hidden_states": True, "return_dict": True}
+    assert FeatureCapture(bert, None, "student").request() == {"output_hidden_states": True, "return_dict": True}
 
 
 def test_hidden_states_of_plain_objects_and_mappings_are_found():
@@ -368,7 +377,7 @@ def test_collecting_before_resolving_is_refused():
     model = build("bert")
     found = FeatureCapture(model, None, "student")
     with torch.no_grad():
-        outputs = model(**inputs_for("bert"), **found.request(model))
+        outputs = model(**inputs_for("bert"), **found.request())
     with pytest.raises(InputError, match="resolve"):
         found.collect(outputs, {})
 
@@ -388,19 +397,8 @@ def test_other_shapes_are_refused_with_the_name_of_the_layer(shape):
 
 
 def test_a_vector_is_one_token():
-    assert describe(torch.zeros(2, 6), "pooled", nn.Identity(), {}) == FeatureSpec("pooled", "tokens", 6, 1)
-
-
-@pytest.mark.parametrize(("length", "grid", "prefix"), [(16, (4, 4), 0), (17, (4, 4), 1), (19, None, 0)])
-def test_image_tokens_without_a_patch_size_are_a_square_or_have_no_grid(length, grid, prefix):
-    inputs = {"pixel_values": torch.zeros(2, 3, 32, 32)}
-    spec = describe(torch.zeros(2, length, 6), "x", nn.Identity(), inputs)
-    assert (spec.grid, spec.prefix) == (grid, prefix)
-
-
-def test_text_tokens_have_no_grid_even_when_their_number_is_a_square():
-    inputs = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
-    assert describe(torch.zeros(2, 16, 6), "x", nn.Identity(), inputs).grid is None
+    spec = describe(torch.zeros(2, 6), "pooled", ForwardTrace(), of_image=True)
+    assert spec == FeatureSpec("pooled", "tokens", 6, 1)
 
 
 def test_accepts_looks_at_names_and_at_any_keyword():

@@ -49,7 +49,7 @@ def losses_of(loss, run_teacher, student, capture):
         batch = batch_of(members)
         targets = run_teacher(batch)
         with capture.recording(student) as recorded:
-            features = capture.collect(student(**batch, **capture.request(student)), recorded)
+            features = capture.collect(student(**batch, **capture.request()), recorded)
         out = loss(features, targets.features, batch["attention_mask"])
         found.append((out.per_sample, targets.logits))
     return found
@@ -66,7 +66,7 @@ def test_a_full_cache_gives_the_losses_of_the_teacher_itself(name, tokens, tmp_p
     cached = CachedTeacher(live, tmp_path, request=TeacherRequest("", None, "auto", True, True))
     batch = batch_of(range(len(LENGTHS)))
     described = cached.describe(batch, logits=True, features=True)
-    capture.resolve(student, student(**batch, **capture.request(student)))
+    capture.find(student, batch)
     specs = [FeatureSpec("student", "tokens", 16, max(LENGTHS)) for _ in capture.layers]
     loss = make_feature_loss(name, specs, described.specs, LossOptions(max_tokens=tokens)).double()
     loss.update_statistics(described.features, batch["attention_mask"])

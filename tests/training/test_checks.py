@@ -255,7 +255,7 @@ def published(folder, samples, **changes):
 def test_a_ragged_last_batch_in_the_published_form(tmp_path):
     with pytest.raises(InputError) as caught:
         published(tmp_path, 12)
-    facts = ("12 samples in batches of 5", "dataloader_drop_last=True", "calibrated")
+    facts = ("12 samples in batches of 5", "dataloader_drop_last=True", "takes any batch size")
     assert_helpful(caught.value, facts)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from makers import (
     assert_same_weights,
     bert,
@@ -115,16 +116,25 @@ def test_a_trial_trains_with_its_own_association(tmp_path: Path) -> None:
 # ---- Heads that are not one row, one label -------------------------------------------------------------------------
 
 
-def test_question_answering_learns_from_features_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padding", [0, 3])
+def test_question_answering_learns_where_answers_start_and_end(padding: int, tmp_path: Path) -> None:
+    """The logit loss is that of both distributions over the tokens of the text, whatever the padding."""
     student, teacher = pair(BertForQuestionAnswering, small_bert_config)
-    rows = [
-        {**{k: v for k, v in row.items() if k != "labels"}, "start_positions": 1, "end_positions": 2}
-        for row in texts(8, length=6).rows
-    ]
-    with pytest.raises(InputError, match="logits"):
-        distiller(tmp_path, model=student, teacher_model=teacher, train_dataset=rows)
-    trainer = distiller(tmp_path, {"logit_weight": 0.0}, model=student, teacher_model=teacher, train_dataset=rows)
+    rows = []
+    for row in texts(4, length=6, labels=None).rows:
+        filled = {name: F.pad(torch.as_tensor(value), (0, padding)) for name, value in row.items()}
+        rows.append({**filled, "start_positions": 1, "end_positions": 2})
+    trainer = distiller(tmp_path, {"max_steps": 1}, model=student, teacher_model=teacher, train_dataset=rows)
+    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    expected = []
+    with torch.no_grad():
+        own, theirs = student.eval()(**batch), teacher.eval()(**batch)
+    for end in ("start_logits", "end_logits"):
+        for n, tokens in enumerate(batch["attention_mask"].sum(1).tolist()):
+            p = (theirs[end][n, :tokens] / 4).softmax(-1)
+            expected.append(16 * (p * (p.log() - (own[end][n, :tokens] / 4).log_softmax(-1))).sum())
     trainer.train()
+    assert losses(trainer, "logit_loss")[0] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
     assert losses(trainer, "task_loss")[0] > 0 and losses(trainer, "feature_loss")[0] > 0
 
 
@@ -199,11 +209,22 @@ def test_decoder_padding_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(seen[0]), torch.tensor(seen[1]), rtol=1e-4, atol=1e-6)
 
 
-def test_a_decoder_without_its_inputs_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    student, teacher = pair(T5ForConditionalGeneration, t5_config)
-    rows = [{key: value for key, value in row.items() if key != "decoder_input_ids"} for row in t5_rows(0)]
-    with pytest.raises(InputError, match="DataCollatorForSeq2Seq"):
-        distiller(tmp_path, model=student, teacher_model=teacher, train_dataset=rows)
+@pytest.mark.parametrize("task_weight", [1.0, 0.0])
+def test_a_decoder_that_starts_from_the_labels_is_given_them(task_weight: float, tmp_path: Path) -> None:
+    """Labels alone train as labels with the decoder inputs that the model makes of them."""
+    terms = []
+    for given in (False, True):
+        student, teacher = pair(T5ForConditionalGeneration, t5_config)
+        rows = [{key: value for key, value in row.items() if key != "decoder_input_ids"} for row in t5_rows(0)]
+        if given:
+            for row in rows:
+                labels = torch.as_tensor(row["labels"])[None]
+                row["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=labels)[0]
+        args = {"task_weight": task_weight, "max_steps": 2}
+        trainer = distiller(tmp_path, args, model=student, teacher_model=teacher, train_dataset=rows)
+        trainer.train()
+        terms.append([x for name in ("loss", "logit_loss", "feature_loss") for x in losses(trainer, name)])
+    assert terms[0] == pytest.approx(terms[1], rel=1e-6)
 
 
 def test_labels_under_a_name_that_the_student_does_not_take_are_missing_labels(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""What one forward pass tells of a model: which modules ran, which made each hidden state, and where patches lie."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.outputs import first_tensor
+
+# A stage ends in a transition where this many positions become one or fewer; a class token more is none.
+TRANSITION = 2
+# Sums of the same values in another order agree to better than this in float64; a block may change little more.
+SAME = 1e-12
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that ran: its name, the shape of the first tensor that it returned, and a fingerprint of its values.
+
+    The tensor itself is held weakly, so that the trace of a large model takes no memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fingerprint: Tensor
+    tensor: weakref.ref[Tensor]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a map (B, C, H, W) or of tokens (B, N, C)."""
+        return math.prod(self.shape[2:]) if len(self.shape) == 4 else self.shape[1]
+
+
+class ForwardTrace:
+    """The calls of a model's modules in one forward pass, in the order in which they returned.
+
+    Attributes:
+        grids: (height, width) of the maps that two-dimensional convolutions returned, in this order.
+        patches: By the number of tokens of a block's input: the places (start, stop) of those that differ between the
+            samples. The others (CLS, registers, detection tokens) are the model's own. Empty for a single sample.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.grids: list[tuple[int, int]] = []
+        self.patches: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    @contextmanager
+    def recording(cls, model: nn.Module) -> Iterator[ForwardTrace]:
+        """Record the forward passes of a model while the context is open; no hook survives it."""
+        trace, handles = cls(), []
+        try:
+            for name, module in model.named_modules():
+                handles.append(module.register_forward_hook(trace._recorder(name)))
+                if name.rpartition(".")[2].isdigit():
+                    handles.append(module.register_forward_pre_hook(trace._note_patches, with_kwargs=True))
+            yield trace
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def makers(self, state: Tensor) -> list[str]:
+        """Return the modules that returned the values of a tensor, in any layout; inner ones come first."""
+        same = [call.name for call in self.calls if call.tensor() is state]
+        if any("#" in pattern_of(name) for name in same):
+            return same
+        known, size = _fingerprint(state), state.numel()
+        near = [call for call in self.calls if math.prod(call.shape) == size]
+        return [call.name for call in near if torch.allclose(call.fingerprint, known, rtol=SAME, atol=0)]
+
+    def members(self, pattern: str) -> list[str]:
+        """Return the modules of a pattern (see `pattern_of`) that ran, in the order of their first call."""
+        return list(dict.fromkeys(call.name for call in self.calls if pattern_of(call.name) == pattern))
+
+    def blocks_within(self, name: str) -> list[Call]:
+        """Return the calls of the outermost numbered modules within a module: the blocks of a stage."""
+        inner = [
+            (call, pattern_of(call.name[len(name) + 1 :])) for call in self.calls if call.name.startswith(f"{name}.")
+        ]
+        return [call for call, pattern in inner if pattern.endswith("#") and pattern.count("#") == 1]
+
+    def _recorder(self, name: str) -> Any:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is None or tensor.dim() < 2:
+                return
+            self.calls.append(Call(name, tuple(tensor.shape), _fingerprint(tensor), weakref.ref(tensor)))
+            if isinstance(module, nn.Conv2d):
+                self.grids.append((int(tensor.shape[2]), int(tensor.shape[3])))
+
+        return hook
+
+    def _note_patches(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensor = first_tensor((*args, *kwargs.values()))
+        if tensor is None or tensor.dim() != 3 or len(tensor) < 2 or not self.grids or tensor.shape[1] in self.patches:
+            return
+        varying = (tensor != tensor[:1]).any(2).any(0).nonzero().flatten().tolist()
+        if varying and varying[-1] - varying[0] + 1 == len(varying):
+            self.patches[tensor.shape[1]] = varying[0], varying[-1] + 1
+
+
+@dataclass(frozen=True)
+class FoundLayers:
+    """A model's blocks: the hidden states that hold their outputs, or None, and the modules that made them."""
+
+    states: list[int] | None
+    modules: list[str]
+
+
+def pattern_of(name: str) -> str:
+    """Return a module's name with numbers as `#`: blocks of one list share it."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def find_layers(states: Sequence[Tensor], trace: ForwardTrace) -> FoundLayers | None:
+    """Find the blocks among a model's hidden states; None where no state was made by a numbered module.
+
+    Blocks are the members of the list of modules that made most of the states. Embeddings and stems are none, nor are
+    transitions between stages, and a stage that ends in a transition is taken before it. Where the last state is the
+    final norm of the last block's output, it stands for that block, or is left out if the block's own is there too.
+    """
+    if not all(bool(_fingerprint(state).isfinite().all()) for state in states):
+        return None
+    makers = [trace.makers(state) for state in states]
+    counts = Counter(pattern for names in makers for pattern in {*map(pattern_of, names)} if "#" in pattern.split("."))
+    if not counts:
+        return None
+    pattern = min(counts, key=lambda entry: (-counts[entry], entry.count(".")))
+    found: dict[int, str] = {}
+    for i, names in enumerate(makers):
+        # A state that no module made is what the model says it is; the first may be an embedding.
+        made = [name for name in names if pattern_of(name) == pattern]
+        if made or (i > 0 and not names):
+            found[i] = made[-1] if made else ""
+    members = trace.members(pattern)
+    ran, last = len(members), len(states) - 1
+    if len(found) < ran and last not in found and states[last].shape == states[max(found)].shape:
+        found[last] = members[-1]
+    found = _without_transitions(found, states, trace)
+    modules = [_before_transition(states[i], name, trace) for i, name in found.items()]
+    return FoundLayers(list(found) if modules == list(found.values()) else None, modules)
+
+
+def find_blocks(trace: ForwardTrace) -> list[str]:
+    """Find the blocks of a model that returns no hidden states: the outermost numbered modules with modules inside.
+
+    Where these are in several lists (`layer1.0`, `layer2.0`), the lists are stages, and the last block of each counts.
+    A plain list of layers is cut where the resolution changes. Empty where no module is numbered.
+    """
+    numbered = [call for call in trace.calls if pattern_of(call.name).endswith("#") and len(call.shape) >= 3]
+    outer = [call for call in numbered if pattern_of(call.name).count("#") == 1]
+    holders = {name.rpartition(".")[0] for name in (call.name for call in trace.calls)}
+    blocks = [call for call in outer if call.name in holders]
+    lists: dict[str, list[Call]] = {}
+    for call in blocks:
+        lists.setdefault(call.name.rpartition(".")[0], []).append(call)
+    if len(lists) > 1:
+        return [calls[-1].name for calls in lists.values()]
+    if len(blocks) > 1:
+        return list(dict.fromkeys(call.name for call in blocks))
+    ends = [call.name for call, after in pairwise(outer) if after.shape[2:] != call.shape[2:]]
+    return list(dict.fromkeys([*ends, *(call.name for call in outer[-1:])]))
+
+
+def _without_transitions(found: dict[int, str], states: Sequence[Tensor], trace: ForwardTrace) -> dict[int, str]:
+    """Drop the members that only change the resolution, between stages that hold blocks."""
+    staged = {name for name in found.values() if trace.blocks_within(name)}
+    return {
+        i: name
+        for i, name in found.items()
+        if not staged or name in staged or i == 0 or states[i].shape[2:] == states[i - 1].shape[2:]
+    }
+
+
+def _before_transition(state: Tensor, stage: str, trace: ForwardTrace) -> str:
+    """Return the stage's last block before it reduces the resolution, or the stage where it does not at its end."""
+    blocks = [call for call in trace.blocks_within(stage) if len(call.shape) >= 3 and call.shape[0] == len(state)]
+    alike = [call for call in blocks if call.positions == blocks[0].positions]
+    if 2 * len(alike) <= len(blocks):
+        return stage
+    positions = math.prod(state.shape[2:]) if state.dim() == 4 else state.shape[1]
+    return alike[-1].name if alike[-1].positions >= TRANSITION * positions else stage
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Return four numbers (4,) that tell values apart whatever their layout; on the device, so that nothing waits.
+
+    No plain sum is among them: that of a normalized output is nothing but rounding.
+    """
+    values = tensor.detach()
+    values = values.float() if values.device.type == "mps" else values.double()
+    size = values.abs()
+    return torch.stack([size.sum(), size.square().sum(), values.amax(), values.amin()])

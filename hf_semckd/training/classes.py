@@ -1,0 +1,58 @@
+"""Which classes the logits of both models have in common: by the names of labels, or by the ids of a tokenizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..losses.logits import LogitMatch, logit_shape_message
+
+
+def vocabulary_size(tokenizer: Any) -> int | None:
+    """Return the number of token ids that a tokenizer gives out, or of a processor's; None without one."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(known.values()) + 1 if known else None
+
+
+def match_logits(
+    models: Sequence[nn.Module], student: Sequence[int], teacher: Sequence[int], vocabulary: int | None
+) -> LogitMatch:
+    """Return how logits of two shapes are brought to the same classes; `InputError` where they cannot be.
+
+    The logits of one tokenizer's ids may have been padded to different numbers of rows. Labels of the same names in
+    another order are put into the student's.
+
+    Args:
+        models: Student and teacher.
+        student, teacher: Shapes; that of a teacher which is not loaded lacks batch and tokens.
+        vocabulary: Number of token ids of the student's tokenizer, where there is one.
+    """
+    own, other = tuple(student)[-len(teacher) :], tuple(teacher)
+    dim = 1 if len(student) == 4 else -1
+    if own != other:
+        padded = len(student) == 3 and own[:-1] == other[:-1]
+        if padded and vocabulary is not None and vocabulary <= min(own[-1], other[-1]):
+            return LogitMatch(vocabulary=vocabulary)
+        raise InputError(logit_shape_message(tuple(student), other))
+    names = [_label_names(model) for model in models]
+    if names[0] is None or names[1] is None or names[0] == names[1]:
+        return LogitMatch()
+    if sorted(names[0]) != sorted(names[1]) or len({*names[0]}) < len(names[0]):
+        raise InputError(
+            "Teacher and student name their labels differently, so that their logits cannot be matched",
+            received=f"student {names[0]}, teacher {names[1]}",
+            expected="the same names, in any order",
+            todo="load the student with the teacher's id2label and label2id, or set logit_weight=0",
+        )
+    return LogitMatch(order=torch.tensor([names[1].index(name) for name in names[0]]), dim=dim)
+
+
+def _label_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes in order, in lower case; None where it has none of its own."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return [str(names[key]).lower() for key in sorted(names)]

@@ -1,0 +1,186 @@
+"""Blocks, patches and special tokens are found from what modules do, and are those that a person would name."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_semckd.features.capture import FeatureCapture
+from hf_semckd.features.trace import ForwardTrace, find_blocks, find_layers, pattern_of
+
+TEXT = {"vocab_size": 60, "num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2}
+WIDE = {**TEXT, "intermediate_size": 32}
+STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1]}
+HEADS = {"num_attention_heads": [1, 1, 2, 2]}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 2]}
+SPEECH = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+
+# A model, the modules that a person would name, and the grids and special tokens of its layers.
+FAMILIES: dict[str, tuple[Any, list[str], list[tuple[tuple[int, int], int]] | None]] = {
+    "llama": (
+        lambda: tf.LlamaModel(tf.LlamaConfig(**WIDE)),
+        ["layers.0", "layers.1", "norm"],
+        None,
+    ),
+    "mamba": (
+        lambda: tf.MambaModel(tf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, state_size=4)),
+        ["layers.0", "layers.1", "layers.2"],
+        None,
+    ),
+    "canine": (
+        lambda: tf.CanineModel(tf.CanineConfig(**WIDE)),
+        ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"],
+        None,
+    ),
+    "squeezebert": (
+        lambda: tf.SqueezeBertModel(tf.SqueezeBertConfig(**WIDE, embedding_size=16)),
+        ["encoder.layers.0.output", "encoder.layers.1.output", "encoder"],
+        None,
+    ),
+    "pvt": (
+        lambda: tf.PvtModel(tf.PvtConfig(**{**STAGES, "hidden_sizes": [8, 12, 16, 16]}, **HEADS, image_size=64)),
+        ["encoder.block.0.0", "encoder.block.1.0", "encoder.block.1.1", "encoder.block.2.0", "encoder.block.3.0"],
+        [((16, 16), 0), ((8, 8), 0), ((8, 8), 0), ((4, 4), 0), ((2, 2), 1)],
+    ),
+    "swiftformer": (
+        lambda: tf.SwiftFormerModel(tf.SwiftFormerConfig(embed_dims=STAGES["hidden_sizes"], depths=STAGES["depths"])),
+        ["encoder.network.0", "encoder.network.2", "encoder.network.4", "encoder.network.6"],
+        None,
+    ),
+    "textnet": (
+        lambda: tf.TextNetModel(tf.TextNetConfig()),
+        [f"encoder.stages.{n}" for n in range(4)],
+        None,
+    ),
+    "swin": (
+        lambda: tf.SwinModel(tf.SwinConfig(**SWIN, window_size=4)),
+        ["encoder.layers.0.blocks.1", "encoder.layers.1.blocks.1", "encoder.layers.2"],
+        [((16, 16), 0), ((8, 8), 0), ((4, 4), 0)],
+    ),
+    "yolos": (
+        lambda: tf.YolosModel(
+            tf.YolosConfig(**{**WIDE, "vocab_size": None}, image_size=[32, 32], patch_size=8, num_detection_tokens=5)
+        ),
+        ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"],
+        [((4, 4), 1)] * 3,
+    ),
+}
+
+
+def inputs_of(name: str, model: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        size = 64 if name in ("pvt", "swiftformer", "textnet") else 32
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+    return {"input_ids": torch.randint(3, 60, (2, 12), generator=generator)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_the_outputs_of_the_modules_that_a_person_would_name(name):
+    make, modules, grids = FAMILIES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    inputs, seen = inputs_of(name, model), {}
+    handles = [
+        model.get_submodule(module).register_forward_hook(lambda _, args, output, n=module: seen.update({n: output}))
+        for module in modules
+    ]
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        found = capture.find(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert len(found.features) == len(modules)
+    for feature, module in zip(found.features, modules, strict=True):
+        output = seen[module]
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        # Convolutions over tokens have their channels second.
+        same = output.shape == feature.shape
+        torch.testing.assert_close(feature, output if same else output.transpose(1, 2), rtol=0, atol=0)
+    if grids is not None:
+        specs = found.describe(of_image=True)
+        assert [(spec.grid, spec.prefix) for spec in specs] == grids
+
+
+def test_channels_of_reshaped_states_come_first():
+    """Hiera gives maps whose channels are last."""
+    sizes = {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 2, 2]}
+    model = tf.HieraModel(tf.HieraConfig(image_size=[64, 64], **sizes)).eval()
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        found = capture.find(model, {"pixel_values": torch.randn(2, 3, 64, 64)})
+    shapes = [tuple(feature.shape[1:]) for feature in found.features]
+    assert shapes == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
+
+
+class Stages(nn.Module):
+    """A CNN that returns no hidden states, like those of torchvision: `layer1` and `layer2` hold blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.layer1 = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(2)))
+        self.layer2 = nn.Sequential(nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU()))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer2(self.layer1(self.stem(x))).mean((2, 3)))
+
+
+def plain_list() -> nn.Module:
+    """Return a CNN that is one list of layers, as VGG."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU()]
+    return nn.ModuleDict({"features": nn.Sequential(*layers)})["features"]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(Stages(), ["layer1.1", "layer2.0"]), (plain_list(), ["1", "4"])],
+    ids=["stages", "list"],
+)
+def test_blocks_of_a_plain_module_are_found(model, expected):
+    with torch.no_grad(), ForwardTrace.recording(model) as trace:
+        model(torch.randn(2, 3, 8, 8))
+    assert find_blocks(trace) == expected
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_dropped_block_passes_its_input_on_and_teaches_nothing():
+    """LayerDrop leaves blocks out in training: the layer is then the detached one before it."""
+    torch.manual_seed(0)
+    model = tf.Wav2Vec2Model(
+        tf.Wav2Vec2Config(**{**WIDE, "num_hidden_layers": 4}, **SPEECH, layerdrop=0.5, mask_time_prob=0.0)
+    )
+    inputs = {"input_values": torch.randn(2, 1600)}
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        capture.find(model.eval(), inputs)
+    assert capture.layers == [f"encoder.layers.{n}" for n in range(4)]
+    model.train()
+    counts = set()
+    for _ in range(8):
+        with capture.recording(model) as recorded:
+            outputs = model(**inputs, **capture.request())
+        ran = [name in recorded for name in capture.names()]
+        features = capture.collect(outputs, recorded)
+        assert [feature.requires_grad for feature in features] == ran
+        for n in range(1, 4):
+            assert ran[n] or torch.equal(features[n], features[n - 1])
+        counts.add(sum(ran))
+    assert len(counts) > 1
+
+
+def test_states_that_no_module_made_are_what_the_model_says():
+    states = (torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+    assert find_layers(states, ForwardTrace()) is None
+    model = nn.ModuleList([nn.Identity()])
+    with ForwardTrace.recording(model) as trace:
+        made = model[0](states[1])
+    found = find_layers((states[0], made, states[2]), trace)
+    assert found is not None and found.states == [1, 2] and found.modules == ["0", ""]
+
+
+def test_numbers_in_names_make_a_pattern():
+    assert pattern_of("encoder.layer.11.mlp") == "encoder.layer.#.mlp" and pattern_of("0") == "#"
