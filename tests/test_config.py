@@ -265,7 +265,7 @@ def test_label_smoothing_needs_a_task_loss(tmp_path):
     assert "label_smoothing_factor=0.1, task_weight=0" in text
     assert config(tmp_path, label_smoothing_factor=0.1).label_smoothing_factor == 0.1
     assert config(tmp_path, task_weight=0).task_weight == 0
-    assert config(tmp_path, label_smoothing_factor=0.1, task_weight=0, logit_weight=0, feature_weight=0)
+    assert config(tmp_path, label_smoothing_factor=0.1, logit_weight=0, feature_weight=0)
 
 
 @pytest.mark.parametrize(
