@@ -57,19 +57,25 @@ def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) ->
     return (labels != -100).long() if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
-def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
-    """Return the (B, N) mask that fits the features, or None when there is none.
+def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | None = None) -> Tensor | None:
+    """Return the (B, N) mask that fits a model's features, or None when there is none.
 
-    Prompt tuning puts learned tokens in front of the sequence; they count as tokens. Multiple choice has a mask
-    (B, choices, N) for features of B * choices rows.
+    Prompt tuning (PEFT) puts learned tokens in front of the sequence; they count as tokens. Speech models know which
+    of their frames come from padding. Multiple choice has a mask (B, choices, N) for features of B * choices rows.
     """
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
         mask = mask.flatten(0, 1)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    lengths = [feature.shape[1] for feature in features if feature.dim() == 3]
-    extra = max(lengths, default=mask.shape[1]) - mask.shape[1]
+    length = max((feature.shape[1] for feature in features if feature.dim() == 3), default=mask.shape[1])
+    of_frames = None if model is None else getattr(base_model(model), "_get_feature_vector_attention_mask", None)
+    if of_frames is not None and length < mask.shape[1]:
+        return of_frames(length, mask)
+    extra = length - mask.shape[1]
+    if extra > 0 and not hasattr(model, "get_base_model"):
+        # Tokens of an image beside the text: nothing tells where they are.
+        return None
     return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
 
 

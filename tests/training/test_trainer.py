@@ -872,11 +872,11 @@ def test_without_distillation_the_folder_is_trainers(tmp_path):
 def test_every_trial_of_a_search_has_its_own_student(tmp_path, monkeypatch):
     """Ray takes the student away between trials; `model_init` makes the next one."""
     # It is not installed: its part is to call `train` with a trial's values.
-    monkeypatch.setattr("transformers.trainer_callback.hp_params", dict)
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
     trainer = SemCKDTrainer(
         model_init=lambda: vit(), args=config(tmp_path), train_dataset=images(), teacher_model=vit(3, 24, seed=9)
     )
-    trainer.hp_search_backend = HPSearchBackend.WANDB
+    trainer.hp_search_backend = HPSearchBackend.RAY
     finals = []
     for values in ({"temperature": 2.0}, {"logit_weight": 0.0, "feature_weight": 0.0}, {"temperature": 2.0}):
         trainer.args.logit_weight, trainer.args.feature_weight = 1.0, 3.0
