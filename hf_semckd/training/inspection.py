@@ -70,7 +70,7 @@ def inspect_pair(
             specs = found.describe(of_image=holds_images(student, inputs))
         else:
             outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
-        shifts = _shifts_labels(student, inputs, outputs, batch)
+        shifts = predicts_next_token(student, outputs, batch)
     finally:
         student.train(was_training)
     student_logits: Any = None
@@ -83,10 +83,14 @@ def inspect_pair(
     return Inspection(batch, student_logits, returns_spans(outputs), shifts, match, specs, taken, described)
 
 
-def _shifts_labels(student: nn.Module, inputs: Mapping[str, Any], outputs: Any, batch: Mapping[str, Any]) -> bool:
-    """Tell whether the student predicts the next token, by the loss that it computes from labels, or its inputs."""
+def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:
+    """Tell whether position n of a student's logits predicts token n + 1, by the loss that it computes itself.
+
+    `student` is in evaluation mode, and `outputs` are what it gave for the batch. Without labels, its inputs are.
+    """
     if is_encoder_decoder(student):
         return False
+    inputs = InputSelector(student)(batch)
     logits, labels = getattr(outputs, "logits", None), batch.get("labels", inputs.get("input_ids"))
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.dim() != 3 or labels.dim() != 2:
         return shifts_labels(student)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -871,17 +872,17 @@ def test_without_distillation_the_folder_is_trainers(tmp_path):
 
 def test_every_trial_of_a_search_has_its_own_student(tmp_path, monkeypatch):
     """Ray takes the student away between trials; `model_init` makes the next one."""
-    # It is not installed: its part is to call `train` with a trial's values.
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    # Neither it nor Optuna is installed: their part is to call `train` with a trial's values.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     trainer = SemCKDTrainer(
         model_init=lambda: vit(), args=config(tmp_path), train_dataset=images(), teacher_model=vit(3, 24, seed=9)
     )
-    trainer.hp_search_backend = HPSearchBackend.RAY
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
     finals = []
     for values in ({"temperature": 2.0}, {"logit_weight": 0.0, "feature_weight": 0.0}, {"temperature": 2.0}):
         trainer.args.logit_weight, trainer.args.feature_weight = 1.0, 3.0
         trainer.model = None
-        trainer.train(trial=dict(values))
+        trainer.train(trial=SimpleNamespace(params=values, number=0))
         assert trainer.distillation is None or trainer.distillation.plan.temperature == 2.0
         finals.append(weights(trainer.student))
     assert_same_weights(finals[0], finals[2])
