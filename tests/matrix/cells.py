@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from makers import Samples, config, losses, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.features.capture import FeatureCapture
@@ -165,7 +165,3 @@ def check_padding(task: str, family: str, folder: Any) -> None:
 
 def is_text(task: str) -> bool:
     return task not in ("IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC")
-
-
-def has_blocks(model: nn.Module, names: list[str]) -> bool:
-    return all(any(name == known for known, _ in model.named_modules()) for name in names)

@@ -11,20 +11,24 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY, LENGTH, CLASSES, FRAMES = 64, 12, 3, 1600
 
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "embedding_size", "word_embed_proj_dim"), 16
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 3),
-    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 3),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 2),
-    **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "num_encoder_attention_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"), 32),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 64),
-    **{"head_dim": 8, "d_kv": 8, "n_inner": 32, "vocab_size": VOCABULARY, "image_size": 32, "patch_size": 8},
+WIDTHS = ("hidden_size", "d_model", "dim", "n_embd", "embed_dim", "embedding_size", "word_embed_proj_dim")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+DEPTHS += ("num_decoder_layers", "num_encoder_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+HEADS += ("num_key_value_heads", "num_encoder_attention_heads")
+INNER = ("intermediate_size", "hidden_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "n_inner")
+LENGTHS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions")
+SIZES: dict[str, int] = {
+    **dict.fromkeys(WIDTHS, 16),
+    **dict.fromkeys(DEPTHS, 3),
+    **dict.fromkeys(HEADS, 2),
+    **dict.fromkeys(INNER, 32),
+    **dict.fromkeys(LENGTHS, 64),
+    **{"head_dim": 8, "d_kv": 8, "vocab_size": VOCABULARY, "image_size": 32, "patch_size": 8, "state_size": 4},
     **{"moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "state_size": 4},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0},
 }
+SPECTROGRAM = {"num_mel_bins": 16, "max_length": 32, "frequency_stride": 8, "time_stride": 8}
 STAGES: dict[str, Any] = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1]}
 WINDOWS: dict[str, Any] = {"patch_size": 2, "embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 2]}
 WINDOWS |= {"window_size": 4}
@@ -44,32 +48,35 @@ SPEECH |= {
 
 # What a family needs besides, or in another form.
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("convnext", "convnextv2", "poolformer"), STAGES),
-    **{"resnet": {**STAGES, "embedding_size": 8, "layer_type": "basic"}},
-    **{"regnet": {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "embedding_size": 8, "groups_width": 8}},
-    **dict.fromkeys(("swin", "swinv2", "donut-swin"), WINDOWS),
-    **dict.fromkeys(("pvt", "pvt_v2"), {**PYRAMID, "image_size": 64}),
-    **{"segformer": {**PYRAMID, "decoder_hidden_size": 16}},
-    **{"focalnet": {"patch_size": 2, "embed_dim": 8, "depths": [2, 2], "hidden_sizes": [8, 16]}},
-    **{"hiera": {"image_size": [64, 64], "embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 2, 2]}},
-    **{"swiftformer": {"embed_dims": STAGES["hidden_sizes"], "depths": STAGES["depths"]}},
-    **{"bit": {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 2, 1, 1], "num_groups": 8}},
-    **{"mobilenet_v1": {"depth_multiplier": 0.1}, "mobilenet_v2": {"depth_multiplier": 0.1}},
-    **{"mobilevit": {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 12, 12, 16, 16, 16]}},
-    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio"), SPEECH),
-    **{"sew": {**SPEECH, "squeeze_factor": 2}, "sew-d": {**SPEECH, "squeeze_factor": 2}},
-    **{
-        "audio-spectrogram-transformer": {
-            "num_mel_bins": 16,
-            "max_length": 32,
-            "frequency_stride": 8,
-            "time_stride": 8,
-        }
-    },
-    **{"gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2}},
-    **{"mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1}},
-    **{"esm": {"position_embedding_type": "absolute", "mask_token_id": 3}},
-    **{"longformer": {"attention_window": 4}, "led": {"attention_window": 4}},
+    "poolformer": STAGES,
+    "resnet": {**STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "regnet": {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "embedding_size": 8, "groups_width": 8},
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "donut-swin": WINDOWS,
+    "pvt": {**PYRAMID, "image_size": 64},
+    "pvt_v2": {**PYRAMID, "image_size": 64},
+    "segformer": {**PYRAMID, "decoder_hidden_size": 16},
+    "focalnet": {"patch_size": 2, "embed_dim": 8, "depths": [2, 2], "hidden_sizes": [8, 16]},
+    "hiera": {"image_size": [64, 64], "embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 2, 2]},
+    "swiftformer": {"embed_dims": STAGES["hidden_sizes"], "depths": STAGES["depths"]},
+    "bit": {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 64], "depths": [1, 2, 1, 1], "num_groups": 8},
+    "mobilenet_v1": {"depth_multiplier": 0.1},
+    "mobilenet_v2": {"depth_multiplier": 0.1},
+    "mobilevit": {"image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 12, 12, 16, 16, 16]},
+    "wav2vec2": SPEECH,
+    "hubert": SPEECH,
+    "wavlm": SPEECH,
+    "unispeech": SPEECH,
+    "unispeech-sat": SPEECH,
+    "data2vec-audio": SPEECH,
+    "sew": {**SPEECH, "squeeze_factor": 2},
+    "sew-d": {**SPEECH, "squeeze_factor": 2},
+    "audio-spectrogram-transformer": SPECTROGRAM,
+    "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1},
+    "canine": {"downsampling_rate": 4},
+    "longformer": {"attention_window": 4},
+    "led": {"attention_window": 4},
 }
 
 
