@@ -54,9 +54,11 @@ class SemCKDConfig(TrainingArguments):
     cannot work raises `ConfigurationError`.
     """
 
-    temperature: float = option(
-        4.0,
-        "Temperature of the logit distillation, > 0. Higher softens the teacher's and the student's distributions.",
+    temperature: float | None = option(
+        None,
+        "Temperature of the logit distillation, > 0; divides the logits of both models. None: 1 for language models "
+        "(causal and sequence to sequence), whose vocabulary a higher one drowns in tokens that nobody would write; 4 "
+        "elsewhere.",
     )
     task_weight: float = option(1.0, "Weight of the task loss, >= 0. With 0 no labels are needed.")
     logit_weight: float = option(1.0, "Weight of the logit distillation (Hinton et al., 2015), >= 0. 0: off.")

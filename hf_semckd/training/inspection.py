@@ -36,6 +36,7 @@ class Inspection:
         student_logits: The student's logits, or None when it returns none.
         spans: Whether they score tokens as the start and the end of an answer.
         shifts_labels: Whether position n of them predicts label n + 1.
+        writes_text: Whether the student's decoder gives logits of a vocabulary.
         match: Brings the logits of both models to the same classes.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
@@ -44,6 +45,7 @@ class Inspection:
     student_logits: Tensor | None
     spans: bool
     shifts_labels: bool
+    writes_text: bool
     match: LogitMatch
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
@@ -80,7 +82,9 @@ def inspect_pair(
     match = LogitMatch()
     if logits and described.logits:
         match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
-    return Inspection(batch, student_logits, returns_spans(outputs), shifts, match, specs, taken, described)
+    writes = is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3
+    spans = returns_spans(outputs)
+    return Inspection(batch, student_logits, spans, shifts, writes, match, specs, taken, described)
 
 
 def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:

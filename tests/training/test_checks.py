@@ -10,6 +10,7 @@ from makers import (
     bert_mlm,
     config,
     distiller,
+    gpt2,
     images,
     losses,
     texts,
@@ -415,3 +416,26 @@ def test_training_goes_on_from_the_checkpoint_when_the_sample_is_mended(tmp_path
     whole.train()
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(resumed.student), weights(whole.student))
+
+
+@pytest.mark.parametrize("where", ["first rows", "anywhere in the table"])
+def test_labels_that_are_no_class_are_refused_before_training(where, tmp_path):
+    rows = images(12).rows
+    rows[0 if where == "first rows" else 9]["labels"] = 5
+    data = rows if where == "first rows" else HubDataset.from_list([{**row} for row in rows]).with_format("torch")
+    with pytest.raises(InputError, match=r"(?s)label 5 with 3 classes.*num_labels"):
+        distiller(tmp_path, train_dataset=data)
+
+
+def test_a_student_that_is_frozen_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"(?s)nothing to train.*requires_grad"):
+        distiller(tmp_path, model=vit().requires_grad_(False))
+
+
+def test_the_temperature_suits_the_task(tmp_path):
+    rows = texts(4, labels="input", types=False)
+    written = distiller(tmp_path, model=gpt2(), teacher_model=gpt2(3, 24, seed=9), train_dataset=rows)
+    assert written.distillation_settings()["temperature"] == 1.0
+    assert distiller(tmp_path).distillation_settings()["temperature"] == 4.0
+    given = distiller(tmp_path, {"temperature": 2.0})
+    assert given.distillation.plan.temperature == 2.0
