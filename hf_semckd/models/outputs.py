@@ -48,13 +48,16 @@ def returns_spans(outputs: Any) -> bool:
 def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
     """Return the attention mask of the tokens whose features are taken: of the decoder where there is one.
 
-    Where a decoder has no mask of its own, positions with the label -100 are padding.
+    Where a decoder has no mask of its own, positions with the label -100 are padding; one that reads the inputs again
+    (BART, T5 as classifiers) has their mask.
     """
     if not is_encoder_decoder(model):
         return inputs.get("attention_mask")
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"]
-    return (labels != -100).long() if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return (labels != IGNORED).long()
+    return inputs.get("attention_mask") if "decoder_input_ids" not in inputs else None
 
 
 def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | None = None) -> Tensor | None:
