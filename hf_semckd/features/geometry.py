@@ -72,7 +72,8 @@ def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
             expected=f"{spec.length}: {spec.prefix} in front of a grid of {grid_of(feature, spec)}",
             todo="use one image size for all batches",
         )
-    return pool_tokens(feature[:, spec.prefix :], grid_of(feature, spec), size)
+    grid = grid_of(feature, spec)
+    return pool_tokens(feature[:, spec.prefix : spec.prefix + grid[0] * grid[1]], grid, size)
 
 
 def as_tokens(feature: Tensor) -> Tensor:

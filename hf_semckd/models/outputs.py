@@ -24,7 +24,16 @@ def logits_of(outputs: Any, role: str) -> Tensor:
     """
     if returns_spans(outputs):
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    if detects_objects(outputs):
+        raise InputError(
+            f"The {role} detects objects: its queries have no order, so the logits of two models cannot be compared",
+            received=f"an output with {', '.join(map(str, outputs))}",
+            expected="one prediction for each sample, token or pixel",
+            todo="set logit_weight=0 to learn from the boxes' own loss and from features",
+        )
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None:
+        logits = getattr(outputs, "prediction_logits", None)
     if logits is None and isinstance(outputs, Tensor):
         logits = outputs
     if logits is None and isinstance(outputs, (tuple, list)):
@@ -43,6 +52,11 @@ def logits_of(outputs: Any, role: str) -> Tensor:
 def returns_spans(outputs: Any) -> bool:
     """Whether a model's output scores tokens as the start and the end of an answer."""
     return all(isinstance(getattr(outputs, f"{end}_logits", None), Tensor) for end in ("start", "end"))
+
+
+def detects_objects(outputs: Any) -> bool:
+    """Whether a model's output holds boxes: those of queries, whose order means nothing."""
+    return getattr(outputs, "pred_boxes", None) is not None
 
 
 def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..config import SemCKDConfig
-from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
@@ -203,7 +202,7 @@ def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: S
             found.student_specs,
             found.teacher.specs,
             loss_options(args),
-            tokens_aligned=not has_own_tokens(found.batch),
+            tokens_aligned=found.tokens_aligned,
             student_parameters=sum(parameter.numel() for parameter in parameters),
         )
     if loss.reuses_teacher_head:

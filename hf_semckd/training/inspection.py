@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
@@ -16,6 +17,7 @@ from ..losses.logits import LogitMatch
 from ..losses.simkd import find_head
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import (
+    detects_objects,
     find_shift,
     holds_images,
     is_encoder_decoder,
@@ -36,6 +38,7 @@ class Inspection:
         student_logits: The student's logits, or None when it returns none.
         spans: Whether they score tokens as the start and the end of an answer.
         shifts_labels: Whether position n of them predicts label n + 1.
+        tokens_aligned: Whether position n of both models stands for the same input.
         writes_text: Whether the student's decoder gives logits of a vocabulary.
         match: Brings the logits of both models to the same classes.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
@@ -45,6 +48,7 @@ class Inspection:
     student_logits: Tensor | None
     spans: bool
     shifts_labels: bool
+    tokens_aligned: bool
     writes_text: bool
     match: LogitMatch
     student_specs: list[FeatureSpec]
@@ -83,8 +87,8 @@ def inspect_pair(
     if logits and described.logits:
         match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
     writes = is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3
-    spans = returns_spans(outputs)
-    return Inspection(batch, student_logits, spans, shifts, writes, match, specs, taken, described)
+    spans, aligned = returns_spans(outputs), not has_own_tokens(batch) and not detects_objects(outputs)
+    return Inspection(batch, student_logits, spans, shifts, aligned, writes, match, specs, taken, described)
 
 
 def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:

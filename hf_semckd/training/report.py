@@ -17,7 +17,16 @@ from ..features.layers import FeatureSpec
 from ..losses.logits import LogitMatch
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.loading import load_model
-from ..models.outputs import Task, holds_images, logits_of, returns_spans, task_of, token_attention, tokens_mask
+from ..models.outputs import (
+    Task,
+    detects_objects,
+    holds_images,
+    logits_of,
+    returns_spans,
+    task_of,
+    token_attention,
+    tokens_mask,
+)
 from .classes import match_logits, vocabulary_size
 from .inspection import predicts_next_token
 
@@ -35,6 +44,7 @@ class ModelReport:
         task: The kind of its head; None without logits.
         shifts_labels: Whether position n of the logits predicts label n + 1.
         masked: Whether padding is left out of its features.
+        detects: Whether it detects objects: the order of its tokens means nothing then.
     """
 
     name: str
@@ -45,6 +55,7 @@ class ModelReport:
     task: Task | None
     shifts_labels: bool
     masked: bool
+    detects: bool
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the model's table, the heading first."""
@@ -129,7 +140,8 @@ def inspect_models(
     models = load_model(student, "student"), load_model(teacher, "teacher", like=_module(student))
     asked = (("student", batch, student_layers), ("teacher", teacher_entries(batch), teacher_layers))
     own, other = (_report(model, *entry) for model, entry in zip(models, asked, strict=True))
-    kinds = [[Alignment.of(s, t, not has_own_tokens(batch)).kind for t in other.specs] for s in own.specs]
+    aligned = not has_own_tokens(batch) and not own.detects
+    kinds = [[Alignment.of(s, t, aligned).kind for t in other.specs] for s in own.specs]
     if own.logits is None or other.logits is None:
         role = "student" if own.logits is None else "teacher"
         return PairReport(own, other, kinds, None, f"The {role} returns no logits.")
@@ -166,7 +178,8 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     modules = capture.modules or [""] * len(found.names)
     specs = found.describe(of_image=holds_images(model, inputs))
     name, masked = type(model).__name__, mask is not None
-    return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked)
+    detects = detects_objects(found.outputs)
+    return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked, detects)
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:

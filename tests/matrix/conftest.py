@@ -28,13 +28,14 @@ HEADS = {
 MARKS = {"passed": "✓", "failed": "✗"}
 INTRODUCTION = """# Supported models
 
-Written by `make test-matrix`: a tiny model of every family and head teaches another one, with every option at its default.
+Written by `make test-matrix`: a tiny model of every family and head teaches another one, with all options at their
+defaults.
 
 - **layers**: the layers that are found are the outputs of the modules that a person would name.
 - **trains, reloads**: task, logit and feature terms are finite, and the saved student loads with `from_pretrained`.
 - **features reach blocks**: the feature term alone moves the weights of two blocks at least.
-- **padding**: more padding changes neither the logit nor the feature term; `-` where it does not apply, or the family's
-  own outputs depend on its padding.
+- **padding**: more padding changes neither the logit nor the feature term; `-` where it does not apply, or the
+  family's own outputs depend on its padding.
 
 Other models work too: `print(inspect_models(student, teacher, batch))` shows what would be compared.
 """

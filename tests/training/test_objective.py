@@ -35,6 +35,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 from transformers.trainer_utils import HPSearchBackend
 
@@ -524,3 +526,31 @@ def test_padding_of_speech_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
         seen.append([losses(trainer, name)[0] for name in ("logit_loss", "feature_loss")])
     assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
+# ---- Object detection ----------------------------------------------------------------------------------------------
+
+
+def test_queries_of_a_detector_are_compared_by_no_index(tmp_path: Path) -> None:
+    """Logits are refused; patches are compared where they lie, without the detection tokens behind them."""
+
+    def yolos(width: int, seed: int) -> Any:
+        torch.manual_seed(seed)
+        small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": width}
+        images = {"image_size": [16, 16], "patch_size": 4, "num_detection_tokens": 3}
+        return YolosForObjectDetection(YolosConfig(**small, **images, num_labels=3))
+
+    def collate(samples: list[Any]) -> dict[str, Any]:
+        pictures = torch.stack([sample["pixel_values"] for sample in samples])
+        return {"pixel_values": pictures, "labels": [sample["labels"] for sample in samples]}
+
+    target = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    rows = [{**row, "labels": target} for row in images(4, labels=None).rows]
+    parts = {"model": yolos(16, 0), "teacher_model": yolos(16, 1), "train_dataset": rows, "data_collator": collate}
+    with pytest.raises(InputError, match=r"(?s)queries have no order.*logit_weight=0"):
+        distiller(tmp_path, **parts)
+    trainer = distiller(tmp_path, {"logit_weight": 0.0, "max_steps": 2}, **parts)
+    assert [(spec.grid, spec.prefix) for spec in trainer.feature_loss.student_specs] == [((4, 4), 1)] * 2
+    assert {pair.kind for row in trainer.feature_loss.comparison.alignments for pair in row} == {"grid"}
+    trainer.train()
+    assert losses(trainer, "feature_loss")[0] > 0
