@@ -20,7 +20,14 @@ from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
-from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
+from .checks import (
+    check_dataset,
+    check_feature_loss,
+    check_labels,
+    check_parallelism,
+    check_teacher_given,
+    check_tokenizers,
+)
 from .classes import vocabulary_size
 from .distillation import Distillation
 from .pair import Pair
@@ -79,6 +86,7 @@ class DistillationTrainer(StudentTrainer):
         # Trainer's constructor calls overridden methods: what they read must exist before it runs.
         self.pair: Pair | None = None
         self.distillation: Distillation | None = None
+        self._teacher_source = None if isinstance(teacher_model, nn.Module) else teacher_model
         self._source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
@@ -156,6 +164,7 @@ class DistillationTrainer(StudentTrainer):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
+            check_tokenizers(self._teacher_source, self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
