@@ -10,9 +10,10 @@ _HOMES = {
     "DistillationTrainer": "training.trainer",
     "SemCKDConfig": "config",
     "SemCKDTrainer": "training.trainer",
+    "inspect_models": "training.report",
 }
 
-__all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__"]
+__all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__", "inspect_models"]
 
 
 def __getattr__(name: str) -> Any:

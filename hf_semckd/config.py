@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -53,9 +54,11 @@ class SemCKDConfig(TrainingArguments):
     cannot work raises `ConfigurationError`.
     """
 
-    temperature: float = option(
-        4.0,
-        "Temperature of the logit distillation, > 0. Higher softens the teacher's and the student's distributions.",
+    temperature: float | None = option(
+        None,
+        "Temperature of the logit distillation, > 0; divides the logits of both models. None: 1 for language models "
+        "(causal and sequence to sequence), whose vocabulary a higher one drowns in tokens that nobody would write; 4 "
+        "elsewhere.",
     )
     task_weight: float = option(1.0, "Weight of the task loss, >= 0. With 0 no labels are needed.")
     logit_weight: float = option(1.0, "Weight of the logit distillation (Hinton et al., 2015), >= 0. 0: off.")
@@ -179,10 +182,17 @@ class SemCKDConfig(TrainingArguments):
         return cls(output_dir=output_dir, **{**settings, **arguments})
 
     @classmethod
-    def of(cls, args: TrainingArguments | None) -> SemCKDConfig:
+    def of(cls, args: TrainingArguments | Mapping[str, Any] | None) -> SemCKDConfig:
         """Return the arguments as a configuration; for None, with the output folder that `Trainer` would use."""
-        if args is None:
-            return cls(output_dir="tmp_trainer")
+        if args is None or isinstance(args, Mapping):
+            return cls(**{"output_dir": "tmp_trainer", **(args or {})})
+        if getattr(args, "predict_with_generate", False):
+            raise ConfigurationError(
+                "`predict_with_generate` would be ignored: this is no Seq2SeqTrainer",
+                received="predict_with_generate=True",
+                expected="evaluation by the loss and the logits",
+                todo="set it to False, and evaluate with Seq2SeqTrainer(model=trainer.student, ...) afterwards",
+            )
         return args if isinstance(args, SemCKDConfig) else cls.from_training_arguments(args)
 
     @classmethod
@@ -271,6 +281,13 @@ class SemCKDConfig(TrainingArguments):
                 received=f"use_liger_kernel=True, logit_weight={self.logit_weight}",
                 expected="one of the two",
                 todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
+            )
+        if not self.distils and self.task_weight != 1:
+            raise ConfigurationError(
+                "`task_weight` has no effect where nothing else is minimized",
+                received=f"task_weight={self.task_weight}, logit_weight=0, feature_weight=0",
+                expected="task_weight=1, or a distillation term",
+                todo="set task_weight=1, or logit_weight or feature_weight to a positive number",
             )
         check_projection_init(self.projector, self.projection_init)
         if self.auto_find_batch_size and self.depends_on_batch_size:

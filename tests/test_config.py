@@ -78,7 +78,7 @@ def test_a_weight_must_be_a_finite_number_from_zero(tmp_path, name, value):
     assert f"`{name}`" in text and f"received: {value!r}" in text and "finite number >= 0" in text
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -2.0, *NOT_NUMBERS])
+@pytest.mark.parametrize("value", [0, 0.0, -2.0, *(value for value in NOT_NUMBERS if value is not None)])
 def test_the_temperature_must_be_positive(tmp_path, value):
     text = refusal(tmp_path, temperature=value)
     assert "`temperature`" in text and f"received: {value!r}" in text and "finite number > 0" in text
@@ -265,7 +265,7 @@ def test_label_smoothing_needs_a_task_loss(tmp_path):
     assert "label_smoothing_factor=0.1, task_weight=0" in text
     assert config(tmp_path, label_smoothing_factor=0.1).label_smoothing_factor == 0.1
     assert config(tmp_path, task_weight=0).task_weight == 0
-    assert config(tmp_path, label_smoothing_factor=0.1, task_weight=0, logit_weight=0, feature_weight=0)
+    assert config(tmp_path, label_smoothing_factor=0.1, logit_weight=0, feature_weight=0)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
-from .columns import TEACHER_PREFIX
+from .columns import LABEL_COLUMNS, TEACHER_PREFIX
 
 PROBE_SAMPLES = 2
 
@@ -50,6 +53,25 @@ def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
             if paired
             else "pass a data_collator that fits the samples, such as DataCollatorWithPadding(tokenizer)",
         ) from error
+
+
+def label_range(dataset: Any) -> tuple[int, int] | None:
+    """Return the least and the greatest label of a `datasets.Dataset`, from its table; None where that is not known.
+
+    A selection of rows is not looked through: its table holds the others too.
+    """
+    if not isinstance(dataset, Dataset) or dataset._indices is not None:
+        return None
+    name = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+    if name is None:
+        return None
+    labels = dataset.data.column(name).combine_chunks()
+    while pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type):
+        labels = labels.flatten()
+    if not pa.types.is_integer(labels.type) or len(labels) == labels.null_count:
+        return None
+    bounds = pc.min_max(labels).as_py()
+    return bounds["min"], bounds["max"]
 
 
 def is_map_style(dataset: Any) -> bool:

@@ -72,7 +72,8 @@ def as_map(feature: Tensor, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
             expected=f"{spec.length}: {spec.prefix} in front of a grid of {grid_of(feature, spec)}",
             todo="use one image size for all batches",
         )
-    return pool_tokens(feature[:, spec.prefix :], grid_of(feature, spec), size)
+    grid = grid_of(feature, spec)
+    return pool_tokens(feature[:, spec.prefix : spec.prefix + grid[0] * grid[1]], grid, size)
 
 
 def as_tokens(feature: Tensor) -> Tensor:
@@ -115,19 +116,26 @@ def both_masks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def fitting_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
-    """Return the mask where it is that of the feature's positions: tokens (B, N, C) of its length."""
-    return mask if mask is not None and feature.dim() == 3 and feature.shape[1] == mask.shape[1] else None
+    """Return the mask (B, N) of a feature's tokens (B, N, C); None for a map, a vector, or tokens of other samples.
+
+    Where a model has pooled its tokens, one counts if any of those that went into it does.
+    """
+    if mask is None or feature.dim() != 3 or len(mask) != len(feature) or feature.shape[1] > mask.shape[1]:
+        return None
+    if feature.shape[1] == mask.shape[1]:
+        return mask
+    return F.adaptive_max_pool1d((mask != 0).float().unsqueeze(1), feature.shape[1]).squeeze(1) != 0
 
 
 class Average:
     """Averages layers' outputs over their positions; terms of the mask alone are computed once.
 
-    Positions whose mask (B, N) is 0 do not count in features of N positions, whatever they hold. None: all count.
+    Positions whose mask (B, N) is 0 do not count, whatever they hold; see `fitting_mask`. None: all count.
     """
 
     def __init__(self, mask: Tensor | None = None):
         self.mask = mask
-        self._parts: tuple[Tensor, Tensor] | None = None
+        self._parts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, feature: Tensor) -> Tensor:
         """Return the average (B, C) of (B, C, H, W), (B, N, C) or (B, C); under the mask at least in float32."""
@@ -135,15 +143,16 @@ class Average:
             return feature.mean((2, 3))
         if feature.dim() == 2:
             return feature
-        if self.mask is None or self.mask.shape[1] != feature.shape[1]:
-            return feature.mean(1)
-        dtype = at_least_float32(feature[:0]).dtype
-        if self._parts is None or self._parts[1].dtype != dtype:
-            counted = self.mask != 0
-            self._parts = ~counted.unsqueeze(-1), counted.sum(1, keepdim=True).clamp(min=1).to(dtype)
-        left_out, count = self._parts
+        kind = feature.shape[1], at_least_float32(feature[:0]).dtype
+        if kind not in self._parts:
+            mask = fitting_mask(self.mask, feature)
+            if mask is None:
+                return feature.mean(1)
+            counted = mask != 0
+            self._parts[kind] = ~counted.unsqueeze(-1), counted.sum(1, keepdim=True).clamp(min=1).to(kind[1])
+        left_out, count = self._parts[kind]
         # In half precision the sum of a long sequence overflows, though its mean would not.
-        return feature.masked_fill(left_out, 0.0).sum(1, dtype=dtype) / count
+        return feature.masked_fill(left_out, 0.0).sum(1, dtype=kind[1]) / count
 
 
 def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:

@@ -24,7 +24,16 @@ def logits_of(outputs: Any, role: str) -> Tensor:
     """
     if returns_spans(outputs):
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    if detects_objects(outputs):
+        raise InputError(
+            f"The {role} detects objects: its queries have no order, so the logits of two models cannot be compared",
+            received=f"an output with {', '.join(map(str, outputs))}",
+            expected="one prediction for each sample, token or pixel",
+            todo="set logit_weight=0 to learn from the boxes' own loss and from features",
+        )
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None:
+        logits = getattr(outputs, "prediction_logits", None)
     if logits is None and isinstance(outputs, Tensor):
         logits = outputs
     if logits is None and isinstance(outputs, (tuple, list)):
@@ -45,31 +54,45 @@ def returns_spans(outputs: Any) -> bool:
     return all(isinstance(getattr(outputs, f"{end}_logits", None), Tensor) for end in ("start", "end"))
 
 
+def detects_objects(outputs: Any) -> bool:
+    """Whether a model's output holds boxes: those of queries, whose order means nothing."""
+    return getattr(outputs, "pred_boxes", None) is not None
+
+
 def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
     """Return the attention mask of the tokens whose features are taken: of the decoder where there is one.
 
-    Where a decoder has no mask of its own, positions with the label -100 are padding.
+    Where a decoder has no mask of its own, positions with the label -100 are padding; one that reads the inputs again
+    (BART, T5 as classifiers) has their mask.
     """
     if not is_encoder_decoder(model):
         return inputs.get("attention_mask")
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"]
-    return (labels != -100).long() if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return (labels != IGNORED).long()
+    return inputs.get("attention_mask") if "decoder_input_ids" not in inputs else None
 
 
-def tokens_mask(attention_mask: Any, features: list[Tensor]) -> Tensor | None:
-    """Return the (B, N) mask that fits the features, or None when there is none.
+def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | None = None) -> Tensor | None:
+    """Return the (B, N) mask that fits a model's features, or None when there is none.
 
-    Prompt tuning puts learned tokens in front of the sequence; they count as tokens. Multiple choice has a mask
-    (B, choices, N) for features of B * choices rows.
+    Prompt tuning (PEFT) puts learned tokens in front of the sequence; they count as tokens. Speech models know which
+    of their frames come from padding. Multiple choice has a mask (B, choices, N) for features of B * choices rows.
     """
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
         mask = mask.flatten(0, 1)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    lengths = [feature.shape[1] for feature in features if feature.dim() == 3]
-    extra = max(lengths, default=mask.shape[1]) - mask.shape[1]
+    length = max((feature.shape[1] for feature in features if feature.dim() == 3), default=mask.shape[1])
+    of_frames = None if model is None else getattr(base_model(model), "_get_feature_vector_attention_mask", None)
+    if of_frames is not None and length < mask.shape[1]:
+        return of_frames(length, mask)
+    extra = length - mask.shape[1]
+    if extra > 0 and not hasattr(model, "get_base_model"):
+        # Tokens of an image beside the text: nothing tells where they are.
+        return None
     return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
 
 

@@ -162,7 +162,8 @@ class Teacher:
         inputs = {name: chosen(value) for name, value in self.inputs(batch).items()}
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
-        mask = tokens_mask(token_attention(inputs, labels, self.model), taken)
+        attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
+        mask = tokens_mask(token_attention({**attention, **inputs}, labels, self.model), taken, self.model)
         kept = TeacherTargets()
         if features and select is not None:
             kept = select(taken, mask, lambda: chosen(self._phases(batch)))

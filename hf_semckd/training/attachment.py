@@ -152,7 +152,7 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         if targets.wait is not None:
             targets.wait()
         loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
-        result = loss(features, targets.features, tokens_mask(targets.student_mask, features))
+        result = loss(features, targets.features, tokens_mask(targets.student_mask, features, self))
         losses = {"per_sample": result.per_sample}
         if result.association is not None:
             losses["association"] = result.association

@@ -71,7 +71,7 @@ def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> No
     path = Path(folder) / FEATURE_LOSS_FILE
     if not path.is_file():
         raise CheckpointError(
-            "The checkpoint holds no calibration to resume from",
+            "The checkpoint holds no feature loss to resume from",
             received=f"no {FEATURE_LOSS_FILE} in the checkpoint",
             expected="a checkpoint written by this trainer with feature distillation on",
             todo="resume from another checkpoint, or start a new run with this checkpoint's student as the model",
@@ -80,7 +80,7 @@ def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> No
         loss.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise CheckpointError(
-            "The checkpoint's calibration does not fit this run",
+            "The checkpoint's feature loss does not fit this run",
             received=str(error),
             expected="the layers, association and projector that the checkpoint was trained with",
             todo=f"compare {SETTINGS_FILE} in the checkpoint with your configuration",
@@ -113,7 +113,7 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
-def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None, settings: Mapping[str, Any]) -> None:
+def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module, settings: Mapping[str, Any]) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
     They take the place of Trainer's pickled arguments, which only this library could read back.
@@ -123,7 +123,7 @@ def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module | None,
     written = {
         "distillation": dict(settings),
         "training": {name: getattr(value, "value", value) for name, value in arguments.items()},
-        "teacher": type(teacher).__name__ if teacher is not None else None,
+        "teacher": type(teacher).__name__,
         "versions": environment(),
     }
     write_json(folder / SETTINGS_FILE, written)

@@ -1,19 +1,23 @@
 """Refuses models, data (`InputError`) and options (`ConfigurationError`) that cannot work, before the first step."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ..config import SemCKDConfig
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
-from ..data.samples import column_names
+from ..data.samples import column_names, label_range
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
+from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
 from ..models.inputs import InputSelector
-from ..models.outputs import is_encoder_decoder
+from ..models.outputs import IGNORED, Task, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +119,46 @@ def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: S
             received=f"columns {', '.join(map(repr, batch))}, task_weight={config.task_weight}",
             expected=f"a column named {', '.join(map(repr, label_names or ('labels',)))}",
             todo="add labels, or set task_weight=0 to learn from the teacher alone",
+        )
+
+
+def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) -> None:
+    """Refuse a teacher given by name or folder that has another tokenizer than the student, and only its token ids."""
+    shared = "input_ids" in batch and not any(name.startswith(TEACHER_PREFIX) for name in batch)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not shared or not isinstance(teacher, (str, os.PathLike)) or not hasattr(tokenizer, "get_vocab"):
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False, local_files_only=True).get_vocab()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # None was saved with it: nothing is known.
+        return
+    known = tokenizer.get_vocab()
+    if theirs != known:
+        other = sum(theirs.get(token) != index for token, index in known.items())
+        raise InputError(
+            "The teacher has another tokenizer than the student, whose token ids mean nothing to it",
+            received=f"processing_class with {len(known)} tokens, of which {other} are other ids in {teacher}",
+            expected="one tokenizer for both, or columns of the teacher's own",
+            todo="tokenize the texts for the teacher too, as teacher_input_ids and teacher_attention_mask, with "
+            "hf_semckd.data.TeacherStudentCollator",
+        )
+
+
+def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:
+    """Refuse labels that are no class of the student's: deep inside a loss they would end in a raw error."""
+    labels = batch.get("labels")
+    if task not in ("single_label", "tokens") or not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
+        return
+    classes = int(logits.shape[1] if task == "single_label" else logits.shape[-1])
+    bounds = [int(labels.min()), int(labels.max()), *(label_range(dataset) or ())]
+    wrong = [label for label in bounds if not 0 <= label < classes and label not in (IGNORED, IGNORED_PIXEL)]
+    if wrong:
+        raise InputError(
+            "There are labels outside the student's classes",
+            received=f"label {wrong[0]} with {classes} classes",
+            expected=f"labels from 0 to {classes - 1}, or {IGNORED} for positions that do not count",
+            todo="load the student with num_labels of the data set, or map the labels to 0, 1, 2, ...",
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..config import SemCKDConfig
-from ..data.columns import has_own_tokens
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
@@ -19,7 +18,7 @@ from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .caching import TrainingData, check_cache
-from .checks import check_published_batches
+from .checks import check_label_range, check_published_batches
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
 from .monitor import Monitor
@@ -29,6 +28,9 @@ from .options import loss_options
 from .pair import Pair
 from .plan import Plan, Services
 from .task_loss import TaskLoss
+
+# Of the logit distillation, where the configuration leaves it open: of language models, and elsewhere.
+LANGUAGE_TEMPERATURE, TEMPERATURE = 1.0, 4.0
 
 
 class Distillation:
@@ -53,7 +55,8 @@ class Distillation:
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
         chosen = {} if loss is None else loss.settings
-        self.settings = {**args.distillation_settings(), **chosen, "feature_weight": plan.feature_weight}
+        used = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
+        self.settings = {**args.distillation_settings(), **chosen, **used}
         self._borrowed: BorrowedOptimizer | None = None
         count = getattr(pair.student, "num_parameters", None)
         self._student_parameters = 0 if count is None else int(count(exclude_embeddings=True))
@@ -76,6 +79,9 @@ class Distillation:
             found = inspect_pair(pair, batch, **wanted, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
+            if found.student_logits is not None and plan.task_weight > 0:
+                dataset = None if data is None else data.dataset
+                check_label_range(found.batch, plan.task, found.student_logits, dataset)
             distillation = cls(pair, plan, loss, args, services)
             if pair.cached_teacher is not None:
                 distillation._open_cache(pair.cached_teacher, found, data, services)
@@ -169,11 +175,17 @@ def _make_plan(
         label_names=label_names,
         student_computes_loss=pair.router.takes_any(label_names),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,
-        temperature=args.temperature,
+        temperature=_temperature(args, found),
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
     )
+
+
+def _temperature(args: SemCKDConfig, found: Inspection) -> float:
+    if args.temperature is not None:
+        return args.temperature
+    return LANGUAGE_TEMPERATURE if found.shifts_labels or found.writes_text else TEMPERATURE
 
 
 def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: SemCKDConfig) -> FeatureLoss:
@@ -190,7 +202,7 @@ def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: S
             found.student_specs,
             found.teacher.specs,
             loss_options(args),
-            tokens_aligned=not has_own_tokens(found.batch),
+            tokens_aligned=found.tokens_aligned,
             student_parameters=sum(parameter.numel() for parameter in parameters),
         )
     if loss.reuses_teacher_head:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
@@ -16,6 +17,7 @@ from ..losses.logits import LogitMatch
 from ..losses.simkd import find_head
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import (
+    detects_objects,
     find_shift,
     holds_images,
     is_encoder_decoder,
@@ -36,6 +38,8 @@ class Inspection:
         student_logits: The student's logits, or None when it returns none.
         spans: Whether they score tokens as the start and the end of an answer.
         shifts_labels: Whether position n of them predicts label n + 1.
+        tokens_aligned: Whether position n of both models stands for the same input.
+        writes_text: Whether the student's decoder gives logits of a vocabulary.
         match: Brings the logits of both models to the same classes.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
@@ -44,6 +48,8 @@ class Inspection:
     student_logits: Tensor | None
     spans: bool
     shifts_labels: bool
+    tokens_aligned: bool
+    writes_text: bool
     match: LogitMatch
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
@@ -70,7 +76,7 @@ def inspect_pair(
             specs = found.describe(of_image=holds_images(student, inputs))
         else:
             outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
-        shifts = _shifts_labels(student, inputs, outputs, batch)
+        shifts = predicts_next_token(student, outputs, batch)
     finally:
         student.train(was_training)
     student_logits: Any = None
@@ -80,13 +86,19 @@ def inspect_pair(
     match = LogitMatch()
     if logits and described.logits:
         match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
-    return Inspection(batch, student_logits, returns_spans(outputs), shifts, match, specs, taken, described)
+    writes = is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3
+    spans, aligned = returns_spans(outputs), not has_own_tokens(batch) and not detects_objects(outputs)
+    return Inspection(batch, student_logits, spans, shifts, aligned, writes, match, specs, taken, described)
 
 
-def _shifts_labels(student: nn.Module, inputs: Mapping[str, Any], outputs: Any, batch: Mapping[str, Any]) -> bool:
-    """Tell whether the student predicts the next token, by the loss that it computes from labels, or its inputs."""
+def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:
+    """Tell whether position n of a student's logits predicts token n + 1, by the loss that it computes itself.
+
+    `student` is in evaluation mode, and `outputs` are what it gave for the batch. Without labels, its inputs are.
+    """
     if is_encoder_decoder(student):
         return False
+    inputs = InputSelector(student)(batch)
     logits, labels = getattr(outputs, "logits", None), batch.get("labels", inputs.get("input_ids"))
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.dim() != 3 or labels.dim() != 2:
         return shifts_labels(student)

@@ -84,7 +84,9 @@ class Objective:
             inputs["labels"] = safe_labels(inputs["labels"], counts.items)
         if self.loss is None:
             return model(**inputs), None
-        mask = token_attention(inputs, self.plan.labels_of(batch), self.pair.student)
+        # A student that takes no mask (FNet) is compared where the batch has tokens all the same.
+        attention = {"attention_mask": batch.get("attention_mask"), **inputs}
+        mask = token_attention(attention, self.plan.labels_of(batch), self.pair.student)
         taught = DistillationTargets(targets.features, mask, self.run_teacher.wait)
         outputs = model(**inputs, **taught.as_keyword())
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:

@@ -36,7 +36,8 @@ class StudentTrainer(Trainer):
     @property
     def student(self) -> Any:
         """The plain student; while training it holds the feature loss as a submodule."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.model
+        return None if model is None else self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     @property
     def teacher(self) -> Any:
@@ -119,10 +120,9 @@ class StudentTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._plain_student():
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
-        if self.args.should_save:
+        if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            teacher = None if self.pair is None else self.pair.teacher.model
-            finish_folder(folder, self.args, teacher, self.distillation_settings())
+            finish_folder(folder, self.args, self.pair.teacher.model, self.distillation_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss

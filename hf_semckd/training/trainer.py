@@ -14,12 +14,20 @@ from ..data.samples import is_map_style
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
 from ..models.loading import ModelSource, load_model
+from ..models.outputs import IGNORED
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
-from .checks import check_dataset, check_feature_loss, check_labels, check_parallelism, check_teacher_given
+from .checks import (
+    check_dataset,
+    check_feature_loss,
+    check_labels,
+    check_parallelism,
+    check_teacher_given,
+    check_tokenizers,
+)
 from .classes import vocabulary_size
 from .distillation import Distillation
 from .pair import Pair
@@ -78,6 +86,7 @@ class DistillationTrainer(StudentTrainer):
         # Trainer's constructor calls overridden methods: what they read must exist before it runs.
         self.pair: Pair | None = None
         self.distillation: Distillation | None = None
+        self._teacher_source = None if isinstance(teacher_model, nn.Module) else teacher_model
         self._source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
@@ -155,6 +164,7 @@ class DistillationTrainer(StudentTrainer):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
+            check_tokenizers(self._teacher_source, self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
@@ -206,6 +216,10 @@ class DistillationTrainer(StudentTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if items is None and type(self).compute_loss is not DistillationTrainer.compute_loss and batches:
+            # Ours needs no number of items; a user's own may.
+            labels = [batch["labels"] for batch in batches if "labels" in batch]
+            items = sum((entry != IGNORED).sum() for entry in labels) if labels else None
         if self.distillation is not None and batches:
             batches = self.distillation.objective.begin_step(batches, self._prepare_input)
         return batches, items
@@ -220,9 +234,11 @@ class DistillationTrainer(StudentTrainer):
             TeacherOutputError: When it is the teacher's doing.
             CheckpointError: When a checkpoint to resume from is incomplete.
         """
-        if not self._distils:
+        if self.pair is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self._attach(self._built())
+        # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
+        if self._distils and self.model is not None:
+            self._attach(self._built())
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             # A trial may have turned the distillation off.
@@ -258,7 +274,7 @@ class DistillationTrainer(StudentTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student, with a fresh feature loss when training has begun."""
         model = super().call_model_init(trial)
-        if self.distillation is not None and self.is_in_train:
+        if self.pair is not None and self.is_in_train and self._distils:
             self._detach()
             self.model = model
             self._attach(self._build())

@@ -8,9 +8,11 @@ from naive import normal, relative
 from hf_semckd.errors import InputError
 from hf_semckd.features.geometry import (
     Alignment,
+    Average,
     as_map,
     as_tokens,
     common_grid,
+    fitting_mask,
     grid_of,
     map_to_tokens,
     pool_map,
@@ -173,3 +175,13 @@ def test_as_tokens_gives_positions_of_maps_tokens_and_vectors():
     assert torch.equal(as_tokens(feature)[:, 7], feature[:, :, 1, 2])
     assert as_tokens(feature[:, :, 0]).shape == (2, 3, 5)
     assert torch.equal(as_tokens(feature[:, :, 0, 0]), feature[:, None, :, 0, 0])
+
+
+def test_a_mask_follows_pooled_tokens():
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
+    fitted = fitting_mask(mask, torch.zeros(2, 4, 3))
+    assert fitted.tolist() == [[True, True, True, False], [True, False, False, False]]
+    feature = torch.arange(24.0).view(2, 4, 3)
+    expected = torch.stack([feature[0, :3].mean(0), feature[1, 0]])
+    torch.testing.assert_close(Average(mask)(feature), expected)
+    assert fitting_mask(mask, torch.zeros(2, 9, 3)) is None and fitting_mask(mask, torch.zeros(4, 8, 3)) is None

@@ -633,7 +633,7 @@ def test_evaluation_and_filling_do_not_share_a_loader(order, tmp_path):
             kept._iterator._shutdown_workers()
 
 
-@pytest.mark.parametrize("args", [{}, {"logit_weight": 0.0, "feature_weight": 0.0}])
+@pytest.mark.parametrize("args", [{}, {"logit_weight": 0.0, "feature_weight": 0.0, "task_weight": 1.0}])
 def test_there_is_nothing_to_fill_without_a_cache(args, tmp_path):
     cache = {"teacher_cache_dir": str(tmp_path / "cache")} if args else {}
     with pytest.raises(ConfigurationError, match="teacher_cache_dir"):

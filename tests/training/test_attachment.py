@@ -262,6 +262,10 @@ def test_no_logits_is_an_error_with_the_role(outputs):
 def test_mask_of_tokens_is_padded_for_tokens_in_front():
     mask = torch.tensor([[1, 1, 0]])
     assert tokens_mask(mask, [torch.zeros(1, 3, 4)]) is mask
-    assert tokens_mask(mask, [torch.zeros(1, 5, 4)]).tolist() == [[1, 1, 1, 1, 0]]
+    prompted = nn.Module()
+    prompted.get_base_model = nn.Identity
+    assert tokens_mask(mask, [torch.zeros(1, 5, 4)], prompted).tolist() == [[1, 1, 1, 1, 0]]
+    # Elsewhere more tokens are those of an image, and nothing tells where they are.
+    assert tokens_mask(mask, [torch.zeros(1, 5, 4)], nn.Identity()) is None
     assert tokens_mask(None, []) is None
     assert tokens_mask(torch.ones(1, 1, 3, 3), [torch.zeros(1, 3, 4)]) is None

@@ -10,15 +10,18 @@ from makers import (
     bert_mlm,
     config,
     distiller,
+    gpt2,
     images,
     losses,
     texts,
     vit,
     weights,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForImageClassification, BertConfig
+from transformers import AutoModelForImageClassification, BertConfig, PreTrainedTokenizerFast, default_data_collator
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import (
@@ -415,3 +418,47 @@ def test_training_goes_on_from_the_checkpoint_when_the_sample_is_mended(tmp_path
     whole.train()
     assert losses(resumed) == losses(whole)
     assert_same_weights(weights(resumed.student), weights(whole.student))
+
+
+@pytest.mark.parametrize("where", ["first rows", "anywhere in the table"])
+def test_labels_that_are_no_class_are_refused_before_training(where, tmp_path):
+    rows = images(12).rows
+    rows[0 if where == "first rows" else 9]["labels"] = 5
+    data = rows if where == "first rows" else HubDataset.from_list([{**row} for row in rows]).with_format("torch")
+    with pytest.raises(InputError, match=r"(?s)label 5 with 3 classes.*num_labels"):
+        distiller(tmp_path, train_dataset=data)
+
+
+def test_a_student_that_is_frozen_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"(?s)nothing to train.*requires_grad"):
+        distiller(tmp_path, model=vit().requires_grad_(False))
+
+
+def test_the_temperature_suits_the_task(tmp_path):
+    rows = texts(4, labels="input", types=False)
+    written = distiller(tmp_path, model=gpt2(), teacher_model=gpt2(3, 24, seed=9), train_dataset=rows)
+    assert written.distillation_settings()["temperature"] == 1.0
+    assert distiller(tmp_path).distillation_settings()["temperature"] == 4.0
+    given = distiller(tmp_path, {"temperature": 2.0})
+    assert given.distillation.plan.temperature == 2.0
+
+
+def test_a_teacher_with_another_tokenizer_needs_columns_of_its_own(tmp_path):
+    """Its ids would be read as other words, and nothing would say so."""
+
+    def words(order):
+        known = Tokenizer(WordLevel({f"w{n}": index for index, n in enumerate(order)}, unk_token="w0"))
+        return PreTrainedTokenizerFast(tokenizer_object=known, pad_token="w0")
+
+    own, theirs = words(range(40)), words([*range(38), 39, 38])
+    folder = tmp_path / "teacher"
+    bert(3, 24, seed=9).save_pretrained(folder)
+    theirs.save_pretrained(folder)
+    parts = {"model": bert(), "teacher_model": str(folder), "processing_class": own}
+    rows = texts(8, types=False).rows
+    with pytest.raises(InputError, match=r"(?s)another tokenizer.*2 are other ids.*teacher_input_ids"):
+        distiller(tmp_path, **parts, train_dataset=rows)
+    both = [{**row, **{f"teacher_{name}": row[name] for name in ("input_ids", "attention_mask")}} for row in rows]
+    distiller(tmp_path, **parts, train_dataset=both, data_collator=default_data_collator)
+    own.save_pretrained(folder)
+    distiller(tmp_path, **parts, train_dataset=rows)

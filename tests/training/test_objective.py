@@ -33,6 +33,10 @@ from transformers import (
     BertModel,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 from transformers.trainer_utils import HPSearchBackend
 
@@ -488,3 +492,65 @@ def test_the_teacher_runs_in_the_students_precision(tmp_path: Path, bf16: bool) 
     handle.remove()
     assert seen == {torch.bfloat16 if bf16 else torch.float32}
     assert {entry.dtype for entry in trainer.teacher.parameters()} == {torch.float32}
+
+
+# ---- Masks ---------------------------------------------------------------------------------------------------------
+
+
+def test_padding_of_speech_changes_nothing(tmp_path: Path) -> None:
+    """The frames of a recording's padding are left out, as the model itself leaves them out."""
+
+    def speech(layers: int, seed: int) -> Any:
+        torch.manual_seed(seed)
+        small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": layers}
+        convolutions = {"conv_dim": [16] * 3, "conv_stride": [5, 4, 2], "conv_kernel": [10, 8, 4]}
+        positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
+        still = {"mask_time_prob": 0.0, "layerdrop": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+        still |= {"feat_proj_dropout": 0.0, "activation_dropout": 0.0, "do_stable_layer_norm": True}
+        return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**small, **convolutions, **positions, **still))
+
+    recordings = [torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (800, 1200)]
+    seen = []
+    for padding in (0, 400):
+        length = 1200 + padding
+        rows = [
+            {
+                "input_values": F.pad(recording, (0, length - len(recording))),
+                "attention_mask": (torch.arange(length) < len(recording)).long(),
+                "labels": index,
+            }
+            for index, recording in enumerate(recordings)
+        ]
+        args = {"max_steps": 1, "per_device_train_batch_size": 2}
+        trainer = distiller(tmp_path, args, model=speech(2, 0), teacher_model=speech(3, 1), train_dataset=rows)
+        trainer.train()
+        seen.append([losses(trainer, name)[0] for name in ("logit_loss", "feature_loss")])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+
+
+# ---- Object detection ----------------------------------------------------------------------------------------------
+
+
+def test_queries_of_a_detector_are_compared_by_no_index(tmp_path: Path) -> None:
+    """Logits are refused; patches are compared where they lie, without the detection tokens behind them."""
+
+    def yolos(width: int, seed: int) -> Any:
+        torch.manual_seed(seed)
+        small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": width}
+        images = {"image_size": [16, 16], "patch_size": 4, "num_detection_tokens": 3}
+        return YolosForObjectDetection(YolosConfig(**small, **images, num_labels=3))
+
+    def collate(samples: list[Any]) -> dict[str, Any]:
+        pictures = torch.stack([sample["pixel_values"] for sample in samples])
+        return {"pixel_values": pictures, "labels": [sample["labels"] for sample in samples]}
+
+    target = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    rows = [{**row, "labels": target} for row in images(4, labels=None).rows]
+    parts = {"model": yolos(16, 0), "teacher_model": yolos(16, 1), "train_dataset": rows, "data_collator": collate}
+    with pytest.raises(InputError, match=r"(?s)queries have no order.*logit_weight=0"):
+        distiller(tmp_path, **parts)
+    trainer = distiller(tmp_path, {"logit_weight": 0.0, "max_steps": 2}, **parts)
+    assert [(spec.grid, spec.prefix) for spec in trainer.feature_loss.student_specs] == [((4, 4), 1)] * 2
+    assert {pair.kind for row in trainer.feature_loss.comparison.alignments for pair in row} == {"grid"}
+    trainer.train()
+    assert losses(trainer, "feature_loss")[0] > 0

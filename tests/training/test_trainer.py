@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,12 +37,14 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
-from hf_semckd.errors import NonFiniteLossError
+from hf_semckd.errors import ConfigurationError, NonFiniteLossError
 from hf_semckd.training.attachment import FEATURE_LOSS_NAME
 
 NOTHING = {"logit_weight": 0.0, "feature_weight": 0.0}
@@ -836,3 +839,64 @@ def test_a_saved_student_goes_on_as_a_teacher(tmp_path):
     learns(second)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "first")
     assert_same_weights(weights(second.teacher), weights(loaded))
+
+
+# ---- What Trainer promises -----------------------------------------------------------------------------------------
+
+
+def test_arguments_may_be_a_dictionary(tmp_path):
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "max_steps": 1, "temperature": 2.0}
+    trainer = SemCKDTrainer(vit(), args, train_dataset=images(), teacher_model=vit(3, 24))
+    assert trainer.args.temperature == 2.0 and trainer.args.max_steps == 1
+
+
+def test_generation_in_evaluation_is_refused(tmp_path):
+    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", predict_with_generate=True)
+    with pytest.raises(ConfigurationError, match=r"(?s)predict_with_generate.*Seq2SeqTrainer"):
+        SemCKDTrainer(vit(), args, train_dataset=images(), teacher_model=vit(3, 24))
+
+
+def test_a_task_weight_that_would_do_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="task_weight"):
+        config(tmp_path, task_weight=0.5, logit_weight=0.0, feature_weight=0.0)
+
+
+def test_without_distillation_the_folder_is_trainers(tmp_path):
+    for folder, make in (("ours", config), ("theirs", plain_arguments)):
+        off = {"logit_weight": 0.0, "feature_weight": 0.0} if make is config else {}
+        kind = SemCKDTrainer if make is config else Trainer
+        kind(model=vit(), args=make(tmp_path / folder, **off), train_dataset=images()).save_model()
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("ours", "theirs")]
+    assert names[0] == names[1]
+
+
+def test_every_trial_of_a_search_has_its_own_student(tmp_path, monkeypatch):
+    """Ray takes the student away between trials; `model_init` makes the next one."""
+    # Neither it nor Optuna is installed: their part is to call `train` with a trial's values.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer = SemCKDTrainer(
+        model_init=lambda: vit(), args=config(tmp_path), train_dataset=images(), teacher_model=vit(3, 24, seed=9)
+    )
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    finals = []
+    for values in ({"temperature": 2.0}, {"logit_weight": 0.0, "feature_weight": 0.0}, {"temperature": 2.0}):
+        trainer.args.logit_weight, trainer.args.feature_weight = 1.0, 3.0
+        trainer.model = None
+        trainer.train(trial=SimpleNamespace(params=values, number=0))
+        assert trainer.distillation is None or trainer.distillation.plan.temperature == 2.0
+        finals.append(weights(trainer.student))
+    assert_same_weights(finals[0], finals[2])
+    assert trainer.student.__class__ is type(vit()) and finals[0].keys() == weights(vit()).keys()
+
+
+def test_a_subclass_that_computes_its_own_loss_is_told_the_number_of_items(tmp_path):
+    seen = []
+
+    class Own(SemCKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    args = config(tmp_path, gradient_accumulation_steps=2, max_steps=1)
+    Own(vit(), args, train_dataset=images(), teacher_model=vit(3, 24)).train()
+    assert [int(items) for items in seen] == [8, 8]

@@ -1,0 +1,190 @@
+"""A table of what distillation makes of two models: their layers, how these are compared, and which logits."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.columns import has_own_tokens, teacher_entries
+from ..errors import InputError
+from ..features.capture import FeatureCapture, remove_capturing_traces
+from ..features.geometry import Alignment
+from ..features.layers import FeatureSpec
+from ..losses.logits import LogitMatch
+from ..models.inputs import InputSelector, run_on_inputs
+from ..models.loading import load_model
+from ..models.outputs import (
+    Task,
+    detects_objects,
+    holds_images,
+    logits_of,
+    returns_spans,
+    task_of,
+    token_attention,
+    tokens_mask,
+)
+from .classes import match_logits, vocabulary_size
+from .inspection import predicts_next_token
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What a small batch tells of one model.
+
+    Attributes:
+        name: Its class.
+        layers: The layers that are captured, as `student_layers` and `teacher_layers` name them.
+        modules: The module that made each of them; empty where that is not known.
+        specs: Their kind, size, grid and special tokens.
+        logits: Shape of the logits; None where the model returns none.
+        task: The kind of its head; None without logits.
+        shifts_labels: Whether position n of the logits predicts label n + 1.
+        masked: Whether padding is left out of its features.
+        detects: Whether it detects objects: the order of its tokens means nothing then.
+    """
+
+    name: str
+    layers: list[str]
+    modules: list[str]
+    specs: list[FeatureSpec]
+    logits: tuple[int, ...] | None
+    task: Task | None
+    shifts_labels: bool
+    masked: bool
+    detects: bool
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of the model's table, the heading first."""
+        rows: list[tuple[str, ...]] = [("layer", "module", "kind", "size", "grid", "special tokens")]
+        for layer, module, spec in zip(self.layers, self.modules, self.specs, strict=True):
+            grid, special = "-", "-"
+            if spec.grid is not None:
+                grid = f"{spec.grid[0]} x {spec.grid[1]}"
+                behind = spec.length - spec.prefix - spec.grid[0] * spec.grid[1]
+                special = f"{spec.prefix} in front" + (f", {behind} behind" if behind else "")
+            size = f"{spec.channels} channels, {spec.length} positions"
+            rows.append((layer, module or "?", spec.kind, size, grid, "-" if spec.kind == "map" else special))
+        return rows
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What `inspect_models` found; printed, it is a table.
+
+    Attributes:
+        student, teacher: What was found of each model.
+        alignments: How every pair of layers is compared, [student layer][teacher layer]: `tokens` position by
+            position, `grid` as maps of the smaller size, `mean` by their averages.
+        match: How the logits of both are brought to the same classes; None where only features can be distilled.
+        problem: Why logits cannot be distilled, where they cannot.
+    """
+
+    student: ModelReport
+    teacher: ModelReport
+    alignments: Sequence[Sequence[str]]
+    match: LogitMatch | None
+    problem: str = ""
+
+    def __str__(self) -> str:
+        """Return both models' layers, how they are compared, and the logits."""
+        parts = []
+        for role, model in (("Student", self.student), ("Teacher", self.teacher)):
+            padding = "padding is left out" if model.masked else "no mask: all positions count"
+            parts += [f"{role}: {model.name} ({padding})", *_lines(model.rows()), ""]
+        pairs = [("", *(f"teacher {name}" for name in self.teacher.layers))]
+        pairs += [(f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)]
+        return "\n".join([*parts, "Compared", *_lines(pairs), "", f"Logits: {self._logits()}"])
+
+    def _logits(self) -> str:
+        if self.match is None:
+            return f"not distilled. {self.problem}".strip()
+        said = f"{self.student.task}, student {self.student.logits}, teacher {self.teacher.logits}"
+        if self.student.shifts_labels:
+            said += "; position n predicts label n + 1"
+        if self.match.vocabulary is not None:
+            said += f"; the first {self.match.vocabulary} classes are compared, which the tokenizer gives out"
+        return said + ("; the teacher's classes are put into the student's order" * (self.match.order is not None))
+
+
+@torch.no_grad()
+def inspect_models(
+    student: nn.Module | str | os.PathLike[str],
+    teacher: nn.Module | str | os.PathLike[str],
+    batch: Mapping[str, Any],
+    *,
+    student_layers: Sequence[int] | Sequence[str] | None = None,
+    teacher_layers: Sequence[int] | Sequence[str] | None = None,
+    processing_class: Any = None,
+) -> PairReport:
+    """Run one batch through both models, and return what would be compared in a distillation.
+
+    Neither model is changed: they run in evaluation mode for the moment, and nothing stays on them.
+
+    Args:
+        student, teacher: Models, or names or folders to load them from.
+        batch: As the collator makes it; `teacher_*` entries are the teacher's own. Two different samples at least, or
+            special tokens cannot be told from patches of an image.
+        student_layers, teacher_layers: Hidden-state indices or module names; None for all blocks.
+        processing_class: The student's tokenizer or processor, for vocabularies that were padded differently.
+
+    Raises:
+        InputError: When a model cannot take the batch, or a layer is no layer.
+
+    Example:
+        >>> print(inspect_models(student, teacher, next(iter(trainer.get_train_dataloader()))))
+    """
+    models = load_model(student, "student"), load_model(teacher, "teacher", like=_module(student))
+    asked = (("student", batch, student_layers), ("teacher", teacher_entries(batch), teacher_layers))
+    own, other = (_report(model, *entry) for model, entry in zip(models, asked, strict=True))
+    aligned = not has_own_tokens(batch) and not own.detects
+    kinds = [[Alignment.of(s, t, aligned).kind for t in other.specs] for s in own.specs]
+    if own.logits is None or other.logits is None:
+        role = "student" if own.logits is None else "teacher"
+        return PairReport(own, other, kinds, None, f"The {role} returns no logits.")
+    try:
+        match = match_logits(models, own.logits, other.logits, vocabulary_size(processing_class))
+    except InputError as error:
+        return PairReport(own, other, kinds, None, str(error).splitlines()[0])
+    return PairReport(own, other, kinds, match)
+
+
+def _module(source: Any) -> nn.Module | None:
+    return source if isinstance(source, nn.Module) else None
+
+
+def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) -> ModelReport:
+    capture, inputs = FeatureCapture(model, layers, role), InputSelector(model)(batch)
+    training = model.training
+    model.eval()
+    try:
+        found = run_on_inputs(role, batch, lambda: capture.find(model, inputs))
+        shifts = predicts_next_token(model, found.outputs, batch)
+    finally:
+        model.train(training)
+        remove_capturing_traces(model)
+    logits, task = None, None
+    with suppress(InputError):
+        given = logits_of(found.outputs, role)
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        logits, task = tuple(given.shape), task_of(given, batch.get("labels"), problem)
+    if returns_spans(found.outputs):
+        task = "spans"
+    attention = {"attention_mask": batch.get("attention_mask"), **inputs}
+    mask = tokens_mask(token_attention(attention, batch.get("labels"), model), found.features, model)
+    modules = capture.modules or [""] * len(found.names)
+    specs = found.describe(of_image=holds_images(model, inputs))
+    name, masked = type(model).__name__, mask is not None
+    detects = detects_objects(found.outputs)
+    return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked, detects)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -1,0 +1,171 @@
+"""What is tried of a family: its layers, training, padding, and loading what was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from makers import Samples, assert_same_weights, config, losses, weights
+from torch import Tensor
+
+from hf_semckd import SemCKDTrainer
+from hf_semckd.features.capture import FeatureCapture
+from hf_semckd.models.inputs import InputSelector
+from matrix.families import FAMILIES
+from matrix.tiny_models import CLASSES, FRAMES, LENGTH, make
+
+TOKENS = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+# Families whose own outputs change with padding: Fourier mixing, blocks of tokens, sampled attention, routing.
+MIXES_PADDING = {"fnet", "big_bird", "bigbird_pegasus", "yoso", "mra", "nystromformer", "longformer", "led", "longt5"}
+MIXES_PADDING |= {"switch_transformers", "convbert", "canine", "squeezebert", "data2vec-audio"}
+ON_LARGER_IMAGES = {
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "swiftformer",
+    "resnet",
+    "regnet",
+    "bit",
+    "poolformer",
+    "segformer",
+}
+
+
+def cells() -> list[tuple[str, str]]:
+    """Return every head and family of the matrix."""
+    return [(task, family) for task, known in FAMILIES.items() for family in known]
+
+
+def names_of(task: str, family: str) -> list[str]:
+    """Return the modules that a person would name as the family's layers."""
+    words = FAMILIES[task][family].split(" ")
+    if "#" not in words[0]:
+        return words
+    return [words[0].replace("#", str(n)) for n in range(int(words[1]))]
+
+
+def rows(task: str, family: str, model: Any, count: int = 4, padding: int = 0) -> Samples:
+    """Return samples that the model takes, those of texts and speech with this much padding more."""
+    generator = torch.Generator().manual_seed(1)
+    made: list[dict[str, Any]] = []
+    for n in range(count):
+        label = n % CLASSES
+        if task == "IMAGE_CLASSIFICATION":
+            made.append(
+                {"pixel_values": torch.randn(3, *image_size(family, model), generator=generator), "labels": label}
+            )
+        elif task in ("AUDIO_CLASSIFICATION", "CTC"):
+            shape = (32, 16) if family == "audio-spectrogram-transformer" else (FRAMES,)
+            sound = torch.randn(shape, generator=generator)
+            target = torch.randint(1, 9, (4,), generator=generator) if task == "CTC" else label
+            made.append({"input_values": sound, "labels": target})
+        else:
+            made.append(text(task, label, generator, padding))
+            if family == "fsmt":  # the only one that does not make its decoder's inputs from the labels
+                made[-1]["decoder_input_ids"] = made[-1]["labels"].roll(1)
+    return Samples(made)
+
+
+def text(task: str, label: int, generator: torch.Generator, padding: int) -> dict[str, Any]:
+    """Return one tokenized text, with the labels of its task."""
+    ids = torch.randint(5, 60, (LENGTH,), generator=generator)
+    ids[-1] = 2
+    mask = torch.cat([torch.ones(LENGTH), torch.zeros(padding)]).long()
+    ids = torch.cat([ids, torch.zeros(padding).long()])
+    labels: Any = ids.where(mask == 1, -100) if task in TOKENS else label
+    if task == "SEQ_TO_SEQ_CAUSAL_LM":
+        labels = labels[: LENGTH - 3].clone()
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def image_size(family: str, model: Any) -> tuple[int, int]:
+    size = 64 if family in ON_LARGER_IMAGES else getattr(model.config, "image_size", 64)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def batch_of(samples: Samples, count: int = 2) -> dict[str, Tensor]:
+    """Return the first samples as a batch."""
+    return {name: torch.stack([torch.as_tensor(samples[n][name]) for n in range(count)]) for name in samples[0]}
+
+
+def check_layers(task: str, family: str) -> None:
+    """The captured layers are the outputs of the named modules; the last may have been normalized at the end."""
+    model, seen = make(family, task), {}
+    names = names_of(task, family)
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, n=name: seen.setdefault(n, []).append(output)
+        )
+        for name in dict.fromkeys(names)
+    ]
+    capture = FeatureCapture(model, None, "student")
+    inputs = InputSelector(model)(batch_of(rows(task, family, model)))
+    with torch.no_grad():
+        found = capture.find(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert len(found.features) == len(names)
+    for n, (feature, name) in enumerate(zip(found.features, names, strict=True)):
+        outputs = [output if isinstance(output, Tensor) else output[0] for output in seen[name]]
+        # A shared module (ALBERT) ran once for every layer, and all of them twice where layers are recorded by hooks.
+        same = any(alike(feature, output) for output in outputs)
+        assert same or (n == len(names) - 1 and feature.numel() == outputs[-1].numel()), name
+
+
+def alike(feature: Tensor, output: Tensor) -> bool:
+    """Whether two tensors hold the same values, in any layout."""
+    return feature.numel() == output.numel() and torch.equal(feature.flatten().sort()[0], output.flatten().sort()[0])
+
+
+def check_training(task: str, family: str, folder: Any) -> None:
+    """All terms are trained, the feature term reaches two blocks at least, and what is saved loads as it was."""
+    teacher, student = make(family, task, seed=1), make(family, task)
+    data = rows(task, family, student)
+    trainer = SemCKDTrainer(model=student, teacher_model=teacher, args=config(folder, max_steps=2), train_dataset=data)
+    trainer.train()
+    for term in ("task_loss", "logit_loss", "feature_loss"):
+        values = losses(trainer, term)
+        assert len(values) == 2 and all(value == value and abs(value) < 1e6 for value in values), term
+    trainer.save_model(str(folder / "saved"))
+    loaded: Any = type(student).from_pretrained(folder / "saved").eval()
+    inputs = InputSelector(student)(batch_of(data))
+    with torch.no_grad():
+        kept, read = (model.eval()(**inputs).logits for model in (trainer.student, loaded))
+    assert_same_weights(weights(trainer.student), weights(loaded))
+    # Equal weights at other addresses may be added up in another order.
+    torch.testing.assert_close(kept, read, rtol=1e-4, atol=1e-5)
+
+
+def check_feature_gradient(task: str, family: str, folder: Any) -> None:
+    """The feature term alone moves the weights of two blocks at least."""
+    teacher, student = make(family, task, seed=1), make(family, task)
+    before = weights(student)
+    args = config(folder, max_steps=3, task_weight=0.0, logit_weight=0.0)
+    data = rows(task, family, student)
+    SemCKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data).train()
+    after = weights(student)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    blocks = {name for name in names_of(task, family) if any(key.startswith(block_of(name)) for key in moved)}
+    assert len(blocks) >= 2 or len({*names_of(task, family)}) == 1
+
+
+def block_of(name: str) -> str:
+    """Return the prefix of a block's weights: a layer that is a norm within a block stands for the block."""
+    return name.removesuffix(".layer_norm").removesuffix(".output") + "."
+
+
+def check_padding(task: str, family: str, folder: Any) -> None:
+    """Padding changes neither the logit nor the feature term."""
+    seen = []
+    for padding in (0, 4):
+        teacher, student = make(family, task, seed=1), make(family, task)
+        data = rows(task, family, student, padding=padding)
+        args = config(folder, max_steps=1, max_tokens=0)
+        trainer = SemCKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
+        trainer.train()
+        seen.append([losses(trainer, term)[0] for term in ("logit_loss", "feature_loss")])
+    for plain, padded in zip(*seen, strict=True):
+        assert abs(plain - padded) <= 1e-3 * abs(plain) + 1e-7, seen
+
+
+def is_text(task: str) -> bool:
+    return task not in ("IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC")
