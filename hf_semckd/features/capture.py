@@ -90,7 +90,8 @@ class FeatureCapture:
                 f"The {self.role} returns no hidden states",
                 received=f"an output with {described}",
                 expected="a model that takes output_hidden_states=True, or the names of the modules to use",
-                todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0",
+                todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0; "
+                "hf_semckd.inspect_models(student, teacher, batch) shows what was found",
             )
         if self.layers is None:
             raise InputError(f"The {self.role}'s layers have not been resolved: call `resolve` first.")

@@ -145,6 +145,18 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
         )
 
 
+def warn_of_single_samples(loss: FeatureLoss | None, config: SemCKDConfig) -> None:
+    """Warn where the association compares a sample with the others of its micro-batch, and there are none."""
+    chosen = {} if loss is None else loss.settings
+    if config.per_device_train_batch_size > 1 or chosen.get("association") not in ("similarity", "sinkhorn"):
+        return
+    logger.warning(
+        "With one sample in a micro-batch the association is uniform: every teacher layer has the same weight%s. "
+        "Raise per_device_train_batch_size and lower gradient_accumulation_steps, or choose association='learned'.",
+        ", and relations are nothing" if chosen.get("relation_weight") else "",
+    )
+
+
 def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:
     """Refuse labels that are no class of the student's: deep inside a loss they would end in a raw error."""
     labels = batch.get("labels")
