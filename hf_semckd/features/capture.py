@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,22 +29,33 @@ class Captured:
     names: list[str]
     features: list[Tensor]
     trace: ForwardTrace
+    sides: list[str]
 
     def describe(self, *, of_image: bool) -> list[FeatureSpec]:
         """Describe the layers; `of_image` tells whether tokens can be those of an image."""
         layers = zip(self.features, self.names, strict=True)
-        return [describe(feature, name, self.trace, of_image=of_image) for feature, name in layers]
+        specs = [describe(feature, name, self.trace, of_image=of_image) for feature, name in layers]
+        return [replace(spec, side=side) for spec, side in zip(specs, self.sides or [""] * len(specs), strict=True)]
 
 
 class FeatureCapture:
     """Captures the outputs of chosen layers in a forward pass, by hidden states or by named modules.
 
     `layers` are hidden-state indices, or module names; None for all blocks, see `resolve`. `role` is for messages.
-    `modules` names the modules that made the layers, once they were found.
+    `modules` names the modules that made the layers, once they were found. With `both_sides`, all blocks of an
+    encoder-decoder are those of its encoder and its decoder; `sides` tells which is which, and is empty elsewhere.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None, role: str):
-        self.role = role
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | Sequence[str] | None,
+        role: str,
+        *,
+        both_sides: bool = False,
+    ):
+        self.role, self.both_sides = role, both_sides
+        self.sides: list[str] = []
         self.layers: list[int | str] | None = None if layers is None else list(layers)
         self.modules: list[str] = []
         # What stands for a block that a model in training leaves out now and then; None where every block always runs.
@@ -90,7 +101,8 @@ class FeatureCapture:
                 f"The {self.role} returns no hidden states",
                 received=f"an output with {described}",
                 expected="a model that takes output_hidden_states=True, or the names of the modules to use",
-                todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0",
+                todo=f"list module names (see model.named_modules()) in {self.role}_layers, or set feature_weight=0; "
+                "hf_semckd.inspect_models(student, teacher, batch) shows what was found",
             )
         if self.layers is None:
             raise InputError(f"The {self.role}'s layers have not been resolved: call `resolve` first.")
@@ -106,13 +118,14 @@ class FeatureCapture:
             # Now it is known which modules to record.
             with self.recording(model) as recorded:
                 outputs = model(**inputs)
-        return Captured(outputs, self.names(), self.collect(outputs, recorded), trace)
+        return Captured(outputs, self.names(), self.collect(outputs, recorded), trace, self.sides)
 
     def resolve(self, model: nn.Module, outputs: Any, trace: ForwardTrace) -> None:
         """Choose all blocks when no layers were given, by a forward pass and its trace; see `trace.find_layers`."""
         states = None if self.by_name else hidden_states(outputs)
         if self.layers is None:
             self._find_blocks(model, states, trace)
+            self._add_encoder(outputs, trace)
         elif states is not None:
             self.layers = [self._checked_index(index, len(states)) for index in self.layers]
             if len(set(self.layers)) < len(self.layers):
@@ -143,6 +156,16 @@ class FeatureCapture:
         if self.role == "student" and drops_layers(model) and len({*found.modules}) == len(found.modules):
             self.layers = list(found.modules)
             self._before_blocks = next(iter(trace.makers(states[0])), None)
+
+    def _add_encoder(self, outputs: Any, trace: ForwardTrace) -> None:
+        """Put an encoder's blocks in front of the decoder's that were found, if both have names."""
+        states = getattr(outputs, "encoder_hidden_states", None)
+        if not self.both_sides or states is None or getattr(outputs, "decoder_hidden_states", None) is None:
+            return
+        encoder, decoder = find_layers(states, trace), list(self.modules)
+        if encoder is not None and decoder and all(decoder):
+            self.layers = [*encoder.modules, *decoder]
+            self.sides = ["encoder"] * len(encoder.modules) + ["decoder"] * len(decoder)
 
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""

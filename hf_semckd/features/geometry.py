@@ -32,6 +32,8 @@ class Alignment:
         """Return the alignment of a pair; tokens are aligned where position n of both stands for the same input."""
         both_tokens = student.kind == teacher.kind == "tokens"
         same_layout = (student.length, student.prefix, student.grid) == (teacher.length, teacher.prefix, teacher.grid)
+        if student.side != teacher.side:
+            return cls("mean")
         if both_tokens and same_layout and tokens_aligned:
             return cls("tokens")
         if student.grid is not None and teacher.grid is not None:

@@ -26,6 +26,7 @@ class FeatureSpec:
         length: Number of positions: N, or H * W, as seen when it was described; sequences may vary.
         grid: (H, W) of a map, or of the image patches among the tokens; None for text.
         prefix: Number of tokens in front of the patches (CLS, distillation and register tokens).
+        side: The part of an encoder-decoder that the layer belongs to, where those of both are compared.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FeatureSpec:
     length: int
     grid: tuple[int, int] | None = None
     prefix: int = 0
+    side: str = ""
 
     @classmethod
     def from_shape(cls, shape: Sequence[int], name: str) -> FeatureSpec:

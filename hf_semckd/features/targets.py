@@ -7,6 +7,14 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+# One mask (B, N) for the tokens of all layers, or one for each layer; None where all positions count.
+LayerMasks = Tensor | Sequence[Tensor | None] | None
+
+
+def layer_mask(masks: LayerMasks, index: int) -> Tensor | None:
+    """Return the mask of one layer: its own, or the one that all share."""
+    return masks if masks is None or isinstance(masks, Tensor) else masks[index]
+
 
 @dataclass(frozen=True, eq=False)
 class TokenChoice:
@@ -51,18 +59,18 @@ LAYER_TENSORS = tuple(entry.name for entry in fields(LayerTarget) if entry.name 
 class TeacherTargets:
     """What a loss keeps of a batch's teacher features: one entry per layer, or `parts`, those of each joined loss.
 
-    `mask` (B, N) is that of the teacher's tokens, where whole features need it.
+    `mask` is that of the teacher's tokens, where whole features need it.
     """
 
     layers: tuple[LayerTarget, ...] = ()
-    mask: Tensor | None = None
+    mask: LayerMasks = None
     parts: tuple[TeacherTargets, ...] = ()
 
     @classmethod
     def of_whole(
-        cls, features: Sequence[Tensor], mask: Tensor | None = None, used: Sequence[int] | None = None
+        cls, features: Sequence[Tensor], mask: LayerMasks = None, used: Sequence[int] | None = None
     ) -> TeacherTargets:
-        """Keep T features, or the `used` ones of them, as they are, detached, and the mask (B, N) of their tokens."""
+        """Keep T features, or the `used` ones of them, as they are, detached, and the mask of their tokens."""
         kept = range(len(features)) if used is None else used
         wholes = (feature.detach() if t in kept else None for t, feature in enumerate(features))
         return cls(tuple(map(LayerTarget, wholes)), mask)
@@ -79,8 +87,8 @@ class TeacherTargets:
             choice = layer.choice or TokenChoice()
             held = (*(getattr(layer, name) for name in LAYER_TENSORS), choice.positions, choice.mask)
             yield from (tensor for tensor in held if tensor is not None)
-        if self.mask is not None:
-            yield self.mask
+        masks = [self.mask] if self.mask is None or isinstance(self.mask, Tensor) else self.mask
+        yield from (mask for mask in masks if mask is not None)
 
     def values(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yield the layer, the values and, for tokens (B, K, C), the mask (B, K) of each kind of features kept."""
@@ -89,7 +97,13 @@ class TeacherTargets:
         for t, layer in enumerate(self.layers):
             for name in LAYER_TENSORS:
                 value = getattr(layer, name)
-                mask = self.mask if name == "whole" else layer.choice.mask if layer.choice is not None else None
+                mask = (
+                    layer_mask(self.mask, t)
+                    if name == "whole"
+                    else layer.choice.mask
+                    if layer.choice is not None
+                    else None
+                )
                 if value is not None:
                     yield t, value, mask if value.dim() == 3 else None
 

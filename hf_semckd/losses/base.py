@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..features.layers import FeatureSpec
-from ..features.targets import TeacherTargets
+from ..features.targets import LayerMasks, TeacherTargets
 from .options import LossOptions
 
 Shape = FeatureSpec | Sequence[int]
@@ -45,6 +45,7 @@ class FeatureLoss(nn.Module, ABC):
         kept: Description of what `select` keeps: losses with equal descriptions share a teacher cache.
         samples_tokens: Whether `select` samples tokens, at positions that depend on `phase`.
         reuses_teacher_head: Whether the student ends with the teacher's classifier, which `finish` puts there.
+        compares_both_sides: Whether an encoder-decoder's encoder is compared as well as its decoder.
         upper_bound: The largest weight that a learned association can give a layer; None when none is learned.
         required_batch_size: The only batch size the loss takes, or None for any.
         automatic_synchronization: Merge teacher statistics, where there are any, at every training forward. A trainer
@@ -59,6 +60,7 @@ class FeatureLoss(nn.Module, ABC):
     kept: str = "whole features"
     samples_tokens: bool = False
     reuses_teacher_head: ClassVar[bool] = False
+    compares_both_sides: ClassVar[bool] = False
     upper_bound: float | None = None
     required_batch_size: int | None = None
     automatic_synchronization: bool = True
@@ -113,14 +115,15 @@ class FeatureLoss(nn.Module, ABC):
         self,
         student_features: Sequence[Tensor],
         teacher_features: Sequence[Tensor] | TeacherTargets,
-        student_mask: Tensor | None = None,
-        teacher_mask: Tensor | None = None,
+        student_mask: LayerMasks = None,
+        teacher_mask: LayerMasks = None,
     ) -> FeatureLossOutput:
         """Return the loss of a batch.
 
         Args:
             student_features, teacher_features: S and T tensors, or what `select` kept of the teacher's.
-            student_mask: (B, N), 0 for padding tokens; None: all count.
+            student_mask: (B, N), 0 for padding tokens, or one for each layer where the method `compares_both_sides`;
+                None: all count.
             teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
 
         Raises `InputError` when the number of features is not the number of layers.
@@ -140,7 +143,7 @@ class FeatureLoss(nn.Module, ABC):
 
     @abstractmethod
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the loss of a batch; the arguments are those of `forward`.
 
@@ -148,7 +151,7 @@ class FeatureLoss(nn.Module, ABC):
         """
 
     def select(
-        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
     ) -> TeacherTargets:
         """Return what the loss needs of the teacher's features; here, all of them.
 
@@ -156,17 +159,17 @@ class FeatureLoss(nn.Module, ABC):
         stores the result in the teacher cache. It must not depend on anything that training changes.
 
         Args:
-            features, mask: T tensors and the (B, N) mask of their tokens.
+            features, mask: T tensors and the mask of their tokens.
             phase: (B) numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
         """
         return TeacherTargets.of_whole(features, mask)
 
-    def targets(self, features: Sequence[Tensor] | TeacherTargets, mask: Tensor | None = None) -> TeacherTargets:
+    def targets(self, features: Sequence[Tensor] | TeacherTargets, mask: LayerMasks = None) -> TeacherTargets:
         """Return what `select` keeps of features; targets come back as they are."""
         return features if isinstance(features, TeacherTargets) else self.select(features, mask)
 
     def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: Tensor | None = None
+        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
     ) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return

@@ -9,21 +9,29 @@ from torch import Tensor
 
 from ..features.geometry import Alignment, Average, embedding
 from ..features.layers import FeatureSpec
-from ..features.targets import TeacherTargets
+from ..features.targets import LayerMasks, TeacherTargets, layer_mask
 from .base import FeatureLoss, FeatureLossOutput, Shapes, layer_specs
 from .positions import compared_positions
 
 
 @dataclass(frozen=True)
 class BaselineBatch:
-    """A batch: the student's features and the mask of their tokens, the whole outputs of the used teacher layers."""
+    """A batch: the student's features and the masks of their tokens, the whole outputs of the used teacher layers."""
 
     features: Sequence[Tensor]
-    mask: Tensor | None
+    masks: LayerMasks
     targets: TeacherTargets
     student_specs: Sequence[FeatureSpec]
     teacher_specs: Sequence[FeatureSpec]
     tokens_aligned: bool
+
+    def student_mask(self, s: int) -> Tensor | None:
+        """Return the mask (B, N) of the tokens of student layer s."""
+        return layer_mask(self.masks, s)
+
+    def teacher_mask(self, t: int) -> Tensor | None:
+        """Return the mask (B, N) of the tokens of teacher layer t."""
+        return layer_mask(self.targets.mask, t)
 
     def pair(self, s: int, t: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return student layer s and teacher layer t as tokens (B, N, C) at the same positions, and their mask (B, N).
@@ -34,14 +42,14 @@ class BaselineBatch:
         own, theirs = self.student_specs[s], self.teacher_specs[t]
         alignment = Alignment.of(own, theirs, self.tokens_aligned)
         student, teacher = (self.features[s], own), (self.targets.whole(t), theirs)
-        return compared_positions(alignment, student, teacher, self.mask, self.targets.mask)
+        return compared_positions(alignment, student, teacher, self.student_mask(s), self.teacher_mask(t))
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `geometry.embedding`."""
         last = len(self.teacher_specs) - 1
         return (
-            embedding(self.features[-1], self.student_specs[-1], Average(self.mask)),
-            embedding(self.targets.whole(last), self.teacher_specs[last], Average(self.targets.mask)),
+            embedding(self.features[-1], self.student_specs[-1], Average(self.student_mask(-1))),
+            embedding(self.targets.whole(last), self.teacher_specs[last], Average(self.teacher_mask(last))),
         )
 
 
@@ -79,7 +87,7 @@ class BaselineLoss(FeatureLoss):
         self.kept = f"whole features of the layers at {self.used_teacher_layers}"
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return `per_sample` and its mean."""
         specs = self.student_specs, self.teacher_specs
@@ -91,7 +99,7 @@ class BaselineLoss(FeatureLoss):
         """Return the loss of each sample (B), the `per_sample` of the class's equation."""
 
     def select(
-        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
     ) -> TeacherTargets:
         """Return the teacher layers that are used; see `FeatureLoss.select`."""
         return TeacherTargets.of_whole(features, mask, self.used_teacher_layers)

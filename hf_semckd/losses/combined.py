@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..features.targets import TeacherTargets
+from ..features.targets import LayerMasks, TeacherTargets
 from .base import FeatureLoss, FeatureLossOutput
 
 
@@ -39,7 +39,7 @@ class CombinedLoss(FeatureLoss):
         self.upper_bound = next((loss.upper_bound for loss in losses if loss.upper_bound is not None), None)
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the weighted sum of all losses."""
         outputs = []
@@ -64,13 +64,13 @@ class CombinedLoss(FeatureLoss):
         return any(loss.needs_statistics for loss in self._parts())
 
     def select(
-        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
     ) -> TeacherTargets:
         """Return what each loss needs, in `parts`."""
         return TeacherTargets(parts=tuple(loss.select(features, mask, phase) for loss in self._parts()))
 
     def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: Tensor | None = None
+        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
     ) -> None:
         """Let every loss collect teacher statistics."""
         for loss, part in zip(self._parts(), self.targets(teacher_features, teacher_mask).parts, strict=True):

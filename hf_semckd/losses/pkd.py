@@ -54,8 +54,8 @@ class PKDLoss(BaselineLoss):
         """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token."""
         errors = []
         for (s, t), projection in zip(self.pairs, self.projection, strict=True):
-            token, counts = first_token(batch.features[s], batch.mask)
-            target, target_counts = first_token(batch.targets.whole(t), batch.targets.mask)
+            token, counts = first_token(batch.features[s], batch.student_mask(s))
+            target, target_counts = first_token(batch.targets.whole(t), batch.teacher_mask(t))
             if isinstance(projection, nn.Linear):
                 token = regress(projection, token)
             own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)

@@ -82,6 +82,11 @@ def reuses_teacher_head(source: LossSource | None) -> bool:
     return source is not None and any(method.reuses_teacher_head for method in _methods(source))
 
 
+def compares_both_sides(source: LossSource | None) -> bool:
+    """Whether a method, and every one of several joined by "+", compares the encoder of a model with a decoder too."""
+    return source is not None and all(method.compares_both_sides for method in _methods(source))
+
+
 def find_layers(source: LossSource, model: nn.Module, role: str) -> list[str] | None:
     """Return the modules that a feature loss compares where the user chose no layers; None for all blocks.
 

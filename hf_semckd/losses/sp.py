@@ -26,9 +26,9 @@ class SPLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the squared distance of each row (B) over the batch size."""
-        target = batch.targets.whole(self.used_teacher_layers[0])
-        student = unit_rows(batch.features[-1], batch.mask)
-        return (unit_rows(target, batch.targets.mask) - student).square().mean(1)
+        used = self.used_teacher_layers[0]
+        student = unit_rows(batch.features[-1], batch.student_mask(-1))
+        return (unit_rows(batch.targets.whole(used), batch.teacher_mask(used)) - student).square().mean(1)
 
 
 def unit_rows(feature: Tensor, mask: Tensor | None = None) -> Tensor:

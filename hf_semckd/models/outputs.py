@@ -1,7 +1,7 @@
 """What a model returns: logits, which of its positions are tokens, and the kind of its task head."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -94,6 +94,17 @@ def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | 
         # Tokens of an image beside the text: nothing tells where they are.
         return None
     return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
+
+
+def layer_masks(
+    inputs: Mapping[str, Any], labels: Any, model: nn.Module, features: list[Tensor], sides: Sequence[str]
+) -> Tensor | list[Tensor | None] | None:
+    """Return the mask of a model's features: one for all, or of an encoder-decoder's `sides` each layer's own."""
+    tokens = token_attention(inputs, labels, model)
+    if not sides:
+        return tokens_mask(tokens, features, model)
+    masks = {"encoder": inputs.get("attention_mask"), "decoder": tokens}
+    return [tokens_mask(masks[side], [feature], model) for side, feature in zip(sides, features, strict=True)]
 
 
 def base_model(model: nn.Module) -> nn.Module:

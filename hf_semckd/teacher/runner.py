@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..features.targets import TeacherTargets
+from ..features.targets import LayerMasks, TeacherTargets
 from ..losses import FeatureLoss
 from .cached import CachedTeacher
 from .outputs import TeacherOutputs, check_finite
@@ -50,7 +50,7 @@ class TeacherRunner:
         self.wait()
         check_finite(outputs, self.teacher.layer_names)
 
-    def _select(self, features: Sequence[Tensor], mask: Tensor | None, phases: Callable[[], Tensor]) -> TeacherTargets:
+    def _select(self, features: Sequence[Tensor], mask: LayerMasks, phases: Callable[[], Tensor]) -> TeacherTargets:
         """Keep what the loss needs, so that the rest is freed before the student runs."""
         assert self.loss is not None
         return self.loss.select(features, mask, phases() if self.loss.samples_tokens else None)

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX, teacher_entries
 from ..features.capture import Captured, FeatureCapture, remove_capturing_traces
-from ..features.targets import TeacherTargets
+from ..features.targets import LayerMasks, TeacherTargets
 from ..features.token_sampling import content_phase
 from ..models.inputs import InputSelector, run_on_inputs
-from ..models.outputs import holds_images, logits_of, token_attention, tokens_mask
+from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
 
 # Takes features, their mask and what gives the phases of their samples.
-FeatureSelector = Callable[[Sequence[Tensor], Tensor | None, Callable[[], Tensor]], TeacherTargets]
+FeatureSelector = Callable[[Sequence[Tensor], LayerMasks, Callable[[], Tensor]], TeacherTargets]
 
 
 class TeacherStream:
@@ -97,9 +97,15 @@ class Teacher:
     With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None = None, compiled: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | Sequence[str] | None = None,
+        compiled: bool = False,
+        both_sides: bool = False,
+    ):
         self.model = model.eval().requires_grad_(False)
-        self.capture = FeatureCapture(model, layers, "teacher")
+        self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)
         self.select_inputs = InputSelector(model)
         self.stream = TeacherStream(torch.device("cpu"), alone=False)
         config: Any = getattr(model, "config", None)
@@ -163,13 +169,15 @@ class Teacher:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
-        mask = tokens_mask(token_attention({**attention, **inputs}, labels, self.model), taken, self.model)
+        mask = layer_masks({**attention, **inputs}, labels, self.model, taken, self.capture.sides)
         kept = TeacherTargets()
         if features and select is not None:
             kept = select(taken, mask, lambda: chosen(self._phases(batch)))
         elif features:
             kept = TeacherTargets.of_whole(taken, mask)
-        return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, mask)
+        # Logits are the decoder's, whose layers come last.
+        of_logits = mask if mask is None or isinstance(mask, Tensor) else mask[-1]
+        return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, of_logits)
 
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
         """Run a small batch, resolve the layers, and say what they look like.

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ from ..features.capture import FeatureCapture
 from ..features.layers import without_hidden_states
 from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
-from ..models.outputs import tokens_mask
+from ..models.outputs import layer_masks
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
@@ -29,12 +29,12 @@ class DistillationTargets:
 
     Attributes:
         features: T teacher features, or what the feature loss selected of them.
-        student_mask: (B, N) mask of the student's tokens, or None.
+        student_inputs: The student's inputs and labels, which tell the mask of its tokens.
         wait: Called before they are used: the teacher may still be at work beside the student.
     """
 
     features: Sequence[Tensor] | TeacherTargets
-    student_mask: Tensor | None = None
+    student_inputs: Mapping[str, Any] = field(default_factory=dict)
     wait: Callable[[], None] | None = None
 
     def as_keyword(self) -> dict[str, Any]:
@@ -152,7 +152,9 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         if targets.wait is not None:
             targets.wait()
         loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
-        result = loss(features, targets.features, tokens_mask(targets.student_mask, features, self))
+        inputs = targets.student_inputs
+        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides)
+        result = loss(features, targets.features, masks)
         losses = {"per_sample": result.per_sample}
         if result.association is not None:
             losses["association"] = result.association

@@ -3,9 +3,11 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -20,6 +22,7 @@ from ..models.inputs import InputSelector
 from ..models.outputs import IGNORED, Task, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def check_models(student: nn.Module, teacher: nn.Module) -> None:
@@ -128,10 +131,12 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not shared or not isinstance(teacher, (str, os.PathLike)) or not hasattr(tokenizer, "get_vocab"):
         return
+    # Without files of its own, transformers would make up an empty one.
+    if not any(_has_file(teacher, name) for name in TOKENIZER_FILES):
+        return
     try:
         theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False, local_files_only=True).get_vocab()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # None was saved with it: nothing is known.
         return
     known = tokenizer.get_vocab()
     if theirs != known:
@@ -143,6 +148,25 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
             todo="tokenize the texts for the teacher too, as teacher_input_ids and teacher_attention_mask, with "
             "hf_semckd.data.TeacherStudentCollator",
         )
+
+
+def _has_file(source: str | os.PathLike[str], name: str) -> bool:
+    """Whether a folder, or what is cached of a repository, holds a file."""
+    if Path(source).is_dir():
+        return (Path(source) / name).is_file()
+    return isinstance(try_to_load_from_cache(os.fspath(source), name), str)
+
+
+def warn_of_single_samples(loss: FeatureLoss | None, config: SemCKDConfig) -> None:
+    """Warn where the association compares a sample with the others of its micro-batch, and there are none."""
+    chosen = {} if loss is None else loss.settings
+    if config.per_device_train_batch_size > 1 or chosen.get("association") not in ("similarity", "sinkhorn"):
+        return
+    logger.warning(
+        "With one sample in a micro-batch the association is uniform: every teacher layer has the same weight%s. "
+        "Raise per_device_train_batch_size and lower gradient_accumulation_steps, or choose association='learned'.",
+        ", and relations are nothing" if chosen.get("relation_weight") else "",
+    )
 
 
 def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:

@@ -18,7 +18,7 @@ from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .caching import TrainingData, check_cache
-from .checks import check_label_range, check_published_batches
+from .checks import check_label_range, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
 from .monitor import Monitor
@@ -82,6 +82,7 @@ class Distillation:
             if found.student_logits is not None and plan.task_weight > 0:
                 dataset = None if data is None else data.dataset
                 check_label_range(found.batch, plan.task, found.student_logits, dataset)
+            warn_of_single_samples(loss, args)
             distillation = cls(pair, plan, loss, args, services)
             if pair.cached_teacher is not None:
                 distillation._open_cache(pair.cached_teacher, found, data, services)

@@ -23,6 +23,8 @@ COLLAPSE_SPREAD = 0.01
 # A mean task loss within these shares of that of equal probabilities is that of a student that has learned nothing;
 # above them it has learned something else, such as a teacher that knows better than wrong labels.
 IDLE_SHARES = (0.99, 1.05)
+# Above it a mean loss term is a mistake of units.
+LARGE_LOSS = 1e6
 # In fewer steps nobody expects one to have learned much.
 IDLE_STEPS = 50
 # The loss that tells is the mean over at least so many of the last steps: a window may be a single batch.
@@ -114,7 +116,7 @@ class Monitor:
         learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0
         self.judges_student = classifies and learns_features and services.custom_loss is None
         self.last_association: np.ndarray | None = None
-        self._warned_of_collapse = False
+        self._warned_of_collapse = self._warned_of_size = False
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -142,6 +144,14 @@ class Monitor:
             # Only the last windows, which make up `JUDGED_STEPS` steps.
             while sum(count for count, _ in self.task_losses) - self.task_losses[0][0] >= JUDGED_STEPS:
                 self.task_losses.popleft()
+        large = {name: value for name, value in averages.terms.items() if name in TERMS and value > LARGE_LOSS}
+        if large and self.services.is_main and not self._warned_of_size:
+            self._warned_of_size = True
+            logger.warning(
+                "The %s is %.3g on average: values of this size drown everything else. Check the inputs' "
+                "normalization and the labels' scale, or lower its weight.",
+                *next(iter(large.items())),
+            )
         if averages.association is not None:
             self.last_association = averages.association
             if averages.collapsed(self.upper_bound):

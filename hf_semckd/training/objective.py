@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..losses.logits import logit_loss_sum
-from ..models.outputs import batch_size, logits_of, token_attention
+from ..models.outputs import batch_size, logits_of
 from ..teacher.outputs import TeacherOutputs
 from ..teacher.runner import TeacherRunner
 from .attachment import DistillationTargets
@@ -85,9 +85,8 @@ class Objective:
         if self.loss is None:
             return model(**inputs), None
         # A student that takes no mask (FNet) is compared where the batch has tokens all the same.
-        attention = {"attention_mask": batch.get("attention_mask"), **inputs}
-        mask = token_attention(attention, self.plan.labels_of(batch), self.pair.student)
-        taught = DistillationTargets(targets.features, mask, self.run_teacher.wait)
+        told = {"attention_mask": batch.get("attention_mask"), **inputs, "labels": self.plan.labels_of(batch)}
+        taught = DistillationTargets(targets.features, told, self.run_teacher.wait)
         outputs = model(**inputs, **taught.as_keyword())
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
             return outputs[0], outputs[1]

@@ -13,7 +13,7 @@ from ..config import SemCKDConfig
 from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX
 from ..features.capture import FeatureCapture
 from ..losses import FeatureLoss
-from ..losses.registry import LossSource, find_layers, names_layers, reuses_teacher_head
+from ..losses.registry import LossSource, compares_both_sides, find_layers, names_layers, reuses_teacher_head
 from ..models.inputs import InputSelector
 from ..models.loading import ModelSource, empty_model, load_model
 from ..teacher.cached import CachedTeacher
@@ -99,7 +99,8 @@ class Pair:
             # A trial may need other outputs than the one before.
             teacher.request = _request(student, args, source)
         layers = chosen_layers(args.student_layers, source, student, "student")
-        capture, router = FeatureCapture(student, layers, "student"), InputRouter(student, teacher.model)
+        capture = FeatureCapture(student, layers, "student", both_sides=compares_both_sides(source))
+        router = InputRouter(student, teacher.model)
         return cls(student, teacher, capture, router, source)
 
     @classmethod
@@ -129,7 +130,7 @@ def _open_teacher(
         # Before it is frozen, and with it whatever it shares.
         check_models(student, model)
         layers = chosen_layers(args.teacher_layers, loss, model, "teacher")
-        return Teacher(model, layers, compiled=args.teacher_compile)
+        return Teacher(model, layers, args.teacher_compile, both_sides=compares_both_sides(loss))
 
     if args.teacher_cache_dir is None:
         return load()

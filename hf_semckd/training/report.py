@@ -21,11 +21,10 @@ from ..models.outputs import (
     Task,
     detects_objects,
     holds_images,
+    layer_masks,
     logits_of,
     returns_spans,
     task_of,
-    token_attention,
-    tokens_mask,
 )
 from .classes import match_logits, vocabulary_size
 from .inspection import predicts_next_token
@@ -157,7 +156,7 @@ def _module(source: Any) -> nn.Module | None:
 
 
 def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) -> ModelReport:
-    capture, inputs = FeatureCapture(model, layers, role), InputSelector(model)(batch)
+    capture, inputs = FeatureCapture(model, layers, role, both_sides=True), InputSelector(model)(batch)
     training = model.training
     model.eval()
     try:
@@ -174,7 +173,7 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     if returns_spans(found.outputs):
         task = "spans"
     attention = {"attention_mask": batch.get("attention_mask"), **inputs}
-    mask = tokens_mask(token_attention(attention, batch.get("labels"), model), found.features, model)
+    mask = layer_masks(attention, batch.get("labels"), model, found.features, capture.sides)
     modules = capture.modules or [""] * len(found.names)
     specs = found.describe(of_image=holds_images(model, inputs))
     name, masked = type(model).__name__, mask is not None

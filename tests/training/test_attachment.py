@@ -133,9 +133,9 @@ def test_the_padding_of_both_reaches_the_loss():
     attached = StudentAttachment(student, loss, FeatureCapture(student, [2], "student"))
     attached.attach()
     teacher = [torch.randn(2, 6, 24)]
-    kept = DistillationTargets(loss.select(teacher, mask), mask).as_keyword()
+    kept = DistillationTargets(loss.select(teacher, mask), {"attention_mask": mask}).as_keyword()
     garbage = [torch.where(mask[..., None] == 1, teacher[0], torch.full_like(teacher[0], 1e6))]
-    other = DistillationTargets(loss.select(garbage, mask), mask).as_keyword()
+    other = DistillationTargets(loss.select(garbage, mask), {"attention_mask": mask}).as_keyword()
     assert 0 in mask
     first = student(input_ids=ids, attention_mask=mask, **kept)[1]["per_sample"]
     loss.collecting = False  # or the same samples would be counted twice

@@ -462,3 +462,20 @@ def test_a_teacher_with_another_tokenizer_needs_columns_of_its_own(tmp_path):
     distiller(tmp_path, **parts, train_dataset=both, data_collator=default_data_collator)
     own.save_pretrained(folder)
     distiller(tmp_path, **parts, train_dataset=rows)
+
+
+@pytest.mark.parametrize(("association", "warned"), [("similarity", True), ("learned", False), (None, True)])
+def test_one_sample_in_a_micro_batch_is_told(association, warned, tmp_path, caplog):
+    distiller(tmp_path, {"per_device_train_batch_size": 1, "association": association})
+    assert any("the association is uniform" in record.message for record in caplog.records) == warned
+
+
+def test_a_loss_of_absurd_size_is_told_once(tmp_path, caplog):
+    rows = texts(8).rows
+    for row in rows:
+        row["labels"] = torch.tensor(1e9)
+    models = [bert(layers, labels=1, problem_type="regression") for layers in (2, 3)]
+    trainer = distiller(tmp_path, model=models[0], teacher_model=models[1], train_dataset=rows)
+    trainer.train()
+    told = [record.message for record in caplog.records if "drown everything else" in record.message]
+    assert len(told) == 1 and told[0].startswith("The task_loss is 1e+18")

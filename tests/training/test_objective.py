@@ -554,3 +554,36 @@ def test_queries_of_a_detector_are_compared_by_no_index(tmp_path: Path) -> None:
     assert {pair.kind for row in trainer.feature_loss.comparison.alignments for pair in row} == {"grid"}
     trainer.train()
     assert losses(trainer, "feature_loss")[0] > 0
+
+
+# ---- Encoder and decoder -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 0), (4, 0), (0, 3), (4, 3)])
+def test_encoder_and_decoder_are_compared_each_under_its_own_mask(source: int, target: int, tmp_path: Path) -> None:
+    """Both sides have tokens of one length, and other padding; none of it changes a loss."""
+    terms = []
+    for more in ((0, 0), (source, target)):
+        rows = []
+        for row in t5_rows(more[1]):
+            ids = torch.cat([row["input_ids"], torch.full((more[0],), 7)])
+            mask = torch.cat([row["attention_mask"], torch.zeros(more[0]).long()])
+            rows.append({"input_ids": ids, "attention_mask": mask, "labels": row["labels"]})
+        student, teacher = pair(T5ForConditionalGeneration, t5_config)
+        args = {"max_steps": 2, "max_tokens": 0}
+        trainer = distiller(tmp_path, args, model=student, teacher_model=teacher, train_dataset=rows)
+        trainer.train()
+        terms.append([x for name in ("logit_loss", "feature_loss") for x in losses(trainer, name)])
+    sides = [spec.side for spec in trainer.feature_loss.student_specs]
+    assert sides == ["encoder"] * (len(sides) // 2) + ["decoder"] * (len(sides) // 2)
+    assert [name.split(".")[0] for name in trainer.student_layer_names] == sides
+    kinds = [[pair.kind for pair in row] for row in trainer.feature_loss.comparison.alignments]
+    assert {kinds[s][t] for s in range(len(sides)) for t in range(len(sides)) if sides[s] != sides[t]} == {"mean"}
+    assert terms[0] == pytest.approx(terms[1], rel=1e-4)
+
+
+def test_a_baseline_compares_the_decoder_alone(tmp_path: Path) -> None:
+    student, teacher = pair(T5ForConditionalGeneration, t5_config)
+    parts = {"model": student, "teacher_model": teacher, "train_dataset": t5_rows(0), "feature_loss": "layer_map"}
+    trainer = distiller(tmp_path, **parts)
+    assert trainer.student_layer_names == ["1", "2"]

@@ -27,7 +27,7 @@ from ...features.geometry import (
 from ...features.layers import FeatureSpec
 from ...features.precision import at_least_float32
 from ...features.statistics import ChannelStatistics, standardization
-from ...features.targets import TeacherTargets, TokenChoice, required
+from ...features.targets import LayerMasks, TeacherTargets, TokenChoice, layer_mask, required
 from ...features.token_sampling import flat_positions, take_positions
 
 
@@ -49,10 +49,9 @@ class AlignedTeacher:
     specs: Sequence[FeatureSpec]
     statistics: Sequence[ChannelStatistics] = ()
 
-    @property
-    def mask(self) -> Tensor | None:
-        """Mask (B, N) of the tokens of whole features."""
-        return self.targets.mask
+    def mask(self, t: int) -> Tensor | None:
+        """Return the mask (B, N) of the tokens of layer t where whole features are kept."""
+        return layer_mask(self.targets.mask, t)
 
     def at(self, t: int, group: PairGroup) -> Tensor:
         """Return layer t as tokens (B, N, C) at the positions of a group, in the teacher's own units."""
@@ -75,7 +74,7 @@ class AlignedTeacher:
         """Return the vectors (B, D) that similarities of layer t are computed from."""
         layer, spec = self.targets.layers[t], self.specs[t]
         if layer.whole is not None:
-            return summary(layer.whole, spec, Average(self.mask))
+            return summary(layer.whole, spec, Average(self.mask(t)))
         if layer.summary is not None:
             return at_least_float32(layer.summary)
         return at_least_float32(required(layer.mean if spec.grid is None else layer.grid).flatten(1))
@@ -83,7 +82,7 @@ class AlignedTeacher:
     def mean(self, t: int) -> Tensor:
         """Return the average (B, C) of layer t over its positions, standardized."""
         layer = self.targets.layers[t]
-        mean = required(layer.mean) if layer.whole is None else Average(self.mask)(layer.whole)
+        mean = required(layer.mean) if layer.whole is None else Average(self.mask(t))(layer.whole)
         return self.standardized(t, mean.unsqueeze(1)).squeeze(1)
 
     def embedding(self, t: int) -> Tensor:
@@ -108,20 +107,20 @@ class AlignedTeacher:
         if layer.mean is not None:
             return layer.mean.unsqueeze(1), None
         whole = self.targets.whole(t)
-        return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(self.mask, whole)
+        return (as_tokens(whole) if whole.dim() == 2 else whole), fitting_mask(self.mask(t), whole)
 
 
 @dataclass
 class AlignedStudent:
     """A student's features as they are compared; tensors that pairs share are computed once.
 
-    `mask` (B, N) is that of its tokens, and `teacher` knows the positions of the kept ones. `compared_as_map` tells
+    `masks` are those of its tokens, and `teacher` knows the positions of the kept ones. `compared_as_map` tells
     for each layer whether its map is compared; `decoders` read the maps of the first layers before; both may be empty.
     """
 
     features: Sequence[Tensor]
     specs: Sequence[FeatureSpec]
-    mask: Tensor | None
+    masks: LayerMasks
     teacher: AlignedTeacher
     max_grid: int | None = None
     compared_as_map: Sequence[bool] = ()
@@ -133,7 +132,12 @@ class AlignedStudent:
         self._means: dict[int, Tensor] = {}
         # Layers of one layout and length share their chosen tokens.
         self._flat: dict[tuple[TokenChoice, int], Tensor] = {}
-        self._average = Average(self.mask)
+        shared = {id(mask): Average(mask) for mask in map(self.mask, range(len(self.specs)))}
+        self._averages = [shared[id(self.mask(s))] for s in range(len(self.specs))]
+
+    def mask(self, s: int) -> Tensor | None:
+        """Return the mask (B, N) of the tokens of student layer s."""
+        return layer_mask(self.masks, s)
 
     def with_features(self, features: Sequence[Tensor]) -> AlignedStudent:
         """Return the same layers with other features."""
@@ -174,13 +178,13 @@ class AlignedStudent:
     def mean(self, s: int) -> Tensor:
         """Return the average of student layer s over its positions (B, C)."""
         if s not in self._means:
-            self._means[s] = _with_late_backward(self._average(self.features[s]), self.features[s])
+            self._means[s] = _with_late_backward(self._averages[s](self.features[s]), self.features[s])
         return self._means[s]
 
     def embedding(self, s: int) -> Tensor:
         """Return the vector (B, C) that stands for a sample in student layer s."""
         feature = self.features[s]
-        return _with_late_backward(embedding(feature, self.specs[s], self._average), feature)
+        return _with_late_backward(embedding(feature, self.specs[s], self._averages[s]), feature)
 
     def summary(self, s: int) -> Tensor:
         """Return the vectors (B, D) that similarities of layer s are computed from, without gradient."""
@@ -188,13 +192,13 @@ class AlignedStudent:
         size = None if spec.grid is None else limited_grid(feature, spec, self.max_grid)
         if self.compared_as_map and self.compared_as_map[s] and size == summary_size(feature, spec):
             return at_least_float32(self.map(s).detach().flatten(1))
-        return summary(feature, spec, self._average)
+        return summary(feature, spec, self._averages[s])
 
     def mask_at(self, s: int, group: PairGroup) -> Tensor | None:
         """Return the mask (B, N) of the positions of a group that count for both student layer s and the teacher."""
         if group.kind != "tokens":
             return None
-        choice, own = self.teacher.choice(group.teachers[0]), fitting_mask(self.mask, self.features[s])
+        choice, own = self.teacher.choice(group.teachers[0]), fitting_mask(self.mask(s), self.features[s])
         if own is not None and choice.positions is not None:
             own = own.gather(1, choice.positions)
         return both_masks(choice.mask, own)

@@ -184,8 +184,8 @@ class PublishedAssociation(QueryKeyAssociation):
 
     def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
         """Return alpha (B, S, T); `RaggedBatchError` for a batch of another size."""
-        queries = [net(_similarity(student.features[s], student.mask)) for s, net in enumerate(self.query)]
-        keys = [net(_similarity(teacher.targets.whole(t), teacher.mask)) for t, net in enumerate(self.key)]
+        queries = [net(_similarity(student.features[s], student.mask(s))) for s, net in enumerate(self.query)]
+        keys = [net(_similarity(teacher.targets.whole(t), teacher.mask(t))) for t, net in enumerate(self.key)]
         return self.of_products(queries, keys, 1.0 / self.temperature, len(student.specs))
 
 

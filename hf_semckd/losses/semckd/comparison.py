@@ -155,7 +155,8 @@ class PairwiseComparison(Comparison):
                 dtype = net[0].weight.dtype
                 if self.alignments[s][t].kind != "grid":
                     pair = (feature, spec), (target, teacher.specs[t])
-                    own, aligned, mask = compared_positions(self.alignments[s][t], *pair, student.mask, teacher.mask)
+                    masks = student.mask(s), teacher.mask(t)
+                    own, aligned, mask = compared_positions(self.alignments[s][t], *pair, *masks)
                     row.append(squared_error(net.project_tokens(own.to(dtype), mask), aligned, mask))
                     continue
                 size = common_grid(feature, spec, target, teacher.specs[t])

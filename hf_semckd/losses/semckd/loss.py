@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ...errors import ConfigurationError
 from ...features.geometry import Alignment
 from ...features.layers import FeatureSpec
 from ...features.statistics import TeacherStatistics, update_layer_statistics
-from ...features.targets import TeacherTargets
+from ...features.targets import LayerMasks, TeacherTargets
 from ..base import FeatureLoss, FeatureLossOutput, Shape, layer_specs
 from ..options import LossOptions
 from .alignment import AlignedStudent, AlignedTeacher
@@ -81,6 +81,7 @@ class SemCKDLoss(FeatureLoss):
     """
 
     default_weight: float = IMAGE_DEFAULTS.feature_weight
+    compares_both_sides: ClassVar[bool] = True
     query: nn.ModuleList
     key: nn.ModuleList
     projection: nn.ModuleList
@@ -193,7 +194,7 @@ class SemCKDLoss(FeatureLoss):
         return loss
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: Tensor | None
+        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the loss of a batch; in the published form `RaggedBatchError` for one of another size."""
         if len(self.statistics) and self.training and self.collecting:
@@ -218,7 +219,7 @@ class SemCKDLoss(FeatureLoss):
         return FeatureLossOutput(per_sample.mean(), per_sample, alpha.detach(), errors.detach())
 
     def align(
-        self, features: Sequence[Tensor], targets: TeacherTargets, mask: Tensor | None
+        self, features: Sequence[Tensor], targets: TeacherTargets, mask: LayerMasks
     ) -> tuple[AlignedStudent, AlignedTeacher]:
         """Return both models' features as they are compared; the arguments are those of `compare`."""
         teacher = AlignedTeacher(targets, self.teacher_specs, self.statistics.layers)
@@ -252,13 +253,13 @@ class SemCKDLoss(FeatureLoss):
         }
 
     def select(
-        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
     ) -> TeacherTargets:
         """Return what is compared of the teacher's features, and what it is weighted by; see `TeacherSelection`."""
         return self.selection(features, mask, phase)
 
     def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: Tensor | None = None
+        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
     ) -> None:
         """Collect teacher statistics without computing a loss."""
         layers = self.statistics.layers

@@ -18,7 +18,7 @@ from ...features.geometry import (
     summary_size,
 )
 from ...features.layers import FeatureSpec
-from ...features.targets import LayerTarget, TeacherTargets, TokenChoice
+from ...features.targets import LayerMasks, LayerTarget, TeacherTargets, TokenChoice, layer_mask
 from ...features.token_sampling import flat_positions, spread_positions, take_positions
 
 # What the association is computed from: summaries, mean features, or whole features; None: nothing.
@@ -63,7 +63,7 @@ class TeacherSelection:
         self.kinds = [{row[t].kind for row in alignments} for t in range(len(self.specs))]
         self.association, self.relations = association, relations
         self.max_tokens, self.max_grid = max_tokens, max_grid
-        layouts = [(spec.length, spec.prefix, spec.grid) for spec in self.specs]
+        layouts = [(spec.length, spec.prefix, spec.grid, spec.side) for spec in self.specs]
         self.layout = [layouts.index(entry) for entry in layouts]
 
     @property
@@ -82,18 +82,19 @@ class TeacherSelection:
 
     @torch.no_grad()
     def __call__(
-        self, features: Sequence[Tensor], mask: Tensor | None = None, phase: Tensor | None = None
+        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
     ) -> TeacherTargets:
-        """Return what is needed of T features, with the mask (B, N) of their tokens; see `FeatureLoss.select`."""
-        average, tokens = Average(mask), dict[tuple[int, int], KeptTokens]()
+        """Return what is needed of T features, with the mask of their tokens; see `FeatureLoss.select`."""
+        tokens = dict[tuple[int, int], KeptTokens]()
+        shared = {id(own): Average(own) for own in (layer_mask(mask, t) for t in range(len(features)))}
         layers = []
         for t, feature in enumerate(features):
-            kept = self._pooled(t, feature.detach(), average)
+            kept = self._pooled(t, feature.detach(), shared[id(layer_mask(mask, t))])
             if "tokens" in self.kinds[t]:
                 own = as_tokens(feature.detach())
                 layout = self.layout[t], own.shape[1]
                 if layout not in tokens:
-                    tokens[layout] = self._choose(own, fitting_mask(mask, feature), phase)
+                    tokens[layout] = self._choose(own, fitting_mask(layer_mask(mask, t), feature), phase)
                 kept |= {"tokens": tokens[layout].of(own), "choice": tokens[layout].choice}
             layers.append(LayerTarget(**kept))
         whole = any(layer.whole is not None for layer in layers)

@@ -121,7 +121,8 @@ def _target_pieces(targets: TeacherTargets) -> Iterator[Piece]:
                 yield Piece(f"{t}.tokens{holders[layer.choice]}", value, along, chosen)
             elif value is not None:
                 yield Piece(f"{t}.{kind}", value, ALL_TOKENS if kind == "whole" and value.dim() == 3 else "")
-    if targets.mask is not None:
+    # A cache refuses encoder-decoders, whose layers have masks of their own.
+    if isinstance(targets.mask, Tensor):
         yield Piece("mask", targets.mask, ALL_TOKENS)
 
 

@@ -188,7 +188,7 @@ def test_the_mask_of_a_meeting_is_what_counts_for_both():
             for i, k in np.ndindex(*mask.shape):
                 assert bool(mask[i, k]) == (bool(kept[i, k]) and int(positions[i, k]) != 2)
             assert (mask.sum(1) < kept.sum(1)).any(), "the student's mask took nothing away"
-    views.mask = None
+    views.masks = None
     assert views.mask_at(0, next(iter(meetings))) is kept
 
 
@@ -199,9 +199,9 @@ def test_the_mask_of_a_meeting_is_the_students_where_the_teacher_has_none(tokens
     own, choice = MASK.flip(0), replace(teacher.choice(0), mask=None)
     layers = tuple(replace(layer, choice=choice) for layer in teacher.targets.layers)
     views.teacher = AlignedTeacher(replace(teacher.targets, layers=layers), teacher.specs)
-    views.mask = own
+    views.masks = own
     assert torch.equal(views.mask_at(0, place) != 0, own != 0)
-    views.mask = torch.ones(B, 5)
+    views.masks = torch.ones(B, 5)
     assert views.mask_at(0, place) is None, "a mask of another length speaks of something else"
 
 
