@@ -209,19 +209,19 @@ class SemCKDConfig(TrainingArguments):
         return converted
 
     @property
-    def distils_logits(self) -> bool:
+    def distills_logits(self) -> bool:
         """Whether the logit term is on."""
         return self.logit_weight > 0
 
     @property
-    def distils_features(self) -> bool:
+    def distills_features(self) -> bool:
         """Whether the feature term is on."""
         return self.feature_weight is None or self.feature_weight > 0
 
     @property
-    def distils(self) -> bool:
+    def distills(self) -> bool:
         """Whether any distillation term is on; without one the trainer is `Trainer`."""
-        return self.distils_logits or self.distils_features
+        return self.distills_logits or self.distills_features
 
     @property
     def depends_on_batch_size(self) -> bool:
@@ -275,14 +275,14 @@ class SemCKDConfig(TrainingArguments):
             )
 
     def _validate_combinations(self) -> None:
-        if self.use_liger_kernel and self.distils_logits:
+        if self.use_liger_kernel and self.distills_logits:
             raise ConfigurationError(
                 "`use_liger_kernel` and logit distillation exclude each other: the fused kernel returns no logits",
                 received=f"use_liger_kernel=True, logit_weight={self.logit_weight}",
                 expected="one of the two",
-                todo="set use_liger_kernel=False, or logit_weight=0 to distil features alone",
+                todo="set use_liger_kernel=False, or logit_weight=0 to distill features alone",
             )
-        if not self.distils and self.task_weight != 1:
+        if not self.distills and self.task_weight != 1:
             raise ConfigurationError(
                 "`task_weight` has no effect where nothing else is minimized",
                 received=f"task_weight={self.task_weight}, logit_weight=0, feature_weight=0",
@@ -297,7 +297,7 @@ class SemCKDConfig(TrainingArguments):
                 expected="one of the two",
                 todo="set auto_find_batch_size=False, or target_norm='channel', whose association takes any batch",
             )
-        if self.label_smoothing_factor and not self.task_weight and self.distils:
+        if self.label_smoothing_factor and not self.task_weight and self.distills:
             raise ConfigurationError(
                 "`label_smoothing_factor` has no effect without a task loss",
                 received=f"label_smoothing_factor={self.label_smoothing_factor}, task_weight=0",

@@ -72,7 +72,7 @@ NOT_NUMBERS = [math.nan, math.inf, -math.inf, "4", None, True, [1.0]]
 @pytest.mark.parametrize("name", ["task_weight", "logit_weight", "feature_weight"])
 def test_a_weight_must_be_a_finite_number_from_zero(tmp_path, name, value):
     if name == "feature_weight" and value is None:
-        assert config(tmp_path).distils_features
+        assert config(tmp_path).distills_features
         return
     text = refusal(tmp_path, **{name: value})
     assert f"`{name}`" in text and f"received: {value!r}" in text and "finite number >= 0" in text
@@ -279,7 +279,7 @@ def test_label_smoothing_needs_a_task_loss(tmp_path):
 )
 def test_a_term_is_on_when_its_weight_is_positive(tmp_path, logit, feature, expected):
     built = config(tmp_path, logit_weight=logit, feature_weight=feature)
-    assert (built.distils_logits, built.distils_features, built.distils) == expected
+    assert (built.distills_logits, built.distills_features, built.distills) == expected
 
 
 def test_what_training_arguments_refuse_is_still_refused(tmp_path):

@@ -13,11 +13,11 @@ from torch.utils.data import IterableDataset
 from ..errors import InputError
 from .columns import LABEL_COLUMNS, TEACHER_PREFIX
 
-PROBE_SAMPLES = 2
+FIRST_SAMPLES = 2
 
 
 def column_names(dataset: Any) -> list[str]:
-    """Return the names of a dataset's columns; one that does not tell them is asked for a sample."""
+    """Return the names of a dataset's columns; one that does not tell them gives a sample."""
     names = getattr(dataset, "column_names", None)
     if names or dataset is None:
         return list(names or ())
@@ -34,8 +34,8 @@ def spread_samples(dataset: Any, count: int) -> list[Any]:
 def first_samples(dataset: Any) -> list[Any]:
     """Return the first samples of a map-style or iterable dataset."""
     if is_map_style(dataset):
-        return [dataset[index] for index in range(min(PROBE_SAMPLES, len(dataset)))]
-    return list(islice(iter(dataset), PROBE_SAMPLES))
+        return [dataset[index] for index in range(min(FIRST_SAMPLES, len(dataset)))]
+    return list(islice(iter(dataset), FIRST_SAMPLES))
 
 
 def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
@@ -75,6 +75,6 @@ def label_range(dataset: Any) -> tuple[int, int] | None:
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether samples can be asked for by number, and counted."""
+    """Whether samples have indices, and can be counted."""
     iterable = isinstance(dataset, (IterableDataset, StreamedDataset))
     return not iterable and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")

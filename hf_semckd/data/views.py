@@ -51,7 +51,7 @@ class RepeatableViews(Dataset[Any]):
         return self.version(index, int(torch.randint(self.views, ())))
 
     def version(self, index: int, view: int) -> Any:
-        """Return a certain version of a sample, the same whenever it is asked for."""
+        """Return a certain version of a sample, the same every time."""
         # An own seed for each version: neighbors must not share their crops.
         seed = int(np.random.SeedSequence([self.seed, index, view]).generate_state(1)[0])
         with preserved_random_state(seed):

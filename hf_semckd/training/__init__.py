@@ -1,1 +1,1 @@
-"""Trainers that distil."""
+"""Trainers that distill."""

@@ -40,10 +40,10 @@ def check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
-    """Refuse to distil without a teacher."""
+    """Refuse to distill without a teacher."""
     if teacher is None:
         raise InputError(
-            "There is no teacher to distil from",
+            "There is no teacher to distill from",
             received=f"teacher_model=None, logit_weight={config.logit_weight}, feature_weight={config.feature_weight}",
             expected="a model, or a name or folder to load one from",
             todo="pass teacher_model=..., or set logit_weight=0 and feature_weight=0 for plain fine-tuning",

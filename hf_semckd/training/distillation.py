@@ -48,7 +48,7 @@ class Distillation:
         self.pair = pair
         self.plan = plan
         self.loss = loss
-        self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distils_logits, autocast=services.autocast)
+        self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
         self.monitor = Monitor(plan, pair, loss, services)
         task_loss = TaskLoss(plan, services)
@@ -75,7 +75,7 @@ class Distillation:
     ) -> Distillation:
         """Run a small training batch through both models, and make the parts for the layers that were found."""
         try:
-            wanted = {"logits": args.distils_logits, "features": pair.source is not None}
+            wanted = {"logits": args.distills_logits, "features": pair.source is not None}
             found = inspect_pair(pair, batch, **wanted, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
@@ -98,7 +98,7 @@ class Distillation:
         """Open the cache for the layers that were found, and refuse what cannot be cached."""
         # What is stored depends on the autocast under which the teacher ran, too.
         kept = f"{'' if self.loss is None else self.loss.kept} autocast {services.mixed_precision}"
-        logits, features = self.plan.distils_logits, self.loss is not None
+        logits, features = self.plan.distills_logits, self.loss is not None
         teacher.open(found.batch, found.teacher, kept=kept, logits=logits, features=features)
         if data is not None:
             check_cache(teacher, data, self.run_teacher)

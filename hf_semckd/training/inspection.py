@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.columns import has_own_tokens
+from ..data.columns import TEACHER_PREFIX, has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
@@ -84,11 +84,23 @@ def inspect_pair(
     with nullcontext() if logits else suppress(InputError):
         student_logits = logits_of(outputs, "student")
     match = LogitMatch()
+    if logits and student_logits.dim() == 3 and has_own_tokens(batch) and not _same_tokens(batch):
+        raise InputError(
+            "The teacher reads other tokens than the student, so their logits of tokens cannot be compared",
+            received="teacher_input_ids that differ from input_ids, and a head that predicts tokens",
+            expected="one tokenizer for both",
+            todo="set logit_weight=0 to distill features alone, which are compared by their average over the text",
+        )
     if logits and described.logits:
         match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
     writes = is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3
     spans, aligned = returns_spans(outputs), not has_own_tokens(batch) and not detects_objects(outputs)
     return Inspection(batch, student_logits, spans, shifts, aligned, writes, match, specs, taken, described)
+
+
+def _same_tokens(batch: Mapping[str, Any]) -> bool:
+    own, theirs = batch.get("input_ids"), batch[f"{TEACHER_PREFIX}input_ids"]
+    return isinstance(own, Tensor) and own.shape == theirs.shape and bool((own == theirs).all())
 
 
 def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:

@@ -105,7 +105,7 @@ class Objective:
         terms: dict[str, Tensor] = {}
         if plan.task_weight > 0:
             terms["task_loss"] = self.task_loss(outputs, plan.labels_of(batch), counts)
-        if plan.distils_logits:
+        if plan.distills_logits:
             assert targets.logits is not None
             logits, labeled = plan.match(logits_of(outputs, "student"), targets.logits), plan.with_labels(batch)
             total = logit_loss_sum(*logits, labeled, plan.temperature, plan.task, plan.shifts_labels)

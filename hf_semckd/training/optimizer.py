@@ -1,4 +1,4 @@
-"""The calibration's parameters in the student's optimizer, for the time of training."""
+"""The feature loss's parameters in the student's optimizer, for the time of training."""
 
 from typing import Any
 

@@ -17,5 +17,5 @@ def loss_options(config: SemCKDConfig) -> LossOptions:
         max_grid=config.max_grid,
         batch_size=config.per_device_train_batch_size,
         # Without logits nothing else would teach the last layer, and chosen layers are meant.
-        spares_last_layer=config.student_layers is None and config.distils_logits,
+        spares_last_layer=config.student_layers is None and config.distills_logits,
     )

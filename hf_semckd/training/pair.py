@@ -159,6 +159,6 @@ def _request(student: nn.Module, args: SemCKDConfig, loss: LossSource | None) ->
         head=type(student).__name__.rpartition("For")[2],
         layers=str(loss) if named else args.teacher_layers,
         dtype=args.teacher_dtype,
-        logits=args.distils_logits,
+        logits=args.distills_logits,
         features=loss is not None,
     )

@@ -40,7 +40,7 @@ class Plan:
     feature_weight: float
 
     @property
-    def distils_logits(self) -> bool:
+    def distills_logits(self) -> bool:
         """Whether the logit term is on."""
         return self.logit_weight > 0
 

@@ -1,4 +1,4 @@
-"""Trainers that distil: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
+"""Trainers that distill: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,7 +104,7 @@ class DistillationTrainer(StudentTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._owns_optimizer = optimizers[0] is None
-        if self._distils:
+        if self._distills:
             self._open_pair(teacher_model)
 
     def fill_teacher_cache(self) -> int:
@@ -130,12 +130,12 @@ class DistillationTrainer(StudentTrainer):
     # ---- Setting up --------------------------------------------------------------------------------------------
 
     @property
-    def _distils(self) -> bool:
-        return self.args.distils_logits or self._feature_source is not None
+    def _distills(self) -> bool:
+        return self.args.distills_logits or self._feature_source is not None
 
     @property
     def _feature_source(self) -> LossSource | None:
-        return self._source if self.args.distils_features else None
+        return self._source if self.args.distills_features else None
 
     def _open_pair(self, teacher_model: ModelSource | None) -> None:
         check_teacher_given(teacher_model, self.args)
@@ -237,7 +237,7 @@ class DistillationTrainer(StudentTrainer):
         if self.pair is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
-        if self._distils and self.model is not None:
+        if self._distills and self.model is not None:
             self._attach(self._built())
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -274,7 +274,7 @@ class DistillationTrainer(StudentTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student, with a fresh feature loss when training has begun."""
         model = super().call_model_init(trial)
-        if self.pair is not None and self.is_in_train and self._distils:
+        if self.pair is not None and self.is_in_train and self._distills:
             self._detach()
             self.model = model
             self._attach(self._build())
@@ -286,7 +286,7 @@ class DistillationTrainer(StudentTrainer):
         if trial is None:
             return
         self._detach()
-        if self._distils:
+        if self._distills:
             self.args.validate_distillation()
             check_teacher_given(self.pair, self.args)
             self._attach(self._build())

@@ -171,7 +171,7 @@ class Bench:
             trainer = trainer_class(run.method)(
                 student,
                 config,
-                teacher_model=self.teacher if config.distils else None,
+                teacher_model=self.teacher if config.distills else None,
                 train_dataset=rows,
                 data_collator=collate,
                 feature_loss=run.method.loss,

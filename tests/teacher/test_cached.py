@@ -15,7 +15,7 @@ from hf_semckd.teacher.teacher import Teacher
 from hf_semckd.training import pair as pair_module
 
 
-def distil(folder, source, *, text=False, rows=None, **args):
+def distill(folder, source, *, text=False, rows=None, **args):
     rows = rows or (texts(8) if text else images(8))
     settings = {"teacher_cache_dir": str(folder / "cache"), "max_steps": 3, "logging_steps": 1, **args}
     trainer = SemCKDTrainer(
@@ -27,7 +27,7 @@ def distil(folder, source, *, text=False, rows=None, **args):
 def run(*args, **kwargs):
     """Train; return the losses and how often a teacher was loaded."""
     with mock.patch.object(pair_module, "load_model", wraps=pair_module.load_model) as load:
-        trainer = distil(*args, **kwargs)
+        trainer = distill(*args, **kwargs)
         fit(trainer)
     loads = sum(call.args[1] == "teacher" for call in load.call_args_list)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], loads, trainer
@@ -140,7 +140,7 @@ def test_another_length_without_a_mask_is_looked_at_anew(tmp_path):
 
 def test_switching_features_on_asks_anew(tmp_path, source, text):
     run(tmp_path, source, text=text, feature_weight=0.0)
-    trainer = distil(tmp_path, source, text=text, feature_weight=0.0)
+    trainer = distill(tmp_path, source, text=text, feature_weight=0.0)
     trainer.args.feature_weight = 1.0
     trainer._build()
     assert trainer.feature_loss is not None and len(trainer.teacher_layer_names) == 3

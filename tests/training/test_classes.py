@@ -92,3 +92,15 @@ def test_the_largest_id_counts_and_not_the_number_of_words():
             return {"a": 0, "b": 7}
 
     assert vocabulary_size(Sparse()) == 8 and vocabulary_size(None) is None
+
+
+def test_logits_of_other_tokens_are_refused(tmp_path):
+    """Position n is another word to the teacher, also where both texts happen to have one length."""
+    rows = texts(4, labels="input", types=False).rows
+    same = [{**row, **{f"teacher_{name}": row[name] for name in ("input_ids", "attention_mask")}} for row in rows]
+    other = [{**row, "teacher_input_ids": row["input_ids"].roll(1)} for row in same]
+    parts = {"model": gpt2(), "teacher_model": gpt2(3, 24, seed=9)}
+    distiller(tmp_path, **parts, train_dataset=same)
+    with pytest.raises(InputError, match=r"(?s)reads other tokens.*logit_weight=0"):
+        distiller(tmp_path, **parts, train_dataset=other)
+    distiller(tmp_path, {"logit_weight": 0.0}, **parts, train_dataset=other)
