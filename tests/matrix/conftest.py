@@ -38,6 +38,14 @@ defaults.
   family's own outputs depend on its padding.
 
 Other models work too: `print(inspect_models(student, teacher, batch))` shows what would be compared.
+
+Known limits:
+
+- **Object detection**: queries have no order, so logits are refused; features and the model's own loss train.
+- **Other tokenizers**: logits of tokens are refused; features are compared by their average over the text.
+- **BLIP**: the hidden states that it returns are those of the image; its text decoder learns from labels and logits
+  alone, unless its layers are named.
+- **Packed sequences**: documents in one row are one sample to the association.
 """
 
 
