@@ -159,11 +159,14 @@ class FeatureCapture:
 
     def _add_encoder(self, outputs: Any, trace: ForwardTrace) -> None:
         """Put an encoder's blocks in front of the decoder's that were found, if both have names."""
-        states = getattr(outputs, "encoder_hidden_states", None)
-        if not self.both_sides or states is None or getattr(outputs, "decoder_hidden_states", None) is None:
+        sides = [getattr(outputs, f"{side}_hidden_states", None) or () for side in ("encoder", "decoder")]
+        states = [state for side in sides for state in side]
+        if not self.both_sides or not all(sides) or not all(isinstance(state, Tensor) for state in states):
             return
-        encoder, decoder = find_layers(states, trace), list(self.modules)
-        if encoder is not None and decoder and all(decoder):
+        encoder, decoder = find_layers(sides[0], trace), list(self.modules)
+        named = [*(() if encoder is None else encoder.modules), *decoder]
+        # Some blocks return another layout than the model (FSMT): a hook would record that.
+        if encoder is not None and decoder and all(trace.returns(name, states) for name in named):
             self.layers = [*encoder.modules, *decoder]
             self.sides = ["encoder"] * len(encoder.modules) + ["decoder"] * len(decoder)
 

@@ -78,6 +78,11 @@ class ForwardTrace:
         near = [call for call in self.calls if math.prod(call.shape) == size]
         return [call.name for call in near if torch.allclose(call.fingerprint, known, rtol=SAME, atol=0)]
 
+    def returns(self, name: str, states: Sequence[Tensor]) -> bool:
+        """Whether a module returned a tensor of the shape of one of the states, so that a hook on it records them."""
+        shapes = {tuple(state.shape) for state in states}
+        return any(call.name == name and call.shape in shapes for call in self.calls)
+
     def members(self, pattern: str) -> list[str]:
         """Return the modules of a pattern (see `pattern_of`) that ran, in the order of their first call."""
         return list(dict.fromkeys(call.name for call in self.calls if pattern_of(call.name) == pattern))
