@@ -31,7 +31,7 @@ INTRODUCTION = """# Supported models
 Written by `make test-matrix`: a tiny model of every family and head teaches another one, with all options at their
 defaults.
 
-- **layers**: the layers that are found are the outputs of the modules that a person would name.
+- **layers**: the layers that are found are the outputs of the blocks listed in `tests/matrix/families.py`.
 - **trains, reloads**: task, logit and feature terms are finite, and the saved student loads with `from_pretrained`.
 - **features reach blocks**: the feature term alone moves the weights of two blocks at least.
 - **padding**: more padding changes neither the logit nor the feature term; `-` where it does not apply, or the
