@@ -6,8 +6,9 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -58,16 +59,13 @@ class ForwardTrace:
     @contextmanager
     def recording(cls, model: nn.Module) -> Iterator[ForwardTrace]:
         """Record the forward passes of a model while the context is open; no hook survives it."""
-        trace, handles = cls(), []
-        try:
+        trace = cls()
+        with ExitStack() as hooks:
             for name, module in model.named_modules():
-                handles.append(module.register_forward_hook(trace._recorder(name)))
+                hooks.enter_context(module.register_forward_hook(partial(trace._note_call, name)))
                 if name.rpartition(".")[2].isdigit():
-                    handles.append(module.register_forward_pre_hook(trace._note_patches, with_kwargs=True))
+                    hooks.enter_context(module.register_forward_pre_hook(trace._note_patches, with_kwargs=True))
             yield trace
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def makers(self, state: Tensor) -> list[str]:
         """Return the modules that returned the values of a tensor, in any layout; inner ones come first."""
@@ -94,16 +92,14 @@ class ForwardTrace:
         ]
         return [call for call, pattern in inner if pattern.endswith("#") and pattern.count("#") == 1]
 
-    def _recorder(self, name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is None or tensor.dim() < 2:
-                return
-            self.calls.append(Call(name, tuple(tensor.shape), _fingerprint(tensor), weakref.ref(tensor)))
-            if isinstance(module, nn.Conv2d):
-                self.grids.append((int(tensor.shape[2]), int(tensor.shape[3])))
-
-        return hook
+    def _note_call(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        # An expert that no token was sent to returns an empty tensor.
+        if tensor is None or tensor.dim() < 2 or not tensor.numel():
+            return
+        self.calls.append(Call(name, tuple(tensor.shape), _fingerprint(tensor), weakref.ref(tensor)))
+        if isinstance(module, nn.Conv2d):
+            self.grids.append((int(tensor.shape[2]), int(tensor.shape[3])))
 
     def _note_patches(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = first_tensor((*args, *kwargs.values()))
@@ -202,7 +198,8 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 
     No plain sum is among them: that of a normalized output is nothing but rounding.
     """
-    values = tensor.detach()
-    values = values.float() if values.device.type == "mps" else values.double()
-    size = values.abs()
-    return torch.stack([size.sum(), size.square().sum(), values.amax(), values.amin()])
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    values = tensor.detach() if tensor.is_floating_point() else tensor.detach().to(wide)
+    # No wide copy of the values is made: the logits of a large vocabulary are among them.
+    norms = [torch.linalg.vector_norm(values, order, dtype=wide) for order in (1, 2)]
+    return torch.stack([*norms, values.amax().to(wide), values.amin().to(wide)])

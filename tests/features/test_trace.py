@@ -184,3 +184,23 @@ def test_states_that_no_module_made_are_what_the_model_says():
 
 def test_numbers_in_names_make_a_pattern():
     assert pattern_of("encoder.layer.11.mlp") == "encoder.layer.#.mlp" and pattern_of("0") == "#"
+
+
+class Experts(nn.Module):
+    """Two blocks with two experts each; no token is sent to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for experts in self.layers:
+            x = experts[0](x) + experts[1](x[:, :0]).sum()
+        return x
+
+
+def test_an_expert_that_no_token_was_sent_to_is_no_call():
+    model = Experts()
+    with torch.no_grad(), ForwardTrace.recording(model) as trace:
+        model(torch.randn(2, 3, 4))
+    assert [call.name for call in trace.calls if call.name] == ["layers.0.0", "layers.1.0"]
