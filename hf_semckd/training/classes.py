@@ -1,11 +1,12 @@
 """Which classes the logits of both models have in common: by the names of labels, or by the ids of a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..data.columns import TEACHER_PREFIX
 from ..errors import InputError
 from ..losses.logits import LogitMatch, logit_shape_message
 
@@ -48,6 +49,21 @@ def match_logits(
             todo="load the student with the teacher's id2label and label2id, or set logit_weight=0",
         )
     return LogitMatch(order=torch.tensor([names[1].index(name) for name in names[0]]), dim=dim)
+
+
+def check_same_tokens(student: Sequence[int], batch: Mapping[str, Any]) -> None:
+    """Refuse to compare logits (B, N, V) of tokens, of the student's shape, where the teacher reads other ones."""
+    own, theirs = batch.get("input_ids"), batch.get(f"{TEACHER_PREFIX}input_ids")
+    if len(student) != 3 or theirs is None:
+        return
+    if isinstance(own, Tensor) and own.shape == theirs.shape and bool((own == theirs).all()):
+        return
+    raise InputError(
+        "The teacher reads other tokens than the student, so their logits of tokens cannot be compared",
+        received="teacher_input_ids that differ from input_ids, and a head that predicts tokens",
+        expected="one tokenizer for both",
+        todo="set logit_weight=0 to distill features alone, which are compared by their average over the text",
+    )
 
 
 def _label_names(model: nn.Module) -> list[str] | None:

@@ -13,7 +13,6 @@ from ..config import SemCKDConfig
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
-from ..models.outputs import Task, task_of
 from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
@@ -75,8 +74,8 @@ class Distillation:
     ) -> Distillation:
         """Run a small training batch through both models, and make the parts for the layers that were found."""
         try:
-            wanted = {"logits": args.distills_logits, "features": pair.source is not None}
-            found = inspect_pair(pair, batch, **wanted, vocabulary=vocabulary)
+            logits, features = args.distills_logits, pair.source is not None
+            found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
             if found.student_logits is not None and plan.task_weight > 0:
@@ -163,14 +162,12 @@ class Distillation:
 def _make_plan(
     pair: Pair, found: Inspection, loss: FeatureLoss | None, args: SemCKDConfig, label_names: tuple[str, ...]
 ) -> Plan:
-    student, logits = pair.student, found.student_logits
-    problem = getattr(getattr(student, "config", None), "problem_type", None)
+    logits = found.student_logits
     weight = args.feature_weight
     if weight is None:
         weight = 0.0 if loss is None else loss.default_weight
-    task: Task = "single_label" if logits is None else task_of(logits, found.batch.get("labels"), problem)
     return Plan(
-        task="spans" if found.spans else task,
+        task=found.task,
         shifts_labels=found.shifts_labels,
         match=found.match,
         label_names=label_names,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.columns import TEACHER_PREFIX, has_own_tokens
+from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
@@ -17,6 +17,7 @@ from ..losses.logits import LogitMatch
 from ..losses.simkd import find_head
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import (
+    Task,
     detects_objects,
     find_shift,
     holds_images,
@@ -24,9 +25,10 @@ from ..models.outputs import (
     logits_of,
     returns_spans,
     shifts_labels,
+    task_of,
 )
 from ..teacher.outputs import TeacherDescription
-from .classes import match_logits
+from .classes import check_same_tokens, match_logits
 from .pair import Pair
 
 
@@ -36,7 +38,7 @@ class Inspection:
 
     Attributes:
         student_logits: The student's logits, or None when it returns none.
-        spans: Whether they score tokens as the start and the end of an answer.
+        task: The kind of its head.
         shifts_labels: Whether position n of them predicts label n + 1.
         tokens_aligned: Whether position n of both models stands for the same input.
         writes_text: Whether the student's decoder gives logits of a vocabulary.
@@ -46,7 +48,7 @@ class Inspection:
 
     batch: Mapping[str, Any]
     student_logits: Tensor | None
-    spans: bool
+    task: Task
     shifts_labels: bool
     tokens_aligned: bool
     writes_text: bool
@@ -84,23 +86,27 @@ def inspect_pair(
     with nullcontext() if logits else suppress(InputError):
         student_logits = logits_of(outputs, "student")
     match = LogitMatch()
-    if logits and student_logits.dim() == 3 and has_own_tokens(batch) and not _same_tokens(batch):
-        raise InputError(
-            "The teacher reads other tokens than the student, so their logits of tokens cannot be compared",
-            received="teacher_input_ids that differ from input_ids, and a head that predicts tokens",
-            expected="one tokenizer for both",
-            todo="set logit_weight=0 to distill features alone, which are compared by their average over the text",
-        )
     if logits and described.logits:
+        check_same_tokens(student_logits.shape, batch)
         match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
-    writes = is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3
-    spans, aligned = returns_spans(outputs), not has_own_tokens(batch) and not detects_objects(outputs)
-    return Inspection(batch, student_logits, spans, shifts, aligned, writes, match, specs, taken, described)
+    return Inspection(
+        batch=batch,
+        student_logits=student_logits,
+        task="single_label" if student_logits is None else head_task(student, outputs, student_logits, batch),
+        shifts_labels=shifts,
+        tokens_aligned=not has_own_tokens(batch) and not detects_objects(outputs),
+        writes_text=is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3,
+        match=match,
+        student_specs=specs,
+        student_features=taken,
+        teacher=described,
+    )
 
 
-def _same_tokens(batch: Mapping[str, Any]) -> bool:
-    own, theirs = batch.get("input_ids"), batch[f"{TEACHER_PREFIX}input_ids"]
-    return isinstance(own, Tensor) and own.shape == theirs.shape and bool((own == theirs).all())
+def head_task(model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any]) -> Task:
+    """Return the kind of a model's head, by what it gave for a batch; see `task_of`."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return "spans" if returns_spans(outputs) else task_of(logits, batch.get("labels"), problem)
 
 
 def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:

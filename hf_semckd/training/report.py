@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,9 @@ from ..models.outputs import (
     holds_images,
     layer_masks,
     logits_of,
-    returns_spans,
-    task_of,
 )
-from .classes import match_logits, vocabulary_size
-from .inspection import predicts_next_token
+from .classes import check_same_tokens, match_logits, vocabulary_size
+from .inspection import head_task, predicts_next_token
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class ModelReport:
         shifts_labels: Whether position n of the logits predicts label n + 1.
         masked: Whether padding is left out of its features.
         detects: Whether it detects objects: the order of its tokens means nothing then.
+        problem: Why it has no logits that could be compared, where it has none.
     """
 
     name: str
@@ -55,6 +53,7 @@ class ModelReport:
     shifts_labels: bool
     masked: bool
     detects: bool
+    problem: str = ""
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the model's table, the heading first."""
@@ -136,23 +135,20 @@ def inspect_models(
     Example:
         >>> print(inspect_models(student, teacher, next(iter(trainer.get_train_dataloader()))))
     """
-    models = load_model(student, "student"), load_model(teacher, "teacher", like=_module(student))
+    learner = load_model(student, "student")
+    models = learner, load_model(teacher, "teacher", like=learner)
     asked = (("student", batch, student_layers), ("teacher", teacher_entries(batch), teacher_layers))
     own, other = (_report(model, *entry) for model, entry in zip(models, asked, strict=True))
     aligned = not has_own_tokens(batch) and not own.detects
     kinds = [[Alignment.of(s, t, aligned).kind for t in other.specs] for s in own.specs]
     if own.logits is None or other.logits is None:
-        role = "student" if own.logits is None else "teacher"
-        return PairReport(own, other, kinds, None, f"The {role} returns no logits.")
+        return PairReport(own, other, kinds, None, own.problem or other.problem)
     try:
+        check_same_tokens(own.logits, batch)
         match = match_logits(models, own.logits, other.logits, vocabulary_size(processing_class))
     except InputError as error:
         return PairReport(own, other, kinds, None, str(error).splitlines()[0])
     return PairReport(own, other, kinds, match)
-
-
-def _module(source: Any) -> nn.Module | None:
-    return source if isinstance(source, nn.Module) else None
 
 
 def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) -> ModelReport:
@@ -165,20 +161,19 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     finally:
         model.train(training)
         remove_capturing_traces(model)
-    logits, task = None, None
-    with suppress(InputError):
+    logits, task, problem = None, None, ""
+    try:
         given = logits_of(found.outputs, role)
-        problem = getattr(getattr(model, "config", None), "problem_type", None)
-        logits, task = tuple(given.shape), task_of(given, batch.get("labels"), problem)
-    if returns_spans(found.outputs):
-        task = "spans"
+        logits, task = tuple(given.shape), head_task(model, found.outputs, given, batch)
+    except InputError as error:
+        problem = str(error).splitlines()[0]
     attention = {"attention_mask": batch.get("attention_mask"), **inputs}
     mask = layer_masks(attention, batch.get("labels"), model, found.features, capture.sides)
     modules = capture.modules or [""] * len(found.names)
     specs = found.describe(of_image=holds_images(model, inputs))
     name, masked = type(model).__name__, mask is not None
     detects = detects_objects(found.outputs)
-    return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked, detects)
+    return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked, detects, problem)
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:

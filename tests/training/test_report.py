@@ -4,6 +4,7 @@ import pytest
 import torch
 from makers import bert, distiller, gpt2, images, resnet, texts, traces, vit, weights
 from torch import nn
+from transformers import YolosConfig, YolosForObjectDetection
 
 from hf_semckd import inspect_models
 from hf_semckd.errors import InputError
@@ -61,3 +62,16 @@ def test_a_batch_that_a_model_cannot_take_is_refused():
         inspect_models(bert(), vit(), batch_of(images()))
     with pytest.raises(InputError, match="no hidden states"):
         inspect_models(nn.Linear(4, 2), nn.Linear(4, 2), {"x": torch.randn(2, 4)})
+
+
+def test_what_a_training_refuses_is_said():
+    """The table and the training judge alike: logits of other tokens, and those of a detector."""
+    batch = batch_of(texts(4, labels="input", types=False))
+    theirs = {"teacher_input_ids": batch["input_ids"].roll(1, 1), "teacher_attention_mask": batch["attention_mask"]}
+    other = {**batch, **theirs}
+    assert "not distilled. The teacher reads other tokens" in str(inspect_models(gpt2(), gpt2(3), other))
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
+    config = YolosConfig(**small, image_size=[16, 16], patch_size=4, num_detection_tokens=3)
+    detectors = [YolosForObjectDetection(config) for _ in range(2)]
+    report = inspect_models(*detectors, {"pixel_values": torch.randn(2, 3, 16, 16)})
+    assert "not distilled. The student detects objects" in str(report)
