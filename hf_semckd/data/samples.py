@@ -65,9 +65,9 @@ def label_range(dataset: Any) -> tuple[int, int] | None:
     name = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
     if name is None:
         return None
-    labels = dataset.data.column(name).combine_chunks()
+    labels = dataset.data.column(name)
     while pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type):
-        labels = labels.flatten()
+        labels = pc.list_flatten(labels)
     if not pa.types.is_integer(labels.type) or len(labels) == labels.null_count:
         return None
     bounds = pc.min_max(labels).as_py()

@@ -47,12 +47,7 @@ class FeatureCapture:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[int] | Sequence[str] | None,
-        role: str,
-        *,
-        both_sides: bool = False,
+        self, model: nn.Module, layers: Sequence[int] | Sequence[str] | None, role: str, *, both_sides: bool = False
     ):
         self.role, self.both_sides = role, both_sides
         self.sides: list[str] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .layers import FeatureSpec
 from .precision import at_least_float32, full_precision
+from .targets import LayerMasks, layer_mask
 
 # Larger maps are pooled to this before similarities: coarse positions matter, single pixels do not.
 SUMMARY_GRID = 4
@@ -155,6 +156,13 @@ class Average:
         left_out, count = self._parts[kind]
         # In half precision the sum of a long sequence overflows, though its mean would not.
         return feature.masked_fill(left_out, 0.0).sum(1, dtype=kind[1]) / count
+
+
+def layer_averages(masks: LayerMasks, count: int) -> list[Average]:
+    """Return the average of each of so many layers; layers that share a mask share it."""
+    own = [layer_mask(masks, index) for index in range(count)]
+    shared = {id(mask): Average(mask) for mask in own}
+    return [shared[id(mask)] for mask in own]
 
 
 def embedding(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:

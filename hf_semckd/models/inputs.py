@@ -64,13 +64,14 @@ def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Res
         raise
     except (ValueError, RuntimeError, IndexError, TypeError, AssertionError, AttributeError) as error:
         shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
-        starts = "decoder_input_ids" in batch or len(shapes.get("labels", ())) != 2
-        decoder = "" if starts else "; a decoder that does not start from the labels needs decoder_input_ids "
-        decoder += "" if starts else "(DataCollatorForSeq2Seq(tokenizer, model=student) makes them)"
+        todo = "preprocess with the model's own processor; when both need different inputs (image size, tokenizer), "
+        todo += "give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ..."
+        if "decoder_input_ids" not in batch and len(shapes.get("labels", ())) == 2:
+            todo += "; a decoder that does not start from the labels needs decoder_input_ids "
+            todo += "(DataCollatorForSeq2Seq(tokenizer, model=student) makes them)"
         raise InputError(
             f"The {role} cannot take the training data",
             received=f"a batch of {shapes}; the {role} said: {error}",
             expected=f"inputs of the size, type and vocabulary that the {role} was made for",
-            todo="preprocess with the model's own processor; when both need different inputs (image size, tokenizer), "
-            f"give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ...{decoder}",
+            todo=todo,
         ) from error

@@ -98,11 +98,7 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[int] | Sequence[str] | None = None,
-        compiled: bool = False,
-        both_sides: bool = False,
+        self, model: nn.Module, layers: Sequence[Any] | None = None, compiled: bool = False, both_sides: bool = False
     ):
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)

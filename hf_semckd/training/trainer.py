@@ -14,7 +14,6 @@ from ..data.samples import is_map_style
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
 from ..models.loading import ModelSource, load_model
-from ..models.outputs import IGNORED
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
@@ -164,7 +163,8 @@ class DistillationTrainer(StudentTrainer):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
-            check_tokenizers(self._teacher_source, self.processing_class, batch)
+            if self.distillation is None:
+                check_tokenizers(self._teacher_source, self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
@@ -215,11 +215,12 @@ class DistillationTrainer(StudentTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
+        if self.pair is not None:
+            # Trainer counts where the model asks for it. Our loss needs no count; that of a subclass may.
+            self.model_accepts_loss_kwargs = type(self).compute_loss is not DistillationTrainer.compute_loss
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if items is None and type(self).compute_loss is not DistillationTrainer.compute_loss and batches:
-            # Ours needs no number of items; a user's own may.
-            labels = [batch["labels"] for batch in batches if "labels" in batch]
-            items = sum((entry != IGNORED).sum() for entry in labels) if labels else None
+        if self.pair is not None:
+            self.model_accepts_loss_kwargs = False
         if self.distillation is not None and batches:
             batches = self.distillation.objective.begin_step(batches, self._prepare_input)
         return batches, items

@@ -18,6 +18,7 @@ from ...features.geometry import (
     common_grid,
     embedding,
     fitting_mask,
+    layer_averages,
     limited_grid,
     map_to_tokens,
     pool_map,
@@ -132,8 +133,7 @@ class AlignedStudent:
         self._means: dict[int, Tensor] = {}
         # Layers of one layout and length share their chosen tokens.
         self._flat: dict[tuple[TokenChoice, int], Tensor] = {}
-        shared = {id(mask): Average(mask) for mask in map(self.mask, range(len(self.specs)))}
-        self._averages = [shared[id(self.mask(s))] for s in range(len(self.specs))]
+        self._averages = layer_averages(self.masks, len(self.specs))
 
     def mask(self, s: int) -> Tensor | None:
         """Return the mask (B, N) of the tokens of student layer s."""

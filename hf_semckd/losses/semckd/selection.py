@@ -13,6 +13,7 @@ from ...features.geometry import (
     as_tokens,
     embedding,
     fitting_mask,
+    layer_averages,
     limited_grid,
     summary,
     summary_size,
@@ -86,10 +87,9 @@ class TeacherSelection:
     ) -> TeacherTargets:
         """Return what is needed of T features, with the mask of their tokens; see `FeatureLoss.select`."""
         tokens = dict[tuple[int, int], KeptTokens]()
-        shared = {id(own): Average(own) for own in (layer_mask(mask, t) for t in range(len(features)))}
         layers = []
-        for t, feature in enumerate(features):
-            kept = self._pooled(t, feature.detach(), shared[id(layer_mask(mask, t))])
+        for t, (feature, average) in enumerate(zip(features, layer_averages(mask, len(features)), strict=True)):
+            kept = self._pooled(t, feature.detach(), average)
             if "tokens" in self.kinds[t]:
                 own = as_tokens(feature.detach())
                 layout = self.layout[t], own.shape[1]
