@@ -37,14 +37,14 @@ def require_number(name: str, value: object, *, positive: bool) -> None:
     )
 
 
-def require_limit(name: str, limit: object, unit: str, default: object) -> None:
-    """Refuse what is no whole number >= 0."""
+def require_limit(name: str, limit: object, unit: str, zero: str, default: object) -> None:
+    """Refuse what is no whole number >= 0; `zero` says what 0 means."""
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
         raise ConfigurationError(
             f"`{name}` is not a number of {unit}",
             received=repr(limit),
-            expected="a whole number >= 1, or 0 for no limit",
-            todo=f"set {name} to {default}, or to 0 to compare everything",
+            expected=f"a whole number >= 1, or 0 for {zero}",
+            todo=f"set {name} to {default}, or to 0 for {zero}",
         )
 
 

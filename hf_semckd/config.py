@@ -29,7 +29,11 @@ from .errors import ConfigurationError
 MINIMUM_PROJECTION_LEARNING_RATE = 1e-3
 POSITIVE = ("temperature", "association_temperature", "projection_learning_rate", "teacher_cache_limit_gb")
 NOT_NEGATIVE = ("task_weight", "logit_weight", "feature_weight", "relation_weight")
-LIMITS = {"max_tokens": "tokens", "max_grid": "rows and columns"}
+LIMITS = {
+    "max_tokens": ("tokens", "no limit"),
+    "max_grid": ("rows and columns", "no limit"),
+    "association_bank": ("samples", "the other samples of the micro-batch"),
+}
 CHOICES = {
     "association": Association,
     "target_norm": TargetNorm,
@@ -71,10 +75,10 @@ class SemCKDConfig(TrainingArguments):
     association: Association | None = option(
         None,
         "How teacher layers are weighted for each student layer and sample. similarity: by how similarly both layers "
-        "place the sample in the batch. sinkhorn: the same, balanced by Sinkhorn iterations, so that student layers "
-        "do not all take the same teacher layer. learned: by small networks trained with the student. uniform, last, "
-        "one_to_one: fixed controls (equal weights; last layer to last layer; a uniform layer map). None: sinkhorn "
-        "between CNNs, similarity elsewhere.",
+        "place the sample among others (see association_bank). sinkhorn: the same, balanced by Sinkhorn iterations, "
+        "so that student layers do not all take the same teacher layer. learned: by small networks trained with the "
+        "student. uniform, last, one_to_one: fixed controls (equal weights; last layer to last layer; a uniform layer "
+        "map). None: sinkhorn between CNNs, similarity elsewhere.",
     )
     relation_weight: float | None = option(
         None,
@@ -121,6 +125,12 @@ class SemCKDConfig(TrainingArguments):
         "Temperature of the association, > 0; smaller is sharper. similarity, sinkhorn: of a softmax over cosines. "
         "learned: weights tend to softmax(-error / temperature), so they cannot collapse. None: 0.2 (0.02 between "
         "CNNs, where half precision may change single weights), 0.5 (learned), or 1 in the published form.",
+    )
+    association_bank: int = option(
+        64,
+        "similarity, sinkhorn: take similarities to this many recent samples, which change once a step: the "
+        "association depends neither on the size of micro-batches nor on processes. 0: to the other samples of the "
+        "micro-batch.",
     )
     max_tokens: int = option(
         16,
@@ -263,7 +273,7 @@ class SemCKDConfig(TrainingArguments):
             elif name in CHOICES:
                 require_choice(name, value, get_args(CHOICES[name]))
             elif name in LIMITS:
-                require_limit(name, value, LIMITS[name], default)
+                require_limit(name, value, *LIMITS[name], default)
         self.student_layers = layer_list("student_layers", self.student_layers)
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():

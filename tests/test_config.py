@@ -35,6 +35,7 @@ OWN = (
     "teacher_dtype",
     "teacher_compile",
     "association_temperature",
+    "association_bank",
     "max_tokens",
     "max_grid",
     "projection_learning_rate",
@@ -154,29 +155,33 @@ def test_an_empty_cache_folder_is_refused(tmp_path, folder):
 # How much is compared and kept
 
 
-LIMITS = {"max_tokens": (16, "a number of tokens"), "max_grid": (None, "a number of rows and columns")}
+LIMITS = {
+    "association_bank": (64, "samples", "the other samples of the micro-batch"),
+    "max_tokens": (16, "tokens", "no limit"),
+    "max_grid": (None, "rows and columns", "no limit"),
+}
 
 
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("value", [-1, 0.0, 0.25, 4.0, 2.5, "4", None, True, False, [4], math.nan, math.inf])
-def test_the_limits_of_tokens_and_grids_must_be_whole_numbers_from_zero(tmp_path, value, name):
-    default, meaning = LIMITS[name]
+def test_limits_must_be_whole_numbers_from_zero(tmp_path, value, name):
+    default, unit, zero = LIMITS[name]
     if value is default:
         assert getattr(config(tmp_path, **{name: value}), name) is None
         return
     text = refusal(tmp_path, **{name: value})
-    assert f"`{name}` is not {meaning}" in text and f"received: {value!r}" in text
-    assert "a whole number >= 1, or 0 for no limit" in text and f"set {name} to {default}, or to 0" in text
+    assert f"`{name}` is not a number of {unit}" in text and f"received: {value!r}" in text
+    assert f"a whole number >= 1, or 0 for {zero}" in text and f"set {name} to {default}, or to 0 for {zero}" in text
 
 
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("value", [0, 1, 4, 1000])
-def test_any_other_limit_of_tokens_and_grids_will_do(tmp_path, value, name):
+def test_any_other_limit_will_do(tmp_path, value, name):
     assert getattr(config(tmp_path, **{name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_tokens_and_grids_are_limited_unless_told_otherwise(tmp_path, name):
+def test_limits_are_on_unless_told_otherwise(tmp_path, name):
     assert getattr(config(tmp_path), name) == LIMITS[name][0]
 
 
@@ -208,6 +213,7 @@ def test_values_set_by_hand_are_refused_when_they_are_checked_again(tmp_path):
 
 
 COMPARED_AND_KEPT = {
+    "association_bank": (16, "-1", "0.25"),
     "max_tokens": (9, "-1", "0.25"),
     "max_grid": (7, "-1", "2.5"),
     "teacher_cache_dtype": ("bfloat16", None, "float32"),
@@ -432,6 +438,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "teacher_compile": True,
         "association_temperature": 0.3,
         "projection_learning_rate": 0.01,
+        "association_bank": 32,
         "max_tokens": 5,
         "max_grid": 2,
         "teacher_cache_dir": "cache",

@@ -295,15 +295,20 @@ class _ByHand:
     def __init__(self, problem: Problem, start: dict[str, Tensor], args: Any):
         self.problem, self.args = problem, args
         self.student, self.teacher = problem.student().double().train(), problem.teacher().double().eval()
-        self.calibration = {k: v.requires_grad_() for k, v in start.items() if not k.startswith("statistics.")}
+        kept = ("statistics.", "bank.")
+        self.calibration = {k: v.requires_grad_() for k, v in start.items() if not k.startswith(kept)}
+        self.banked = start.get("bank.rows")
         self.seen: list[list[Tensor]] = []
         self.statistics: list[tuple[Tensor, Tensor]] = []
         self.terms: list[dict[str, float]] = []
+        # What is known of the samples of each step: the summaries of every layer, student layers first.
+        self.met: list[list[list[Tensor]]] = []
         self.owners = [int(name.split(".")[1]) for name in start if name.startswith("projection.")]
 
     def step(self, batches: list[dict[str, Tensor]]) -> None:
         """Take one optimizer step."""
         runs = [self._run(batch) for batch in batches]
+        self.met.append([])
         self._standardize([features for _, _, _, features in runs], batches)
         sums = {name: torch.zeros((), dtype=torch.float64) for name in ("task", "logit", "feature", "entropy")}
         items = samples = 0
@@ -321,6 +326,13 @@ class _ByHand:
         """Return weights and statistics under the names of `outcome`."""
         state = {f"student.{name}": value for name, value in self.student.state_dict().items()}
         state |= {f"calibration.{name}": value.detach() for name, value in self.calibration.items()}
+        if self.banked is not None:
+            # A ring of all samples but those of the last step, which the next one would take up.
+            samples = [sample for step in self.met[:-1] for sample in step]
+            rows = torch.zeros_like(self.banked)
+            for place, sample in enumerate(samples):
+                rows[place % len(rows)] = torch.cat([layer / layer.norm() for layer in sample])
+            state |= {"calibration.bank.rows": rows, "calibration.bank.seen": torch.tensor(len(samples))}
         for layer, values in enumerate(self._merged()):
             names = [f"calibration.statistics.{layer}.{name}" for name in ("mean", "variance", "count")]
             state |= dict(zip(names, values, strict=True))
@@ -488,7 +500,16 @@ class _ByHand:
                 weights[:, s, math.ceil((s + 1) * shape[2] / shape[1]) - 1] = 1
             return weights
         if kind == "similarity":
-            rows = [[_similarity_rows(_summary(x, mask)) for x in side] for side in (states, raw)]
+            summaries = [_summary(x, mask).detach() for x in (*states, *raw)]
+            self.met[-1] += [[layer[i] for layer in summaries] for i in range(shape[0])]
+            others = summaries
+            if self.args.association_bank:
+                earlier = [sample for step in self.met[:-1] for sample in step][-self.args.association_bank :]
+                if not earlier:
+                    return torch.full(shape, 1 / shape[2], dtype=torch.float64)
+                others = [torch.stack(layer) for layer in zip(*earlier, strict=True)]
+            found = [_similarity_rows(own, other) for own, other in zip(summaries, others, strict=True)]
+            rows = found[: shape[1]], found[shape[1] :]
             cosines = torch.stack([torch.stack([(one * other).sum(1) for other in rows[1]], 1) for one in rows[0]], 1)
             return (cosines / association_temperature(loss_options(self.args))).softmax(2).detach()
         queries = [self._embedding(f"query.{s}", _mean(x, mask)) for s, x in enumerate(states)]
@@ -546,9 +567,9 @@ def _summary(features: Tensor, mask: Tensor | None) -> Tensor:
     return _mean(features, mask) if mask is not None else _map(features).flatten(1)
 
 
-def _similarity_rows(rows: Tensor) -> Tensor:
-    """Return a unit vector for every sample: its cosines with all samples, less their mean; 0 for a single one."""
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    cosines = rows @ rows.T
+def _similarity_rows(rows: Tensor, others: Tensor) -> Tensor:
+    """Return a unit vector for every sample: its cosines with others, less their mean; 0 for a single one."""
+    rows, others = (samples / samples.norm(dim=1, keepdim=True) for samples in (rows, others))
+    cosines = rows @ others.T
     centered = cosines - cosines.mean(1, keepdim=True)
-    return centered if len(rows) == 1 else centered / centered.norm(dim=1, keepdim=True)
+    return centered if len(others) == 1 else centered / centered.norm(dim=1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,9 +175,15 @@ def summary(feature: Tensor, spec: FeatureSpec, average: Average) -> Tensor:
     """Return (B, C * cells) to compute similarities from: a small map for images, the mean token for text."""
     if spec.grid is None:
         return at_least_float32(average(feature))
-    return at_least_float32(as_map(feature, spec, summary_size(feature, spec)).flatten(1))
+    return at_least_float32(as_map(feature, spec, summary_size(spec)).flatten(1))
 
 
-def summary_size(feature: Tensor, spec: FeatureSpec) -> tuple[int, int]:
-    """Return the height and width of the map in a summary."""
-    return limited_grid(feature, spec, SUMMARY_GRID)
+def summary_size(spec: FeatureSpec) -> tuple[int, int]:
+    """Return the height and width of the map in a summary of a layer with a grid."""
+    assert spec.grid is not None
+    return min(spec.grid[0], SUMMARY_GRID), min(spec.grid[1], SUMMARY_GRID)
+
+
+def summary_width(spec: FeatureSpec) -> int:
+    """Return the number of values in a layer's summary."""
+    return spec.channels * (1 if spec.grid is None else math.prod(summary_size(spec)))

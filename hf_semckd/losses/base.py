@@ -174,10 +174,12 @@ class FeatureLoss(nn.Module, ABC):
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 
-    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Merge the statistics collected since the last call, once per optimizer step.
+    def synchronize(
+        self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
+    ) -> None:
+        """Merge what was collected since the last call, once per optimizer step.
 
-        `reduce_sum` adds a tensor over processes; None for a single process.
+        `reduce_sum` adds a tensor over `world` processes, of which this is number `rank`; None for a single process.
         """
         return
 

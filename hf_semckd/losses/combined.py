@@ -76,10 +76,12 @@ class CombinedLoss(FeatureLoss):
         for loss, part in zip(self._parts(), self.targets(teacher_features, teacher_mask).parts, strict=True):
             loss.update_statistics(part)
 
-    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Let every loss merge its statistics."""
+    def synchronize(
+        self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
+    ) -> None:
+        """Let every loss merge what it collected."""
         for loss in self._parts():
-            loss.synchronize(reduce_sum)
+            loss.synchronize(reduce_sum, rank=rank, world=world)
 
     def _parts(self) -> list[FeatureLoss]:
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]

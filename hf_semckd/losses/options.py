@@ -15,6 +15,7 @@ class LossOptions:
     projector: Projector | None = None
     projection_init: ProjectionInit | None = None
     relation_weight: float | None = None
+    association_bank: int = 0
     max_tokens: int = 16
     max_grid: int | None = None
     # Samples in every training batch, which the published association is built for.

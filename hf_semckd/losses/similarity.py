@@ -33,19 +33,17 @@ def cosine_matrix(rows: Tensor) -> Tensor:
         return rows @ rows.mT
 
 
-def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor) -> Tensor:
+def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return the cosine of each sample's centered rows of two similarity matrices, per pair of layers.
 
-    It does not depend on the order of the batch, and centering removes what all samples of a layer share: the
-    per-sample form of centered kernel alignment. Of (S, B, B) and (T, B, B) it is (B, S, T) in [-1, 1]; zero where a
-    row is constant (always for B = 1).
+    It does not depend on the order of the samples in a row, and centering removes what all samples of a layer share:
+    the per-sample form of centered kernel alignment. Of (S, B, K) and (T, B, K) it is (B, S, T) in [-1, 1]; zero where
+    a row is constant (always for K = 1). Of the K samples only the `counted` ones (K) take part.
     """
     dtype = torch.promote_types(student_similarity.dtype, teacher_similarity.dtype)
-    student_similarity, teacher_similarity = student_similarity.to(dtype), teacher_similarity.to(dtype)
-    student = student_similarity - student_similarity.mean(-1, keepdim=True)
-    teacher = teacher_similarity - teacher_similarity.mean(-1, keepdim=True)
+    student, teacher = (_centered(rows.to(dtype), counted) for rows in (student_similarity, teacher_similarity))
     with full_precision(student):
-        return torch.einsum("sbk,tbk->bst", _unit(student, student_similarity), _unit(teacher, teacher_similarity))
+        return torch.einsum("sbk,tbk->bst", student, teacher)
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:
@@ -80,7 +78,14 @@ def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) ->
     return [results[index] for index in range(len(tensors))]
 
 
-def _unit(centered: Tensor, rows: Tensor) -> Tensor:
-    """Return centered rows with unit length; rows that are constant up to rounding come out as (nearly) zero."""
+def _centered(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """Return rows less their mean, with unit length; those that are constant up to rounding come out as (nearly) zero.
+
+    Entries that are not `counted` are zero before and after.
+    """
+    if counted is None:
+        centered = rows - rows.mean(-1, keepdim=True)
+    else:
+        centered = (rows - rows.sum(-1, keepdim=True) / counted.sum().clamp(min=1)) * counted
     floor = (ROUNDING * rows.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
     return centered / torch.maximum(centered.norm(dim=-1, keepdim=True), floor)

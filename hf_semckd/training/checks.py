@@ -158,15 +158,16 @@ def _has_file(source: str | os.PathLike[str], name: str) -> bool:
 
 
 def warn_of_single_samples(loss: FeatureLoss | None, config: SemCKDConfig) -> None:
-    """Warn where the association compares a sample with the others of its micro-batch, and there are none."""
+    """Warn where a sample is compared with the others of its micro-batch, and there are none."""
     chosen = {} if loss is None else loss.settings
-    if config.per_device_train_batch_size > 1 or chosen.get("association") not in ("similarity", "sinkhorn"):
-        return
-    logger.warning(
-        "With one sample in a micro-batch the association is uniform: every teacher layer has the same weight%s. "
-        "Raise per_device_train_batch_size and lower gradient_accumulation_steps, or choose association='learned'.",
-        ", and relations are nothing" if chosen.get("relation_weight") else "",
-    )
+    alone = not config.association_bank and chosen.get("association") in ("similarity", "sinkhorn")
+    if config.per_device_train_batch_size == 1 and (alone or chosen.get("relation_weight")):
+        logger.warning(
+            "With one sample in a micro-batch %s. Raise per_device_train_batch_size and lower "
+            "gradient_accumulation_steps%s.",
+            "the association is uniform" if alone else "the relation error is 0: there are no other samples",
+            ", or leave association_bank at its default" if alone else ", or set relation_weight=0",
+        )
 
 
 def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:

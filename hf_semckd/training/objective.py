@@ -134,7 +134,8 @@ class Objective:
                 self.run_teacher.wait()
                 loss.update_statistics(outputs.features)
             loss.collecting = False
-        loss.synchronize(self.services.reduce_sum)
+        services = self.services
+        loss.synchronize(services.reduce_sum, rank=services.rank, world=services.processes)
 
 
 def _zero(outputs: Any) -> Tensor:

@@ -9,6 +9,7 @@ def loss_options(config: SemCKDConfig) -> LossOptions:
     return LossOptions(
         association=config.association,
         association_temperature=config.association_temperature,
+        association_bank=config.association_bank,
         target_norm=config.target_norm,
         projector=config.projector,
         projection_init=config.projection_init,

@@ -59,7 +59,7 @@ class Services:
     """A few functions of the engine and of the user, in place of the trainer itself.
 
     Attributes:
-        processes: Number of processes; gradients are averaged over them.
+        rank, processes: Number of this process, and of all; gradients are averaged over them.
         mixed_precision: `no`, `bf16` or `fp16`.
         autocast: Returns the context in which the student's forward runs.
         reduce_sum: Adds a tensor over processes; it stays on its device.
@@ -67,6 +67,7 @@ class Services:
     """
 
     device: torch.device
+    rank: int
     processes: int
     is_main: bool
     mixed_precision: str
@@ -85,5 +86,14 @@ class Services:
                 return tensor
             return accelerator.reduce(tensor.to(device), reduction="sum").to(tensor.device)
 
-        main, precision = accelerator.is_main_process, accelerator.mixed_precision
-        return cls(device, processes, main, precision, accelerator.autocast, reduce_sum, custom_loss, label_smoother)
+        return cls(
+            device=device,
+            rank=accelerator.process_index,
+            processes=processes,
+            is_main=accelerator.is_main_process,
+            mixed_precision=accelerator.mixed_precision,
+            autocast=accelerator.autocast,
+            reduce_sum=reduce_sum,
+            custom_loss=custom_loss,
+            label_smoother=label_smoother,
+        )

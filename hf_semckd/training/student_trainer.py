@@ -128,7 +128,8 @@ class StudentTrainer(Trainer):
         distillation, loss = self.distillation, self.feature_loss
         if distillation is not None and loss is not None and distillation.attached and self._reloads_here:
             # What the last step observed belongs to this checkpoint, on every process.
-            loss.synchronize(distillation.objective.services.reduce_sum)
+            services = distillation.objective.services
+            loss.synchronize(services.reduce_sum, rank=services.rank, world=services.processes)
             if self.args.should_save:
                 save_feature_loss(loss, output_dir)
         super()._save_optimizer_and_scheduler(output_dir)

@@ -464,10 +464,16 @@ def test_a_teacher_with_another_tokenizer_needs_columns_of_its_own(tmp_path):
     distiller(tmp_path, **parts, train_dataset=rows)
 
 
-@pytest.mark.parametrize(("association", "warned"), [("similarity", True), ("learned", False), (None, True)])
-def test_one_sample_in_a_micro_batch_is_told(association, warned, tmp_path, caplog):
-    distiller(tmp_path, {"per_device_train_batch_size": 1, "association": association})
-    assert any("the association is uniform" in record.message for record in caplog.records) == warned
+@pytest.mark.parametrize("relations", [0.0, 1.0])
+@pytest.mark.parametrize("bank", [0, 64])
+@pytest.mark.parametrize("association", ["similarity", "learned"])
+def test_one_sample_in_a_micro_batch_is_told_where_it_matters(association, bank, relations, tmp_path, caplog):
+    chosen = {"association": association, "association_bank": bank, "relation_weight": relations}
+    distiller(tmp_path, {"per_device_train_batch_size": 1, **chosen})
+    told = [record.message for record in caplog.records if "With one sample in a micro-batch" in record.message]
+    alone = association == "similarity" and not bank
+    assert len(told) == (alone or relations > 0)
+    assert all(("the association is uniform" if alone else "the relation error is 0") in text for text in told)
 
 
 def test_a_loss_of_absurd_size_is_told_once(tmp_path, caplog):

@@ -6,6 +6,7 @@ In float64, with plain gradient descent, so that weights show gradients: a facto
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import InputError
 
-# Relations are those of a micro-batch, as similarities are: what must not depend on the cut is all the rest.
+# Relations are those of a micro-batch: what must not depend on the cut is all the rest.
 ALONE = {"relation_weight": 0.0}
 CUTS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 EQUAL = [name for name in PROBLEMS if name not in ("resnet", "unlabeled_words")]
@@ -75,10 +76,22 @@ def test_associations_that_know_one_sample_at_a_time_do_not_depend_on_the_cut(pr
     assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, association=association, **ALONE))
 
 
+@pytest.mark.parametrize("shape", [*CUTS, "1x8"])
+@pytest.mark.parametrize("bank", [64, 5])
+@pytest.mark.parametrize("problem", ["vit", "resnet_vit", "sentences", "tokens"])
+def test_similarities_to_a_bank_do_not_depend_on_the_cut(problem, bank, shape, tmp_path):
+    """20 samples in steps of 8: a bank of 5 takes up the end of a step alone."""
+    args = {"association": "similarity", "association_bank": bank, **ALONE}
+    done = train(problem, tmp_path, **cut(*CUTS.get(shape, (1, 8))), **args)
+    assert_same(done, by_hand(problem, tmp_path, micro=8, parts=1, **args))
+    assert done.terms[0]["association/entropy"] == pytest.approx(math.log(4 - 2 * (problem == "resnet_vit")))
+    assert done.terms[-1]["association/entropy"] < done.terms[0]["association/entropy"] - 1e-4
+
+
 @pytest.mark.parametrize("shape", list(CUTS))
 @pytest.mark.parametrize("problem", ["vit", "resnet_vit", "sentences", "tokens"])
-def test_similarities_are_those_of_each_micro_batch(problem, shape, tmp_path):
-    check_against_hand(problem, tmp_path, *CUTS[shape], association="similarity")
+def test_similarities_without_a_bank_are_those_of_each_micro_batch(problem, shape, tmp_path):
+    check_against_hand(problem, tmp_path, *CUTS[shape], association="similarity", association_bank=0)
 
 
 @pytest.mark.parametrize("association", ["uniform", "similarity"])
@@ -154,11 +167,15 @@ def with_weights(problem: str, folder: Any, order: list[int], association: str) 
 def test_a_shuffled_batch_permutes_the_weights_and_changes_no_loss(problem, association, tmp_path):
     first, weights = with_weights(problem, tmp_path, list(range(8)), association)
     second, shuffled = with_weights(problem, tmp_path, [2, 0, 3, 1, 5, 4, 7, 6], association)
+    if association == "similarity":
+        # The samples of the first step, in their order; the second step would be taken up by a third.
+        rows = [made.state.pop("calibration.bank.rows")[:4] for made in (first, second)]
+        torch.testing.assert_close(rows[1], rows[0][[2, 0, 3, 1]], rtol=0, atol=1e-9)
     assert_same(first, second)
     for before, after, order in zip(weights, shuffled, ([2, 0, 3, 1], [1, 0, 3, 2]), strict=True):
         torch.testing.assert_close(after, before[order], rtol=0, atol=1e-9)
     # The weights of samples differ, or a permutation would say nothing.
-    assert float((weights[0][0] - weights[0][1]).abs().max()) > 1e-6
+    assert float((weights[1][0] - weights[1][1]).abs().max()) > 1e-6
 
 
 # ---- The published form --------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ STILL = {
     "max_tokens": 0,
     # By hand, for each sample alone.
     "relation_weight": 0.0,
+    "association_bank": 0,
     "max_steps": -1,
     "num_train_epochs": 1,
 }

@@ -190,7 +190,7 @@ class AlignedStudent:
         """Return the vectors (B, D) that similarities of layer s are computed from, without gradient."""
         feature, spec = self.features[s].detach(), self.specs[s]
         size = None if spec.grid is None else limited_grid(feature, spec, self.max_grid)
-        if self.compared_as_map and self.compared_as_map[s] and size == summary_size(feature, spec):
+        if self.compared_as_map and self.compared_as_map[s] and size == summary_size(spec):
             return at_least_float32(self.map(s).detach().flatten(1))
         return summary(feature, spec, self._averages[s])
 

@@ -12,7 +12,8 @@ SemCKD's loss of sample i, with association weights alpha (B, S, T) that sum to 
 
     i, s, t      sample, student layer, teacher layer; B samples, S and T layers
     A            (B, B) similarity matrix of a layer, F F^T, where a row of F is a sample's flattened feature
-    a            (B, B) cosines of a layer's pooled features of every two samples, each row minus its mean
+    a            (B, K) cosines of a layer's pooled features with those of K samples, each row minus its mean: the
+                 batch itself, or a bank of the latest ones
     m            (B, C) mean feature of a layer over its positions
     q_s, k_t     query and key networks, whose outputs have unit length; g a learned scale
     tau          temperature
@@ -20,7 +21,7 @@ SemCKD's loss of sample i, with association weights alpha (B, S, T) that sum to 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from ..baseline import skip_map
 from ..reduction import entropy
 from ..similarity import by_shape, cosine_matrix, row_cosine, similarity_matrix
 from .alignment import AlignedStudent, AlignedTeacher
+from .bank import SimilarityBank
 from .networks import FeatureEmbedding, LearnedScale, SimilarityEmbedding
 from .selection import AssociationInput
 from .sinkhorn import sinkhorn_weights
@@ -65,22 +67,32 @@ class Association(ABC):
         """Return how many of these student layers have any weight: the number that errors are averaged over."""
         return layers
 
+    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None, rank: int, world: int) -> None:
+        """Take up what was collected in an optimizer step; see `FeatureLoss.synchronize`."""
+        return
+
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Trained modules by the names under which the loss registers them: `query`, `key`, `scale`."""
+        """Modules by the names under which the loss registers them: `query`, `key`, `scale`, `bank`."""
         return {}
 
 
 class SimilarityAssociation(Association):
-    """Weights by how alike both layers see a sample among the others; uniform for a batch of one.
+    """Weights by how alike both layers see a sample among others: those of a bank, or without one of the batch.
 
-    Trained weights drift to the teacher layer that is easiest to imitate; these are not trained.
+    Trained weights drift to the teacher layer that is easiest to imitate; these are not trained. They are uniform
+    where there is nobody to compare with: in the first step of a bank, and in a batch of one without a bank.
     """
 
     name = "similarity"
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature
+    def __init__(self, temperature: float, bank: SimilarityBank | None = None):
+        self.temperature, self.bank = temperature, bank
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The bank, if there is one."""
+        return {} if self.bank is None else {"bank": self.bank}
 
     def weights(self, student: AlignedStudent, teacher: AlignedTeacher) -> Tensor:
         """Return alpha (B, S, T), without gradient."""
@@ -90,8 +102,16 @@ class SimilarityAssociation(Association):
     @torch.no_grad()
     def of_summaries(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Return alpha of layers given by S tensors (B, D_s) and T tensors (B, D_t), see `summary`."""
-        own, theirs = (torch.stack(by_shape(cosine_matrix, rows)) for rows in (student, teacher))
-        return self.normalize(row_cosine(own, theirs) / self.temperature)
+        rows = [*student, *teacher]
+        similarities = by_shape(cosine_matrix, rows) if self.bank is None else self.bank(rows)
+        counted = None if self.bank is None else self.bank.filled
+        own, theirs = torch.stack(similarities[: len(student)]), torch.stack(similarities[len(student) :])
+        return self.normalize(row_cosine(own, theirs, counted) / self.temperature)
+
+    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None, rank: int, world: int) -> None:
+        """Let the bank take up the samples of an optimizer step."""
+        if self.bank is not None:
+            self.bank.synchronize(reduce_sum, rank, world)
 
     def normalize(self, scores: Tensor) -> Tensor:
         """Return weights from scores (B, S, T)."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...choices import Association as AssociationName
 from ...choices import ProjectionInit, Projector, TargetNorm, check_projection_init
 from ...errors import ConfigurationError
-from ...features.geometry import Alignment
+from ...features.geometry import Alignment, summary_width
 from ...features.layers import FeatureSpec
 from ...features.statistics import TeacherStatistics, update_layer_statistics
 from ...features.targets import LayerMasks, TeacherTargets
@@ -34,6 +34,7 @@ from .association import (
     SimilarityAssociation,
     SinkhornAssociation,
 )
+from .bank import SimilarityBank
 from .comparison import Comparison, PairwiseComparison, SharedComparison
 from .defaults import IMAGE_DEFAULTS, association_temperature, feature_defaults
 from .kernel import weighted_relation_error
@@ -41,7 +42,7 @@ from .projection import layers_per_projection
 from .selection import TeacherSelection
 
 # The networks of an association and a comparison, in the order in which their parameters are listed.
-NETWORKS = ("scale", "decoder", "projection", "query", "key")
+NETWORKS = ("scale", "decoder", "projection", "query", "key", "bank")
 
 
 class SemCKDLoss(FeatureLoss):
@@ -62,6 +63,7 @@ class SemCKDLoss(FeatureLoss):
         teacher_shapes: The same for each teacher layer.
         association: A name, see `SemCKDConfig`, or an `Association`.
         batch_size: Needed by the published association only (`learned` on raw targets).
+        association_bank: Number of recent samples that similarities are taken to; 0 for the batch's own.
         tokens_aligned: Whether position n of both models stands for the same input.
         max_tokens: Most tokens of a sample that are compared, evenly spaced; None for all.
         max_grid: Maps are pooled to at most this many rows and columns before they are compared; None for no limit.
@@ -97,6 +99,7 @@ class SemCKDLoss(FeatureLoss):
         projector: Projector = "shared",
         association_temperature: float | None = None,
         batch_size: int | None = None,
+        association_bank: int = 0,
         tokens_aligned: bool = True,
         max_tokens: int | None = None,
         max_grid: int | None = None,
@@ -118,7 +121,8 @@ class SemCKDLoss(FeatureLoss):
         compared = len(self.student_specs) - spared_layers
         self.comparison = self._make_comparison(tokens_aligned, compared, layers_per_projection)
         if not isinstance(association, Association):
-            association = self._make_association(association, target_norm, association_temperature, batch_size)
+            sizes = batch_size, association_bank
+            association = self._make_association(association, target_norm, association_temperature, *sizes)
         self.association = association
         networks = {**self.association.networks, **self.comparison.networks}
         for name in NETWORKS:
@@ -182,6 +186,7 @@ class SemCKDLoss(FeatureLoss):
             projector=projector,
             association_temperature=association_temperature(options, defaults),
             batch_size=options.batch_size,
+            association_bank=options.association_bank,
             tokens_aligned=tokens_aligned,
             max_tokens=options.max_tokens or None,
             max_grid=(defaults.max_grid if options.max_grid is None else options.max_grid) or None,
@@ -197,8 +202,9 @@ class SemCKDLoss(FeatureLoss):
         self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the loss of a batch; in the published form `RaggedBatchError` for one of another size."""
-        if len(self.statistics) and self.training and self.collecting:
-            self.update_statistics(targets)
+        if self.training:
+            if len(self.statistics) and self.collecting:
+                self.update_statistics(targets)
             if self.automatic_synchronization:
                 self.synchronize()
         student, teacher = self.align(student_features, targets, student_mask)
@@ -268,9 +274,12 @@ class SemCKDLoss(FeatureLoss):
             values, masks = zip(*(teacher.values(t) for t in range(len(layers))), strict=True)
             update_layer_statistics(layers, values, masks)
 
-    def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Merge the statistics collected since the last call; see `FeatureLoss.synchronize`."""
+    def synchronize(
+        self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
+    ) -> None:
+        """Merge the statistics and the samples collected since the last call; see `FeatureLoss.synchronize`."""
         self.statistics.synchronize(reduce_sum)
+        self.association.synchronize(reduce_sum, rank, world)
 
     def _make_comparison(self, tokens_aligned: bool, compared: int, shared: int) -> Comparison:
         alignments = [
@@ -290,14 +299,19 @@ class SemCKDLoss(FeatureLoss):
         )
 
     def _make_association(
-        self, name: AssociationName, target_norm: TargetNorm, temperature: float | None, batch_size: int | None
+        self,
+        name: AssociationName,
+        target_norm: TargetNorm,
+        temperature: float | None,
+        batch_size: int | None,
+        bank_size: int,
     ) -> Association:
         if temperature is None:
             temperature = association_temperature(LossOptions(association=name, target_norm=target_norm))
-        if name == "similarity":
-            return SimilarityAssociation(temperature)
-        if name == "sinkhorn":
-            return SinkhornAssociation(temperature)
+        if name == "similarity" or name == "sinkhorn":
+            widths = [summary_width(spec) for spec in (*self.student_specs, *self.teacher_specs)]
+            bank = SimilarityBank(bank_size, widths) if bank_size else None
+            return (SinkhornAssociation if name == "sinkhorn" else SimilarityAssociation)(temperature, bank)
         if name != "learned":
             return FixedAssociation(name, temperature)
         students, teachers = self.student_specs[: self.compared], self.teacher_specs

@@ -124,6 +124,6 @@ class TeacherSelection:
             kept["embedding"] = embedding(feature, spec, average).clone()
         pooled = kept.get("grid")
         if summarized and spec.grid is not None:
-            if pooled is None or tuple(pooled.shape[2:]) != summary_size(feature, spec):
+            if pooled is None or tuple(pooled.shape[2:]) != summary_size(spec):
                 kept["summary"] = summary(feature, spec, average)
         return kept
