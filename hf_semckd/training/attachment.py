@@ -1,5 +1,6 @@
 """The student and the feature loss as one module while training, so that one wrapped forward holds all that learns."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,19 @@ class StudentAttachment:
             yield
         finally:
             self._put_on()
+
+    def plain_view(self) -> nn.Module:
+        """Return a plain model that shares all parts and weights with the student, but not the feature loss.
+
+        For callbacks: what they average, save or push of it is the student's alone.
+        """
+        view = copy.copy(self.student)
+        view._modules = {name: part for name, part in view._modules.items() if name != FEATURE_LOSS_NAME}
+        view.__class__ = self._plain_class
+        # What accelerate bound to the student would run the feature loss; the copy of a copy must run itself.
+        for name in (*PREPARATION, "forward"):
+            view.__dict__.pop(name, None)
+        return view
 
     def _put_on(self) -> None:
         setattr(self.student, FEATURE_LOSS_NAME, self.loss)

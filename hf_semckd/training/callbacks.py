@@ -11,6 +11,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..publishing.plots import figure_to_array, plot_association, save_association_plot
 from ..teacher.cached import CachedTeacher
+from .attachment import StudentAttachment
+from .distillation import Distillation
 from .monitor import Monitor
 
 logger = logging.getLogger(__name__)
@@ -18,22 +20,34 @@ ASSOCIATION_PICTURE = "association.png"
 
 
 class DistillationCallback(TrainerCallback):
-    """Keeps the association visible and the teacher cache on disk; goes in front of the reporting integrations.
+    """Keeps the association visible and the teacher cache on disk; goes in front of all other callbacks.
+
+    These get the plain student as their model, without what it is trained with.
 
     Args:
         monitor: Averages what is logged.
         teacher: The teacher, where a cache answers for it.
         handler: Holds the other callbacks, TensorBoard's perhaps among them.
+        attachment: Joins feature loss and student; None without a feature loss.
     """
 
-    def __init__(self, monitor: Monitor, teacher: CachedTeacher | None, handler: CallbackHandler):
+    def __init__(
+        self,
+        monitor: Monitor,
+        teacher: CachedTeacher | None,
+        handler: CallbackHandler,
+        attachment: StudentAttachment | None,
+    ):
         self.monitor = monitor
         self.teacher = teacher
         self.handler = handler
+        self.attachment = attachment
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
         self.monitor.start(state.global_step)
+        if self.attachment is not None:
+            self.handler.model = self.attachment.plain_view()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write what the epoch added to the cache, where other processes and runs see it."""
@@ -75,7 +89,8 @@ class DistillationCallback(TrainerCallback):
         return getattr(next(boards, None), "tb_writer", None)
 
 
-def install_callback(handler: CallbackHandler, monitor: Monitor, teacher: CachedTeacher | None) -> None:
-    """Put the callback of a distillation in front of the reporting integrations, in place of an earlier one's."""
+def install_callback(handler: CallbackHandler, distillation: Distillation) -> None:
+    """Put the callback of a distillation in front of all others, in place of an earlier one's."""
     others = [entry for entry in handler.callbacks if not isinstance(entry, DistillationCallback)]
-    handler.callbacks = [DistillationCallback(monitor, teacher, handler), *others]
+    teacher, attachment = distillation.pair.cached_teacher, distillation.attachment
+    handler.callbacks = [DistillationCallback(distillation.monitor, teacher, handler, attachment), *others]

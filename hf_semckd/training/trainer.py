@@ -177,7 +177,7 @@ class DistillationTrainer(StudentTrainer):
                 label_names=tuple(self.label_names),
                 vocabulary=vocabulary_size(self.processing_class),
             )
-        install_callback(self.callback_handler, self.distillation.monitor, self.pair.cached_teacher)
+        install_callback(self.callback_handler, self.distillation)
         return self.distillation
 
     def _training_data(self) -> TrainingData | None:
@@ -325,6 +325,7 @@ class DistillationTrainer(StudentTrainer):
     def _detach(self) -> None:
         if self.distillation is not None:
             self.distillation.detach()
+            self.callback_handler.model = self.model
             if not self.distillation.attached:
                 self._forget_wrappers()
 

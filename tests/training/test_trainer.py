@@ -429,11 +429,33 @@ def test_a_copy_made_in_training_is_a_whole_model(tmp_path, bf16):
     assert_same_weights(weights(twin), state)
     assert not torch.equal(twin.classifier.weight, trainer.student.classifier.weight)
     plain = vit()
-    plain.load_state_dict({name: value for name, value in state.items() if FEATURE_LOSS_NAME not in name})
+    plain.load_state_dict(state)
     pixels = torch.stack([row["pixel_values"] for row in images(4)])
     with torch.no_grad():
         expected, logits = plain.eval()(pixel_values=pixels).logits, twin.eval()(pixel_values=pixels).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-2 if bf16 else 1e-6)
+
+
+def test_callbacks_get_the_plain_student_and_share_its_weights(tmp_path):
+    """What a callback averages, saves or changes is the student's; the projections are none of its business."""
+    seen = []
+
+    def look(model):
+        model.save_pretrained(tmp_path / "by_callback")
+        seen.append((type(model), sorted(model.state_dict()), [id(entry) for entry in model.parameters()]))
+        with torch.no_grad():
+            model.classifier.bias.fill_(7.0)
+
+    trainer = distiller(tmp_path, args={"max_steps": 2, "save_steps": 2, "save_strategy": "steps"})
+    plain = type(trainer.student), sorted(weights(trainer.student)), [id(p) for p in trainer.student.parameters()]
+    for moment in ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end"):
+        trainer.add_callback(At(moment, look))
+    trainer.train()
+    assert len(seen) >= 6 and all(entry == plain for entry in seen)
+    assert trainer.student.classifier.bias.tolist() == [7.0] * 3
+    _, info = type(vit()).from_pretrained(tmp_path / "by_callback", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert trainer.callback_handler.model is trainer.student is trainer.model
 
 
 def test_the_trained_student_survives_torch_save(tmp_path):
