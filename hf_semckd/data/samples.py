@@ -1,6 +1,6 @@
 """A few samples of a dataset, and batches made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -58,20 +58,39 @@ def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
 def label_range(dataset: Any) -> tuple[int, int] | None:
     """Return the least and the greatest label of a `datasets.Dataset`, from its table; None where that is not known.
 
-    A selection of rows is not looked through: its table holds the others too.
+    Of a selection of rows, lists of labels are not looked through.
     """
-    if not isinstance(dataset, Dataset) or dataset._indices is not None:
+    labels = _column(dataset, LABEL_COLUMNS)
+    if labels is None:
         return None
-    name = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-    if name is None:
-        return None
-    labels = dataset.data.column(name)
+    lists = pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type)
+    if dataset._indices is not None:
+        if lists:
+            return None
+        labels = labels.take(dataset._indices.column(0))
     while pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type):
         labels = pc.list_flatten(labels)
     if not pa.types.is_integer(labels.type) or len(labels) == labels.null_count:
         return None
     bounds = pc.min_max(labels).as_py()
     return bounds["min"], bounds["max"]
+
+
+def longest_sample(dataset: Any) -> int | None:
+    """Return the index of the sample with the most tokens in a `datasets.Dataset`; None where that is not known."""
+    tokens = _column(dataset, ("input_ids",))
+    if tokens is None or not (pa.types.is_list(tokens.type) or pa.types.is_large_list(tokens.type)):
+        return None
+    lengths = pc.list_value_length(tokens)
+    if dataset._indices is not None:
+        lengths = lengths.take(dataset._indices.column(0))
+    return pc.index(lengths, pc.max(lengths)).as_py() if len(lengths) else None
+
+
+def _column(dataset: Any, names: Sequence[str]) -> pa.ChunkedArray | None:
+    """Return the first of some columns that a `datasets.Dataset` has, of all rows of its table; nothing is copied."""
+    known = dataset.column_names if isinstance(dataset, Dataset) else ()
+    return next((dataset.data.column(name) for name in names if name in known), None)
 
 
 def is_map_style(dataset: Any) -> bool:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import SemCKDConfig
-from ..data.samples import collate, first_samples, is_map_style, spread_samples
+from ..data.samples import collate, first_samples, is_map_style, longest_sample, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
@@ -34,6 +34,11 @@ class TrainingData:
     def first_batch(self) -> Any:
         """Return a small batch on the device."""
         return self.prepare(collate(self.collator, first_samples(self.dataset)))
+
+    def longest_batch(self) -> Any:
+        """Return a batch of the longest text alone; None where that is not known without reading all samples."""
+        index = longest_sample(self.dataset)
+        return None if index is None else collate(self.collator, [self.dataset[index]])
 
 
 def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..config import SemCKDConfig
-from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
+from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens
 from ..data.samples import column_names, label_range
+from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
 from ..models.inputs import InputSelector
-from ..models.outputs import IGNORED, Task, is_encoder_decoder
+from ..models.outputs import IGNORED, Task, base_model, is_encoder_decoder
 
 logger = logging.getLogger(__name__)
+POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
@@ -89,6 +91,63 @@ def check_trainable(student: nn.Module) -> None:
             expected="at least one parameter with requires_grad=True",
             todo="call student.requires_grad_(True), or add an adapter (peft.get_peft_model) and train that",
         )
+
+
+def check_reload(student: nn.Module) -> None:
+    """Refuse a student that its configuration does not describe: blocks would be made up when it is loaded again.
+
+    What else would be lost or made up, such as a head that was replaced, is told: its owner may load it otherwise.
+    """
+    if not isinstance(student, PreTrainedModel) or getattr(student, "is_quantized", False):
+        return
+    try:
+        with preserved_random_state(0), torch.device("meta"):
+            described = type(student)(student.config).state_dict()
+    except Exception:  # a constructor of the user's, or one that needs its weights: nothing is known then
+        return
+    shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
+    wrong = [name for name, value in described.items() if shapes.get(name) != tuple(value.shape)]
+    lost = [name for name in shapes if name not in described]
+    blocks = [name for name in wrong if name not in shapes and any(part.isdigit() for part in name.split("."))]
+    if blocks:
+        raise InputError(
+            "The student's configuration describes a deeper model: loaded again, some of its layers would be random",
+            received=f"{type(student).__name__} without {', '.join(blocks[:3])}"
+            + (f" and {len(blocks) - 3} more" if len(blocks) > 3 else ""),
+            expected="a model that is built from its own configuration",
+            todo="set the number of layers in student.config (such as num_hidden_layers) to what the student has",
+        )
+    if wrong or lost:
+        logger.warning(
+            "from_pretrained will not load this student as it is: its configuration describes other weights than it "
+            "has (%s). Change student.config, or load it with your own code.",
+            ", ".join([*wrong, *lost][:3]),
+        )
+
+
+def check_lengths(batch: Mapping[str, Any], models: Mapping[str, nn.Module]) -> None:
+    """Refuse a text, the longest of the data set, that is longer than the positions a model (by its role) has."""
+    for role, model in models.items():
+        prefix = TEACHER_PREFIX if role == "teacher" and has_own_tokens(batch) else ""
+        ids, limit = batch.get(f"{prefix}input_ids"), learned_positions(model)
+        if isinstance(ids, Tensor) and ids.dim() == 2 and limit is not None and ids.shape[1] > limit:
+            raise InputError(
+                f"There is a text that is longer than the {role} can read",
+                received=f"{ids.shape[1]} tokens",
+                expected=f"at most {limit} tokens, for which {type(model).__name__} has positions",
+                todo=f"tokenize with truncation=True, max_length={limit}",
+            )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Return the number of rows in a text model's table of positions; None where it has none."""
+    limit = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(limit, int) and isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # RoBERTa's begin behind the padding index; BART's and OPT's have two rows more than positions.
+            behind = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(limit, module.num_embeddings - behind)
+    return None
 
 
 def check_dataset(dataset: Any, models: Sequence[nn.Module], remove_unused_columns: bool) -> None:

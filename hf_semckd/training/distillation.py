@@ -17,7 +17,7 @@ from ..teacher.cached import CachedTeacher
 from ..teacher.runner import TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .caching import TrainingData, check_cache
-from .checks import check_label_range, check_published_batches, warn_of_single_samples
+from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
 from .monitor import Monitor
@@ -73,6 +73,9 @@ class Distillation:
         vocabulary: int | None = None,
     ) -> Distillation:
         """Run a small training batch through both models, and make the parts for the layers that were found."""
+        longest = None if data is None else data.longest_batch()
+        if longest is not None:
+            check_lengths(longest, {"student": pair.student, "teacher": pair.teacher.model})
         try:
             logits, features = args.distills_logits, pair.source is not None
             found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)

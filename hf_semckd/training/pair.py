@@ -19,7 +19,7 @@ from ..models.loading import ModelSource, empty_model, load_model
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.teacher import Teacher
-from .checks import check_encoder_decoder, check_models, check_trainable
+from .checks import check_encoder_decoder, check_models, check_reload, check_trainable
 
 GIGABYTE = 2**30
 
@@ -108,6 +108,7 @@ class Pair:
         """Load the teacher and check that it can teach this student."""
         opened = _open_teacher(student, teacher, args, source)
         check_trainable(student)
+        check_reload(student)
         check_encoder_decoder((student, opened.model), args)
         opened.to(args.device)
         return cls.of(student, opened, args, source)

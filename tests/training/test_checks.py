@@ -9,6 +9,7 @@ from makers import (
     bert,
     bert_mlm,
     config,
+    distilbert,
     distiller,
     gpt2,
     images,
@@ -17,11 +18,20 @@ from makers import (
     vit,
     weights,
 )
+from tiny import tokenizer as padding_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForImageClassification, BertConfig, PreTrainedTokenizerFast, default_data_collator
+from transformers import (
+    AutoModelForImageClassification,
+    BertConfig,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    default_data_collator,
+)
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
 from hf_semckd.errors import (
@@ -32,6 +42,7 @@ from hf_semckd.errors import (
     SemCKDError,
     TeacherOutputError,
 )
+from hf_semckd.training.checks import learned_positions
 
 
 @pytest.fixture(autouse=True)
@@ -432,6 +443,56 @@ def test_labels_that_are_no_class_are_refused_before_training(where, tmp_path):
 def test_a_student_that_is_frozen_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"(?s)nothing to train.*requires_grad"):
         distiller(tmp_path, model=vit().requires_grad_(False))
+
+
+def test_a_depth_cut_without_its_configuration_is_refused(tmp_path):
+    """Saved and loaded again, the two missing blocks would be random."""
+    student = bert(4)
+    student.bert.encoder.layer = student.bert.encoder.layer[:2]
+    rows = texts(8).rows
+    with pytest.raises(InputError, match=r"(?s)describes a deeper model.*encoder\.layer\.2.*num_hidden_layers"):
+        distiller(tmp_path, model=student, teacher_model=bert(3, 24, seed=9), train_dataset=rows)
+    student.config.num_hidden_layers = 2
+    distiller(tmp_path, model=student, teacher_model=bert(3, 24, seed=9), train_dataset=rows)
+
+
+def test_a_head_that_the_configuration_does_not_describe_is_told(tmp_path, caplog):
+    student = vit()
+    student.classifier = nn.Sequential(nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3))
+    distiller(tmp_path, model=student)
+    told = [record.message for record in caplog.records if "from_pretrained will not load" in record.message]
+    assert len(told) == 1 and "classifier.weight" in told[0]
+
+
+def long_texts(model, tokens):
+    rows = [{"input_ids": [5] * count, "attention_mask": [1] * count, "labels": 0} for count in (4, 6, tokens, 5)]
+    return {
+        "model": model(),
+        "teacher_model": model(3, 24, seed=9),
+        "train_dataset": HubDataset.from_list(rows),
+        "data_collator": DataCollatorWithPadding(padding_tokenizer()),
+    }
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("model", [bert, distilbert])
+def test_texts_longer_than_the_positions_are_refused_before_training(model, shuffled, tmp_path):
+    positions = model().config.max_position_embeddings
+    distiller(tmp_path, **long_texts(model, positions))
+    parts = long_texts(model, positions + 1)
+    if shuffled:
+        parts["train_dataset"] = parts["train_dataset"].shuffle(seed=1)
+    with pytest.raises(InputError, match=rf"(?s)longer than the student can read.*{positions + 1} tokens.*truncation"):
+        distiller(tmp_path, **parts)
+
+
+def test_the_positions_of_roberta_begin_behind_the_padding():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, vocab_size=30, **sizes))
+    assert learned_positions(model) == 18
+    model(input_ids=torch.full((1, 18), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 19), 5))
 
 
 def test_the_temperature_suits_the_task(tmp_path):
