@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import InputError, LayerNotFoundError, nearest
 from ..models.outputs import accepts, first_tensor
 from .layers import FeatureSpec, describe, hidden_states
-from .trace import ForwardTrace, find_blocks, find_layers
+from .modalities import reads_more_than_text, text_starts
+from .trace import ForwardTrace, find_blocks, find_layers, towers
 
 SHOWN_NAMES = 12
 
@@ -43,7 +44,9 @@ class FeatureCapture:
 
     `layers` are hidden-state indices, or module names; None for all blocks, see `resolve`. `role` is for messages.
     `modules` names the modules that made the layers, once they were found. With `both_sides`, all blocks of an
-    encoder-decoder are those of its encoder and its decoder; `sides` tells which is which, and is empty elsewhere.
+    encoder-decoder are those of its encoder and its decoder; `sides` tells which is which, and which of several towers
+    a layer is in; it is empty elsewhere. `text_starts` tells where the text begins among the positions of each layer,
+    None for a layer without any; it is empty where a model reads nothing but text.
     """
 
     def __init__(
@@ -51,6 +54,10 @@ class FeatureCapture:
     ):
         self.role, self.both_sides = role, both_sides
         self.sides: list[str] = []
+        self.text_starts: list[int | None] = []
+        # Which layers have their channels last, and whether the dimensions before these are those of an image.
+        self._channels_last: list[bool] = []
+        self._of_image = False
         self.layers: list[int | str] | None = None if layers is None else list(layers)
         self.modules: list[str] = []
         # What stands for a block that a model in training leaves out now and then; None where every block always runs.
@@ -87,7 +94,7 @@ class FeatureCapture:
         Raises `InputError` when hidden states or a named module are missing, `LayerNotFoundError` for a wrong index.
         """
         if self.by_name:
-            return [self._recorded(recorded, name) for name in self.names()]
+            return self._laid_out([self._recorded(recorded, name) for name in self.names()])
         states = hidden_states(outputs)
         if states is None:
             fields = f"fields {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
@@ -101,7 +108,19 @@ class FeatureCapture:
             )
         if self.layers is None:
             raise InputError(f"The {self.role}'s layers have not been resolved: call `resolve` first.")
-        return [states[self._checked_index(index, len(states))] for index in self.layers]
+        return self._laid_out([states[self._checked_index(index, len(states))] for index in self.layers])
+
+    @property
+    def known_by_name(self) -> bool:
+        """Whether the layers' names tell all: no sides, no text among other tokens, channels in the usual place."""
+        return not self.sides and not self.text_starts and not any(self._channels_last)
+
+    def _laid_out(self, features: list[Tensor]) -> list[Tensor]:
+        """Return features (B, C, H, W) or (B, N, C) of those with their channels last."""
+        for index in (index for index, last in enumerate(self._channels_last) if last):
+            feature = features[index]
+            features[index] = feature.permute(0, 3, 1, 2) if self._of_image else feature.flatten(1, 2)
+        return features
 
     def find(self, model: nn.Module, inputs: Mapping[str, Any]) -> Captured:
         """Run a small batch, choose the layers (see `resolve`), and return what they gave."""
@@ -113,13 +132,22 @@ class FeatureCapture:
             # Now it is known which modules to record.
             with self.recording(model) as recorded:
                 outputs = model(**inputs)
-        return Captured(outputs, self.names(), self.collect(outputs, recorded), trace, self.sides)
+        features = self.collect(outputs, recorded)
+        given_as_maps = not self.by_name and getattr(outputs, "reshaped_hidden_states", None) is not None
+        if self.modules and not any(self._channels_last) and not given_as_maps:
+            self._of_image = any(isinstance(value, Tensor) and value.dim() == 4 for value in inputs.values())
+            pairs = zip(self.modules, features, strict=True)
+            self._channels_last = [_has_channels_last(model, name, feature) for name, feature in pairs]
+            features = self._laid_out(features)
+        if reads_more_than_text(inputs) and self.modules:
+            self.text_starts = text_starts(model, inputs, self.modules)
+        return Captured(outputs, self.names(), features, trace, self.sides)
 
     def resolve(self, model: nn.Module, outputs: Any, trace: ForwardTrace) -> None:
         """Choose all blocks when no layers were given, by a forward pass and its trace; see `trace.find_layers`."""
         states = None if self.by_name else hidden_states(outputs)
         if self.layers is None:
-            self._find_blocks(model, states, trace)
+            self._find_blocks(model, outputs, states, trace)
             self._add_encoder(outputs, trace)
         elif states is not None:
             self.layers = [self._checked_index(index, len(states)) for index in self.layers]
@@ -137,9 +165,19 @@ class FeatureCapture:
             made = [trace.makers(states[int(index)]) for index in self.layers or ()]
             self.modules = [names[-1] if names else "" for names in made]
 
-    def _find_blocks(self, model: nn.Module, states: Sequence[Tensor] | None, trace: ForwardTrace) -> None:
+    def _find_blocks(
+        self, model: nn.Module, outputs: Any, states: Sequence[Tensor] | None, trace: ForwardTrace
+    ) -> None:
+        logits = getattr(outputs, "logits", None)
+        if isinstance(logits, Tensor) and logits.dim() == 3:
+            # States of another part than the head's (the image of BLIP, say) teach that part alone.
+            blocks = trace.blocks_of_length(logits.shape[1])
+            if blocks and all(state.dim() != 3 or state.shape[1] != logits.shape[1] for state in states or ()):
+                self.layers = list(blocks)
+                return
         if states is None:
             self.layers = list(find_blocks(trace)) or None
+            self.sides = towers(self.names())
             return
         found = find_layers(states, trace)
         if found is None:
@@ -207,6 +245,18 @@ class FeatureCapture:
             expected="a module that runs once in every forward pass and returns a tensor first",
             todo=f"name another module in {self.role}_layers",
         )
+
+
+def _has_channels_last(model: nn.Module, name: str, feature: Tensor) -> bool:
+    """Whether the module that made a feature of four dimensions works on the last of them, as linear layers do."""
+    if feature.dim() != 4 or not name:
+        return False
+    parts = list(model.get_submodule(name).modules())
+    convolves = any(isinstance(part, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)) for part in parts)
+    widths = {
+        width for part in parts if isinstance(part, nn.Linear) for width in (part.in_features, part.out_features)
+    }
+    return not convolves and feature.shape[3] in widths
 
 
 def drops_layers(model: nn.Module) -> bool:

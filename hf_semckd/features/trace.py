@@ -92,6 +92,16 @@ class ForwardTrace:
         ]
         return [call for call, pattern in inner if pattern.endswith("#") and pattern.count("#") == 1]
 
+    def blocks_of_length(self, length: int) -> list[str]:
+        """Return the blocks of the longest numbered list whose members return so many tokens; of two, the later."""
+        members: dict[str, list[str]] = {}
+        for call in self.calls:
+            pattern = pattern_of(call.name)
+            if pattern.endswith("#") and pattern.count("#") == 1 and len(call.shape) == 3 and call.shape[1] == length:
+                names = members.setdefault(pattern, [])
+                names += [call.name] * (call.name not in names)
+        return max(reversed(members.values()), key=len, default=[])
+
     def _note_call(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = first_tensor(output)
         # An expert that no token was sent to returns an empty tensor.
@@ -147,6 +157,9 @@ def find_layers(states: Sequence[Tensor], trace: ForwardTrace) -> FoundLayers | 
     ran, last = len(members), len(states) - 1
     if len(found) < ran and last not in found and states[last].shape == states[max(found)].shape:
         found[last] = members[-1]
+    if len(found) == ran - 1 and members[-1] not in found.values() and trace.returns(members[-1], states):
+        # A model that notes what goes into its blocks leaves out what comes out of the last.
+        return FoundLayers(None, [*found.values(), members[-1]])
     found = _without_transitions(found, states, trace)
     modules = [_before_transition(states[i], name, trace) for i, name in found.items()]
     return FoundLayers(list(found) if modules == list(found.values()) else None, modules)
@@ -155,8 +168,10 @@ def find_layers(states: Sequence[Tensor], trace: ForwardTrace) -> FoundLayers | 
 def find_blocks(trace: ForwardTrace) -> list[str]:
     """Find the blocks of a model that returns no hidden states: the outermost numbered modules with modules inside.
 
-    Where these are in several lists (`layer1.0`, `layer2.0`), the lists are stages, and the last block of each counts.
-    A plain list of layers is cut where the resolution changes. Empty where no module is numbered.
+    Where these are in several lists side by side (`layer1.0`, `layer2.0`), the lists are stages, and the last block of
+    each counts; all do where the lists are in several towers (see `towers`). Of a list of stages and transitions the
+    stages count, which hold blocks; a plain list of layers is cut where the resolution changes. Empty where no module
+    is numbered.
     """
     numbered = [call for call in trace.calls if pattern_of(call.name).endswith("#") and len(call.shape) >= 3]
     outer = [call for call in numbered if pattern_of(call.name).count("#") == 1]
@@ -165,12 +180,26 @@ def find_blocks(trace: ForwardTrace) -> list[str]:
     lists: dict[str, list[Call]] = {}
     for call in blocks:
         lists.setdefault(call.name.rpartition(".")[0], []).append(call)
-    if len(lists) > 1:
+    names = [call.name for calls in lists.values() for call in calls]
+    if len(lists) > 1 and not towers(names):
         return [calls[-1].name for calls in lists.values()]
+    staged = [call for call in blocks if trace.blocks_within(call.name)]
     if len(blocks) > 1:
-        return list(dict.fromkeys(call.name for call in blocks))
+        return list(dict.fromkeys(call.name for call in (staged if len(staged) > 1 else blocks)))
     ends = [call.name for call, after in pairwise(outer) if after.shape[2:] != call.shape[2:]]
     return list(dict.fromkeys([*ends, *(call.name for call in outer[-1:])]))
+
+
+def towers(names: Sequence[str]) -> list[str]:
+    """Return the part of a model that each block is in, where these are several lists in parts of their own.
+
+    `vision_model.encoder.layers.0` and `text_model.encoder.layers.0` are in two towers, `layer1.0` and `layer2.0` in
+    one. Empty for a single tower.
+    """
+    lists = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    parts = {name.partition(".")[0] for name in lists}
+    nested = all(name.count(".") >= 2 for name in lists)
+    return [name.partition(".")[0] for name in names] if nested and len(parts) == len(lists) > 1 else []
 
 
 def _without_transitions(found: dict[int, str], states: Sequence[Tensor], trace: ForwardTrace) -> dict[int, str]:

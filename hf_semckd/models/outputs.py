@@ -66,7 +66,8 @@ def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) ->
     (BART, T5 as classifiers) has their mask.
     """
     if not is_encoder_decoder(model):
-        return inputs.get("attention_mask")
+        mask = inputs.get("attention_mask")
+        return inputs.get("pixel_attention_mask") if mask is None else mask
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"]
     if isinstance(labels, Tensor) and labels.dim() == 2:
@@ -74,11 +75,14 @@ def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) ->
     return inputs.get("attention_mask") if "decoder_input_ids" not in inputs else None
 
 
-def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | None = None) -> Tensor | None:
+def tokens_mask(
+    attention_mask: Any, features: list[Tensor], model: nn.Module | None = None, start: int | None = None
+) -> Tensor | None:
     """Return the (B, N) mask that fits a model's features, or None when there is none.
 
-    Prompt tuning (PEFT) puts learned tokens in front of the sequence; they count as tokens. Speech models know which
-    of their frames come from padding. Multiple choice has a mask (B, choices, N) for features of B * choices rows.
+    Prompt tuning (PEFT) puts learned tokens in front of the sequence; they count as tokens. So do those of an image
+    around a text that begins at `start`. Speech models know which of their frames come from padding. Multiple choice
+    has a mask (B, choices, N) for features of B * choices rows.
     """
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
@@ -90,21 +94,43 @@ def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | 
     if of_frames is not None and length < mask.shape[1]:
         return of_frames(length, mask)
     extra = length - mask.shape[1]
-    if extra > 0 and not hasattr(model, "get_base_model"):
-        # Tokens of an image beside the text: nothing tells where they are.
+    if extra <= 0:
+        return mask
+    if start is None and not hasattr(model, "get_base_model"):
+        # Tokens beside the text: nothing tells where they are.
         return None
-    return torch.cat([mask.new_ones(len(mask), extra), mask], 1) if extra > 0 else mask
+    front = extra if start is None else start
+    return F.pad(mask, (front, extra - front), value=1)
 
 
 def layer_masks(
-    inputs: Mapping[str, Any], labels: Any, model: nn.Module, features: list[Tensor], sides: Sequence[str]
+    inputs: Mapping[str, Any],
+    labels: Any,
+    model: nn.Module,
+    features: list[Tensor],
+    sides: Sequence[str],
+    text_starts: Sequence[int | None] = (),
 ) -> Tensor | list[Tensor | None] | None:
-    """Return the mask of a model's features: one for all, or of an encoder-decoder's `sides` each layer's own."""
+    """Return the mask of a model's features: one for all, or each layer's own.
+
+    `sides` and `text_starts` are those of `FeatureCapture`.
+    """
     tokens = token_attention(inputs, labels, model)
-    if not sides:
-        return tokens_mask(tokens, features, model)
-    masks = {"encoder": inputs.get("attention_mask"), "decoder": tokens}
-    return [tokens_mask(masks[side], [feature], model) for side, feature in zip(sides, features, strict=True)]
+    if not sides and len({*text_starts}) < 2 and None not in text_starts:
+        return tokens_mask(tokens, features, model, *text_starts[:1])
+    masks: list[Tensor | None] = []
+    for index, feature in enumerate(features):
+        own = inputs.get("attention_mask") if sides and sides[index] == "encoder" else tokens
+        start = text_starts[index] if text_starts else 0
+        masks.append(patch_mask(inputs, feature) if start is None else tokens_mask(own, [feature], model, start))
+    return masks
+
+
+def patch_mask(inputs: Mapping[str, Any], feature: Tensor) -> Tensor | None:
+    """Return the mask (B, N) of an image's patches, where a processor has padded them (SigLIP 2)."""
+    mask = inputs.get("pixel_attention_mask")
+    fits = isinstance(mask, Tensor) and feature.dim() == 3 and mask.shape == feature.shape[:2]
+    return mask if fits else None
 
 
 def base_model(model: nn.Module) -> nn.Module:

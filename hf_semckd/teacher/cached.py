@@ -125,7 +125,7 @@ class CachedTeacher:
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
-        if self.digest is None or self._load is not None:
+        if self.digest is None or self._load is not None or not self._teacher.capture.known_by_name:
             return
         inputs, logits = self.inputs(batch), described.logits
         if logits is not None:

@@ -167,7 +167,7 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
             targets.wait()
         loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
         inputs = targets.student_inputs
-        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides)
+        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_starts)
         result = loss(features, targets.features, masks)
         losses = {"per_sample": result.per_sample}
         if result.association is not None:

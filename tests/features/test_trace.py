@@ -204,3 +204,59 @@ def test_an_expert_that_no_token_was_sent_to_is_no_call():
     with torch.no_grad(), ForwardTrace.recording(model) as trace:
         model(torch.randn(2, 3, 4))
     assert [call.name for call in trace.calls if call.name] == ["layers.0.0", "layers.1.0"]
+
+
+def test_series_have_their_channels_last_and_the_last_block_counts():
+    """PatchTST gives (samples, series, patches, channels), and notes what goes into its blocks."""
+    sizes = {"d_model": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "ffn_dim": 32, "num_targets": 3}
+    config = tf.PatchTSTConfig(
+        num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, use_cls_token=True, **sizes
+    )
+    model = tf.PatchTSTForClassification(config).eval()
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        found = capture.find(model, {"past_values": torch.randn(2, 32, 3)})
+    assert found.names == [f"model.encoder.layers.{n}" for n in range(3)]
+    assert [tuple(feature.shape) for feature in found.features] == [(2, 15, 16)] * 3
+
+
+class ChannelsLast(nn.Module):
+    """Stages with channels last and a transition between them, like torchvision's Swin."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.linear(self.norm(x))
+
+    class Merging(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.reduction = nn.Linear(4 * width, 2 * width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+            return self.reduction(torch.cat(parts, -1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(16, 3)
+        stages = [nn.Sequential(*(self.Block(width) for _ in range(2))) for width in (8, 16)]
+        self.features = nn.Sequential(stages[0], self.Merging(8), stages[1])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(self.patches(pixel_values).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_stages_with_their_channels_last_become_maps_and_transitions_are_no_blocks():
+    model, seen = ChannelsLast().eval(), {}
+    for name in ("features.0", "features.2"):
+        model.get_submodule(name).register_forward_hook(lambda _, args, output, n=name: seen.update({n: output}))
+    capture = FeatureCapture(model, None, "student")
+    with torch.no_grad():
+        found = capture.find(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert found.names == ["features.0", "features.2"]
+    for name, feature in zip(found.names, found.features, strict=True):
+        assert torch.equal(feature, seen[name].permute(0, 3, 1, 2))
