@@ -1,6 +1,7 @@
 """Which columns are whose, and batches for a teacher and a student that read the same samples in different ways."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # Columns with this prefix are the teacher's own inputs, under the name that follows it.
@@ -21,6 +22,7 @@ def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return own or batch
 
 
+@dataclass(eq=False)
 class TeacherStudentCollator:
     """Collates a sample's `teacher_*` columns with the teacher's collator and the others with the student's.
 
@@ -33,13 +35,8 @@ class TeacherStudentCollator:
         >>> collator([{"input_ids": [1, 2], "teacher_input_ids": [7], "labels": 0}])  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        student_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-        teacher_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    ):
-        self.student_collator = student_collator
-        self.teacher_collator = teacher_collator
+    student_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    teacher_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the student's batch, with the teacher's beside it under `teacher_*`."""
