@@ -141,7 +141,12 @@ class Publisher:
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
-            _hide_local_path(folder / name / "trainer_state.json")
+            # The one path in a trainer's state is that of the best checkpoint: its last part must do.
+            state_file = folder / name / "trainer_state.json"
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            if state.get("best_model_checkpoint"):
+                state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+                state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
         write_card()
@@ -180,11 +185,3 @@ class Publisher:
 def _staging_folder(staged: ExitStack) -> Path:
     """Return a new folder that lives until the stack is closed."""
     return Path(staged.enter_context(TemporaryDirectory(prefix="hf_semckd_push_", ignore_cleanup_errors=True)))
-
-
-def _hide_local_path(state_file: Path) -> None:
-    """Shorten the one path in a trainer's state, that of the best checkpoint, to its last part."""
-    state = json.loads(state_file.read_text(encoding="utf-8"))
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-        state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")

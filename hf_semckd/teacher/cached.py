@@ -1,28 +1,32 @@
-"""A teacher whose outputs are kept on disk: it runs, and is even loaded, only for samples that the cache lacks."""
+"""A teacher whose outputs are kept on disk, and what runs any teacher beside a student that trains."""
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..features.targets import LayerMasks, TeacherTargets
+from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
-from .outputs import TeacherDescription, TeacherOutputs
+from .outputs import TeacherDescription, TeacherOutputs, check_finite
 from .teacher import FeatureSelector, Teacher, TeacherStream
 
 logger = logging.getLogger(__name__)
 
 
 class CachedTeacher:
-    """A teacher in front of which a cache answers; see `TeacherCache` for `folder`, `dtype` and `limit_bytes`.
+    """A teacher that runs, and is even loaded, only for samples that the cache lacks.
 
-    The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
+    See `TeacherCache` for `folder`, `dtype` and `limit_bytes`. The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
     of it until then. `digest` is that of the files it comes from; None where they are unknown, and nothing is noted.
     """
 
@@ -181,3 +185,40 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
     if described.logits is not None and len(described.logits) == 3:
         lengths.append(described.logits[1])
     return tokens is None or all(length == tokens for length in lengths)
+
+
+@dataclass(eq=False)
+class TeacherRunner:
+    """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
+
+    `autocast` is that of the student's forward: without it the teacher's takes several times as long.
+    """
+
+    teacher: Teacher | CachedTeacher
+    loss: FeatureLoss | None
+    logits: bool
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def __call__(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        """Return the teacher's outputs for a batch; `wait` before they are used."""
+        features = self.loss is not None
+        select = self._select if features else None
+        with self.autocast():
+            return self.teacher.stream.run(
+                lambda: self.teacher.run(batch, logits=self.logits, features=features, select=select)
+            )
+
+    def wait(self) -> None:
+        """Make what is queued from now on wait for the teacher; the host does not."""
+        self.teacher.stream.wait()
+
+    def check_finite(self, batch: Mapping[str, Any]) -> None:
+        """Run the teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
+        outputs = self(batch)
+        self.wait()
+        check_finite(outputs, self.teacher.layer_names)
+
+    def _select(self, features: Sequence[Tensor], mask: LayerMasks, phases: Callable[[], Tensor]) -> TeacherTargets:
+        """Keep what the loss needs, so that the rest is freed before the student runs."""
+        assert self.loss is not None
+        return self.loss.select(features, mask, phases() if self.loss.samples_tokens else None)

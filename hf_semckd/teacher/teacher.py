@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX, teacher_entries
-from ..features.capture import Captured, FeatureCapture, remove_capturing_traces
+from ..features.capture import FeatureCapture, remove_capturing_traces
 from ..features.targets import LayerMasks, TeacherTargets
 from ..features.token_sampling import content_phase
 from ..models.inputs import InputSelector, run_on_inputs
@@ -55,30 +55,20 @@ class TeacherStream:
 class CompiledForward:
     """A model under `torch.compile`, and without it where that fails; the model itself is not changed.
 
-    Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so the first
-    call, and the first after `cool`, is eager. `active` until compiling fails.
+    Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so a call that
+    finds it not `warm` is eager. `active` until compiling fails.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-
-        def call(**keywords: Any) -> Any:
-            return model(**keywords)
-
         # A function: compiling the module itself would leave a mark on it.
-        self._compiled: Any = torch.compile(call)
-        self.active = True
-        self._warm = False
-
-    def cool(self) -> None:
-        """Run eagerly once more."""
-        self._warm = False
+        self._compiled: Any = torch.compile(lambda **keywords: model(**keywords))
+        self.active, self.warm = True, False
 
     def __call__(self, **keywords: Any) -> Any:
         """Run the model."""
-        compiled = self.active and self._warm
-        self._warm = True
-        if not compiled:
+        warm, self.warm = self.warm, True
+        if not self.active or not warm:
             return self.model(**keywords)
         try:
             return self._compiled(**keywords)
@@ -107,7 +97,6 @@ class Teacher:
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
         self.compiled = CompiledForward(model) if compiled else None
-        self._check_compiled()
 
     @property
     def layer_names(self) -> list[str]:
@@ -129,13 +118,16 @@ class Teacher:
         """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
         remove_capturing_traces(self.model)
         if self.compiled is not None:
-            self.compiled.cool()
+            self.compiled.warm = False
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
         """Run the model on its own inputs; return its raw output and what the hooks recorded."""
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
+        if self.compiled is not None and self.capture.by_name:
+            self.compiled = None
+            logger.warning("The teacher runs without torch.compile, which cannot see the hooks for named layers.")
         run = self.model if self.compiled is None else self.compiled
         if not features:
             return run(**inputs), {}
@@ -175,6 +167,7 @@ class Teacher:
         of_logits = mask if mask is None or isinstance(mask, Tensor) else mask[-1]
         return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, of_logits)
 
+    @torch.no_grad()
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
         """Run a small batch, resolve the layers, and say what they look like.
 
@@ -183,7 +176,8 @@ class Teacher:
         inputs = self.inputs(batch)
         taken, specs = [], []
         if features:
-            found = run_on_inputs("teacher", batch, lambda: self._find_layers(inputs))
+            self.model.eval()
+            found = run_on_inputs("teacher", batch, lambda: self.capture.find(self.model, inputs))
             outputs, taken = found.outputs, found.features
             specs = found.describe(of_image=holds_images(self.model, inputs))
         else:
@@ -192,20 +186,6 @@ class Teacher:
         mask = tokens_mask(inputs.get("attention_mask"), [])
         check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
         return TeacherDescription(None if given is None else tuple(given.shape), specs, taken)
-
-    @torch.no_grad()
-    def _find_layers(self, inputs: Mapping[str, Any]) -> Captured:
-        self.model.eval()
-        found = self.capture.find(self.model, inputs)
-        self._check_compiled()
-        return found
-
-    def _check_compiled(self) -> None:
-        if self.compiled is not None and self.capture.by_name:
-            self.compiled = None
-            logger.warning(
-                "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
-            )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.
