@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
+from .cache.store import TensorStore
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 from .teacher import FeatureSelector, Teacher, TeacherStream
@@ -26,8 +28,9 @@ logger = logging.getLogger(__name__)
 class CachedTeacher:
     """A teacher that runs, and is even loaded, only for samples that the cache lacks.
 
-    See `TeacherCache` for `folder`, `dtype` and `limit_bytes`. The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
-    of it until then. `digest` is that of the files it comes from; None where they are unknown, and nothing is noted.
+    All caches live in `folder`; `dtype` is that of `TeacherCache`, `limit_bytes` that of its store. With `load`, which
+    loads it when needed, the teacher has no weights until then, and `note` is what is known of it. `digest` is that of
+    the files it comes from; None where they are unknown, and nothing is noted.
     """
 
     def __init__(
@@ -117,14 +120,10 @@ class CachedTeacher:
             self._cache.store.close()
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
-        self._cache = TeacherCache(
-            self.folder,
-            teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}"),
-            self._teacher.select_inputs,
-            dtype=self.dtype,
-            limit_bytes=self.limit_bytes,
-            cut=_cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut,
-        )
+        name = teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}")
+        store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
+        cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
+        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut)
         return self._cache
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:

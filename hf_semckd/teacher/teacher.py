@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,23 +24,20 @@ logger = logging.getLogger(__name__)
 FeatureSelector = Callable[[Sequence[Tensor], LayerMasks, Callable[[], Tensor]], TeacherTargets]
 
 
+@dataclass(eq=False)
 class TeacherStream:
-    """Runs the teacher on a CUDA stream of its own, beside what the student does; elsewhere at once.
+    """Runs the teacher on a CUDA stream of its own, beside what the student does; without one at once."""
 
-    A teacher that is not `alone`, whole on its device, but dispatched or sharded waits for other devices.
-    """
-
-    def __init__(self, device: torch.device, alone: bool):
-        self._stream = torch.cuda.Stream(device) if alone and device.type == "cuda" else None
+    stream: torch.cuda.Stream | None = None
 
     def run(self, compute: Callable[[], TeacherOutputs]) -> TeacherOutputs:
         """Return what is computed; whoever uses it calls `wait` first."""
-        if self._stream is None:
+        if self.stream is None:
             return compute()
-        current = torch.cuda.current_stream(self._stream.device)
+        current = torch.cuda.current_stream(self.stream.device)
         # The batch is ready when what was queued before is done.
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             outputs = compute()
         for tensor in outputs.tensors():
             # Its memory must not be given away before the student's stream is done with it.
@@ -48,8 +46,8 @@ class TeacherStream:
 
     def wait(self) -> None:
         """Make the current stream wait for what was run."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 class CompiledForward:
@@ -93,7 +91,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)
         self.select_inputs = InputSelector(model)
-        self.stream = TeacherStream(torch.device("cpu"), alone=False)
+        self.stream = TeacherStream()
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
         self.compiled = CompiledForward(model) if compiled else None
@@ -107,7 +105,9 @@ class Teacher:
         """Move the teacher, unless it was dispatched or quantized and looks after its own placement."""
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
-        self.stream = TeacherStream(device, alone=runs_by_itself(self.model))
+        # A teacher that is spread over several devices, offloaded or sharded has to wait for others.
+        alone = device.type == "cuda" and runs_by_itself(self.model)
+        self.stream = TeacherStream(torch.cuda.Stream(device) if alone else None)
 
     @functools.cached_property
     def weights(self) -> str:

@@ -283,7 +283,7 @@ def test_on_cuda_it_runs_beside_the_student_until_it_is_waited_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, stream: told.append(f"kept for {stream.name}"))
     teacher = Teacher(vit(), [1, 2])
-    teacher.stream._stream = Stream("teacher", told)
+    teacher.stream.stream = Stream("teacher", told)
     teacher.stream.run(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
     assert told[:4] == ["teacher waits for student", "on teacher", "run", "off teacher"]
     assert told[4:] == ["kept for student"] * 3, "logits and two features"

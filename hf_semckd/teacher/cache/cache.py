@@ -1,11 +1,9 @@
 """Teacher outputs on disk, keyed by what the teacher was given, so that no epoch and no run computes them twice."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,33 +32,22 @@ class Lookup:
     values: dict[str, Tensor]
 
 
+@dataclass(eq=False)
 class TeacherCache:
-    """Teacher outputs in a `TensorStore`, one row per sample, in a folder for one teacher and one choice of layers.
+    """The outputs of one teacher for one choice of layers, one row per sample in a `TensorStore`.
 
     The key is the content of the teacher's inputs after preprocessing and augmentation, without padding. A changed
     dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
 
-    Args:
-        folder, fingerprint: Where all caches live, and the name of this one; see `teacher_fingerprint`.
+    Attributes:
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
-        limit_bytes: Most that the folder may take; None for what the disk can spare.
         cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        fingerprint: str,
-        select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]],
-        *,
-        dtype: torch.dtype | None = None,
-        limit_bytes: int | None = None,
-        cut: bool = True,
-    ):
-        self.cut = cut
-        self.store = TensorStore(Path(folder) / fingerprint, limit_bytes=limit_bytes)
-        self.select_inputs = select_inputs
-        self.dtype = dtype
+    store: TensorStore
+    select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]]
+    dtype: torch.dtype | None = None
+    cut: bool = True
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
