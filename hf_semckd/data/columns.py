@@ -18,8 +18,11 @@ def has_own_tokens(batch: Mapping[str, Any]) -> bool:
 
 def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
-    own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-    return own or batch
+    return _teachers(batch) or batch
+
+
+def _teachers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(TEACHER_PREFIX): value for key, value in row.items() if key.startswith(TEACHER_PREFIX)}
 
 
 @dataclass(eq=False)
@@ -40,13 +43,8 @@ class TeacherStudentCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the student's batch, with the teacher's beside it under `teacher_*`."""
-        own: list[dict[str, Any]] = [{} for _ in samples]
-        theirs: list[dict[str, Any]] = [{} for _ in samples]
-        for index, sample in enumerate(samples):
-            for key, value in sample.items():
-                target = theirs if key.startswith(TEACHER_PREFIX) else own
-                target[index][key.removeprefix(TEACHER_PREFIX)] = value
-        batch = dict(self.student_collator(own))
+        own = [{key: value for key, value in row.items() if not key.startswith(TEACHER_PREFIX)} for row in samples]
+        theirs = [_teachers(row) for row in samples]
         # In evaluation the teacher's columns may have been left out: it does not take part.
         teacher = self.teacher_collator(theirs) if all(theirs) else {}
-        return {**batch, **{f"{TEACHER_PREFIX}{key}": value for key, value in teacher.items()}}
+        return {**self.student_collator(own), **{f"{TEACHER_PREFIX}{key}": value for key, value in teacher.items()}}

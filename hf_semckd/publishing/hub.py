@@ -28,10 +28,9 @@ class Publisher:
     """Uploads the plain student; a failing upload loses nothing.
 
     Uploads come from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the output
-    folder stay private.
-
-    Only `output_dir` and what is about the Hub are read of `args`. `training_state` are glob patterns of files that
-    only resuming needs, published with whole checkpoints alone. `repo_id` is set once the repository is found.
+    folder stay private. Only `output_dir` and what is about the Hub are read of `args`. `training_state` are glob
+    patterns of files that only resuming needs, published with whole checkpoints alone. `repo_id` is set once the
+    repository is found.
     """
 
     def __init__(self, args: TrainingArguments, *, is_main: bool, training_state: Sequence[str] = ()):
@@ -81,15 +80,14 @@ class Publisher:
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the student to the output folder and upload it with its processor and a model card.
 
-        When the upload fails, with `HubPushError`, the student is in the output folder.
+        Returns the commit, or its future when not blocking; None on other processes than the main one. When the upload
+        fails, with `HubPushError`, the student is in the output folder.
 
         Args:
             save_student: Saves the plain student and its processor to a folder; called on every process.
             write_card: Writes the model card to the output folder; called once `repo_id` is known.
             token, private: As in `create_repository`.
             revision: Branch to commit to; None: `args.hub_revision`.
-
-        Returns the commit, or its future when not blocking; None on other processes than the main one.
         """
         save_student(self.args.output_dir)
         if self.repo_id is None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..features.targets import LayerMasks, TeacherTargets
 from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
@@ -20,7 +19,7 @@ from .cache.rows import to_batch, to_outputs
 from .cache.store import TensorStore
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
-from .teacher import FeatureSelector, Teacher, TeacherStream
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ class CachedTeacher:
         return self._teacher.model
 
     @property
-    def stream(self) -> TeacherStream:
-        """Runs the teacher beside the student on CUDA."""
+    def stream(self) -> torch.cuda.Stream | None:
+        """The CUDA stream that the teacher runs on; None elsewhere."""
         return self._teacher.stream
 
     @property
@@ -114,7 +113,7 @@ class CachedTeacher:
 
     def open(
         self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
-    ) -> TeacherCache:
+    ) -> None:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         if self._cache is not None:
             self._cache.store.close()
@@ -124,7 +123,6 @@ class CachedTeacher:
         store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
         cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
         self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut)
-        return self._cache
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
@@ -140,7 +138,7 @@ class CachedTeacher:
         write_note(self.folder, self.digest, self.request.key(inputs), note)
 
     def run(
-        self, batch: Mapping[str, Any], *, logits: bool, features: bool, select: FeatureSelector | None = None
+        self, batch: Mapping[str, Any], *, logits: bool, features: bool, loss: FeatureLoss | None = None
     ) -> TeacherOutputs:
         """Return logits and features for a training batch, from the cache where it can; see `Teacher.run`."""
         cache, lookup, inputs = self.cache, lookup_of(batch), self.inputs(batch)
@@ -152,7 +150,7 @@ class CachedTeacher:
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         missing = [index for index, present in enumerate(lookup.present) if not present]
         if missing:
-            outputs = self.load().run(batch, logits=logits, features=features, select=select, samples=missing)
+            outputs = self.load().run(batch, logits=logits, features=features, loss=loss, samples=missing)
             computed = cache.rows(outputs, inputs, missing)
             cache.store.write([lookup.keys[index] for index in missing], computed)
             # As stored, in the stored precision: a sample is the same when it is met again.
@@ -190,7 +188,8 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
 class TeacherRunner:
     """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
 
-    `autocast` is that of the student's forward: without it the teacher's takes several times as long.
+    On CUDA it runs on a stream of its own, beside what the student does; elsewhere at once. `autocast` is that of the
+    student's forward: without it the teacher's takes several times as long.
     """
 
     teacher: Teacher | CachedTeacher
@@ -200,24 +199,31 @@ class TeacherRunner:
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """Return the teacher's outputs for a batch; `wait` before they are used."""
-        features = self.loss is not None
-        select = self._select if features else None
+        stream = self.teacher.stream
+        if stream is None:
+            return self._run(batch)
+        student = torch.cuda.current_stream(stream.device)
+        # The batch is ready when what was queued before is done.
+        stream.wait_stream(student)
+        with torch.cuda.stream(stream):
+            outputs = self._run(batch)
+        for tensor in outputs.tensors():
+            # Its memory must not be given away before the student's stream is done with it.
+            tensor.record_stream(student)
+        return outputs
+
+    def _run(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         with self.autocast():
-            return self.teacher.stream.run(
-                lambda: self.teacher.run(batch, logits=self.logits, features=features, select=select)
-            )
+            return self.teacher.run(batch, logits=self.logits, features=self.loss is not None, loss=self.loss)
 
     def wait(self) -> None:
         """Make what is queued from now on wait for the teacher; the host does not."""
-        self.teacher.stream.wait()
+        stream = self.teacher.stream
+        if stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def check_finite(self, batch: Mapping[str, Any]) -> None:
         """Run the teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
         outputs = self(batch)
         self.wait()
         check_finite(outputs, self.teacher.layer_names)
-
-    def _select(self, features: Sequence[Tensor], mask: LayerMasks, phases: Callable[[], Tensor]) -> TeacherTargets:
-        """Keep what the loss needs, so that the rest is freed before the student runs."""
-        assert self.loss is not None
-        return self.loss.select(features, mask, phases() if self.loss.samples_tokens else None)

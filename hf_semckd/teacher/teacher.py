@@ -2,8 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,43 +10,15 @@ from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX, teacher_entries
 from ..features.capture import FeatureCapture, remove_capturing_traces
-from ..features.targets import LayerMasks, TeacherTargets
+from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
+from ..losses import FeatureLoss
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
-
-# Takes features, their mask and what gives the phases of their samples.
-FeatureSelector = Callable[[Sequence[Tensor], LayerMasks, Callable[[], Tensor]], TeacherTargets]
-
-
-@dataclass(eq=False)
-class TeacherStream:
-    """Runs the teacher on a CUDA stream of its own, beside what the student does; without one at once."""
-
-    stream: torch.cuda.Stream | None = None
-
-    def run(self, compute: Callable[[], TeacherOutputs]) -> TeacherOutputs:
-        """Return what is computed; whoever uses it calls `wait` first."""
-        if self.stream is None:
-            return compute()
-        current = torch.cuda.current_stream(self.stream.device)
-        # The batch is ready when what was queued before is done.
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            outputs = compute()
-        for tensor in outputs.tensors():
-            # Its memory must not be given away before the student's stream is done with it.
-            tensor.record_stream(current)
-        return outputs
-
-    def wait(self) -> None:
-        """Make the current stream wait for what was run."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 class CompiledForward:
@@ -82,7 +53,8 @@ class Teacher:
     """A frozen model in evaluation mode, and the layers that are taken from it; see `FeatureCapture`.
 
     Handing a model over freezes it: its parameters stop requiring gradients, and it is put into evaluation mode.
-    With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed.
+    With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed. On CUDA it has a
+    `stream` of its own, on which `TeacherRunner` runs it.
     """
 
     def __init__(
@@ -91,7 +63,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)
         self.select_inputs = InputSelector(model)
-        self.stream = TeacherStream()
+        self.stream: torch.cuda.Stream | None = None
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
         self.compiled = CompiledForward(model) if compiled else None
@@ -107,7 +79,7 @@ class Teacher:
             self.model.to(device)
         # A teacher that is spread over several devices, offloaded or sharded has to wait for others.
         alone = device.type == "cuda" and runs_by_itself(self.model)
-        self.stream = TeacherStream(torch.cuda.Stream(device) if alone else None)
+        self.stream = torch.cuda.Stream(device) if alone else None
 
     @functools.cached_property
     def weights(self) -> str:
@@ -140,12 +112,13 @@ class Teacher:
         *,
         logits: bool,
         features: bool,
-        select: FeatureSelector | None = None,
+        loss: FeatureLoss | None = None,
         samples: list[int] | None = None,
     ) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch as the collator made it.
 
-        `select` keeps what is needed of the features (None: all), `samples` are those of the batch to run (None: all).
+        Of the features `loss` selects what it needs (None: all), so that the rest is freed before the student runs;
+        `samples` are those of the batch to run (None: all).
         """
 
         def chosen(value: Any) -> Any:
@@ -159,8 +132,8 @@ class Teacher:
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
         mask = layer_masks({**attention, **inputs}, labels, self.model, taken, self.capture.sides)
         kept = TeacherTargets()
-        if features and select is not None:
-            kept = select(taken, mask, lambda: chosen(self._phases(batch)))
+        if features and loss is not None:
+            kept = loss.select(taken, mask, chosen(self._phases(batch)) if loss.samples_tokens else None)
         elif features:
             kept = TeacherTargets.of_whole(taken, mask)
         # Logits are the decoder's, whose layers come last.

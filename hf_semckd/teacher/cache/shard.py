@@ -58,13 +58,9 @@ class Buffer:
             layouts.append(json.dumps(layout))
             contents.append(b"".join(map(_content, row.values())))
         keys = list(self.rows)
-        columns = [
-            pa.array(keys, pa.binary(KEY_BYTES)),
-            pa.array(layouts).dictionary_encode(),
-            pa.array(map(_checksum, keys, layouts, contents), pa.uint32()),
-            pa.array(contents, pa.large_binary()),
-        ]
-        return pa.record_batch(columns, schema=SCHEMA)
+        checksums = list(map(_checksum, keys, layouts, contents))
+        columns = {"key": keys, "layout": layouts, "checksum": checksums, "row": contents}
+        return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
 class Shard:
