@@ -142,10 +142,9 @@ class CachedTeacher:
     ) -> TeacherOutputs:
         """Return logits and features for a training batch, from the cache where it can; see `Teacher.run`."""
         cache, lookup, inputs = self.cache, lookup_of(batch), self.inputs(batch)
-        width = token_count(inputs)
         if lookup is None or not all(lookup.present):
             # What was missing when the batch was made may be there by now.
-            lookup = cache.read(cache.keys(batch) if lookup is None else lookup.keys, width)
+            lookup = cache.look_up(batch, None if lookup is None else lookup.keys)
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         missing = [index for index, present in enumerate(lookup.present) if not present]
@@ -156,7 +155,7 @@ class CachedTeacher:
             # As stored, in the stored precision: a sample is the same when it is met again.
             fresh = iter([{name: value.to(device) for name, value in row.items()} for row in computed])
             found = iter([{name: value[n] for name, value in stored.items()} for n in range(sum(lookup.present))])
-            stored = to_batch([next(found if present else fresh) for present in lookup.present], width)
+            stored = to_batch([next(found if present else fresh) for present in lookup.present], token_count(inputs))
         outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
         outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
         return outputs

@@ -54,13 +54,10 @@ class TeacherCache:
         inputs = self.select_inputs(teacher_entries(batch))
         return sample_keys(inputs, self._lengths(inputs))
 
-    def look_up(self, batch: Mapping[str, Any]) -> Lookup:
-        """Return what there is of a batch, on the CPU."""
-        return self.read(self.keys(batch), token_count(self.select_inputs(teacher_entries(batch))))
-
-    def read(self, keys: list[bytes], width: int | None) -> Lookup:
-        """Return what there is of a batch whose samples have these keys and are padded to `width` tokens."""
-        rows = self.store.read(keys)
+    def look_up(self, batch: Mapping[str, Any], keys: list[bytes] | None = None) -> Lookup:
+        """Return what there is of a batch, on the CPU; `keys` are those of its samples, where they are known."""
+        keys = self.keys(batch) if keys is None else keys
+        rows, width = self.store.read(keys), token_count(self.select_inputs(teacher_entries(batch)))
         found = [row for row in rows if row is not None]
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 
