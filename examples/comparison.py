@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 from hf_semckd.files import write_json
-from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.facts import environment
 
 FOLDERS = {
     "teacher": "teacher",

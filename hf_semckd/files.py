@@ -46,14 +46,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:
 def write_json(path: str | os.PathLike[str], payload: object) -> Path:
     """Write a payload as JSON with `write_atomic` and return the path.
 
-    Args:
-        path: File to write; missing parent folders are made.
-        payload: Mappings, sequences, dataclasses, numpy arrays and scalars, torch tensors and JSON's own types,
-            nested; NaN and infinities become null, which JSON has no word for.
-
-    Raises:
-        InputError: When a value or key is of another type; the message tells its place in the payload.
-        OSError: When the file cannot be written; an old file is then left as it was.
+    It holds mappings, sequences, dataclasses, numpy arrays and scalars, torch tensors and JSON's own types; NaN and
+    infinities become null. Anything else raises `InputError`, which tells its place in the payload.
     """
     # allow_nan=False: should a NaN get past _jsonable, fail rather than write a file that strict readers refuse.
     text = json.dumps(_jsonable(payload, "payload"), indent=2, ensure_ascii=False, allow_nan=False)

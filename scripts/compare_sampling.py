@@ -35,7 +35,7 @@ from markdown_tables import format_markdown_table
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.facts import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sampling"
 SEEDS = list(range(10, 20))

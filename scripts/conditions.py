@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.facts import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INFORMATION = Path("/proc/cpuinfo")

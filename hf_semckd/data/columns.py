@@ -1,6 +1,7 @@
 """Which columns are whose, and batches for a teacher and a student that read the same samples in different ways."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 # Columns with this prefix are the teacher's own inputs, under the name that follows it.
@@ -17,10 +18,14 @@ def has_own_tokens(batch: Mapping[str, Any]) -> bool:
 
 def teacher_entries(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a batch holds for the teacher alone, without the prefix; the batch itself where that is nothing."""
-    own = {key.removeprefix(TEACHER_PREFIX): value for key, value in batch.items() if key.startswith(TEACHER_PREFIX)}
-    return own or batch
+    return _teachers(batch) or batch
 
 
+def _teachers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(TEACHER_PREFIX): value for key, value in row.items() if key.startswith(TEACHER_PREFIX)}
+
+
+@dataclass(eq=False)
 class TeacherStudentCollator:
     """Collates a sample's `teacher_*` columns with the teacher's collator and the others with the student's.
 
@@ -33,23 +38,13 @@ class TeacherStudentCollator:
         >>> collator([{"input_ids": [1, 2], "teacher_input_ids": [7], "labels": 0}])  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        student_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-        teacher_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    ):
-        self.student_collator = student_collator
-        self.teacher_collator = teacher_collator
+    student_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    teacher_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the student's batch, with the teacher's beside it under `teacher_*`."""
-        own: list[dict[str, Any]] = [{} for _ in samples]
-        theirs: list[dict[str, Any]] = [{} for _ in samples]
-        for index, sample in enumerate(samples):
-            for key, value in sample.items():
-                target = theirs if key.startswith(TEACHER_PREFIX) else own
-                target[index][key.removeprefix(TEACHER_PREFIX)] = value
-        batch = dict(self.student_collator(own))
+        own = [{key: value for key, value in row.items() if not key.startswith(TEACHER_PREFIX)} for row in samples]
+        theirs = [_teachers(row) for row in samples]
         # In evaluation the teacher's columns may have been left out: it does not take part.
         teacher = self.teacher_collator(theirs) if all(theirs) else {}
-        return {**batch, **{f"{TEACHER_PREFIX}{key}": value for key, value in teacher.items()}}
+        return {**self.student_collator(own), **{f"{TEACHER_PREFIX}{key}": value for key, value in teacher.items()}}

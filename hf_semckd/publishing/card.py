@@ -1,6 +1,5 @@
 """The README of a distilled student: how to load it, how good it is, how it was made and which papers to cite."""
 
-import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,19 +19,6 @@ def create_model_card(facts: StudentFacts) -> str:
     Every value is checked against the allow-lists of `redaction`: what is off them is called local, shown as
     "(not shown)" or left out.
     """
-    # ModelCard parses the metadata again: what the Hub's client cannot read fails here.
-    return str(ModelCard(_template().render(_context(facts))))
-
-
-def format_decimal(value: float) -> str:
-    """Return a float with the digits that matter at its size, the same number of decimals for comparable values."""
-    if abs(value) >= 1000:
-        return f"{value:,.1f}"
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -40,7 +26,16 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters["decimal"] = format_decimal
-    return environment.get_template("card.md.jinja")
+    content = environment.get_template("card.md.jinja").render(_context(facts))
+    # ModelCard parses the metadata again: what the Hub's client cannot read fails here.
+    return str(ModelCard(content))
+
+
+def format_decimal(value: float) -> str:
+    """Return a float with the digits that matter at its size, the same number of decimals for comparable values."""
+    if abs(value) >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def _context(facts: StudentFacts) -> dict[str, Any]:

@@ -28,10 +28,9 @@ class Publisher:
     """Uploads the plain student; a failing upload loses nothing.
 
     Uploads come from a staging folder, so that pictures, logs, optimizer states and pickled arguments in the output
-    folder stay private.
-
-    Only `output_dir` and what is about the Hub are read of `args`. `training_state` are glob patterns of files that
-    only resuming needs, published with whole checkpoints alone. `repo_id` is set once the repository is found.
+    folder stay private. Only `output_dir` and what is about the Hub are read of `args`. `training_state` are glob
+    patterns of files that only resuming needs, published with whole checkpoints alone. `repo_id` is set once the
+    repository is found.
     """
 
     def __init__(self, args: TrainingArguments, *, is_main: bool, training_state: Sequence[str] = ()):
@@ -81,15 +80,14 @@ class Publisher:
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the student to the output folder and upload it with its processor and a model card.
 
-        When the upload fails, with `HubPushError`, the student is in the output folder.
+        Returns the commit, or its future when not blocking; None on other processes than the main one. When the upload
+        fails, with `HubPushError`, the student is in the output folder.
 
         Args:
             save_student: Saves the plain student and its processor to a folder; called on every process.
             write_card: Writes the model card to the output folder; called once `repo_id` is known.
             token, private: As in `create_repository`.
             revision: Branch to commit to; None: `args.hub_revision`.
-
-        Returns the commit, or its future when not blocking; None on other processes than the main one.
         """
         save_student(self.args.output_dir)
         if self.repo_id is None:
@@ -141,7 +139,12 @@ class Publisher:
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
-            _hide_local_path(folder / name / "trainer_state.json")
+            # The one path in a trainer's state is that of the best checkpoint: its last part must do.
+            state_file = folder / name / "trainer_state.json"
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            if state.get("best_model_checkpoint"):
+                state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+                state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
         write_card()
@@ -180,11 +183,3 @@ class Publisher:
 def _staging_folder(staged: ExitStack) -> Path:
     """Return a new folder that lives until the stack is closed."""
     return Path(staged.enter_context(TemporaryDirectory(prefix="hf_semckd_push_", ignore_cleanup_errors=True)))
-
-
-def _hide_local_path(state_file: Path) -> None:
-    """Shorten the one path in a trainer's state, that of the best checkpoint, to its last part."""
-    state = json.loads(state_file.read_text(encoding="utf-8"))
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-        state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")

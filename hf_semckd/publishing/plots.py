@@ -1,6 +1,5 @@
 """Heat maps of the association of student layers with teacher layers."""
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, MissingDependencyError
-from ..files import write_atomic
+from ..files import replacing
 
 COLOR_MAP = "magma_r"  # perceptually uniform, readable with any color vision and in gray
 INK = "#24292f"
@@ -68,7 +67,7 @@ def save_association_plot(
     *,
     title: str | None = None,
 ) -> Path:
-    """Draw the association with `plot_association`, write it with `write_atomic` and return the path.
+    """Draw the association with `plot_association`, write it as a whole (`files.replacing`) and return the path.
 
     The suffix of the path is the format (.png, .svg, .pdf, ...); another one raises `InputError`.
     """
@@ -83,9 +82,9 @@ def save_association_plot(
             expected=", ".join(f".{name}" for name in sorted(formats)),
             todo="use .png if in doubt",
         )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=image_format, dpi=DOTS_PER_INCH, facecolor="white")
-    return write_atomic(target, buffer.getvalue())
+    with replacing(target) as temporary:
+        figure.savefig(temporary, format=image_format, dpi=DOTS_PER_INCH, facecolor="white")
+    return target
 
 
 def figure_to_array(figure: Any) -> np.ndarray:

@@ -1,29 +1,35 @@
-"""A teacher whose outputs are kept on disk: it runs, and is even loaded, only for samples that the cache lacks."""
+"""A teacher whose outputs are kept on disk, and what runs any teacher beside a student that trains."""
 
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
+from .cache.store import TensorStore
 from .notes import TeacherNote, TeacherRequest, read_note, write_note
-from .outputs import TeacherDescription, TeacherOutputs
-from .teacher import FeatureSelector, Teacher, TeacherStream
+from .outputs import TeacherDescription, TeacherOutputs, check_finite
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
 class CachedTeacher:
-    """A teacher in front of which a cache answers; see `TeacherCache` for `folder`, `dtype` and `limit_bytes`.
+    """A teacher that runs, and is even loaded, only for samples that the cache lacks.
 
-    The teacher has a model without weights where `load`, which loads it when needed, is given; `note` is what is known
-    of it until then. `digest` is that of the files it comes from; None where they are unknown, and nothing is noted.
+    All caches live in `folder`; `dtype` is that of `TeacherCache`, `limit_bytes` that of its store. With `load`, which
+    loads it when needed, the teacher has no weights until then, and `note` is what is known of it. `digest` is that of
+    the files it comes from; None where they are unknown, and nothing is noted.
     """
 
     def __init__(
@@ -50,8 +56,8 @@ class CachedTeacher:
         return self._teacher.model
 
     @property
-    def stream(self) -> TeacherStream:
-        """Runs the teacher beside the student on CUDA."""
+    def stream(self) -> torch.cuda.Stream | None:
+        """The CUDA stream that the teacher runs on; None elsewhere."""
         return self._teacher.stream
 
     @property
@@ -107,21 +113,16 @@ class CachedTeacher:
 
     def open(
         self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
-    ) -> TeacherCache:
+    ) -> None:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         if self._cache is not None:
             self._cache.store.close()
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
-        self._cache = TeacherCache(
-            self.folder,
-            teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}"),
-            self._teacher.select_inputs,
-            dtype=self.dtype,
-            limit_bytes=self.limit_bytes,
-            cut=_cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut,
-        )
-        return self._cache
+        name = teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}")
+        store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
+        cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
+        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut)
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
@@ -137,25 +138,24 @@ class CachedTeacher:
         write_note(self.folder, self.digest, self.request.key(inputs), note)
 
     def run(
-        self, batch: Mapping[str, Any], *, logits: bool, features: bool, select: FeatureSelector | None = None
+        self, batch: Mapping[str, Any], *, logits: bool, features: bool, loss: FeatureLoss | None = None
     ) -> TeacherOutputs:
         """Return logits and features for a training batch, from the cache where it can; see `Teacher.run`."""
         cache, lookup, inputs = self.cache, lookup_of(batch), self.inputs(batch)
-        width = token_count(inputs)
         if lookup is None or not all(lookup.present):
             # What was missing when the batch was made may be there by now.
-            lookup = cache.read(cache.keys(batch) if lookup is None else lookup.keys, width)
+            lookup = cache.look_up(batch, None if lookup is None else lookup.keys)
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         missing = [index for index, present in enumerate(lookup.present) if not present]
         if missing:
-            outputs = self.load().run(batch, logits=logits, features=features, select=select, samples=missing)
+            outputs = self.load().run(batch, logits=logits, features=features, loss=loss, samples=missing)
             computed = cache.rows(outputs, inputs, missing)
             cache.store.write([lookup.keys[index] for index in missing], computed)
             # As stored, in the stored precision: a sample is the same when it is met again.
             fresh = iter([{name: value.to(device) for name, value in row.items()} for row in computed])
             found = iter([{name: value[n] for name, value in stored.items()} for n in range(sum(lookup.present))])
-            stored = to_batch([next(found if present else fresh) for present in lookup.present], width)
+            stored = to_batch([next(found if present else fresh) for present in lookup.present], token_count(inputs))
         outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
         outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
         return outputs
@@ -181,3 +181,48 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
     if described.logits is not None and len(described.logits) == 3:
         lengths.append(described.logits[1])
     return tokens is None or all(length == tokens for length in lengths)
+
+
+@dataclass(eq=False)
+class TeacherRunner:
+    """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
+
+    On CUDA it runs on a stream of its own, beside what the student does; elsewhere at once. `autocast` is that of the
+    student's forward: without it the teacher's takes several times as long.
+    """
+
+    teacher: Teacher | CachedTeacher
+    loss: FeatureLoss | None
+    logits: bool
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def __call__(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        """Return the teacher's outputs for a batch; `wait` before they are used."""
+        stream = self.teacher.stream
+        if stream is None:
+            return self._run(batch)
+        student = torch.cuda.current_stream(stream.device)
+        # The batch is ready when what was queued before is done.
+        stream.wait_stream(student)
+        with torch.cuda.stream(stream):
+            outputs = self._run(batch)
+        for tensor in outputs.tensors():
+            # Its memory must not be given away before the student's stream is done with it.
+            tensor.record_stream(student)
+        return outputs
+
+    def _run(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        with self.autocast():
+            return self.teacher.run(batch, logits=self.logits, features=self.loss is not None, loss=self.loss)
+
+    def wait(self) -> None:
+        """Make what is queued from now on wait for the teacher; the host does not."""
+        stream = self.teacher.stream
+        if stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+    def check_finite(self, batch: Mapping[str, Any]) -> None:
+        """Run the teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
+        outputs = self(batch)
+        self.wait()
+        check_finite(outputs, self.teacher.layer_names)

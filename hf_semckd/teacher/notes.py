@@ -104,9 +104,8 @@ def source_digest(source: object) -> str | None:
 
 def write_note(folder: str | os.PathLike[str], digest: str, asked: str, note: TeacherNote) -> None:
     """Keep a note; a folder that cannot be written costs only the loading of the teacher next time."""
-    notes = {**_notes(folder, digest), asked: dataclasses.asdict(note)}
     try:
-        write_json(_path(folder, digest), notes)
+        write_json(_path(folder, digest), {**_notes(folder, digest), asked: note})
     except OSError as error:
         logger.debug("no note of the teacher was kept: %s", error)
 

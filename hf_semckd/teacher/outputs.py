@@ -51,9 +51,9 @@ def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
     """Raise `TeacherOutputError`, naming layer and sample, for NaN and infinity outside the padding."""
     # The first broken layer is the cause, logits follow.
     found = sorted(outputs.features.values(), key=itemgetter(0))
-    named = [(f"layer {layers[t]}", values, mask) for t, values, mask in found]
+    named = [(f"layer {layers[t]} is", values, mask) for t, values, mask in found]
     if outputs.logits is not None:
-        named.append(("logits", outputs.logits, outputs.mask))
+        named.append(("logits are", outputs.logits, outputs.mask))
     for name, values, mask in named:
         bad = ~torch.isfinite(values)
         if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
@@ -61,7 +61,7 @@ def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
         samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
         if samples:
             raise TeacherOutputError(
-                f"The teacher's {name} {'are' if name == 'logits' else 'is'} not finite",
+                f"The teacher's {name} not finite",
                 received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
                 expected="finite values",
                 todo="check the teacher's weights and these samples; train with bf16 instead of fp16, in "

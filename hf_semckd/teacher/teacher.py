@@ -2,16 +2,17 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX, teacher_entries
-from ..features.capture import Captured, FeatureCapture, remove_capturing_traces
-from ..features.targets import LayerMasks, TeacherTargets
+from ..features.capture import FeatureCapture, remove_capturing_traces
+from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
+from ..losses import FeatureLoss
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
 from .cache.cache import weights_digest
@@ -19,66 +20,24 @@ from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
 logger = logging.getLogger(__name__)
 
-# Takes features, their mask and what gives the phases of their samples.
-FeatureSelector = Callable[[Sequence[Tensor], LayerMasks, Callable[[], Tensor]], TeacherTargets]
-
-
-class TeacherStream:
-    """Runs the teacher on a CUDA stream of its own, beside what the student does; elsewhere at once.
-
-    A teacher that is not `alone`, whole on its device, but dispatched or sharded waits for other devices.
-    """
-
-    def __init__(self, device: torch.device, alone: bool):
-        self._stream = torch.cuda.Stream(device) if alone and device.type == "cuda" else None
-
-    def run(self, compute: Callable[[], TeacherOutputs]) -> TeacherOutputs:
-        """Return what is computed; whoever uses it calls `wait` first."""
-        if self._stream is None:
-            return compute()
-        current = torch.cuda.current_stream(self._stream.device)
-        # The batch is ready when what was queued before is done.
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = compute()
-        for tensor in outputs.tensors():
-            # Its memory must not be given away before the student's stream is done with it.
-            tensor.record_stream(current)
-        return outputs
-
-    def wait(self) -> None:
-        """Make the current stream wait for what was run."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-
 
 class CompiledForward:
     """A model under `torch.compile`, and without it where that fails; the model itself is not changed.
 
-    Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so the first
-    call, and the first after `cool`, is eager. `active` until compiling fails.
+    Hidden states come out of a compiled forward when an eager one has put transformers' hooks in place, so a call that
+    finds it not `warm` is eager. `active` until compiling fails.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-
-        def call(**keywords: Any) -> Any:
-            return model(**keywords)
-
         # A function: compiling the module itself would leave a mark on it.
-        self._compiled: Any = torch.compile(call)
-        self.active = True
-        self._warm = False
-
-    def cool(self) -> None:
-        """Run eagerly once more."""
-        self._warm = False
+        self._compiled: Any = torch.compile(lambda **keywords: model(**keywords))
+        self.active, self.warm = True, False
 
     def __call__(self, **keywords: Any) -> Any:
         """Run the model."""
-        compiled = self.active and self._warm
-        self._warm = True
-        if not compiled:
+        warm, self.warm = self.warm, True
+        if not self.active or not warm:
             return self.model(**keywords)
         try:
             return self._compiled(**keywords)
@@ -94,7 +53,8 @@ class Teacher:
     """A frozen model in evaluation mode, and the layers that are taken from it; see `FeatureCapture`.
 
     Handing a model over freezes it: its parameters stop requiring gradients, and it is put into evaluation mode.
-    With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed.
+    With `compiled` it runs under `torch.compile`, where that works; the model itself is not changed. On CUDA it has a
+    `stream` of its own, on which `TeacherRunner` runs it.
     """
 
     def __init__(
@@ -103,11 +63,10 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)
         self.select_inputs = InputSelector(model)
-        self.stream = TeacherStream(torch.device("cpu"), alone=False)
+        self.stream: torch.cuda.Stream | None = None
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
         self.compiled = CompiledForward(model) if compiled else None
-        self._check_compiled()
 
     @property
     def layer_names(self) -> list[str]:
@@ -118,7 +77,9 @@ class Teacher:
         """Move the teacher, unless it was dispatched or quantized and looks after its own placement."""
         if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
             self.model.to(device)
-        self.stream = TeacherStream(device, alone=runs_by_itself(self.model))
+        # A teacher that is spread over several devices, offloaded or sharded has to wait for others.
+        alone = device.type == "cuda" and runs_by_itself(self.model)
+        self.stream = torch.cuda.Stream(device) if alone else None
 
     @functools.cached_property
     def weights(self) -> str:
@@ -129,13 +90,16 @@ class Teacher:
         """Take off what transformers leaves on the model; see `remove_capturing_traces`."""
         remove_capturing_traces(self.model)
         if self.compiled is not None:
-            self.compiled.cool()
+            self.compiled.warm = False
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], *, features: bool) -> tuple[Any, dict[str, Tensor]]:
         """Run the model on its own inputs; return its raw output and what the hooks recorded."""
         # Whoever owns the teacher may have called .train() on it since.
         self.model.eval()
+        if self.compiled is not None and self.capture.by_name:
+            self.compiled = None
+            logger.warning("The teacher runs without torch.compile, which cannot see the hooks for named layers.")
         run = self.model if self.compiled is None else self.compiled
         if not features:
             return run(**inputs), {}
@@ -148,12 +112,13 @@ class Teacher:
         *,
         logits: bool,
         features: bool,
-        select: FeatureSelector | None = None,
+        loss: FeatureLoss | None = None,
         samples: list[int] | None = None,
     ) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch as the collator made it.
 
-        `select` keeps what is needed of the features (None: all), `samples` are those of the batch to run (None: all).
+        Of the features `loss` selects what it needs (None: all), so that the rest is freed before the student runs;
+        `samples` are those of the batch to run (None: all).
         """
 
         def chosen(value: Any) -> Any:
@@ -167,14 +132,15 @@ class Teacher:
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
         mask = layer_masks({**attention, **inputs}, labels, self.model, taken, self.capture.sides)
         kept = TeacherTargets()
-        if features and select is not None:
-            kept = select(taken, mask, lambda: chosen(self._phases(batch)))
+        if features and loss is not None:
+            kept = loss.select(taken, mask, chosen(self._phases(batch)) if loss.samples_tokens else None)
         elif features:
             kept = TeacherTargets.of_whole(taken, mask)
         # Logits are the decoder's, whose layers come last.
         of_logits = mask if mask is None or isinstance(mask, Tensor) else mask[-1]
         return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, of_logits)
 
+    @torch.no_grad()
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
         """Run a small batch, resolve the layers, and say what they look like.
 
@@ -183,7 +149,8 @@ class Teacher:
         inputs = self.inputs(batch)
         taken, specs = [], []
         if features:
-            found = run_on_inputs("teacher", batch, lambda: self._find_layers(inputs))
+            self.model.eval()
+            found = run_on_inputs("teacher", batch, lambda: self.capture.find(self.model, inputs))
             outputs, taken = found.outputs, found.features
             specs = found.describe(of_image=holds_images(self.model, inputs))
         else:
@@ -192,20 +159,6 @@ class Teacher:
         mask = tokens_mask(inputs.get("attention_mask"), [])
         check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
         return TeacherDescription(None if given is None else tuple(given.shape), specs, taken)
-
-    @torch.no_grad()
-    def _find_layers(self, inputs: Mapping[str, Any]) -> Captured:
-        self.model.eval()
-        found = self.capture.find(self.model, inputs)
-        self._check_compiled()
-        return found
-
-    def _check_compiled(self) -> None:
-        if self.compiled is not None and self.capture.by_name:
-            self.compiled = None
-            logger.warning(
-                "The teacher runs without torch.compile: named layers are recorded by hooks, which it cannot see."
-            )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.

@@ -14,8 +14,7 @@ from ..data.samples import collate, first_samples, is_map_style, longest_sample,
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
-from ..teacher.cached import CachedTeacher
-from ..teacher.runner import TeacherRunner
+from ..teacher.cached import CachedTeacher, TeacherRunner
 from .pair import GIGABYTE, Pair
 
 logger = logging.getLogger(__name__)

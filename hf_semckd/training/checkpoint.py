@@ -15,7 +15,7 @@ from ..config import SemCKDConfig
 from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
-from ..publishing.environment import environment
+from ..publishing.facts import environment
 
 logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"

@@ -13,8 +13,7 @@ from ..config import SemCKDConfig
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.registry import make_feature_loss
-from ..teacher.cached import CachedTeacher
-from ..teacher.runner import TeacherRunner
+from ..teacher.cached import CachedTeacher, TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .caching import TrainingData, check_cache
 from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples

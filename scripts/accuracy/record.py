@@ -15,7 +15,7 @@ from conditions import commit, machine
 
 from hf_semckd.losses import FEATURE_LOSSES
 from hf_semckd.losses.semckd.defaults import feature_defaults
-from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.facts import environment
 
 from .models import MAP_FAMILIES
 from .protocol import Method, Protocol

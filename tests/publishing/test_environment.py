@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hf_semckd.files import write_json
-from hf_semckd.publishing.environment import environment
+from hf_semckd.publishing.facts import environment
 
 
 def test_environment_tells_versions_and_no_identity(tmp_path):

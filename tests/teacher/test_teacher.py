@@ -1,5 +1,6 @@
 """The teacher: loaded, frozen, given its own inputs, and refused when it gives nonsense."""
 
+import contextlib
 import functools
 import json
 
@@ -25,8 +26,10 @@ from transformers import BertForSequenceClassification, BertModel, ViTForImageCl
 from hf_semckd.data.columns import has_own_tokens
 from hf_semckd.errors import InputError, LayerNotFoundError, TeacherOutputError
 from hf_semckd.features.targets import TeacherTargets
+from hf_semckd.losses import FeatureLoss
 from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.loading import load_model
+from hf_semckd.teacher.cached import TeacherRunner
 from hf_semckd.teacher.outputs import TeacherOutputs, check_finite
 from hf_semckd.teacher.teacher import Teacher
 
@@ -260,6 +263,12 @@ def test_the_real_compiler_gives_the_same():
 # ---- Beside the student ------------------------------------------------------------------------------------------
 
 
+class WholeFeatures(FeatureLoss):
+    """Keeps the features as they are."""
+
+    def compare(self, student_features, targets, student_mask): ...
+
+
 class Stream:
     """Writes down what a CUDA stream is asked for."""
 
@@ -283,19 +292,21 @@ def test_on_cuda_it_runs_beside_the_student_until_it_is_waited_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, stream: told.append(f"kept for {stream.name}"))
     teacher = Teacher(vit(), [1, 2])
-    teacher.stream._stream = Stream("teacher", told)
-    teacher.stream.run(lambda: told.append("run") or teacher.run(pictures(), logits=True, features=True))
+    teacher.stream = Stream("teacher", told)
+    run = TeacherRunner(teacher, WholeFeatures(), True, lambda: told.append("run") or contextlib.nullcontext())
+    run(pictures())
     assert told[:4] == ["teacher waits for student", "on teacher", "run", "off teacher"]
     assert told[4:] == ["kept for student"] * 3, "logits and two features"
-    teacher.stream.wait()
+    run.wait()
     assert told[-1] == "student waits for teacher"
 
 
 def test_on_the_cpu_there_is_nothing_to_wait_for():
     teacher = Teacher(vit(), [1])
     teacher.to(torch.device("cpu"))
-    assert len(teacher.stream.run(lambda: teacher.run(pictures(), logits=False, features=True)).features.layers) == 1
-    teacher.stream.wait()
+    run = TeacherRunner(teacher, WholeFeatures(), False, contextlib.nullcontext)
+    assert len(run(pictures()).features.layers) == 1
+    run.wait()
 
 
 # ---- Values ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Teacher outputs on disk, keyed by what the teacher was given, so that no epoch and no run computes them twice."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,46 +32,32 @@ class Lookup:
     values: dict[str, Tensor]
 
 
+@dataclass(eq=False)
 class TeacherCache:
-    """Teacher outputs in a `TensorStore`, one row per sample, in a folder for one teacher and one choice of layers.
+    """The outputs of one teacher for one choice of layers, one row per sample in a `TensorStore`.
 
     The key is the content of the teacher's inputs after preprocessing and augmentation, without padding. A changed
     dataset, tokenizer, image size or random crop is therefore another sample, never a wrong hit.
 
-    Args:
-        folder, fingerprint: Where all caches live, and the name of this one; see `teacher_fingerprint`.
+    Attributes:
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
-        limit_bytes: Most that the folder may take; None for what the disk can spare.
         cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        fingerprint: str,
-        select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]],
-        *,
-        dtype: torch.dtype | None = None,
-        limit_bytes: int | None = None,
-        cut: bool = True,
-    ):
-        self.cut = cut
-        self.store = TensorStore(Path(folder) / fingerprint, limit_bytes=limit_bytes)
-        self.select_inputs = select_inputs
-        self.dtype = dtype
+    store: TensorStore
+    select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]]
+    dtype: torch.dtype | None = None
+    cut: bool = True
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
         inputs = self.select_inputs(teacher_entries(batch))
         return sample_keys(inputs, self._lengths(inputs))
 
-    def look_up(self, batch: Mapping[str, Any]) -> Lookup:
-        """Return what there is of a batch, on the CPU."""
-        return self.read(self.keys(batch), token_count(self.select_inputs(teacher_entries(batch))))
-
-    def read(self, keys: list[bytes], width: int | None) -> Lookup:
-        """Return what there is of a batch whose samples have these keys and are padded to `width` tokens."""
-        rows = self.store.read(keys)
+    def look_up(self, batch: Mapping[str, Any], keys: list[bytes] | None = None) -> Lookup:
+        """Return what there is of a batch, on the CPU; `keys` are those of its samples, where they are known."""
+        keys = self.keys(batch) if keys is None else keys
+        rows, width = self.store.read(keys), token_count(self.select_inputs(teacher_entries(batch)))
         found = [row for row in rows if row is not None]
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 

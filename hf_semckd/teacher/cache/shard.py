@@ -8,6 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,12 @@ ROW_OVERHEAD = KEY_BYTES + 4 + 4 + 8
 Row = dict[str, Tensor]
 
 
+@dataclass(eq=False)
 class Buffer:
     """Copies of the rows of a shard that is not written yet, and how many bytes they will take."""
 
-    def __init__(self) -> None:
-        self.rows: dict[bytes, Row] = {}
-        self.size = 0
+    rows: dict[bytes, Row] = field(default_factory=dict)
+    size: int = 0
 
     def add(self, key: bytes, row: Mapping[str, Tensor]) -> None:
         """Copy a row; it takes the place of an earlier one with the same key."""
@@ -57,13 +58,9 @@ class Buffer:
             layouts.append(json.dumps(layout))
             contents.append(b"".join(map(_content, row.values())))
         keys = list(self.rows)
-        columns = [
-            pa.array(keys, pa.binary(KEY_BYTES)),
-            pa.array(layouts).dictionary_encode(),
-            pa.array(map(_checksum, keys, layouts, contents), pa.uint32()),
-            pa.array(contents, pa.large_binary()),
-        ]
-        return pa.record_batch(columns, schema=SCHEMA)
+        checksums = list(map(_checksum, keys, layouts, contents))
+        columns = {"key": keys, "layout": layouts, "checksum": checksums, "row": contents}
+        return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
 class Shard:
@@ -106,7 +103,11 @@ class Shard:
                 self._damaged = True
                 return None
             self._verified[number] = True
-        return _views(layout, self._data, first)
+        views = {}
+        for name, dtype, shape, offset, size in _fields(layout):
+            start = first + offset
+            views[name] = torch.from_numpy(self._data[start : start + size]).view(dtype).view(shape)
+        return views
 
     def _whole(self) -> bool:
         """Tell whether the file still has its size: to touch what was cut off would kill the process."""
@@ -152,25 +153,15 @@ def _discard(path: Path, reason: object) -> None:
         path.unlink()
 
 
-def _views(layout: str, data: np.ndarray, first: int) -> Row:
-    """Return zero-copy tensors of the row that begins at byte `first`."""
-    row = {}
-    for name, dtype, shape, offset, count in _fields(layout):
-        if count:
-            row[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + offset).view(shape)
-        else:
-            row[name] = torch.empty(shape, dtype=dtype, device="cpu")
-    return row
-
-
 @functools.lru_cache(maxsize=4096)
 def _fields(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]:
-    """Return name, type, shape, first byte and number of values of each tensor."""
+    """Return name, type, shape, first byte and number of bytes of each tensor."""
     fields, offset = [], 0
     for name, type_name, shape in json.loads(layout):
-        dtype, count = getattr(torch, type_name), math.prod(shape)
-        fields.append((name, dtype, tuple(shape), offset, count))
-        offset += _aligned(count * dtype.itemsize)
+        dtype = getattr(torch, type_name)
+        size = math.prod(shape) * dtype.itemsize
+        fields.append((name, dtype, tuple(shape), offset, size))
+        offset += _aligned(size)
     return tuple(fields)
 
 

@@ -23,6 +23,7 @@ from hf_semckd.teacher.cache.cache import (
 )
 from hf_semckd.teacher.cache.rows import to_batch, to_outputs, to_rows
 from hf_semckd.teacher.cache.shard import KEY_BYTES
+from hf_semckd.teacher.cache.store import TensorStore
 from hf_semckd.teacher.outputs import TeacherOutputs
 
 
@@ -304,7 +305,7 @@ def test_no_rows_make_no_batch() -> None:
 
 
 def test_a_lookup_tells_who_is_there(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, "teacher", lambda batch: {"pixel_values": batch["pixel_values"]})
+    cache = TeacherCache(TensorStore(tmp_path / "teacher"), lambda batch: {"pixel_values": batch["pixel_values"]})
     batch = {"pixel_values": torch.randn(3, 2), "labels": torch.zeros(3)}
     logits = torch.randn(3, 5)
     cache.store.write(cache.keys(batch)[1:], cache.rows(TeacherOutputs(logits[1:]), {"pixel_values": logits[1:]}))
@@ -314,14 +315,14 @@ def test_a_lookup_tells_who_is_there(tmp_path: Path) -> None:
 
 
 def test_the_teachers_own_columns_are_what_counts(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, "teacher", dict)
+    cache = TeacherCache(TensorStore(tmp_path / "teacher"), dict)
     batch = {"input_ids": torch.tensor([[1]]), "teacher_input_ids": torch.tensor([[2]])}
     assert cache.keys(batch) == cache.keys({**batch, "input_ids": torch.tensor([[3]])})
     assert cache.keys(batch) != cache.keys({**batch, "teacher_input_ids": torch.tensor([[3]])})
 
 
 def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_are_not(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, "teacher", dict, dtype=torch.float16)
+    cache = TeacherCache(TensorStore(tmp_path / "teacher"), dict, dtype=torch.float16)
     choice = TokenChoice(torch.arange(4).view(2, 2))
     targets = targets_of(mean=torch.randn(2, 4), tokens=torch.randn(2, 2, 4), choice=choice)
     row = cache.rows(TeacherOutputs(torch.randn(2, 3), targets), {"x": torch.zeros(2)})[0]
@@ -334,14 +335,14 @@ def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_a
 
 
 def test_outputs_with_several_rows_a_sample_are_refused(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, "teacher", dict)
+    cache = TeacherCache(TensorStore(tmp_path / "teacher"), dict)
     with pytest.raises(InputError, match=r"8 rows of `0\.mean` for 2 samples"):
         cache.rows(TeacherOutputs(torch.zeros(2, 4), targets_of(mean=torch.zeros(8, 3))), {"x": torch.zeros(2, 4, 5)})
 
 
 @pytest.mark.parametrize("in_thread", [True, False])
 def test_the_collator_adds_the_lookup_and_nothing_else(in_thread: bool, tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, "teacher", lambda batch: {"x": batch["x"]})
+    cache = TeacherCache(TensorStore(tmp_path / "teacher"), lambda batch: {"x": batch["x"]})
     samples = {"x": torch.randn(2, 3), "labels": torch.zeros(2)}
     cache.store.write(cache.keys(samples)[:1], [{"logits": torch.ones(4)}])
     batch = CachingCollator(lambda rows: rows, cache, in_thread=in_thread)(samples)

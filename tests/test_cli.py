@@ -1,14 +1,14 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
 import runpy
+import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
 from makers import images, vit
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.cli import main
-from hf_semckd.cli.cache import load_split, load_tokenizer
+from hf_semckd.cli import load_split, load_tokenizer, main
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
 
 def test_it_runs_as_a_module(parts, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["hf-semckd", "cache", *parts])
+    monkeypatch.delitem(sys.modules, "hf_semckd.cli")
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hf_semckd.cli", run_name="__main__")
     assert ended.value.code == 0

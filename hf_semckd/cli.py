@@ -1,5 +1,6 @@
-"""`hf-semckd cache`: run the teacher over a dataset ahead of training."""
+"""The command line, `hf-semckd` or `python -m hf_semckd.cli`: run the teacher over a dataset ahead of training."""
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,20 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from ..config import SemCKDConfig
-from ..errors import InputError
-from ..training.trainer import SemCKDTrainer
+from .config import SemCKDConfig
+from .errors import InputError, SemCKDError
+from .training.trainer import SemCKDTrainer
 
-USAGE = "hf-semckd cache --teacher MODEL --student MODEL --dataset FOLDER --teacher_cache_dir FOLDER [options]"
+CACHE_USAGE = "hf-semckd cache --teacher MODEL --student MODEL --dataset FOLDER --teacher_cache_dir FOLDER [options]"
+USAGE = f"""\
+usage: {CACHE_USAGE}
+
+Runs the teacher once per sample and stores its outputs. Training with the same teacher_cache_dir, data and settings
+then does not run the teacher.
+
+List all options, including those of SemCKDConfig:  hf-semckd cache --help
+Run on several processes:                           accelerate launch -m hf_semckd.cli cache ...
+"""
 
 
 @dataclass
@@ -27,12 +37,28 @@ class CacheArguments:
     split: str = HfArg(default="train", help="The split to run over, if the folder holds several.")
 
 
-def run(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, by default the process's, and return the exit status: 2 for arguments that cannot work."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        if words[0] != "cache":
+            raise SemCKDError(f"unknown command {words[0]!r}; expected: cache\n\n{USAGE}")
+        run_cache(words[1:])
+    except SemCKDError as error:
+        print(f"hf-semckd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_cache(words: Sequence[str]) -> None:
     """Fill a teacher cache, as the words after `hf-semckd cache` say; `SemCKDError` when they do not fit together."""
     parser = HfArgumentParser(
         [CacheArguments, SemCKDConfig],
         prog="hf-semckd cache",
-        usage=USAGE,
+        usage=CACHE_USAGE,
         description="Run the teacher once per sample of a dataset and store its outputs in --teacher_cache_dir.",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -82,3 +108,7 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
