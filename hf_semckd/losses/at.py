@@ -1,5 +1,7 @@
 """Attention transfer (Zagoruyko and Komodakis, 2017): the student learns where the teacher is active."""
 
+from itertools import compress, starmap
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,12 +10,11 @@ from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import Shapes, layer_specs
-from .baseline import BaselineBatch, BaselineLoss, skip_map
-from .reduction import masked_mean, zero_masked
+from .baseline import BaselineBatch, SkipMapLoss
+from .positions import masked_mean, zero_masked
 
 
-class ATLoss(BaselineLoss):
+class ATLoss(SkipMapLoss):
     """The squared difference of attention maps between each student layer and the teacher layer at its depth.
 
     per_sample[i] = sum over pairs (s, t) of the mean over positions n that count of (q_s[i, n] - q_t[i, n])^2, with q
@@ -22,9 +23,8 @@ class ATLoss(BaselineLoss):
     weight belongs to.
 
     A pair that shares a single position (other tokenizations, vectors, maps of one cell) is left out: its map is
-    always 1. There are no parameters, and the models need not share their width.
-
-    `pairs` are the (student layer, teacher layer) that are compared. Raises `ConfigurationError` for none.
+    always 1. Raises `ConfigurationError` where none is left. There are no parameters, and the models need not share
+    their width.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
         the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al.,
@@ -33,26 +33,24 @@ class ATLoss(BaselineLoss):
 
     default_weight = 1000.0
 
-    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
-        students, teachers = layer_specs(student_shapes, "student"), layer_specs(teacher_shapes, "teacher")
-        pairing = list(enumerate(skip_map(len(students), len(teachers))))
-        pairs = [(s, t) for s, t in pairing if not _share_one(students[s], teachers[t], tokens_aligned)]
-        if not pairs:
-            named = (f"{students[s].name} ({students[s].kind}) with {teachers[t].name}" for s, t in pairing)
-            raise ConfigurationError(
-                "Attention transfer compares where layers are active, and no pair of layers shares positions",
-                received=f"pairs that share one position only: {', '.join(named)}",
-                expected="a pair of maps or image tokens, or of token sequences of one tokenization",
-                todo="choose other layers with student_layers / teacher_layers, or another method",
-            )
-        super().__init__(students, teachers, tokens_aligned=tokens_aligned, used_teacher_layers=[t for _, t in pairs])
-        self.pairs = pairs
+    def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pairs that share more than one position; raise `ConfigurationError` for none."""
+        layers = [(self.student_specs[s], self.teacher_specs[t]) for s, t in pairs]
+        shared = [not _share_one(*pair, self.tokens_aligned) for pair in layers]
+        if any(shared):
+            return list(compress(pairs, shared))
+        named = (f"{student.name} ({student.kind}) with {teacher.name}" for student, teacher in layers)
+        raise ConfigurationError(
+            "Attention transfer compares where layers are active, and no pair of layers shares positions",
+            received=f"pairs that share one position only: {', '.join(named)}",
+            expected="a pair of maps or image tokens, or of token sequences of one tokenization",
+            todo="choose other layers with student_layers / teacher_layers, or another method",
+        )
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the sum over pairs of each sample's mean (B)."""
         losses = []
-        for s, t in self.pairs:
-            student, target, mask = batch.pair(s, t)
+        for student, target, mask in starmap(batch.pair, self.pairs):
             difference = attention_map(student, mask) - attention_map(target, mask)
             losses.append(masked_mean(difference.square(), mask))
         return torch.stack(losses).sum(0)

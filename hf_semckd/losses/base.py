@@ -9,13 +9,31 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..choices import Association, ProjectionInit, Projector, TargetNorm
 from ..errors import InputError
 from ..features.layers import FeatureSpec
 from ..features.targets import LayerMasks, TeacherTargets
-from .options import LossOptions
 
 Shape = FeatureSpec | Sequence[int]
 Shapes = Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Choices for a feature loss, as in `SemCKDConfig`; None where the layers decide. Baselines have none."""
+
+    association: Association | None = None
+    association_temperature: float | None = None
+    target_norm: TargetNorm = "channel"
+    projector: Projector | None = None
+    projection_init: ProjectionInit | None = None
+    relation_weight: float | None = None
+    max_tokens: int = 16
+    max_grid: int | None = None
+    # Samples in every training batch, which the published association is built for.
+    batch_size: int | None = None
+    # Whether the student's last layer may be left to the logits.
+    spares_last_layer: bool = True
 
 
 @dataclass

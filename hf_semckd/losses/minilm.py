@@ -11,7 +11,7 @@ from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32, full_precision
 from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
-from .reduction import masked_mean, zero_masked
+from .positions import masked_mean, zero_masked
 
 # What query, key and value are called in one attention block.
 NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))

@@ -9,11 +9,11 @@ from ..features.geometry import fitting_mask
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
 from .base import Shapes
-from .baseline import BaselineBatch, BaselineLoss, skip_map
+from .baseline import BaselineBatch, SkipMapLoss
 from .positions import regress
 
 
-class PKDLoss(BaselineLoss):
+class PKDLoss(SkipMapLoss):
     """The squared difference of the normalized first tokens (CLS) of student layers and teacher layers at their depth.
 
     total = mean over samples, pairs of layers and channels of (s / |s| - t / |t|)^2, where s is the first token of a
@@ -32,23 +32,24 @@ class PKDLoss(BaselineLoss):
     default_weight = 100.0
 
     def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
-        mapped = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))[:-1]
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=mapped)
-        self.pairs = list(enumerate(mapped))
-        if not self.pairs:
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        self.projection = nn.ModuleList(
+            nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in self.widths
+        )
+
+    def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return all pairs but the last; raise `ConfigurationError` for none, or a layer without a first token."""
+        if len(pairs) < 2:
             raise ConfigurationError(
                 "Patient knowledge distillation has no layer to compare",
                 received="one student layer",
                 expected="at least two: the last does not take part",
                 todo="name more layers in student_layers, or leave it out for all",
             )
-        for s, t in self.pairs:
+        for s, t in pairs[:-1]:
             _check_first_token(self.student_specs[s], "student")
             _check_first_token(self.teacher_specs[t], "teacher")
-        widths = [(self.student_specs[s].channels, self.teacher_specs[t].channels) for s, t in self.pairs]
-        self.projection = nn.ModuleList(
-            nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in widths
-        )
+        return pairs[:-1]
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token."""

@@ -9,21 +9,15 @@ from torch import nn
 from ..errors import ConfigurationError
 from ..features.layers import FeatureSpec
 from .at import ATLoss
-from .base import FeatureLoss
-from .cc import CCLoss
+from .base import FeatureLoss, LossOptions
 from .combined import CombinedLoss
 from .crd import CRDLoss
-from .fitnet import FitNetLoss
-from .layer_map import LayerMapLoss
 from .minilm import MiniLMLoss
-from .options import LossOptions
 from .pkd import PKDLoss
-from .pkt import PKTLoss
-from .rkd import RKDLoss
+from .regression import FitNetLoss, LayerMapLoss, VIDLoss
+from .relations import CCLoss, PKTLoss, RKDLoss, SPLoss
 from .semckd.loss import SemCKDLoss
 from .simkd import SimKDLoss
-from .sp import SPLoss
-from .vid import VIDLoss
 
 FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
     {

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..features.precision import at_least_float32
 from .base import FeatureLoss, Shapes
 from .baseline import BaselineBatch, BaselineLoss
-from .positions import regress
-from .reduction import squared_error
+from .positions import regress, squared_error
 
 
 class SimKDLoss(BaselineLoss):
@@ -50,8 +48,8 @@ class SimKDLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean squared error of each sample (B)."""
-        own, theirs, mask = batch.pair(-1, len(self.teacher_specs) - 1)
-        return squared_error(regress(self.projection, own, mask), at_least_float32(theirs), mask)
+        own, theirs, mask = batch.pair(-1, -1)
+        return squared_error(regress(self.projection, own, mask), theirs, mask)
 
     @torch.no_grad()
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
