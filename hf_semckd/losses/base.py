@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..choices import Association, ProjectionInit, Projector, TargetNorm
 from ..errors import InputError
 from ..features.layers import FeatureSpec
-from ..features.targets import LayerMasks, TeacherTargets
+from ..features.targets import Features, LayerMasks, TeacherTargets
 
 Shape = FeatureSpec | Sequence[int]
 Shapes = Sequence[Shape]
@@ -131,8 +131,8 @@ class FeatureLoss(nn.Module, ABC):
 
     def forward(
         self,
-        student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor] | TeacherTargets,
+        student_features: Features,
+        teacher_features: Features | TeacherTargets,
         student_mask: LayerMasks = None,
         teacher_mask: LayerMasks = None,
     ) -> FeatureLossOutput:
@@ -161,16 +161,14 @@ class FeatureLoss(nn.Module, ABC):
 
     @abstractmethod
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
+        self, student_features: Features, targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the loss of a batch; the arguments are those of `forward`.
 
         `targets` hold what `select` keeps: by default every layer's `whole` output, and `mask`.
         """
 
-    def select(
-        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
-    ) -> TeacherTargets:
+    def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return what the loss needs of the teacher's features; here, all of them.
 
         A trainer calls it right after the teacher's forward, so that the rest is freed before the student runs, and
@@ -182,13 +180,11 @@ class FeatureLoss(nn.Module, ABC):
         """
         return TeacherTargets.of_whole(features, mask)
 
-    def targets(self, features: Sequence[Tensor] | TeacherTargets, mask: LayerMasks = None) -> TeacherTargets:
+    def targets(self, features: Features | TeacherTargets, mask: LayerMasks = None) -> TeacherTargets:
         """Return what `select` keeps of features; targets come back as they are."""
         return features if isinstance(features, TeacherTargets) else self.select(features, mask)
 
-    def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
-    ) -> None:
+    def update_statistics(self, teacher_features: Features | TeacherTargets, teacher_mask: LayerMasks = None) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 

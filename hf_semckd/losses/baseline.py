@@ -7,18 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..features.geometry import Alignment, Average, embedding
+from ..features.geometry import Alignment, Average, compared_positions, embedding
 from ..features.layers import FeatureSpec
-from ..features.targets import LayerMasks, TeacherTargets, layer_mask
+from ..features.targets import Features, LayerMasks, TeacherTargets, layer_mask
 from .base import FeatureLoss, FeatureLossOutput, Shapes, layer_specs
-from .positions import compared_positions
 
 
 @dataclass(frozen=True)
 class BaselineBatch:
     """A batch: the student's features and the masks of their tokens, the whole outputs of the used teacher layers."""
 
-    features: Sequence[Tensor]
+    features: Features
     masks: LayerMasks
     targets: TeacherTargets
     student_specs: Sequence[FeatureSpec]
@@ -84,7 +83,7 @@ class BaselineLoss(FeatureLoss):
         self.kept = f"whole features of the layers at {self.used_teacher_layers}"
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
+        self, student_features: Features, targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return `per_sample` and its mean."""
         specs = self.student_specs, self.teacher_specs
@@ -95,9 +94,7 @@ class BaselineLoss(FeatureLoss):
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the loss of each sample (B), the `per_sample` of the class's equation."""
 
-    def select(
-        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
-    ) -> TeacherTargets:
+    def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return the teacher layers that are used; see `FeatureLoss.select`."""
         return TeacherTargets.of_whole(features, mask, self.used_teacher_layers)
 

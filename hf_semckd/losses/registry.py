@@ -8,16 +8,12 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from ..features.layers import FeatureSpec
-from .at import ATLoss
+from .attention import ATLoss, MiniLMLoss
 from .base import FeatureLoss, LossOptions
 from .combined import CombinedLoss
-from .crd import CRDLoss
-from .minilm import MiniLMLoss
-from .pkd import PKDLoss
-from .regression import FitNetLoss, LayerMapLoss, VIDLoss
-from .relations import CCLoss, PKTLoss, RKDLoss, SPLoss
+from .regression import FitNetLoss, LayerMapLoss, PKDLoss, SimKDLoss, VIDLoss
+from .relations import CCLoss, CRDLoss, PKTLoss, RKDLoss, SPLoss
 from .semckd.loss import SemCKDLoss
-from .simkd import SimKDLoss
 
 FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
     {

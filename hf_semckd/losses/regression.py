@@ -1,6 +1,7 @@
-"""Regression of the teacher's layers: FitNets of one, the uniform layer map of all, VID with a variance of its own."""
+"""Regression of the teacher's layers by the student's, through projections that are trained where widths differ."""
 
 import math
+from collections.abc import Callable
 from itertools import starmap
 
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from ..features.geometry import fitting_mask
+from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32
-from .base import Shapes
+from .base import FeatureLoss, Shapes
 from .baseline import BaselineBatch, BaselineLoss, SkipMapLoss
 from .positions import masked_mean, regress, squared_error, zero_masked
 
@@ -30,8 +33,7 @@ class FitNetLoss(BaselineLoss):
     middle of both, (S // 2, T // 2). Raises `ConfigurationError` when there is no layer at one of them.
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, the loss of the hints. Weight, mean and
-        middle layer: Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose comparison uses 100 and
-        the second of three blocks.
+        middle layer: Tian et al. (ICLR 2020), whose comparison uses the second of three blocks.
     """
 
     default_weight = 100.0
@@ -91,8 +93,8 @@ class VIDLoss(SkipMapLoss):
     bounds the mutual information of both layers from below, up to a constant. It may be negative.
 
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2: the
-        Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight 1 are those
-        of Tian et al., "Contrastive Representation Distillation", ICLR 2020, with code of the authors.
+        Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight are those of
+        Tian et al. (ICLR 2020), with code of the authors.
     """
 
     default_weight = 1.0
@@ -137,6 +139,162 @@ class GaussianRegressor(nn.Module):
         difference = zero_masked(at_least_float32(regress(self.mean, tokens, mask)) - target, mask)
         variance = self.variance()
         return masked_mean(0.5 * (difference.square() / variance + variance.log()).mean(-1), mask)
+
+
+class PKDLoss(SkipMapLoss):
+    """The squared difference of the normalized first tokens (CLS) of student layers and teacher layers at their depth.
+
+    total = mean over samples, pairs of layers and channels of (s / |s| - t / |t|)^2, where s is the first token of a
+    student layer and t that of its teacher layer in `skip_map`. The last student layer does not take part: the logits
+    already train it. This is the average of the published code, which the published weights belong to; the paper
+    writes the sum over layers and channels. Where widths differ, which the paper does not have, a linear layer
+    projects the student's token to the teacher's. Positions need not correspond: the first token stands for the whole.
+
+    Raises `ConfigurationError` when there is only one student layer, or a compared layer has no first token: a map, or
+    image patches alone.
+
+    Source: Patient Knowledge Distillation for BERT Model Compression (Sun et al., 2019), section 3.2: the patient loss
+        L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
+    """
+
+    default_weight = 100.0
+
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        self.projection = nn.ModuleList(
+            nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in self.widths
+        )
+
+    def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return all pairs but the last; raise `ConfigurationError` for none, or a layer without a first token."""
+        if len(pairs) < 2:
+            raise ConfigurationError(
+                "Patient knowledge distillation has no layer to compare",
+                received="one student layer",
+                expected="at least two: the last does not take part",
+                todo="name more layers in student_layers, or leave it out for all",
+            )
+        for s, t in pairs[:-1]:
+            _check_first_token(self.student_specs[s], "student")
+            _check_first_token(self.teacher_specs[t], "teacher")
+        return pairs[:-1]
+
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the error of each sample (B), the mean over the pairs; zero for a sample without any token."""
+        errors = []
+        for (s, t), projection in zip(self.pairs, self.projection, strict=True):
+            token, counts = first_token(batch.features[s], batch.student_mask(s))
+            target, target_counts = first_token(batch.targets.whole(t), batch.teacher_mask(t))
+            if isinstance(projection, nn.Linear):
+                token = regress(projection, token)
+            own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)
+            errors.append(torch.where(counts & target_counts, (own - theirs).square().mean(1), 0.0))
+        return torch.stack(errors).mean(0)
+
+
+def first_token(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the first token (B, C) of each sample of (B, N, C) that counts, and whether there is one, (B).
+
+    A feature (B, C) is the token itself. With padding on the left the first token is not at position 0.
+    """
+    mask = fitting_mask(mask, feature)
+    if mask is None:
+        counts = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
+        return (feature if feature.dim() == 2 else feature[:, 0]), counts
+    places = (mask != 0).long().argmax(1)
+    tokens = feature.take_along_dim(places[:, None, None], 1).squeeze(1)
+    counts = (mask != 0).any(1)
+    return tokens.masked_fill(~counts.unsqueeze(1), 0.0), counts
+
+
+class SimKDLoss(BaselineLoss):
+    """The mean squared error of the projected last maps, so that the teacher's classifier fits the student.
+
+    per_sample = mean over positions and channels of (projection(F_s) - F_t)^2, both pooled to the smaller grid.
+
+    The published projector is a stack of convolutions that stays in the student. Here it is one linear map: the
+    average of a map, the projection and the teacher's linear classifier are then one linear classifier, which `finish`
+    writes into the student's own, so that the student remains a plain model of its class. Both models must have a
+    linear classifier on the average of their last map, as most CNNs do; a trainer checks that before training.
+
+    Published weights: 1, with `task_weight=0` and `logit_weight=0`. With others the student's own classifier trains
+    too and is replaced at the end, and a resumed run goes on from that. Raises `ConfigurationError` when one of the
+    last layers is no map.
+
+    Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, the feature loss.
+    """
+
+    title = "SimKD with a linear projector"
+    default_weight = 1.0
+    default_used = (-1,)
+    reuses_teacher_head = True
+
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
+            if spec.kind == "map":
+                continue
+            raise ConfigurationError(
+                f"SimKD needs a classifier on the average of the last map, and the {role}'s last layer is no map",
+                received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
+                expected="(channels, height, width)",
+                todo="use it between convolutional networks, or choose another feature loss",
+            )
+        self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)
+
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the mean squared error of each sample (B)."""
+        own, theirs, mask = batch.pair(-1, -1)
+        return squared_error(regress(self.projection, own, mask), theirs, mask)
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
+        """Write projection and teacher's classifier into the student's classifier; return a function to undo it."""
+        own, theirs = find_head(student, "student"), find_head(teacher, "teacher")
+        weight = theirs.weight.to(self.projection.weight)
+        bias = weight @ self.projection.bias
+        if theirs.bias is not None:
+            bias = bias + theirs.bias.to(bias)
+        before = own.weight.clone(), own.bias.clone()
+        own.weight.copy_(weight @ self.projection.weight)
+        own.bias.copy_(bias)
+
+        @torch.no_grad()
+        def undo() -> None:
+            own.weight.copy_(before[0])
+            own.bias.copy_(before[1])
+
+        return undo
+
+
+def find_head(model: nn.Module, role: str) -> nn.Linear:
+    """Return the last linear module of a student or teacher (`role`), its classifier.
+
+    Raises `ConfigurationError` when there is none, or the student's has no bias to write to.
+    """
+    # While training the feature loss is a part of the student, and has linear modules too.
+    own = {id(part) for module in model.modules() if isinstance(module, FeatureLoss) for part in module.modules()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in own]
+    if linears and (role == "teacher" or linears[-1].bias is not None):
+        return linears[-1]
+    raise ConfigurationError(
+        f"SimKD reuses the teacher's classifier, and the {role} has no linear one with a bias",
+        received=type(model).__name__,
+        expected="a model that ends in a linear classifier",
+        todo="use another feature loss",
+    )
+
+
+def _check_first_token(spec: FeatureSpec, role: str) -> None:
+    if spec.kind == "tokens" and (spec.grid is None or spec.prefix > 0):
+        return
+    received = "a map" if spec.kind == "map" else "image patches without a token in front"
+    raise ConfigurationError(
+        "Patient knowledge distillation compares first tokens (CLS), and a layer has none",
+        received=f"{received} at {role} layer `{spec.name}`",
+        expected="layers (tokens, channels) whose first token stands for the whole",
+        todo=f"name other layers in {role}_layers, or choose another method for these models",
+    )
 
 
 def _checked(hint_layer: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Relations between the samples of a batch in the last layers: SP, PKT, RKD and CC keep those of the teacher."""
+"""Relations between samples in the last layers: SP, PKT, RKD, CC and CRD teach the student those of the teacher."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
 from ..features.precision import at_least_float32, full_precision
 from .base import Shapes
@@ -19,6 +20,8 @@ PROBABILITY_OFFSET = 1e-7
 IDENTICAL = 1e-12
 # The width of CC's published kernel, and the last power of its Taylor series.
 GAMMA, ORDER = 0.4, 2
+# The temperature of CRD's critic.
+TEMPERATURE = 0.07
 
 
 class SPLoss(BaselineLoss):
@@ -26,12 +29,11 @@ class SPLoss(BaselineLoss):
 
     total = |G_t - G_s|^2 / B^2 with G the matrix of inner products of the flattened features, each row scaled to unit
     length. per_sample[i] is the share of row i, times B, so that the mean is the total: it depends on the rest of the
-    batch, and micro-batches give other values than the batch they make up. For a batch of one it is zero.
-
-    There are no parameters; the models need share neither width nor positions.
+    batch, and micro-batches give other values than the batch they make up. For a batch of one it is zero. There are no
+    parameters; the models need share neither width nor positions.
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, section 3, for one pair of
-        layers. Weight: Tian et al., "Contrastive Representation Distillation", ICLR 2020.
+        layers. Weight: Tian et al. (ICLR 2020).
     """
 
     default_weight = 3000.0
@@ -39,28 +41,22 @@ class SPLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the squared distance of each row (B) over the batch size."""
-        student = unit_rows(batch.features[-1], batch.student_mask(-1))
-        teacher = unit_rows(batch.targets.whole(-1), batch.teacher_mask(-1))
-        return (teacher - student).square().mean(1)
-
-
-def unit_rows(feature: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the similarities (B, B) of the samples of (B, ...), each row of unit length, at least in float32."""
-    return F.normalize(similarity_matrix(feature, fitting_mask(mask, feature)), dim=1)
+        layers = (batch.features[-1], batch.student_mask(-1)), (batch.targets.whole(-1), batch.teacher_mask(-1))
+        similarities = [similarity_matrix(feature, fitting_mask(mask, feature)) for feature, mask in layers]
+        own, theirs = (F.normalize(rows, dim=1) for rows in similarities)
+        return (theirs - own).square().mean(1)
 
 
 class PKTLoss(BaselineLoss):
     """The divergence of the probabilities with which samples are one another's neighbors.
 
     total = 1 / B^2 * sum over i, j of p_t[i, j] * log(p_t[i, j] / p_s[i, j]), where p[i, j] = k(x_i, x_j) / sum over l
-    of k(x_i, x_l) and k is the cosine of two embeddings, shifted to [0, 1].
+    of k(x_i, x_l) and k is the cosine of two embeddings, shifted to [0, 1]. As in the published code, the sum is
+    averaged over all B^2 entries, and each sample is its own neighbor too. There are no parameters.
 
-    As in the published code, the sum is averaged over all B^2 entries, and each sample is its own neighbor too. There
-    are no parameters, and the models need not share their width.
-
-    Source: Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis & Tefas, 2018), section 3:
-        the equations of the conditional probabilities with the cosine kernel, and of their Kullback-Leibler
-        divergence; the weight 30000 is that of Tian et al., "Contrastive Representation Distillation", ICLR 2020.
+    Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
+        section 3: conditional probabilities with the cosine kernel, and their Kullback-Leibler divergence. Weight:
+        Tian et al. (ICLR 2020).
     """
 
     default_weight = 30000.0
@@ -68,17 +64,9 @@ class PKTLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean over each sample's row of the B x B divergences (B)."""
-        own, theirs = map(neighbor_probabilities, batch.embeddings())
+        kernels = [(cosine_matrix(embeddings) + 1) / 2 for embeddings in batch.embeddings()]
+        own, theirs = (kernel / kernel.sum(1, keepdim=True) for kernel in kernels)
         return (theirs * ((theirs + PROBABILITY_OFFSET).log() - (own + PROBABILITY_OFFSET).log())).mean(1)
-
-
-def neighbor_probabilities(embeddings: Tensor) -> Tensor:
-    """Return how probable each sample of (B, C) is as a neighbor of each other one, by shifted cosines.
-
-    (B, B), at least in float32; rows sum to one.
-    """
-    affinities = (cosine_matrix(embeddings) + 1) / 2
-    return affinities / affinities.sum(1, keepdim=True)
 
 
 class RKDLoss(BaselineLoss):
@@ -87,12 +75,11 @@ class RKDLoss(BaselineLoss):
     total = distance_weight * mean over i, j of l(d_s[i, j] - d_t[i, j])
     + angle_weight * mean over i, j, k of l(a_s[i, j, k] - a_t[i, j, k]), where d are Euclidean distances of
     embeddings, divided by the mean of those that are not zero, a is the cosine of the angle at i between j and k, and
-    l the Huber loss. As in the published code, means are taken over all B^2 and B^3 entries.
+    l the Huber loss. As in the published code, means are taken over all B^2 and B^3 entries. The angles need B^2 * C
+    and B^3 numbers. There are no parameters.
 
-    There are no parameters, and the models need not share their width. The angles need B^2 * C and B^3 numbers.
-
-    Source: Relational Knowledge Distillation (Park et al., 2019), section 3.2: the equations of the distance-wise loss
-        (RKD-D) and of the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2: the distance-wise loss (RKD-D)
+        and the angle-wise loss (RKD-A); the weights 25 and 50 are those for classification.
     """
 
     default_weight = 1.0
@@ -143,15 +130,14 @@ class CCLoss(BaselineLoss):
 
     total = 1 / B^2 * sum over i, j of (k(s_i, s_j) - k(t_i, t_j))^2, where s and t are embeddings, projected to one
     width by a linear layer each and normalized to unit length, and k is the Gaussian kernel exp(-gamma * |x - y|^2) by
-    its Taylor series in <x, y> up to the second power.
+    its Taylor series in <x, y> up to the second power. Both linear layers are trained.
 
-    This is the paper's equation. The code of Tian et al., from which the weight comes, multiplies the absolute errors
-    of neighbors in the batch instead, which depends on its order. Both linear layers are trained, as there.
+    This is the paper's equation. The code of Tian et al. multiplies the absolute errors of neighbors in the batch
+    instead, which depends on its order.
 
-    Source: Correlation Congruence for Knowledge Distillation (Peng et al., 2019), section 3: the equation of the
-        correlation congruence loss L_CC, with the Taylor series of the Gaussian RBF correlation; gamma 0.4 and order 2
-        are the paper's, the width and the weight 0.02 those of Tian et al., "Contrastive Representation Distillation",
-        ICLR 2020.
+    Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, section 3: the loss L_CC, with
+        the Taylor series of the Gaussian RBF; gamma 0.4 and order 2 are the paper's, the width and the weight those of
+        Tian et al. (ICLR 2020), where both layers are trained too.
     """
 
     default_weight = 0.02
@@ -180,3 +166,111 @@ def gaussian_correlations(embeddings: Tensor) -> Tensor:
     products = 2 * GAMMA * cosine_matrix(embeddings)
     terms = [products**power / math.factorial(power) for power in range(ORDER + 1)]
     return math.exp(-2 * GAMMA) * torch.stack(terms).sum(0)
+
+
+class CRDLoss(BaselineLoss):
+    """Contrastive loss: an embedding of one model tells the other model's of the same sample from those of others.
+
+    per_sample = -log h(own pair) - sum over N negatives of log(1 - h), once with the student's embedding as the anchor
+    among the teacher's and once the other way round, where h = exp(g) / (exp(g) + N * c), g = <anchor, other> / 0.07,
+    and both embeddings are projected linearly to 128 channels and to unit length. c is the mean of exp(g) over the
+    negatives of the first training batch with any, as in the published code (where it is called Z, and the size of the
+    data set cancels).
+
+    Negatives are the other samples of the batch and the latest embeddings of earlier training batches, in a ring
+    buffer that is part of the module's state, so that a resumed run goes on with it. Features come without sample
+    indices and labels, hence these departures from the paper:
+
+    - the published memory has an entry per sample, updated with a momentum of 0.5; the ring has none to update;
+    - a sample's own older embedding may be among its negatives, and so are samples of its class;
+    - the positive is the current embedding, not the memory's; it and the other samples of the batch pass gradients to
+      both linear layers;
+    - N grows from B - 1 to `negatives` + B - 1, where the published one is 16384 random entries from the start.
+
+    Attributes:
+        student_ring, teacher_ring: (negatives, embedding_size) stored embeddings; zeros where there is none yet.
+        seen: Number of embeddings that have been stored so far; the next goes to this position in the ring.
+        log_normalizer: (2) log c for either anchor, infinite before it is known.
+
+    Source: Contrastive Representation Distillation (Tian et al., 2020), sections 3.1 and 3.2: the objective of the
+        critic, h(T, S) = exp(g / t) / (exp(g / t) + N / M), and the implementation with a memory of negatives.
+    """
+
+    default_weight = 0.8
+    default_used = (-1,)
+    student_ring: Tensor
+    teacher_ring: Tensor
+    seen: Tensor
+    log_normalizer: Tensor
+
+    def __init__(
+        self,
+        student_shapes: Shapes,
+        teacher_shapes: Shapes,
+        *,
+        tokens_aligned: bool = True,
+        negatives: int = 16384,
+        embedding_size: int = 128,
+    ):
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        if negatives < 1:
+            raise ConfigurationError(
+                "The ring of negatives has no room",
+                received=f"negatives={negatives}",
+                expected="at least 1",
+                todo="leave negatives out for the published 16384, or choose fewer to save memory",
+            )
+        self.student_head = nn.Linear(self.student_specs[-1].channels, embedding_size)
+        self.teacher_head = nn.Linear(self.teacher_specs[-1].channels, embedding_size)
+        self.register_buffer("student_ring", torch.zeros(negatives, embedding_size))
+        self.register_buffer("teacher_ring", torch.zeros(negatives, embedding_size))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("log_normalizer", torch.full((2,), torch.inf))
+
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the loss of each sample as an anchor of either model (B), and store the batch while training."""
+        student, teacher = batch.embeddings()
+        own = F.normalize(at_least_float32(regress(self.student_head, student)), dim=1)
+        theirs = F.normalize(at_least_float32(regress(self.teacher_head, teacher)), dim=1)
+        # Both directions before anything is stored.
+        by_student = self._direction(own, theirs, self.teacher_ring, 0)
+        by_teacher = self._direction(theirs, own, self.student_ring, 1)
+        if self.training:
+            self._store(own.detach(), theirs.detach())
+        return by_student + by_teacher
+
+    def _direction(self, anchors: Tensor, others: Tensor, ring: Tensor, direction: int) -> Tensor:
+        """Return the loss (B) of anchors among the other model's embeddings of the batch and in the ring."""
+        size = len(anchors)
+        with full_precision(anchors):
+            # A copy: the ring is written to before the backward pass.
+            logits = anchors @ torch.cat([others, ring.to(others.dtype)]).T / TEMPERATURE
+        own = torch.eye(size, dtype=torch.bool, device=logits.device)
+        stored = torch.arange(len(ring), device=logits.device) < self.seen
+        negative = torch.cat([~own, stored.expand(size, -1)], 1)
+        count = negative[0].sum()
+        threshold = count.to(logits.dtype).log() + self._log_normalizer(logits, negative, direction)
+        # log h = -softplus(log(N c) - g) and log(1 - h) = -softplus(g - log(N c)).
+        positive = F.softplus(threshold - logits.diagonal())
+        return positive + torch.where(negative, F.softplus(logits - threshold), 0.0).sum(1)
+
+    @torch.no_grad()
+    def _log_normalizer(self, logits: Tensor, negative: Tensor, direction: int) -> Tensor:
+        """Return log c, from the batch while it is not known; -inf where there is no negative to tell it."""
+        known = self.log_normalizer[direction]
+        mean = logits.masked_fill(~negative, -torch.inf).flatten().logsumexp(0)
+        mean = mean - negative.sum().clamp(min=1).to(mean.dtype).log()
+        normalizer = torch.where(known.isfinite(), known.to(mean.dtype), mean)
+        if self.training:
+            self.log_normalizer[direction] = normalizer
+        return normalizer
+
+    @torch.no_grad()
+    def _store(self, student: Tensor, teacher: Tensor) -> None:
+        """Write a batch over the oldest entries."""
+        size, room = len(student), len(self.student_ring)
+        kept = min(size, room)
+        places = (self.seen + torch.arange(size - kept, size, device=self.seen.device)) % room
+        self.student_ring[places] = student[size - kept :].to(self.student_ring.dtype)
+        self.teacher_ring[places] = teacher[size - kept :].to(self.teacher_ring.dtype)
+        self.seen += size
