@@ -35,11 +35,6 @@ class Call:
     fingerprint: Tensor
     tensor: weakref.ref[Tensor]
 
-    @property
-    def positions(self) -> int:
-        """Number of positions of a map (B, C, H, W) or of tokens (B, N, C)."""
-        return math.prod(self.shape[2:]) if len(self.shape) == 4 else self.shape[1]
-
 
 class ForwardTrace:
     """The calls of a model's modules in one forward pass, in the order in which they returned.
@@ -87,10 +82,9 @@ class ForwardTrace:
 
     def blocks_within(self, name: str) -> list[Call]:
         """Return the calls of the outermost numbered modules within a module: the blocks of a stage."""
-        inner = [
-            (call, pattern_of(call.name[len(name) + 1 :])) for call in self.calls if call.name.startswith(f"{name}.")
-        ]
-        return [call for call, pattern in inner if pattern.endswith("#") and pattern.count("#") == 1]
+        inside = [call for call in self.calls if call.name.startswith(f"{name}.")]
+        patterns = [pattern_of(call.name[len(name) + 1 :]) for call in inside]
+        return [call for call, own in zip(inside, patterns, strict=True) if own.endswith("#") and own.count("#") == 1]
 
     def _note_call(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = first_tensor(output)
@@ -160,13 +154,11 @@ def find_blocks(trace: ForwardTrace) -> list[str]:
     """
     numbered = [call for call in trace.calls if pattern_of(call.name).endswith("#") and len(call.shape) >= 3]
     outer = [call for call in numbered if pattern_of(call.name).count("#") == 1]
-    holders = {name.rpartition(".")[0] for name in (call.name for call in trace.calls)}
+    holders = {call.name.rpartition(".")[0] for call in trace.calls}
     blocks = [call for call in outer if call.name in holders]
-    lists: dict[str, list[Call]] = {}
-    for call in blocks:
-        lists.setdefault(call.name.rpartition(".")[0], []).append(call)
-    if len(lists) > 1:
-        return [calls[-1].name for calls in lists.values()]
+    ends_of_lists = {call.name.rpartition(".")[0]: call.name for call in blocks}
+    if len(ends_of_lists) > 1:
+        return list(ends_of_lists.values())
     if len(blocks) > 1:
         return list(dict.fromkeys(call.name for call in blocks))
     ends = [call.name for call, after in pairwise(outer) if after.shape[2:] != call.shape[2:]]
@@ -186,11 +178,14 @@ def _without_transitions(found: dict[int, str], states: Sequence[Tensor], trace:
 def _before_transition(state: Tensor, stage: str, trace: ForwardTrace) -> str:
     """Return the stage's last block before it reduces the resolution, or the stage where it does not at its end."""
     blocks = [call for call in trace.blocks_within(stage) if len(call.shape) >= 3 and call.shape[0] == len(state)]
-    alike = [call for call in blocks if call.positions == blocks[0].positions]
-    if 2 * len(alike) <= len(blocks):
-        return stage
-    positions = math.prod(state.shape[2:]) if state.dim() == 4 else state.shape[1]
-    return alike[-1].name if alike[-1].positions >= TRANSITION * positions else stage
+    alike = [call for call in blocks if _positions(call.shape) == _positions(blocks[0].shape)]
+    reduced = 2 * len(alike) > len(blocks) and _positions(alike[-1].shape) >= TRANSITION * _positions(state.shape)
+    return alike[-1].name if reduced else stage
+
+
+def _positions(shape: Sequence[int]) -> int:
+    """Return the number of positions of a map (B, C, H, W) or of tokens (B, N, C)."""
+    return math.prod(shape[2:]) if len(shape) == 4 else shape[1]
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:

@@ -28,12 +28,10 @@ class ATLoss(SkipMapLoss):
 
     per_sample[i] = sum over pairs (s, t) of the mean over positions n that count of (q_s[i, n] - q_t[i, n])^2, with q
     the attention map of a layer: the mean over channels of squared activations, scaled to unit length over the
-    positions that count. Pairs are those of `skip_map`; they are summed, as in the published code, which the default
-    weight belongs to.
+    positions that count. Pairs are those of `skip_map`, summed as in the published code that the weight belongs to.
 
     A pair that shares a single position (other tokenizations, vectors, maps of one cell) is left out: its map is
-    always 1. Raises `ConfigurationError` where none is left. There are no parameters, and the models need not share
-    their width.
+    always 1. Raises `ConfigurationError` where none is left. There are no parameters.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
         the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al. (ICLR 2020).
@@ -85,9 +83,8 @@ class MiniLMLoss(BaselineLoss):
     There are no parameters. The paper takes a layer below the last of 24-layer teachers: name its modules in
     `teacher_layers`. Raises `ConfigurationError` for other layers or heads.
 
-    Source: MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers (Wang et
-        al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
-        Q-Q, K-K and V-V, each with weight 1/3.
+    Source: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
+        Transformers", Findings of ACL 2021, section 3, with the pairs Q-Q, K-K and V-V, each with weight 1/3.
     """
 
     default_weight = 1.0
@@ -129,7 +126,7 @@ class MiniLMLoss(BaselineLoss):
         known = "; ".join(", ".join(names) for names in NAMES)
         raise ConfigurationError(
             f"The {role} has no attention block whose queries, keys and values can be read",
-            received=f"{type(model).__name__}",
+            received=type(model).__name__,
             expected=f"linear layers side by side that are called {known}",
             todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
         )

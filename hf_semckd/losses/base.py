@@ -116,10 +116,7 @@ class FeatureLoss(nn.Module, ABC):
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str] | None:
-        """Return the modules of a model (`role`) that the method compares, None for all blocks.
-
-        Raises `ConfigurationError` when the model has none of the kind.
-        """
+        """Return the modules of a model that the method compares, None for all; `ConfigurationError` for none."""
         return None
 
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
@@ -140,16 +137,14 @@ class FeatureLoss(nn.Module, ABC):
 
         Args:
             student_features, teacher_features: S and T tensors, or what `select` kept of the teacher's.
-            student_mask: (B, N), 0 for padding tokens, or one for each layer where the method `compares_both_sides`;
-                None: all count.
-            teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
+            student_mask, teacher_mask: (B, N), 0 for padding tokens, or one for each layer where the method
+                `compares_both_sides`; None: all count. The teacher's is not needed where `select` was called.
 
         Raises `InputError` when the number of features is not the number of layers.
         """
-        expected = (len(self.student_specs), len(self.teacher_specs))
-        received = len(student_features), expected[1]
-        if not isinstance(teacher_features, TeacherTargets):
-            received = len(student_features), len(teacher_features)
+        expected = len(self.student_specs), len(self.teacher_specs)
+        teachers = expected[1] if isinstance(teacher_features, TeacherTargets) else len(teacher_features)
+        received = len(student_features), teachers
         if expected != (0, 0) and received != expected:
             raise InputError(
                 "The number of features is not the number of layers that the loss was built for",
@@ -172,11 +167,8 @@ class FeatureLoss(nn.Module, ABC):
         """Return what the loss needs of the teacher's features; here, all of them.
 
         A trainer calls it right after the teacher's forward, so that the rest is freed before the student runs, and
-        stores the result in the teacher cache. It must not depend on anything that training changes.
-
-        Args:
-            features, mask: T tensors and the mask of their tokens.
-            phase: (B) numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
+        stores the result in the teacher cache. It must not depend on anything that training changes. `phase` (B) are
+        numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
         """
         return TeacherTargets.of_whole(features, mask)
 
@@ -189,10 +181,7 @@ class FeatureLoss(nn.Module, ABC):
         return
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Merge the statistics collected since the last call, once per optimizer step.
-
-        `reduce_sum` adds a tensor over processes; None for a single process.
-        """
+        """Merge the statistics collected since the last call; `reduce_sum` adds a tensor over several processes."""
         return
 
 

@@ -45,11 +45,9 @@ class BaselineBatch:
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `geometry.embedding`."""
-        student, teacher = self.student_specs[-1], self.teacher_specs[-1]
-        return (
-            embedding(self.features[-1], student, Average(self.student_mask(-1))),
-            embedding(self.targets.whole(-1), teacher, Average(self.teacher_mask(-1))),
-        )
+        student = embedding(self.features[-1], self.student_specs[-1], Average(self.student_mask(-1)))
+        teacher = embedding(self.targets.whole(-1), self.teacher_specs[-1], Average(self.teacher_mask(-1)))
+        return student, teacher
 
 
 class BaselineLoss(FeatureLoss):

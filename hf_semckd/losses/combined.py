@@ -46,10 +46,9 @@ class CombinedLoss(FeatureLoss):
         for loss, part in zip(self._parts(), targets.parts, strict=True):
             loss.automatic_synchronization, loss.collecting = self.automatic_synchronization, self.collecting
             outputs.append(loss(student_features, part, student_mask))
-        per_sample = sum(
-            (share * out.per_sample for share, out in zip(self.shares[1:], outputs[1:], strict=True)),
-            outputs[0].per_sample,
-        )
+        per_sample = outputs[0].per_sample
+        for share, out in zip(self.shares[1:], outputs[1:], strict=True):
+            per_sample = per_sample + share * out.per_sample
         shown = next((out for out in outputs if out.association is not None), outputs[0])
         return FeatureLossOutput(per_sample.mean(), per_sample, shown.association, shown.errors)
 

@@ -47,16 +47,13 @@ def make_feature_loss(
     student_specs: Sequence[FeatureSpec],
     teacher_specs: Sequence[FeatureSpec],
     options: LossOptions,
-    *,
-    tokens_aligned: bool = True,
-    student_parameters: int | None = None,
+    **known: Any,
 ) -> FeatureLoss:
     """Return the feature loss of a name, of several joined by "+", or of a class, for the layers that were found.
 
-    See `FeatureLoss.for_layers`. Raises `ConfigurationError` for a method that cannot be used for these layers, or
-    with another one.
+    The other arguments are those of `FeatureLoss.for_layers`. Raises `ConfigurationError` for a method that cannot be
+    used for these layers, or with another one.
     """
-    known = {"tokens_aligned": tokens_aligned, "student_parameters": student_parameters}
     losses = [method.for_layers(student_specs, teacher_specs, options, **known) for method in _methods(source)]
     return losses[0] if len(losses) == 1 else CombinedLoss(losses)
 

@@ -48,8 +48,16 @@ class FitNetLoss(BaselineLoss):
     ):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         counts = len(self.student_specs), len(self.teacher_specs)
-        s, t = (counts[0] // 2, counts[1] // 2) if hint_layer is None else _checked(hint_layer, counts)
-        self.hint_layer = s, t
+        hint = (counts[0] // 2, counts[1] // 2) if hint_layer is None else hint_layer
+        if len(hint) != 2 or not all(-n <= layer < n for layer, n in zip(hint, counts, strict=True)):
+            raise ConfigurationError(
+                "There is no layer at a position of hint_layer",
+                received=f"hint_layer={hint_layer} for {counts[0]} student and {counts[1]} teacher layers",
+                expected=f"a student position from 0 to {counts[0] - 1} and a teacher position from 0 to "
+                f"{counts[1] - 1}, or negative ones from the end",
+                todo="correct hint_layer, or leave it out to compare the middle layers",
+            )
+        s, t = self.hint_layer = hint[0] % counts[0], hint[1] % counts[1]
         self.use_teacher_layers([t])
         self.regressor = nn.Linear(self.student_specs[s].channels, self.teacher_specs[t].channels)
 
@@ -92,9 +100,9 @@ class VIDLoss(SkipMapLoss):
     ((mu_s(F_s[i, n]) - F_t(s)[i, n])[c]^2 / var_s[c] + log var_s[c]) / 2, where t(s) is `skip_map`. Its negative
     bounds the mutual information of both layers from below, up to a constant. It may be negative.
 
-    Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2: the
-        Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight are those of
-        Tian et al. (ICLR 2020), with code of the authors.
+    Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, sections 2 and
+        3: the Gaussian with a variance for each channel. The sum over pairs, the mean within one and the weight are
+        those of Tian et al. (ICLR 2020), with code of the authors.
     """
 
     default_weight = 1.0
@@ -112,10 +120,8 @@ class VIDLoss(SkipMapLoss):
 class GaussianRegressor(nn.Module):
     """A Gaussian over teacher channels: its mean is a network of the student's, its variance one number per channel.
 
-    The network has three linear maps over channels (1x1 convolutions) without bias, ReLU between; the variance is
-    softplus of `raw_variance` (C_t), 5 at the start.
-
-    Source: Ahn et al., 2019, sections 2 and 3; the sizes are those of the authors' code.
+    The network has three linear maps over channels (1x1 convolutions) without bias, ReLU between, sized as in the
+    authors' code; the variance is softplus of `raw_variance` (C_t), 5 at the start.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int):
@@ -150,8 +156,7 @@ class PKDLoss(SkipMapLoss):
     writes the sum over layers and channels. Where widths differ, which the paper does not have, a linear layer
     projects the student's token to the teacher's. Positions need not correspond: the first token stands for the whole.
 
-    Raises `ConfigurationError` when there is only one student layer, or a compared layer has no first token: a map, or
-    image patches alone.
+    Raises `ConfigurationError` for a single student layer, or a layer without a first token: a map, or patches alone.
 
     Source: Patient Knowledge Distillation for BERT Model Compression (Sun et al., 2019), section 3.2: the patient loss
         L_PT with the strategy PKD-Skip; 100 is one of the weights searched there.
@@ -161,9 +166,8 @@ class PKDLoss(SkipMapLoss):
 
     def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
-        self.projection = nn.ModuleList(
-            nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in self.widths
-        )
+        projections = (nn.Identity() if own == theirs else nn.Linear(own, theirs) for own, theirs in self.widths)
+        self.projection = nn.ModuleList(projections)
 
     def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return all pairs but the last; raise `ConfigurationError` for none, or a layer without a first token."""
@@ -232,14 +236,13 @@ class SimKDLoss(BaselineLoss):
     def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
         for role, spec in (("student", self.student_specs[-1]), ("teacher", self.teacher_specs[-1])):
-            if spec.kind == "map":
-                continue
-            raise ConfigurationError(
-                f"SimKD needs a classifier on the average of the last map, and the {role}'s last layer is no map",
-                received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
-                expected="(channels, height, width)",
-                todo="use it between convolutional networks, or choose another feature loss",
-            )
+            if spec.kind != "map":
+                raise ConfigurationError(
+                    f"SimKD needs a classifier on the average of the last map, and the {role}'s last layer is no map",
+                    received=f"layer `{spec.name}` of {spec.length} tokens x {spec.channels}",
+                    expected="(channels, height, width)",
+                    todo="use it between convolutional networks, or choose another feature loss",
+                )
         self.projection = nn.Linear(self.student_specs[-1].channels, self.teacher_specs[-1].channels)
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
@@ -295,15 +298,3 @@ def _check_first_token(spec: FeatureSpec, role: str) -> None:
         expected="layers (tokens, channels) whose first token stands for the whole",
         todo=f"name other layers in {role}_layers, or choose another method for these models",
     )
-
-
-def _checked(hint_layer: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
-    if len(hint_layer) != 2 or not all(-n <= layer < n for layer, n in zip(hint_layer, counts, strict=True)):
-        raise ConfigurationError(
-            "There is no layer at a position of hint_layer",
-            received=f"hint_layer={hint_layer} for {counts[0]} student and {counts[1]} teacher layers",
-            expected=f"a student position from 0 to {counts[0] - 1} and a teacher position from 0 to "
-            f"{counts[1] - 1}, or negative ones from the end",
-            todo="correct hint_layer, or leave it out to compare the middle layers",
-        )
-    return hint_layer[0] % counts[0], hint_layer[1] % counts[1]

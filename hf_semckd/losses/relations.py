@@ -42,8 +42,7 @@ class SPLoss(BaselineLoss):
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the squared distance of each row (B) over the batch size."""
         layers = (batch.features[-1], batch.student_mask(-1)), (batch.targets.whole(-1), batch.teacher_mask(-1))
-        similarities = [similarity_matrix(feature, fitting_mask(mask, feature)) for feature, mask in layers]
-        own, theirs = (F.normalize(rows, dim=1) for rows in similarities)
+        own, theirs = (F.normalize(similarity_matrix(rows, fitting_mask(mask, rows)), dim=1) for rows, mask in layers)
         return (theirs - own).square().mean(1)
 
 
@@ -55,8 +54,7 @@ class PKTLoss(BaselineLoss):
     averaged over all B^2 entries, and each sample is its own neighbor too. There are no parameters.
 
     Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
-        section 3: conditional probabilities with the cosine kernel, and their Kullback-Leibler divergence. Weight:
-        Tian et al. (ICLR 2020).
+        section 3, with the cosine kernel and the Kullback-Leibler divergence. Weight: Tian et al. (ICLR 2020).
     """
 
     default_weight = 30000.0
@@ -130,14 +128,12 @@ class CCLoss(BaselineLoss):
 
     total = 1 / B^2 * sum over i, j of (k(s_i, s_j) - k(t_i, t_j))^2, where s and t are embeddings, projected to one
     width by a linear layer each and normalized to unit length, and k is the Gaussian kernel exp(-gamma * |x - y|^2) by
-    its Taylor series in <x, y> up to the second power. Both linear layers are trained.
-
-    This is the paper's equation. The code of Tian et al. multiplies the absolute errors of neighbors in the batch
-    instead, which depends on its order.
+    its Taylor series in <x, y> up to the second power. Both linear layers are trained, as in the code of Tian et al.,
+    which multiplies the absolute errors of neighbors in the batch instead: that depends on its order.
 
     Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, section 3: the loss L_CC, with
         the Taylor series of the Gaussian RBF; gamma 0.4 and order 2 are the paper's, the width and the weight those of
-        Tian et al. (ICLR 2020), where both layers are trained too.
+        Tian et al. (ICLR 2020).
     """
 
     default_weight = 0.02
@@ -248,8 +244,7 @@ class CRDLoss(BaselineLoss):
         own = torch.eye(size, dtype=torch.bool, device=logits.device)
         stored = torch.arange(len(ring), device=logits.device) < self.seen
         negative = torch.cat([~own, stored.expand(size, -1)], 1)
-        count = negative[0].sum()
-        threshold = count.to(logits.dtype).log() + self._log_normalizer(logits, negative, direction)
+        threshold = negative[0].sum().to(logits.dtype).log() + self._log_normalizer(logits, negative, direction)
         # log h = -softplus(log(N c) - g) and log(1 - h) = -softplus(g - log(N c)).
         positive = F.softplus(threshold - logits.diagonal())
         return positive + torch.where(negative, F.softplus(logits - threshold), 0.0).sum(1)

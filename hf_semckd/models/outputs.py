@@ -59,21 +59,6 @@ def detects_objects(outputs: Any) -> bool:
     return getattr(outputs, "pred_boxes", None) is not None
 
 
-def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) -> Any:
-    """Return the attention mask of the tokens whose features are taken: of the decoder where there is one.
-
-    Where a decoder has no mask of its own, positions with the label -100 are padding; one that reads the inputs again
-    (BART, T5 as classifiers) has their mask.
-    """
-    if not is_encoder_decoder(model):
-        return inputs.get("attention_mask")
-    if inputs.get("decoder_attention_mask") is not None:
-        return inputs["decoder_attention_mask"]
-    if isinstance(labels, Tensor) and labels.dim() == 2:
-        return (labels != IGNORED).long()
-    return inputs.get("attention_mask") if "decoder_input_ids" not in inputs else None
-
-
 def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | None = None) -> Tensor | None:
     """Return the (B, N) mask that fits a model's features, or None when there is none.
 
@@ -99,11 +84,21 @@ def tokens_mask(attention_mask: Any, features: list[Tensor], model: nn.Module | 
 def layer_masks(
     inputs: Mapping[str, Any], labels: Any, model: nn.Module, features: list[Tensor], sides: Sequence[str]
 ) -> Tensor | list[Tensor | None] | None:
-    """Return the mask of a model's features: one for all, or of an encoder-decoder's `sides` each layer's own."""
-    tokens = token_attention(inputs, labels, model)
+    """Return the mask of the tokens (a decoder's, where there is one) of all layers, or of `sides` each layer's own.
+
+    Where a decoder has no mask of its own, positions with the label -100 are padding; one that reads the inputs again
+    (BART, T5 as classifiers) has their mask.
+    """
+    masks = {side: inputs.get("attention_mask") for side in ("encoder", "decoder")}
+    if is_encoder_decoder(model):
+        if inputs.get("decoder_attention_mask") is not None:
+            masks["decoder"] = inputs["decoder_attention_mask"]
+        elif isinstance(labels, Tensor) and labels.dim() == 2:
+            masks["decoder"] = (labels != IGNORED).long()
+        elif "decoder_input_ids" in inputs:
+            masks["decoder"] = None
     if not sides:
-        return tokens_mask(tokens, features, model)
-    masks = {"encoder": inputs.get("attention_mask"), "decoder": tokens}
+        return tokens_mask(masks["decoder"], features, model)
     return [tokens_mask(masks[side], [feature], model) for side, feature in zip(sides, features, strict=True)]
 
 
