@@ -62,9 +62,8 @@ class FeatureCapture:
         self.modules: list[str] = []
         # What stands for a block that a model in training leaves out now and then; None where every block always runs.
         self._before_blocks: str | None = None
-        self._request = {
-            name: True for name in ("output_hidden_states", "return_dict") if accepts(model.forward, name)
-        }
+        wanted = ("output_hidden_states", "return_dict")
+        self._request = {name: True for name in wanted if accepts(model.forward, name)}
         if self.by_name:
             for name in self.names():
                 self._find_module(model, name)
@@ -264,12 +263,8 @@ def drops_layers(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     own = config.to_dict() if hasattr(config, "to_dict") else {}
     levels = [own, *(value for value in own.values() if isinstance(value, dict))]
-    return any(
-        isinstance(value, (int, float)) and value > 0
-        for level in levels
-        for name, value in level.items()
-        if str(name).endswith("layerdrop")
-    )
+    shares = [value for level in levels for name, value in level.items() if str(name).endswith("layerdrop")]
+    return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 
 def remove_capturing_traces(model: nn.Module) -> None:

@@ -159,6 +159,24 @@ class Average:
         return feature.masked_fill(left_out, 0.0).sum(1, dtype=kind[1]) / count
 
 
+def compared_positions(
+    alignment: Alignment,
+    student: tuple[Tensor, FeatureSpec],
+    teacher: tuple[Tensor, FeatureSpec],
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return both layers as tokens (B, N, C) at the same positions, and the mask (B, N) of those that count."""
+    (feature, spec), (target, target_spec) = student, teacher
+    if alignment.kind == "grid":
+        size = common_grid(feature, spec, target, target_spec)
+        return map_to_tokens(as_map(feature, spec, size)), map_to_tokens(as_map(target, target_spec, size)), None
+    if alignment.kind == "mean":
+        return Average(student_mask)(feature).unsqueeze(1), Average(teacher_mask)(target).unsqueeze(1), None
+    mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
+    return as_tokens(feature), as_tokens(target), mask
+
+
 def layer_averages(masks: LayerMasks, count: int) -> list[Average]:
     """Return the average of each of so many layers; layers that share a mask share it."""
     own = [layer_mask(masks, index) for index in range(count)]

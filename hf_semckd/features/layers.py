@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -55,17 +56,15 @@ class FeatureSpec:
 
 def hidden_states(outputs: Any) -> tuple[Tensor, ...] | None:
     """Return the hidden states in a model's output, or None; maps (B, C, H, W) where a model gives both."""
-    given = {
-        field: outputs.get(field) if isinstance(outputs, Mapping) else getattr(outputs, field, None)
-        for field in HIDDEN_STATE_FIELDS
-    }
+    read = outputs.get if isinstance(outputs, Mapping) else partial(getattr, outputs)
+    given = {field: read(field, None) for field in HIDDEN_STATE_FIELDS}
     maps, tokens = given["reshaped_hidden_states"], given["hidden_states"]
     if maps is not None and tokens is not None:
         # Hiera's maps have their channels last.
         last = all(grid.shape[-1] == x.shape[-1] for grid, x in zip(maps, tokens, strict=True))
         first = all(grid.shape[1] == x.shape[-1] for grid, x in zip(maps, tokens, strict=True))
         return tuple(grid.permute(0, 3, 1, 2) if last and not first else grid for grid in maps)
-    states = next((given[field] for field in HIDDEN_STATE_FIELDS if given[field] is not None), None)
+    states = next((value for value in given.values() if value is not None), None)
     return None if states is None else tuple(states)
 
 
@@ -78,28 +77,22 @@ def without_hidden_states(outputs: Any) -> Any:
 
 
 def describe(feature: Tensor, name: str, trace: ForwardTrace, *, of_image: bool) -> FeatureSpec:
-    """Return the specification of a captured output; for image tokens, with the grid of patches and their prefix.
+    """Return the specification of a captured output (B, C, H, W), (B, N, C) or (B, C).
 
-    Args:
-        feature: The output, (B, C, H, W), (B, N, C) or (B, C).
-        name: The layer's name.
-        trace: Of the forward pass that it comes from; its convolutions cut an image into patches.
-        of_image: Whether the tokens can be those of an image, and not of a text.
+    The `trace` of its forward pass tells the grid of patches among tokens, and their prefix, where the tokens can be
+    those of an image (`of_image`), and not of a text.
     """
     if feature.dim() == 2:
         return FeatureSpec(name, "tokens", feature.shape[1], 1)
     spec = FeatureSpec.from_shape(tuple(feature.shape[1:]), name)
     if spec.kind == "map" or not of_image:
         return spec
-    found = _patch_grid(trace, spec.length)
-    if found is None:
-        return spec
-    grid, prefix = found
-    return FeatureSpec(name, "tokens", spec.channels, spec.length, grid, prefix)
+    grid, prefix = _patch_grid(trace, spec.length)
+    return replace(spec, grid=grid, prefix=prefix)
 
 
-def _patch_grid(trace: ForwardTrace, length: int) -> tuple[tuple[int, int], int] | None:
-    """Return the grid of the patches among so many tokens, and how many tokens are in front of them."""
+def _patch_grid(trace: ForwardTrace, length: int) -> tuple[tuple[int, int] | None, int]:
+    """Return the grid of the patches among so many tokens, None for none, and how many tokens are in front of them."""
     if length in trace.patches:
         start, stop = trace.patches[length]
         for reduction in REDUCTIONS:
@@ -107,7 +100,7 @@ def _patch_grid(trace: ForwardTrace, length: int) -> tuple[tuple[int, int], int]
                 grid = -(-height // reduction), -(-width // reduction)
                 if grid[0] * grid[1] == stop - start:
                     return grid, start
-        return None
+        return None, 0
     # A single sample does not tell the model's own tokens from patches: most models put theirs in front.
     grids = [grid for grid in trace.grids if 1 < grid[0] * grid[1] <= length]
-    return (grids[-1], length - grids[-1][0] * grids[-1][1]) if grids else None
+    return (grids[-1], length - grids[-1][0] * grids[-1][1]) if grids else (None, 0)

@@ -92,8 +92,7 @@ def update_layer_statistics(
 ) -> None:
     """Collect the moments of a batch for several layers, those of one shape together.
 
-    Features are (B, C, H, W) or (B, N, C); positions whose mask (B, N) is 0 are left out. Layers that share a mask
-    share the object.
+    Features are (B, C, H, W) or (B, N, C); positions whose mask (B, N) is 0 are left out. Equal masks are one object.
     """
     values = [entry.flatten(2).transpose(1, 2) if entry.dim() == 4 else entry for entry in features]
     looks = [(entry.shape, entry.dtype, id(mask)) for entry, mask in zip(values, masks, strict=True)]
@@ -113,11 +112,8 @@ def merge_layers(layers: Sequence[ChannelStatistics], sums: Sequence[Tensor]) ->
         entries = [layers[index] for index in members]
         wide = _wide(entries[0].mean.device)
         mean, variance, before = (values.to(entries[0].mean.device, wide) for values in _state(entries))
-        added, shift_sum, square_sum = (
-            torch.stack([sums[index] for index in members])
-            .to(mean.dtype)
-            .split([1, mean.shape[1], mean.shape[1]], dim=1)
-        )
+        moments = torch.stack([sums[index] for index in members]).to(mean.dtype)
+        added, shift_sum, square_sum = moments.split([1, mean.shape[1], mean.shape[1]], dim=1)
         total = (before + added).clamp(min=1)
         # The sums are taken about the running mean, so the shift of the mean is all that has to be corrected for.
         shift = shift_sum / total

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+# The outputs of the layers of one model.
+Features = Sequence[Tensor]
 # One mask (B, N) for the tokens of all layers, or one for each layer; None where all positions count.
 LayerMasks = Tensor | Sequence[Tensor | None] | None
 
@@ -68,7 +70,7 @@ class TeacherTargets:
 
     @classmethod
     def of_whole(
-        cls, features: Sequence[Tensor], mask: LayerMasks = None, used: Sequence[int] | None = None
+        cls, features: Features, mask: LayerMasks = None, used: Sequence[int] | None = None
     ) -> TeacherTargets:
         """Keep T features, or the `used` ones of them, as they are, detached, and the mask of their tokens."""
         kept = range(len(features)) if used is None else used
@@ -95,15 +97,9 @@ class TeacherTargets:
         for part in self.parts:
             yield from part.values()
         for t, layer in enumerate(self.layers):
+            chosen = None if layer.choice is None else layer.choice.mask
             for name in LAYER_TENSORS:
-                value = getattr(layer, name)
-                mask = (
-                    layer_mask(self.mask, t)
-                    if name == "whole"
-                    else layer.choice.mask
-                    if layer.choice is not None
-                    else None
-                )
+                value, mask = getattr(layer, name), layer_mask(self.mask, t) if name == "whole" else chosen
                 if value is not None:
                     yield t, value, mask if value.dim() == 3 else None
 

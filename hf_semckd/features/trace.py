@@ -35,11 +35,6 @@ class Call:
     fingerprint: Tensor
     tensor: weakref.ref[Tensor]
 
-    @property
-    def positions(self) -> int:
-        """Number of positions of a map (B, C, H, W) or of tokens (B, N, C)."""
-        return math.prod(self.shape[2:]) if len(self.shape) == 4 else self.shape[1]
-
 
 class ForwardTrace:
     """The calls of a model's modules in one forward pass, in the order in which they returned.
@@ -87,20 +82,29 @@ class ForwardTrace:
 
     def blocks_within(self, name: str) -> list[Call]:
         """Return the calls of the outermost numbered modules within a module: the blocks of a stage."""
-        inner = [
-            (call, pattern_of(call.name[len(name) + 1 :])) for call in self.calls if call.name.startswith(f"{name}.")
-        ]
-        return [call for call, pattern in inner if pattern.endswith("#") and pattern.count("#") == 1]
+        inside = [call for call in self.calls if call.name.startswith(f"{name}.")]
+        patterns = [pattern_of(call.name[len(name) + 1 :]) for call in inside]
+        return [call for call, own in zip(inside, patterns, strict=True) if own.endswith("#") and own.count("#") == 1]
+
+    @property
+    def numbered(self) -> list[Call]:
+        """The calls of the outermost numbered modules that return maps or tokens."""
+        patterns = [(call, pattern_of(call.name)) for call in self.calls if len(call.shape) >= 3]
+        return [call for call, own in patterns if own.endswith("#") and own.count("#") == 1]
+
+    @property
+    def blocks(self) -> list[Call]:
+        """Those of the `numbered` calls whose modules hold modules."""
+        holders = {call.name.rpartition(".")[0] for call in self.calls}
+        return [call for call in self.numbered if call.name in holders]
 
     def blocks_of_length(self, length: int) -> list[str]:
-        """Return the blocks of the longest numbered list whose members return so many tokens; of two, the later."""
-        members: dict[str, list[str]] = {}
-        for call in self.calls:
-            pattern = pattern_of(call.name)
-            if pattern.endswith("#") and pattern.count("#") == 1 and len(call.shape) == 3 and call.shape[1] == length:
-                names = members.setdefault(pattern, [])
-                names += [call.name] * (call.name not in names)
-        return max(reversed(members.values()), key=len, default=[])
+        """Return the blocks of the longest list whose members return so many tokens; of two such lists, the later."""
+        lists: dict[str, dict[str, None]] = {}
+        for call in self.blocks:
+            if len(call.shape) == 3 and call.shape[1] == length:
+                lists.setdefault(pattern_of(call.name), {})[call.name] = None
+        return list(max(reversed(lists.values()), key=len, default={}))
 
     def _note_call(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = first_tensor(output)
@@ -157,7 +161,8 @@ def find_layers(states: Sequence[Tensor], trace: ForwardTrace) -> FoundLayers | 
     ran, last = len(members), len(states) - 1
     if len(found) < ran and last not in found and states[last].shape == states[max(found)].shape:
         found[last] = members[-1]
-    if len(found) == ran - 1 and members[-1] not in found.values() and trace.returns(members[-1], states):
+    left_out = members[-1] not in found.values() and all(found.values())
+    if left_out and len(found) == ran - 1 and trace.returns(members[-1], states):
         # A model that notes what goes into its blocks leaves out what comes out of the last.
         return FoundLayers(None, [*found.values(), members[-1]])
     found = _without_transitions(found, states, trace)
@@ -173,21 +178,15 @@ def find_blocks(trace: ForwardTrace) -> list[str]:
     stages count, which hold blocks; a plain list of layers is cut where the resolution changes. Empty where no module
     is numbered.
     """
-    numbered = [call for call in trace.calls if pattern_of(call.name).endswith("#") and len(call.shape) >= 3]
-    outer = [call for call in numbered if pattern_of(call.name).count("#") == 1]
-    holders = {name.rpartition(".")[0] for name in (call.name for call in trace.calls)}
-    blocks = [call for call in outer if call.name in holders]
-    lists: dict[str, list[Call]] = {}
-    for call in blocks:
-        lists.setdefault(call.name.rpartition(".")[0], []).append(call)
-    names = [call.name for calls in lists.values() for call in calls]
-    if len(lists) > 1 and not towers(names):
-        return [calls[-1].name for calls in lists.values()]
+    blocks = trace.blocks
+    ends_of_lists = {call.name.rpartition(".")[0]: call.name for call in blocks}
+    if len(ends_of_lists) > 1 and not towers([call.name for call in blocks]):
+        return list(ends_of_lists.values())
     staged = [call for call in blocks if trace.blocks_within(call.name)]
     if len(blocks) > 1:
         return list(dict.fromkeys(call.name for call in (staged if len(staged) > 1 else blocks)))
-    ends = [call.name for call, after in pairwise(outer) if after.shape[2:] != call.shape[2:]]
-    return list(dict.fromkeys([*ends, *(call.name for call in outer[-1:])]))
+    ends = [call.name for call, after in pairwise(trace.numbered) if after.shape[2:] != call.shape[2:]]
+    return list(dict.fromkeys([*ends, *(call.name for call in trace.numbered[-1:])]))
 
 
 def towers(names: Sequence[str]) -> list[str]:
@@ -215,11 +214,14 @@ def _without_transitions(found: dict[int, str], states: Sequence[Tensor], trace:
 def _before_transition(state: Tensor, stage: str, trace: ForwardTrace) -> str:
     """Return the stage's last block before it reduces the resolution, or the stage where it does not at its end."""
     blocks = [call for call in trace.blocks_within(stage) if len(call.shape) >= 3 and call.shape[0] == len(state)]
-    alike = [call for call in blocks if call.positions == blocks[0].positions]
-    if 2 * len(alike) <= len(blocks):
-        return stage
-    positions = math.prod(state.shape[2:]) if state.dim() == 4 else state.shape[1]
-    return alike[-1].name if alike[-1].positions >= TRANSITION * positions else stage
+    alike = [call for call in blocks if _positions(call.shape) == _positions(blocks[0].shape)]
+    reduced = 2 * len(alike) > len(blocks) and _positions(alike[-1].shape) >= TRANSITION * _positions(state.shape)
+    return alike[-1].name if reduced else stage
+
+
+def _positions(shape: Sequence[int]) -> int:
+    """Return the number of positions of a map (B, C, H, W) or of tokens (B, N, C)."""
+    return math.prod(shape[2:]) if len(shape) == 4 else shape[1]
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:

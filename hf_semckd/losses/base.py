@@ -9,13 +9,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..choices import Association, ProjectionInit, Projector, TargetNorm
 from ..errors import InputError
 from ..features.layers import FeatureSpec
-from ..features.targets import LayerMasks, TeacherTargets
-from .options import LossOptions
+from ..features.targets import Features, LayerMasks, TeacherTargets
 
 Shape = FeatureSpec | Sequence[int]
 Shapes = Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Choices for a feature loss, as in `SemCKDConfig`; None where the layers decide. Baselines have none."""
+
+    association: Association | None = None
+    association_temperature: float | None = None
+    target_norm: TargetNorm = "channel"
+    projector: Projector | None = None
+    projection_init: ProjectionInit | None = None
+    relation_weight: float | None = None
+    association_bank: int = 0
+    max_tokens: int = 16
+    max_grid: int | None = None
+    # Samples in every training batch, which the published association is built for.
+    batch_size: int | None = None
+    # Whether the student's last layer may be left to the logits.
+    spares_last_layer: bool = True
 
 
 @dataclass
@@ -98,10 +117,7 @@ class FeatureLoss(nn.Module, ABC):
 
     @classmethod
     def find_layers(cls, model: nn.Module, role: str) -> list[str] | None:
-        """Return the modules of a model (`role`) that the method compares, None for all blocks.
-
-        Raises `ConfigurationError` when the model has none of the kind.
-        """
+        """Return the modules of a model that the method compares, None for all; `ConfigurationError` for none."""
         return None
 
     def finish(self, student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
@@ -113,8 +129,8 @@ class FeatureLoss(nn.Module, ABC):
 
     def forward(
         self,
-        student_features: Sequence[Tensor],
-        teacher_features: Sequence[Tensor] | TeacherTargets,
+        student_features: Features,
+        teacher_features: Features | TeacherTargets,
         student_mask: LayerMasks = None,
         teacher_mask: LayerMasks = None,
     ) -> FeatureLossOutput:
@@ -122,16 +138,14 @@ class FeatureLoss(nn.Module, ABC):
 
         Args:
             student_features, teacher_features: S and T tensors, or what `select` kept of the teacher's.
-            student_mask: (B, N), 0 for padding tokens, or one for each layer where the method `compares_both_sides`;
-                None: all count.
-            teacher_mask: The same for the teacher's tokens; not needed where `select` was called.
+            student_mask, teacher_mask: (B, N), 0 for padding tokens, or one for each layer where the method
+                `compares_both_sides`; None: all count. The teacher's is not needed where `select` was called.
 
         Raises `InputError` when the number of features is not the number of layers.
         """
-        expected = (len(self.student_specs), len(self.teacher_specs))
-        received = len(student_features), expected[1]
-        if not isinstance(teacher_features, TeacherTargets):
-            received = len(student_features), len(teacher_features)
+        expected = len(self.student_specs), len(self.teacher_specs)
+        teachers = expected[1] if isinstance(teacher_features, TeacherTargets) else len(teacher_features)
+        received = len(student_features), teachers
         if expected != (0, 0) and received != expected:
             raise InputError(
                 "The number of features is not the number of layers that the loss was built for",
@@ -143,34 +157,27 @@ class FeatureLoss(nn.Module, ABC):
 
     @abstractmethod
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
+        self, student_features: Features, targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the loss of a batch; the arguments are those of `forward`.
 
         `targets` hold what `select` keeps: by default every layer's `whole` output, and `mask`.
         """
 
-    def select(
-        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
-    ) -> TeacherTargets:
+    def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return what the loss needs of the teacher's features; here, all of them.
 
         A trainer calls it right after the teacher's forward, so that the rest is freed before the student runs, and
-        stores the result in the teacher cache. It must not depend on anything that training changes.
-
-        Args:
-            features, mask: T tensors and the mask of their tokens.
-            phase: (B) numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
+        stores the result in the teacher cache. It must not depend on anything that training changes. `phase` (B) are
+        numbers in [0, 1) that depend on each sample's content, to sample its tokens by.
         """
         return TeacherTargets.of_whole(features, mask)
 
-    def targets(self, features: Sequence[Tensor] | TeacherTargets, mask: LayerMasks = None) -> TeacherTargets:
+    def targets(self, features: Features | TeacherTargets, mask: LayerMasks = None) -> TeacherTargets:
         """Return what `select` keeps of features; targets come back as they are."""
         return features if isinstance(features, TeacherTargets) else self.select(features, mask)
 
-    def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
-    ) -> None:
+    def update_statistics(self, teacher_features: Features | TeacherTargets, teacher_mask: LayerMasks = None) -> None:
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 

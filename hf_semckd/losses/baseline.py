@@ -1,24 +1,23 @@
 """The losses that SemCKD is compared with: the layers they compare and what they keep of the teacher."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..features.geometry import Alignment, Average, embedding
+from ..features.geometry import Alignment, Average, compared_positions, embedding
 from ..features.layers import FeatureSpec
-from ..features.targets import LayerMasks, TeacherTargets, layer_mask
+from ..features.targets import Features, LayerMasks, TeacherTargets, layer_mask
 from .base import FeatureLoss, FeatureLossOutput, Shapes, layer_specs
-from .positions import compared_positions
 
 
 @dataclass(frozen=True)
 class BaselineBatch:
     """A batch: the student's features and the masks of their tokens, the whole outputs of the used teacher layers."""
 
-    features: Sequence[Tensor]
+    features: Features
     masks: LayerMasks
     targets: TeacherTargets
     student_specs: Sequence[FeatureSpec]
@@ -46,11 +45,9 @@ class BaselineBatch:
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, C_s) and (B, C_t) of both models' last layers; see `geometry.embedding`."""
-        last = len(self.teacher_specs) - 1
-        return (
-            embedding(self.features[-1], self.student_specs[-1], Average(self.student_mask(-1))),
-            embedding(self.targets.whole(last), self.teacher_specs[last], Average(self.teacher_mask(last))),
-        )
+        student = embedding(self.features[-1], self.student_specs[-1], Average(self.student_mask(-1)))
+        teacher = embedding(self.targets.whole(-1), self.teacher_specs[-1], Average(self.teacher_mask(-1)))
+        return student, teacher
 
 
 class BaselineLoss(FeatureLoss):
@@ -61,33 +58,30 @@ class BaselineLoss(FeatureLoss):
     Args:
         student_shapes, teacher_shapes: One (C, H, W), (tokens, C) or `FeatureSpec` per layer.
         tokens_aligned: Whether position n of both models stands for the same input.
-        used_teacher_layers: Positions in `teacher_shapes`, negative ones from the end; None for `default_used`,
-            the layers that the method uses (None: all).
+
+    Attributes:
+        default_used: Positions of the teacher layers that the method uses, negative ones from the end; None for all.
+            Where they depend on the layers, the constructor calls `use_teacher_layers`.
 
     Raises `InputError` when there is no layer, or a shape is neither a map nor tokens.
     """
 
     default_used: ClassVar[Sequence[int] | None] = None
 
-    def __init__(
-        self,
-        student_shapes: Shapes,
-        teacher_shapes: Shapes,
-        *,
-        tokens_aligned: bool = True,
-        used_teacher_layers: Sequence[int] | None = None,
-    ):
+    def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
         super().__init__()
         self.student_specs = layer_specs(student_shapes, "student")
         self.teacher_specs = layer_specs(teacher_shapes, "teacher")
         self.tokens_aligned = tokens_aligned
-        count = len(self.teacher_specs)
-        used = self.default_used if used_teacher_layers is None else used_teacher_layers
-        self.used_teacher_layers = sorted({layer % count for layer in (range(count) if used is None else used)})
+        self.use_teacher_layers(range(len(self.teacher_specs)) if self.default_used is None else self.default_used)
+
+    def use_teacher_layers(self, layers: Iterable[int]) -> None:
+        """Keep the teacher layers at these positions, negative ones from the end, in place of `default_used`."""
+        self.used_teacher_layers = sorted({layer % len(self.teacher_specs) for layer in layers})
         self.kept = f"whole features of the layers at {self.used_teacher_layers}"
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
+        self, student_features: Features, targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return `per_sample` and its mean."""
         specs = self.student_specs, self.teacher_specs
@@ -98,26 +92,26 @@ class BaselineLoss(FeatureLoss):
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the loss of each sample (B), the `per_sample` of the class's equation."""
 
-    def select(
-        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
-    ) -> TeacherTargets:
+    def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return the teacher layers that are used; see `FeatureLoss.select`."""
         return TeacherTargets.of_whole(features, mask, self.used_teacher_layers)
 
 
 class SkipMapLoss(BaselineLoss):
-    """A baseline that pairs every student layer with the teacher layer at its depth.
+    """A baseline that compares student layers with the teacher layers at their depth.
 
-    `teacher_of` holds the teacher layer of each student layer, see `skip_map`; `widths` the channels of both.
+    `pairs` are the (student layer, teacher layer) that `choose_pairs` keeps of `skip_map`; `widths` their channels.
     """
 
     def __init__(self, student_shapes: Shapes, teacher_shapes: Shapes, *, tokens_aligned: bool = True):
-        # Without a layer there is no map; the base class refuses that.
-        pairing = skip_map(max(len(student_shapes), 1), max(len(teacher_shapes), 1))
-        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned, used_teacher_layers=pairing)
-        self.teacher_of = pairing
-        pairs = zip(self.student_specs, pairing, strict=True)
-        self.widths = [(spec.channels, self.teacher_specs[t].channels) for spec, t in pairs]
+        super().__init__(student_shapes, teacher_shapes, tokens_aligned=tokens_aligned)
+        self.pairs = self.choose_pairs(list(enumerate(skip_map(len(self.student_specs), len(self.teacher_specs)))))
+        self.use_teacher_layers(t for _, t in self.pairs)
+        self.widths = [(self.student_specs[s].channels, self.teacher_specs[t].channels) for s, t in self.pairs]
+
+    def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pairs that the method compares, here all, or raise `ConfigurationError` where there is none."""
+        return pairs
 
 
 def skip_map(students: int, teachers: int) -> list[int]:

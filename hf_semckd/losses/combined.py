@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..features.targets import LayerMasks, TeacherTargets
+from ..features.targets import Features, LayerMasks, TeacherTargets
 from .base import FeatureLoss, FeatureLossOutput
 
 
@@ -39,17 +39,16 @@ class CombinedLoss(FeatureLoss):
         self.upper_bound = next((loss.upper_bound for loss in losses if loss.upper_bound is not None), None)
 
     def compare(
-        self, student_features: Sequence[Tensor], targets: TeacherTargets, student_mask: LayerMasks
+        self, student_features: Features, targets: TeacherTargets, student_mask: LayerMasks
     ) -> FeatureLossOutput:
         """Return the weighted sum of all losses."""
         outputs = []
         for loss, part in zip(self._parts(), targets.parts, strict=True):
             loss.automatic_synchronization, loss.collecting = self.automatic_synchronization, self.collecting
             outputs.append(loss(student_features, part, student_mask))
-        per_sample = sum(
-            (share * out.per_sample for share, out in zip(self.shares[1:], outputs[1:], strict=True)),
-            outputs[0].per_sample,
-        )
+        per_sample = outputs[0].per_sample
+        for share, out in zip(self.shares[1:], outputs[1:], strict=True):
+            per_sample = per_sample + share * out.per_sample
         shown = next((out for out in outputs if out.association is not None), outputs[0])
         return FeatureLossOutput(per_sample.mean(), per_sample, shown.association, shown.errors)
 
@@ -63,15 +62,11 @@ class CombinedLoss(FeatureLoss):
         """Whether one of the losses needs teacher statistics before the first batch."""
         return any(loss.needs_statistics for loss in self._parts())
 
-    def select(
-        self, features: Sequence[Tensor], mask: LayerMasks = None, phase: Tensor | None = None
-    ) -> TeacherTargets:
+    def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return what each loss needs, in `parts`."""
         return TeacherTargets(parts=tuple(loss.select(features, mask, phase) for loss in self._parts()))
 
-    def update_statistics(
-        self, teacher_features: Sequence[Tensor] | TeacherTargets, teacher_mask: LayerMasks = None
-    ) -> None:
+    def update_statistics(self, teacher_features: Features | TeacherTargets, teacher_mask: LayerMasks = None) -> None:
         """Let every loss collect teacher statistics."""
         for loss, part in zip(self._parts(), self.targets(teacher_features, teacher_mask).parts, strict=True):
             loss.update_statistics(part)

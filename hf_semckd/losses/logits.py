@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ IGNORED_PIXEL = 255
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return T^2 * KL(teacher/T || student/T) (Hinton et al., 2015), (...) for logits (..., classes), in nats.
 
-    The factor T^2 keeps the size of the gradient independent of the temperature T > 0. At least in float32; the
-    teacher gets no gradient.
+    The factor T^2 keeps the size of the gradient independent of T > 0. At least in float32, without teacher gradient.
     """
     log_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     log_teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
@@ -143,11 +143,9 @@ def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperatu
     if student.numel() <= PIECE:
         return _masked_sum(student, teacher, mask, temperature)
     length = max(PIECE * student.shape[1] // student.numel(), 1)
-    pieces = zip(*(tensor.split(length, dim=1) for tensor in (student, teacher, mask)), strict=True)
-    sums = [
-        checkpoint(_masked_sum, *piece, temperature, use_reentrant=False, preserve_rng_state=False) for piece in pieces
-    ]
-    return torch.stack(sums).sum()
+    parts = zip(*(tensor.split(length, dim=1) for tensor in (student, teacher, mask)), strict=True)
+    recomputed = partial(checkpoint, _masked_sum, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([recomputed(*part, temperature) for part in parts]).sum()
 
 
 def _masked_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:

@@ -8,22 +8,12 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from ..features.layers import FeatureSpec
-from .at import ATLoss
-from .base import FeatureLoss
-from .cc import CCLoss
+from .attention import ATLoss, MiniLMLoss
+from .base import FeatureLoss, LossOptions
 from .combined import CombinedLoss
-from .crd import CRDLoss
-from .fitnet import FitNetLoss
-from .layer_map import LayerMapLoss
-from .minilm import MiniLMLoss
-from .options import LossOptions
-from .pkd import PKDLoss
-from .pkt import PKTLoss
-from .rkd import RKDLoss
+from .regression import FitNetLoss, LayerMapLoss, PKDLoss, SimKDLoss, VIDLoss
+from .relations import CCLoss, CRDLoss, PKTLoss, RKDLoss, SPLoss
 from .semckd.loss import SemCKDLoss
-from .simkd import SimKDLoss
-from .sp import SPLoss
-from .vid import VIDLoss
 
 FEATURE_LOSSES: Mapping[str, type[FeatureLoss]] = MappingProxyType(
     {
@@ -57,16 +47,13 @@ def make_feature_loss(
     student_specs: Sequence[FeatureSpec],
     teacher_specs: Sequence[FeatureSpec],
     options: LossOptions,
-    *,
-    tokens_aligned: bool = True,
-    student_parameters: int | None = None,
+    **known: Any,
 ) -> FeatureLoss:
     """Return the feature loss of a name, of several joined by "+", or of a class, for the layers that were found.
 
-    See `FeatureLoss.for_layers`. Raises `ConfigurationError` for a method that cannot be used for these layers, or
-    with another one.
+    The other arguments are those of `FeatureLoss.for_layers`. Raises `ConfigurationError` for a method that cannot be
+    used for these layers, or with another one.
     """
-    known = {"tokens_aligned": tokens_aligned, "student_parameters": student_parameters}
     losses = [method.for_layers(student_specs, teacher_specs, options, **known) for method in _methods(source)]
     return losses[0] if len(losses) == 1 else CombinedLoss(losses)
 

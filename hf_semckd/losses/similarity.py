@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.precision import at_least_float32, full_precision
-from .reduction import zero_masked
+from .positions import zero_masked
 
 # A row whose spread is below this share of its size is constant: what is left is the rounding of float32.
 ROUNDING = 1e-6

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
@@ -117,6 +117,13 @@ class CachedTeacher:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         if self._cache is not None:
             self._cache.store.close()
+        if self._teacher.capture.sides:
+            raise ConfigurationError(
+                "The teacher cache does not support models whose layers read different inputs",
+                received=f"teacher_cache_dir with {type(self.model).__name__}, which has several encoders",
+                expected="one encoder or decoder, or no cache",
+                todo="leave teacher_cache_dir out",
+            )
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
         name = teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}")

@@ -130,7 +130,8 @@ class Teacher:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
-        mask = layer_masks({**attention, **inputs}, labels, self.model, taken, self.capture.sides)
+        layout = self.capture.sides, self.capture.text_starts
+        mask = layer_masks({**attention, **inputs}, labels, self.model, taken, *layout)
         kept = TeacherTargets()
         if features and loss is not None:
             kept = loss.select(taken, mask, chosen(self._phases(batch)) if loss.samples_tokens else None)

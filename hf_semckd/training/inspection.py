@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, InputError, SemCKDError
 from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
 from ..losses.logits import LogitMatch
-from ..losses.simkd import find_head
+from ..losses.regression import find_head
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import (
     Task,

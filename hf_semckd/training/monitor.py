@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses import FeatureLoss
-from ..losses.reduction import entropy
+from ..losses.positions import entropy
 from .pair import Pair
 from .plan import Plan, Services
 

@@ -1,7 +1,7 @@
 """From the configuration to the plain values that losses take."""
 
 from ..config import SemCKDConfig
-from ..losses.options import LossOptions
+from ..losses.base import LossOptions
 
 
 def loss_options(config: SemCKDConfig) -> LossOptions:

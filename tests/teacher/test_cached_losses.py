@@ -17,7 +17,7 @@ from hf_semckd import DistillationTrainer
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.features.capture import FeatureCapture
 from hf_semckd.features.layers import FeatureSpec
-from hf_semckd.losses.options import LossOptions
+from hf_semckd.losses.base import LossOptions
 from hf_semckd.losses.registry import find_layers, make_feature_loss
 from hf_semckd.teacher.cached import CachedTeacher, TeacherRunner
 from hf_semckd.teacher.notes import TeacherRequest

@@ -31,7 +31,7 @@ from ...errors import ConfigurationError
 from ...features.geometry import fitting_mask
 from ...features.precision import at_least_float32, full_precision
 from ..baseline import skip_map
-from ..reduction import entropy
+from ..positions import entropy
 from ..similarity import by_shape, cosine_matrix, row_cosine, similarity_matrix
 from .alignment import AlignedStudent, AlignedTeacher
 from .bank import SimilarityBank

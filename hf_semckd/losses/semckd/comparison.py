@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ...choices import ProjectionInit
 from ...errors import ConfigurationError
-from ...features.geometry import Alignment, as_map, common_grid, map_to_tokens
+from ...features.geometry import Alignment, as_map, common_grid, compared_positions, map_to_tokens
 from ...features.layers import FeatureSpec
-from ..positions import compared_positions
-from ..reduction import squared_error
+from ..positions import squared_error
 from .alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
 from .kernel import weighted_feature_error
 from .projection import build_decoders, build_pairwise_projections, build_shared_projections, shared_among_neighbors

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...choices import Association, ProjectionInit, Projector
-from ..options import LossOptions
+from ..base import LossOptions
 
 # Learned weights tend to softmax(-error / temperature), and standardized errors lie between 0 and about 2: at 0.2
 # nearly all would go to one layer, at 1 little is chosen.

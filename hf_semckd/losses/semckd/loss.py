@@ -23,8 +23,7 @@ from ...features.geometry import Alignment, summary_width
 from ...features.layers import FeatureSpec
 from ...features.statistics import TeacherStatistics, update_layer_statistics
 from ...features.targets import LayerMasks, TeacherTargets
-from ..base import FeatureLoss, FeatureLossOutput, Shape, layer_specs
-from ..options import LossOptions
+from ..base import FeatureLoss, FeatureLossOutput, LossOptions, Shape, layer_specs
 from .alignment import AlignedStudent, AlignedTeacher
 from .association import (
     Association,

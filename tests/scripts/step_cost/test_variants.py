@@ -12,8 +12,12 @@ from transformers import TrainerCallback
 class Gradients(TrainerCallback):
     """Keeps the gradients that `train()` is about to apply."""
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.kept = {name: entry.grad.clone() for name, entry in model.named_parameters() if entry.grad is not None}
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = self.trainer.model.named_parameters()
+        self.kept = {name: entry.grad.clone() for name, entry in named if entry.grad is not None}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,7 +31,7 @@ def test_a_measured_step_has_the_gradients_of_train(name, tmp_path):
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
         trainer.train_dataset, batch_size=pair.batch_size, collate_fn=trainer.data_collator
     )
-    callback = Gradients()
+    callback = Gradients(trainer)
     trainer.add_callback(callback)
     trainer.train()
 

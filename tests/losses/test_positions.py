@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from naive import normal
 
-from hf_semckd.losses.reduction import entropy, masked_mean
+from hf_semckd.losses.positions import entropy, masked_mean
 
 
 def test_masked_mean_averages_the_kept_positions_of_each_sample():

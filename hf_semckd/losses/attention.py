@@ -1,8 +1,10 @@
-"""Self-attention relation distillation, MiniLMv2 (Wang et al., Findings of ACL 2021)."""
+"""Losses on attention: AT on where layers are active, MiniLM on the relations within the last self-attention."""
 
 import math
+from itertools import compress, starmap
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
@@ -10,8 +12,8 @@ from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..features.precision import at_least_float32, full_precision
 from .base import Shapes
-from .baseline import BaselineBatch, BaselineLoss
-from .reduction import masked_mean, zero_masked
+from .baseline import BaselineBatch, BaselineLoss, SkipMapLoss
+from .positions import masked_mean, zero_masked
 
 # What query, key and value are called in one attention block.
 NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
@@ -19,6 +21,54 @@ NAMES = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v")
 CROSS_ATTENTION = ("cross", "encoder_attn", "encdec")
 # The published number of relation heads for base models.
 MAXIMUM_HEADS = 48
+
+
+class ATLoss(SkipMapLoss):
+    """The squared difference of attention maps between each student layer and the teacher layer at its depth.
+
+    per_sample[i] = sum over pairs (s, t) of the mean over positions n that count of (q_s[i, n] - q_t[i, n])^2, with q
+    the attention map of a layer: the mean over channels of squared activations, scaled to unit length over the
+    positions that count. Pairs are those of `skip_map`, summed as in the published code that the weight belongs to.
+
+    A pair that shares a single position (other tokenizations, vectors, maps of one cell) is left out: its map is
+    always 1. Raises `ConfigurationError` where none is left. There are no parameters.
+
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, the activation-based loss, with
+        the map F^2_sum (its scale cancels) and the mean square of the published code. Weight: Tian et al. (ICLR 2020).
+    """
+
+    default_weight = 1000.0
+
+    def choose_pairs(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pairs that share more than one position; raise `ConfigurationError` for none."""
+        layers = [(self.student_specs[s], self.teacher_specs[t]) for s, t in pairs]
+        shared = [not _share_one(*pair, self.tokens_aligned) for pair in layers]
+        if any(shared):
+            return list(compress(pairs, shared))
+        named = (f"{student.name} ({student.kind}) with {teacher.name}" for student, teacher in layers)
+        raise ConfigurationError(
+            "Attention transfer compares where layers are active, and no pair of layers shares positions",
+            received=f"pairs that share one position only: {', '.join(named)}",
+            expected="a pair of maps or image tokens, or of token sequences of one tokenization",
+            todo="choose other layers with student_layers / teacher_layers, or another method",
+        )
+
+    def per_sample(self, batch: BaselineBatch) -> Tensor:
+        """Return the sum over pairs of each sample's mean (B)."""
+        losses = []
+        for *layers, mask in starmap(batch.pair, self.pairs):
+            activities = [zero_masked(at_least_float32(tokens), mask).square().mean(-1) for tokens in layers]
+            own, theirs = (F.normalize(activity, dim=1) for activity in activities)
+            losses.append(masked_mean((own - theirs).square(), mask))
+        return torch.stack(losses).sum(0)
+
+
+def _share_one(student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> bool:
+    """Whether two layers are compared at a single position, where an attention map says nothing."""
+    kind = Alignment.of(student, teacher, tokens_aligned).kind
+    if kind == "grid" and student.grid is not None and teacher.grid is not None:
+        return min(student.grid[0], teacher.grid[0]) * min(student.grid[1], teacher.grid[1]) == 1
+    return kind == "mean" or student.length == 1
 
 
 class MiniLMLoss(BaselineLoss):
@@ -33,9 +83,8 @@ class MiniLMLoss(BaselineLoss):
     There are no parameters. The paper takes a layer below the last of 24-layer teachers: name its modules in
     `teacher_layers`. Raises `ConfigurationError` for other layers or heads.
 
-    Source: MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers (Wang et
-        al., 2021), section 3: the equations of the multi-head self-attention relations and of the loss over the pairs
-        Q-Q, K-K and V-V, each with weight 1/3.
+    Source: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
+        Transformers", Findings of ACL 2021, section 3, with the pairs Q-Q, K-K and V-V, each with weight 1/3.
     """
 
     default_weight = 1.0
@@ -77,7 +126,7 @@ class MiniLMLoss(BaselineLoss):
         known = "; ".join(", ".join(names) for names in NAMES)
         raise ConfigurationError(
             f"The {role} has no attention block whose queries, keys and values can be read",
-            received=f"{type(model).__name__}",
+            received=type(model).__name__,
             expected=f"linear layers side by side that are called {known}",
             todo=f"name three modules in {role}_layers, in the order query, key, value, or choose another method",
         )
