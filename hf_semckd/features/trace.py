@@ -104,7 +104,7 @@ class ForwardTrace:
         for call in self.blocks:
             if len(call.shape) == 3 and call.shape[1] == length:
                 lists.setdefault(pattern_of(call.name), {})[call.name] = None
-        return list(max(reversed(lists.values()), key=len, default={}))
+        return max(map(list, reversed(lists.values())), key=len, default=[])
 
     def _note_call(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         tensor = first_tensor(output)

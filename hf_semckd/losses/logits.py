@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError, message
 from ..features.precision import at_least_float32
 from ..models.outputs import IGNORED, Task, token_targets
+from ..models.packing import document_starts
 
 # `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.
 IGNORED_PIXEL = 255
@@ -91,7 +92,7 @@ def logit_loss_sum(
     if task == "single_label":
         per_item = kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
         return _mean_of_pixels(per_item, batch.get("labels")).sum() if per_item.dim() > 1 else per_item.sum()
-    mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted)
+    mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted, document_starts(batch))
     if shifted:
         student, teacher = student[:, :-1], teacher[:, :-1]
     if mask is None:

@@ -176,15 +176,18 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     )
 
 
-def token_targets(labels: Any, attention_mask: Any, shifted: bool) -> Tensor | None:
+def token_targets(labels: Any, attention_mask: Any, shifted: bool, starts: Tensor | None = None) -> Tensor | None:
     """Return the (B, N) positions that are predicted: labeled ones, else those that are not padding, else None.
 
-    With `shifted`, position n stands for the prediction of token n + 1, and there are N - 1 of them.
+    With `shifted`, position n stands for the prediction of token n + 1, and there are N - 1 of them; nothing predicts
+    the `starts` (B, N) of packed documents then.
     """
     if isinstance(labels, Tensor) and labels.dim() == 2:
         mask = labels != IGNORED
     elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         mask = attention_mask.bool()
+    elif starts is not None:
+        mask = ~starts if shifted else torch.ones_like(starts)
     else:
         return None
     return mask[:, 1:] if shifted else mask

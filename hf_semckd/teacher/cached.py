@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..models.outputs import tokens_mask
+from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
 from .cache.store import TensorStore
@@ -117,6 +118,13 @@ class CachedTeacher:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         if self._cache is not None:
             self._cache.store.close()
+        if Documents.of(self.inputs(batch)) is not None:
+            raise ConfigurationError(
+                "The teacher cache does not support packed rows, which other documents make up every time",
+                received="teacher_cache_dir with position_ids that start again",
+                expected="one document a row, or no cache",
+                todo="pad the documents (DataCollatorWithPadding), or leave teacher_cache_dir out",
+            )
         if self._teacher.capture.sides:
             raise ConfigurationError(
                 "The teacher cache does not support models whose layers read different inputs",

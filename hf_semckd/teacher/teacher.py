@@ -15,6 +15,7 @@ from ..features.token_sampling import content_phase
 from ..losses import FeatureLoss
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
+from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 
@@ -130,6 +131,9 @@ class Teacher:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
+        documents = Documents.of({**attention, **inputs}) if features else None
+        if documents is not None:
+            taken, inputs = [documents.unpack(entry) for entry in taken], {"attention_mask": documents.mask}
         layout = self.capture.sides, self.capture.text_starts
         mask = layer_masks({**attention, **inputs}, labels, self.model, taken, *layout)
         kept = TeacherTargets()
@@ -156,6 +160,7 @@ class Teacher:
             specs = found.describe(of_image=holds_images(self.model, inputs))
         else:
             outputs, _ = run_on_inputs("teacher", batch, lambda: self.forward(inputs, features=False))
+        check_documents(self.model, inputs, "teacher")
         given = logits_of(outputs, "teacher") if logits else None
         mask = tokens_mask(inputs.get("attention_mask"), [])
         check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
@@ -181,6 +186,9 @@ class Teacher:
         # As the collator made them: the teacher's precision must not matter. What a sample is lies in its token ids
         # or pixels.
         inputs = self.select_inputs(teacher_entries(batch))
+        documents = Documents.of(inputs)
+        if documents is not None:
+            return content_phase(documents.unpack(inputs["input_ids"]), documents.mask)
         content = inputs.get(getattr(self.model, "main_input_name", ""))
         if not isinstance(content, Tensor):
             content = max((value for value in inputs.values() if isinstance(value, Tensor)), key=Tensor.numel)

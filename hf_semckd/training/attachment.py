@@ -15,6 +15,7 @@ from ..features.layers import without_hidden_states
 from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
 from ..models.outputs import layer_masks
+from ..models.packing import Documents
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
@@ -166,7 +167,9 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         if targets.wait is not None:
             targets.wait()
         loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
-        inputs = targets.student_inputs
+        inputs, documents = targets.student_inputs, Documents.of(targets.student_inputs)
+        if documents is not None:
+            features, inputs = [documents.unpack(entry) for entry in features], {"attention_mask": documents.mask}
         masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_starts)
         result = loss(features, targets.features, masks)
         losses = {"per_sample": result.per_sample}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..features.precision import at_least_float32
 from ..models.outputs import IGNORED, Task, batch_size, token_targets
+from ..models.packing import document_starts
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"
@@ -25,11 +26,12 @@ class StepCounts:
     Counts stay tensors on the batch's device: reading one would make the host wait for the device in every step.
 
     Attributes:
-        items: Items of the task loss in the micro-batch, a scalar.
+        items, samples: Items of the task loss in the micro-batch, and its samples; scalars.
         totals: (3) task items, logit items and samples over the whole step and all processes.
     """
 
     items: Tensor
+    samples: Tensor
     totals: Tensor
     processes: int = 1
 
@@ -42,8 +44,8 @@ class StepCounts:
         return self.processes / self.totals[1].clamp(min=1)
 
     def sample_scale(self) -> Tensor:
-        """Return the factor that turns a sum over samples into its share of the step's mean."""
-        return self.processes / self.totals[2].clamp(min=1)
+        """Return the factor that turns the micro-batch's mean over samples into its share of the step's mean."""
+        return self.samples / self.totals[2].clamp(min=1) * self.processes
 
 
 def count_step(
@@ -52,7 +54,7 @@ def count_step(
     """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`."""
     counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
     totals = reduce_sum(counts.sum(0))
-    return [StepCounts(items, totals, processes) for items in counts[:, 0].unbind()]
+    return [StepCounts(own[0], own[2], totals, processes) for own in counts.unbind()]
 
 
 def scaled(loss: Tensor, scale: Tensor) -> Tensor:
@@ -72,9 +74,11 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
     device = next((value.device for value in tensors), torch.device("cpu"))
     # Sums of counts are exact in the widest precision of the device.
     kind: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
-    samples = torch.full((), float(batch_size(batch)), **kind)
+    # The samples of packed rows are their documents.
+    starts = document_starts(batch)
+    samples = torch.full((), float(batch_size(batch)), **kind) if starts is None else starts.sum().to(**kind)
     if task == "tokens":
-        mask = token_targets(labels, batch.get("attention_mask"), shifted)
+        mask = token_targets(labels, batch.get("attention_mask"), shifted, starts)
         count = samples if mask is None else mask.sum().to(**kind)
         return (count, count, samples) if _countable(labels) else (samples, count, samples)
     if _countable(labels):

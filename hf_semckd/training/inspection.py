@@ -27,6 +27,7 @@ from ..models.outputs import (
     shifts_labels,
     task_of,
 )
+from ..models.packing import check_documents
 from ..teacher.outputs import TeacherDescription
 from .classes import check_same_tokens, match_logits
 from .pair import Pair
@@ -79,6 +80,7 @@ def inspect_pair(
         else:
             outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
         shifts = predicts_next_token(student, outputs, batch)
+        check_documents(student, inputs, "student")
     finally:
         student.train(was_training)
     student_logits: Any = None

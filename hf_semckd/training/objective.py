@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..losses.logits import logit_loss_sum
-from ..models.outputs import batch_size, logits_of
+from ..models.outputs import logits_of
 from ..teacher.cached import TeacherRunner
 from ..teacher.outputs import TeacherOutputs
 from .attachment import DistillationTargets
@@ -112,8 +112,7 @@ class Objective:
             terms["logit_loss"] = scaled(total, counts.logit_scale())
         if features is not None:
             # Multiple choice has several rows a sample: the mean over rows is that over samples.
-            rows = features["per_sample"]
-            terms["feature_loss"] = scaled(rows.mean() * batch_size(batch), counts.sample_scale())
+            terms["feature_loss"] = scaled(features["per_sample"].mean(), counts.sample_scale())
         return terms
 
     def _count(self, batches: Sequence[Mapping[str, Any]]) -> list[StepCounts]:

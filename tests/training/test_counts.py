@@ -229,10 +229,11 @@ def test_a_step_adds_micro_batches_and_processes_in_one_reduction():
 
 
 def test_scales_turn_sums_and_means_into_shares_of_the_steps_mean():
-    counts = StepCounts(torch.tensor(3.0), torch.tensor([10.0, 5.0, 4.0], dtype=torch.float64), processes=2)
+    totals = torch.tensor([10.0, 5.0, 4.0], dtype=torch.float64)
+    counts = StepCounts(torch.tensor(3.0), torch.tensor(2.0), totals, processes=2)
     assert float(counts.task_scale()) == pytest.approx(3 / 10 * 2)
     assert float(counts.logit_scale()) == pytest.approx(2 / 5)
-    assert float(counts.sample_scale()) == pytest.approx(2 / 4)
+    assert float(counts.sample_scale()) == pytest.approx(2 / 4 * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -243,7 +244,7 @@ def test_a_scaled_loss_keeps_its_precision_and_rounds_once(dtype):
 
 
 def test_a_step_without_labels_divides_by_nothing():
-    counts = StepCounts(torch.tensor(0.0), torch.zeros(3))
+    counts = StepCounts(torch.tensor(0.0), torch.tensor(0.0), torch.zeros(3))
     assert float(counts.task_scale()) == 0
     assert math.isfinite(counts.logit_scale()) and math.isfinite(counts.sample_scale())
 
