@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
+from ..models.images import ImageAdaptation
 from ..models.outputs import tokens_mask
 from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
@@ -57,6 +58,15 @@ class CachedTeacher:
         return self._teacher.model
 
     @property
+    def images(self) -> ImageAdaptation:
+        """What is done to images before the teacher gets them."""
+        return self._teacher.images
+
+    @images.setter
+    def images(self, images: ImageAdaptation) -> None:
+        self._teacher.images = images
+
+    @property
     def stream(self) -> torch.cuda.Stream | None:
         """The CUDA stream that the teacher runs on; None elsewhere."""
         return self._teacher.stream
@@ -85,9 +95,9 @@ class CachedTeacher:
         logger.info("The teacher is needed, and loaded now.")
         load, self._load = self._load, None
         known, self.note = self.note, None
-        layers = self._teacher.capture.layers
+        layers, images = self._teacher.capture.layers, self._teacher.images
         self._teacher = load()
-        self._teacher.capture.layers = layers
+        self._teacher.capture.layers, self._teacher.images = layers, images
         if self._device is not None:
             self._teacher.to(self._device)
         if known is not None and self._cache is not None and known.weights != self._teacher.weights:
@@ -134,14 +144,17 @@ class CachedTeacher:
             )
         layers = self._teacher.capture.layers or () if features else ()
         weights = self._teacher.weights if self.note is None else self.note.weights
-        name = teacher_fingerprint(weights, layers, logits, f"{kept} {self.dtype}")
+        images = self._teacher.images
+        kept = f"{kept} {self.dtype}" + ("" if images == ImageAdaptation() else f" {images}")
+        name = teacher_fingerprint(weights, layers, logits, kept)
         store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
         cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
         self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut)
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
-        if self.digest is None or self._load is not None or not self._teacher.capture.known_by_name:
+        plain = self._teacher.capture.known_by_name and self._teacher.images.size is None
+        if self.digest is None or self._load is not None or not plain or self._teacher.images.interpolates:
             return
         inputs, logits = self.inputs(batch), described.logits
         if logits is not None:

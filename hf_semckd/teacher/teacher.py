@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..features.capture import FeatureCapture, remove_capturing_traces
 from ..features.targets import TeacherTargets
 from ..features.token_sampling import content_phase
 from ..losses import FeatureLoss
+from ..models.images import ImageAdaptation, fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
 from ..models.packing import Documents, check_documents
@@ -65,6 +67,7 @@ class Teacher:
         self.capture = FeatureCapture(model, layers, "teacher", both_sides=both_sides)
         self.select_inputs = InputSelector(model)
         self.stream: torch.cuda.Stream | None = None
+        self.images = ImageAdaptation()
         config: Any = getattr(model, "config", None)
         self._caches_keys = bool(getattr(config, "use_cache", False)) and "use_cache" in self.select_inputs.parameters
         self.compiled = CompiledForward(model) if compiled else None
@@ -151,10 +154,12 @@ class Teacher:
 
         Refuses a batch that the model cannot take, a layer that does not exist, and outputs that are not finite.
         """
+        self.model.eval()
+        found_size = fitting_size(self.model, self.inputs(batch))
+        self.images = replace(self.images, interpolates=found_size.interpolates, size=found_size.size)
         inputs = self.inputs(batch)
         taken, specs = [], []
         if features:
-            self.model.eval()
             found = run_on_inputs("teacher", batch, lambda: self.capture.find(self.model, inputs))
             outputs, taken = found.outputs, found.features
             specs = found.describe(of_image=holds_images(self.model, inputs))
@@ -169,7 +174,7 @@ class Teacher:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords: `teacher_*` entries without the prefix, else what its signature takes.
 
-        Floating-point inputs are cast to the teacher's precision.
+        Floating-point inputs are cast to the teacher's precision, and images brought to its size and normalization.
         """
         inputs = self.select_inputs(teacher_entries(batch))
         if self._caches_keys:
@@ -179,7 +184,7 @@ class Teacher:
         for name, value in inputs.items():
             if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
                 inputs[name] = value.to(dtype)
-        return inputs
+        return self.images(inputs)
 
     def _phases(self, batch: Mapping[str, Any]) -> Tensor:
         """Return a number in [0, 1) for each sample that follows from its content; see `content_phase`."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..config import SemCKDConfig
-from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens
+from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
 from ..data.samples import column_names, label_range
 from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
+from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
 from ..models.outputs import IGNORED, Task, base_model, is_encoder_decoder
 
@@ -207,6 +208,25 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
             todo="tokenize the texts for the teacher too, as teacher_input_ids and teacher_attention_mask, with "
             "hf_semckd.data.TeacherStudentCollator",
         )
+
+
+def pixel_normalization(teacher: object, processor: Any, batch: Mapping[str, Any]) -> ImageAdaptation:
+    """Return how images that a student's processor made are normalized for a teacher given by name or folder."""
+    own = normalization_of(processor)
+    theirs = normalization_of(teacher) if isinstance(teacher, (str, os.PathLike)) else None
+    if own is None or theirs is None or own == theirs or "pixel_values" not in teacher_entries(batch):
+        return ImageAdaptation()
+    if any(name.startswith(TEACHER_PREFIX) for name in batch) or len(own[0]) != len(theirs[0]):
+        return ImageAdaptation()
+    logger.warning(
+        "Teacher and student normalize images differently: the teacher's are converted from mean %s and deviation %s "
+        "to %s and %s. If processing_class did not make the images, give the teacher its own teacher_pixel_values.",
+        *own,
+        *theirs,
+    )
+    scale = tuple(s / t for s, t in zip(own[1], theirs[1], strict=True))
+    means = zip(own[0], theirs[0], theirs[1], strict=True)
+    return ImageAdaptation(scale=scale, shift=tuple((s - t) / deviation for s, t, deviation in means))
 
 
 def _has_file(source: str | os.PathLike[str], name: str) -> bool:

@@ -14,6 +14,7 @@ from ..features.capture import FeatureCapture, remove_capturing_traces
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..losses.logits import LogitMatch
+from ..models.images import fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.loading import load_model
 from ..models.outputs import (
@@ -156,6 +157,8 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     training = model.training
     model.eval()
     try:
+        if role == "teacher":
+            inputs = fitting_size(model, inputs)(inputs)
         found = run_on_inputs(role, batch, lambda: capture.find(model, inputs))
         shifts = predicts_next_token(model, found.outputs, batch)
     finally:

@@ -26,6 +26,7 @@ from .checks import (
     check_parallelism,
     check_teacher_given,
     check_tokenizers,
+    pixel_normalization,
 )
 from .classes import vocabulary_size
 from .distillation import Distillation
@@ -165,6 +166,7 @@ class DistillationTrainer(StudentTrainer):
             check_labels(batch, self.label_names, self.args)
             if self.distillation is None:
                 check_tokenizers(self._teacher_source, self.processing_class, batch)
+                self.pair.teacher.images = pixel_normalization(self._teacher_source, self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)

@@ -154,17 +154,19 @@ def block_of(name: str) -> str:
 
 
 def check_padding(task: str, family: str, folder: Any) -> None:
-    """Padding changes neither the logit nor the feature term."""
+    """Padding changes neither the logit nor the feature term; the second step has an association that is not even."""
     seen = []
+    still = {"learning_rate": 0.0, "projection_learning_rate": 1e-30}
     for padding in (0, 4):
         teacher, student = make(family, task, seed=1), make(family, task)
         data = rows(task, family, student, padding=padding)
-        args = config(folder, max_steps=1, max_tokens=0)
+        args = config(folder, max_steps=2, max_tokens=0, **still)
         trainer = SemCKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
         trainer.train()
-        seen.append([losses(trainer, term)[0] for term in ("logit_loss", "feature_loss")])
+        seen.append([value for term in ("logit_loss", "feature_loss") for value in losses(trainer, term)])
     for plain, padded in zip(*seen, strict=True):
-        assert abs(plain - padded) <= 1e-3 * abs(plain) + 1e-7, seen
+        # In float32 the divergence of nearly equal logits, a sum of 64 differences, is rounded to some 1e-7.
+        assert abs(plain - padded) <= 1e-3 * abs(plain) + 5e-7, seen
 
 
 def is_text(task: str) -> bool:
