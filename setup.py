@@ -45,7 +45,7 @@ DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pyyaml>=6.0", "pillow>=10.1
 IMAGES = ["onnx>=1.17"]
 TEST = [*DEMO, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
 # Teachers in 8 or 4 bits.
-QUANTIZED = ["bitsandbytes>=0.50"]
+QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"]
 

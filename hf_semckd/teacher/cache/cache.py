@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .shard import KEY_BYTES
 from .store import TensorStore
 
 # Changes when what is stored, or how it is keyed, changes.
-FORMAT = 3
+FORMAT = 4
 LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 # What runs along the tokens that the mask speaks of; the length of anything else (channels, a decoder's tokens) may
 # equal theirs by accident.
@@ -153,15 +154,26 @@ def weights_digest(model: nn.Module) -> str:
     # Where the weights came from does not matter: they are digested themselves.
     described = repr(sorted((key, value) for key, value in settings.items() if key not in LOCATION_SETTINGS))
     digest.update((described + _adapters(model)).encode())
-    buffers = {f"buffer {name}": value for name, value in model.named_buffers()}
-    for name, value in sorted({**buffers, **model.state_dict()}.items()):
+    # Not state_dict(): on a CPU that changes what a 4-bit model of bitsandbytes computes.
+    for name, value in sorted([*model.named_parameters(), *model.named_buffers()], key=itemgetter(0)):
         _update(digest, name, value)
+        scales = getattr(getattr(value, "quant_state", None), "absmax", None)
+        if isinstance(scales, Tensor):
+            _update(digest, f"{name}.absmax", scales)
     return digest.hexdigest()
 
 
 def _update(digest: hashlib.blake2b, name: str, value: Tensor) -> None:
     digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if hasattr(value, "__tensor_flatten__"):
+        # A tensor made of others (quantized by torchao, say), which has no bytes of its own.
+        for part in value.__tensor_flatten__()[0]:
+            _update(digest, part, getattr(value, part))
+        return
+    # As a plain tensor: to move one of bitsandbytes would quantize it anew.
+    digest.update(
+        value.detach().as_subclass(Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def _adapters(model: nn.Module) -> str:
