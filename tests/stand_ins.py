@@ -1,5 +1,6 @@
 """Tiny models and data on disk, which take the place of those that README.md and docs name on the Hub."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -16,6 +18,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     ViTConfig,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
 )
 
 try:  # the one that needs no torchvision
@@ -57,6 +63,23 @@ def vit(folder: Path) -> None:
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
+def wav2vec2(folder: Path) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", "A", "B", "C"]
+    config = Wav2Vec2Config(vocab_size=len(letters), conv_dim=[16] * 7, num_conv_pos_embedding_groups=4, **sizes)
+    save(folder, AutoModelForCTC, config, [])
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(str(vocabulary))).save_pretrained(folder)
+
+
+def sounds(folder: Path) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    tracks = [{"array": generator.normal(size=8000 + 900 * n).tolist(), "sampling_rate": 16000} for n in range(4)]
+    Dataset.from_dict({"audio": tracks, "text": ["A B", "C", "BA", "C A"]}).to_parquet(folder / "validation.parquet")
+
+
 def sentences(folder: Path) -> None:
     folder.mkdir()
     for split, count in (("train", 6), ("validation", 4)):
@@ -80,6 +103,8 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "distilbert/distilgpt2": gpt2,
     "nateraw/vit-base-patch16-224-cifar10": vit,
     "uoft-cs/cifar10": pictures,
+    "facebook/wav2vec2-base-960h": wav2vec2,
+    "hf-internal-testing/librispeech_asr_dummy": sounds,
 }
 
 
