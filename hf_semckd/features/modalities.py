@@ -3,12 +3,19 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.outputs import first_tensor
+from ..models.outputs import base_model, first_tensor
+
+
+class TextPlace(NamedTuple):
+    """Where a text begins among other tokens, and whether these count: not where their order is random (ViLT)."""
+
+    start: int
+    others_count: bool = True
 
 
 def reads_more_than_text(inputs: Mapping[str, Any]) -> bool:
@@ -19,28 +26,51 @@ def reads_more_than_text(inputs: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def text_starts(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> list[int | None]:
-    """Return at which position of each module's input the text begins; None for a module that gets no text.
+def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> list[TextPlace | None]:
+    """Return where the text lies in each module's input; None where it gets none, or it is not known.
 
-    The first word is changed: where a module's input is another one then, there the text begins. Behind attention
-    other positions change too, and the place is that of the last module in front with as many positions.
+    A word is changed: where a module's input is another one then, there it lies. Behind attention all of a text's
+    positions change, and then those of an image too: the place is that of the last module in front with as many
+    positions. What changes by itself, between two equal passes, tells nothing.
     """
-    ids = inputs["input_ids"]
+    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+    place = _changeable(ids, model)
+    if place is None:
+        return [None] * len(modules)
     changed = ids.clone()
-    changed[:, 0] = torch.where(ids[:, 0] == ids[:, -1], ids[:, 1], ids[:, -1])
-    first, second = (_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, changed))
-    starts: list[int | None] = []
-    known: dict[int, int] = {}
+    others = [place] + [n for n in range(length) if n != place]
+    changed[:, place] = ids[:, others].masked_fill(ids[:, others] == ids[:, place : place + 1], -1).max(1).values
+    changed[:, place] = torch.where(changed[:, place] < 0, ids[:, place], changed[:, place])
+    seen = [_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, ids, changed)]
+    found: list[TextPlace | None] = []
+    known: dict[int, TextPlace] = {}
     for name in modules:
-        own, other = first.get(name), second.get(name)
-        if own is None or other is None or own.shape != other.shape or torch.equal(own, other):
-            starts.append(None)
+        own, again, other = (entry.get(name) for entry in seen)
+        if own is None or again is None or other is None or not own.shape == again.shape == other.shape:
+            found.append(None)
             continue
-        places = (own != other).any(2).any(0).nonzero().flatten().tolist()
+        restless = (own != again).any(2).any(0)
+        places = ((own != other).any(2).any(0) & ~restless).nonzero().flatten().tolist()
+        count = own.shape[1]
         if len(places) == 1:
-            known[own.shape[1]] = places[0]
-        starts.append(known.get(own.shape[1], 0))
-    return starts
+            known[count] = TextPlace(places[0] - place, not bool(restless.any()))
+        elif places and places[-1] - places[0] + 1 == length:
+            known[count] = TextPlace(places[0], not bool(restless.any()))
+        found.append(known.get(count) if places else None)
+    return found
+
+
+def _changeable(ids: Tensor, model: nn.Module) -> int | None:
+    """Return the first position at which all samples have a word: no place for an image, and no special token."""
+    config: Any = getattr(base_model(model), "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    ends = ("token_id", "token_index")
+    special = [value for name, value in settings.items() if name.endswith(ends) and isinstance(value, int)]
+    words = torch.ones_like(ids[0], dtype=torch.bool)
+    for value in special:
+        words &= (ids != value).all(0)
+    places = words.nonzero().flatten().tolist()
+    return places[0] if places else None
 
 
 def _inputs_of(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Tensor]:
