@@ -77,6 +77,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "canine": {"downsampling_rate": 4},
     "longformer": {"attention_window": 4},
     "led": {"attention_window": 4},
+    "xlnet": {"max_position_embeddings": None},
+    "funnel": {"num_hidden_layers": None, "block_sizes": [1, 1, 1], "d_head": 8, "d_inner": 32},
 }
 
 
