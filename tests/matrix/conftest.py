@@ -88,11 +88,11 @@ def page(outcomes: Mapping[str, str]) -> str:
         elif test in PAIRS:
             pairs[PAIRS[test]].append(outcome == "passed")
     families = {family for found in cells.values() for family in found}
-    counted = f"{len(tasks)} tasks, and {len(families)} families with {sum(map(len, cells.values()))} heads. Of all "
-    counted += "ordered pairs of families there train: "
-    counted += ", ".join(f"{sum(done)} of {len(done)} in {kind}" for kind, done in sorted(pairs.items())) + "."
+    counted = [f"{len(tasks)} tasks, and {len(families)} families with {sum(map(len, cells.values()))} heads."]
+    counted += ["", "Each family as the student of every other trains in:", ""]
+    counted += [f"- {kind}: {sum(done)} of {len(done)} ordered pairs" for kind, done in sorted(pairs.items())]
     described = [([TASKS[case].title, TASKS[case].models], found) for case, found in tasks.items()]
-    parts = [INTRODUCTION, counted, "", "## Tasks", ""]
+    parts = [INTRODUCTION, *counted, "", "## Tasks", ""]
     parts += table(["task", "models"], sorted(described, key=lambda row: row[0]), TASK_CHECKS.values())
     for head, title in HEADS.items():
         rows = [([family], found) for family, found in sorted(cells[head].items())]

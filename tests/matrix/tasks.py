@@ -38,7 +38,8 @@ class Task:
         models: Its models, for the written page: the student, and the teacher where it is of another kind.
         make: Makes the student, given `layers`, `width` and `seed`; and the teacher, unless `teacher` does.
         rows: Makes the samples.
-        blocks: The student's two blocks, by the start of the names of their weights.
+        blocks: The student's two blocks: what the names of their weights begin with in one or another version of
+            transformers.
         collator: Makes a batch of samples for a student; None for the trainer's own.
         terms: The terms that apply.
         args: Changes of the arguments.
@@ -49,7 +50,7 @@ class Task:
     models: str
     make: Callable[..., nn.Module]
     rows: Callable[[], list[dict[str, Any]]]
-    blocks: tuple[str, str]
+    blocks: list[tuple[str, ...]]
     collator: Callable[[nn.Module], Any] | None = None
     terms: tuple[str, ...] = ALL
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -304,9 +305,9 @@ def stack_with_boxes(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # ---- Tasks ---------------------------------------------------------------------------------------------------------
 
 
-def numbered(prefix: str) -> tuple[str, str]:
-    """Return the names of two blocks."""
-    return f"{prefix}.0.", f"{prefix}.1."
+def numbered(*prefixes: str) -> list[tuple[str, ...]]:
+    """Return what the names of the weights of two blocks begin with, where they are in one of these lists."""
+    return [tuple(f"{prefix}.{n}." for prefix in prefixes) for n in range(2)]
 
 
 BERT, SPEECH = numbered("bert.encoder.layer"), numbered("wav2vec2.encoder.layers")
@@ -386,10 +387,14 @@ TASKS: dict[str, Task] = {
         "ViT",
         model("ViTForImageClassification", "vit"),
         made(lambda n, generator: {**image(generator), "labels": n % CLASSES}),
-        numbered("vit.layers"),
+        numbered("vit.layers", "vit.encoder.layer"),
     ),
     "segmentation": Task(
-        "Semantic segmentation", "SegFormer", segformer, made(segmented), numbered("segformer.stages")
+        "Semantic segmentation",
+        "SegFormer",
+        segformer,
+        made(segmented),
+        numbered("segformer.stages", "segformer.encoder.block"),
     ),
     "audio-classification": Task(
         "Audio classification",
@@ -471,7 +476,7 @@ TASKS: dict[str, Task] = {
         "ViT, and a CNN with `forward(self, x)`",
         model("ViTForImageClassification", "vit"),
         made(lambda n, generator: {**image(generator), "labels": n % CLASSES}),
-        numbered("vit.layers"),
+        numbered("vit.layers", "vit.encoder.layer"),
         teacher=cnn,
     ),
 }

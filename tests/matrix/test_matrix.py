@@ -86,16 +86,12 @@ def test_training_resumes(task, family, tmp_path):
     check_resume(task, family, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"), marked(pairs(VISION), {("resnet", "swin"), ("vit", "hiera"), ("pvt", "deit")})
-)
+@pytest.mark.parametrize(("student", "teacher"), marked(pairs(VISION), QUICK_PAIRS))
 def test_any_vision_family_teaches_any_other(student, teacher, tmp_path):
     check_pair("IMAGE_CLASSIFICATION", student, teacher, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"), marked(pairs(TEXT), {("distilbert", "llama"), ("gpt2", "deberta-v2")})
-)
+@pytest.mark.parametrize(("student", "teacher"), marked(pairs(TEXT), QUICK_PAIRS))
 def test_any_text_family_teaches_any_other(student, teacher, tmp_path):
     check_pair("SEQUENCE_CLASSIFICATION", student, teacher, tmp_path)
 
