@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -218,7 +217,7 @@ def towers(names: Sequence[str]) -> list[str]:
     one. Empty for a single tower.
     """
     lists = [name.rpartition(".")[0].split(".") for name in names]
-    shared = len(os.path.commonprefix(lists))
+    shared = len(list(takewhile(lambda column: len({*column}) == 1, zip(*lists, strict=False))))
     parts = [parts[shared] for parts in lists if len(parts) >= shared + 3]
     count = len({tuple(parts) for parts in lists})
     return parts if len(parts) == len(names) and len({*parts}) == count > 1 else []
