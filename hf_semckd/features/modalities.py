@@ -34,13 +34,14 @@ def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[s
     positions. What changes by itself, between two equal passes, tells nothing.
     """
     ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
-    place = _changeable(ids, model)
-    if place is None:
+    words = _words(ids, model)
+    places = words.all(0).nonzero().flatten().tolist()
+    if not places:
         return [None] * len(modules)
-    changed = ids.clone()
-    others = [place] + [n for n in range(length) if n != place]
-    changed[:, place] = ids[:, others].masked_fill(ids[:, others] == ids[:, place : place + 1], -1).max(1).values
-    changed[:, place] = torch.where(changed[:, place] < 0, ids[:, place], changed[:, place])
+    place, changed = places[0], ids.clone()
+    # By another word of the sample, where it has one.
+    other = ids.where(words & (ids != ids[:, place : place + 1]), -1).max(1).values
+    changed[:, place] = torch.where(other < 0, ids[:, place], other)
     seen = [_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, ids, changed)]
     found: list[TextPlace | None] = []
     known: dict[int, TextPlace] = {}
@@ -50,27 +51,27 @@ def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[s
             found.append(None)
             continue
         restless = (own != again).any(2).any(0)
-        places = ((own != other).any(2).any(0) & ~restless).nonzero().flatten().tolist()
+        found_at = ((own != other).any(2).any(0) & ~restless).nonzero().flatten().tolist()
         count = own.shape[1]
-        if len(places) == 1:
-            known[count] = TextPlace(places[0] - place, not bool(restless.any()))
-        elif places and places[-1] - places[0] + 1 == length:
-            known[count] = TextPlace(places[0], not bool(restless.any()))
-        found.append(known.get(count) if places else None)
+        if len(found_at) == 1:
+            known[count] = TextPlace(found_at[0] - place, not bool(restless.any()))
+        elif found_at and found_at[-1] - found_at[0] + 1 == length:
+            known[count] = TextPlace(found_at[0], not bool(restless.any()))
+        found.append(known.get(count) if found_at else None)
     return found
 
 
-def _changeable(ids: Tensor, model: nn.Module) -> int | None:
-    """Return the first position at which all samples have a word: no place for an image, and no special token."""
+def _words(ids: Tensor, model: nn.Module) -> Tensor:
+    """Return which ids (B, N) are words: no places for an image, and no special tokens."""
     config: Any = getattr(base_model(model), "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    ends = ("token_id", "token_index")
-    special = [value for name, value in settings.items() if name.endswith(ends) and isinstance(value, int)]
-    words = torch.ones_like(ids[0], dtype=torch.bool)
+    levels = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    named = [item for level in levels for item in level.items()]
+    special = [value for name, value in named if str(name).endswith(("token_id", "token_index"))]
+    words = torch.ones_like(ids, dtype=torch.bool)
     for value in special:
-        words &= (ids != value).all(0)
-    places = words.nonzero().flatten().tolist()
-    return places[0] if places else None
+        words &= ids != value if isinstance(value, int) else True
+    return words
 
 
 def _inputs_of(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Tensor]:

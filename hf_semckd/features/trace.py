@@ -252,7 +252,8 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     No plain sum is among them: that of a normalized output is nothing but rounding.
     """
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-    values = tensor.detach() if tensor.is_floating_point() else tensor.detach().to(wide)
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    values = values if values.is_floating_point() else values.to(wide)
     # No wide copy of the values is made: the logits of a large vocabulary are among them.
     norms = [torch.linalg.vector_norm(values, order, dtype=wide) for order in (1, 2)]
     return torch.stack([*norms, values.amax().to(wide), values.amin().to(wide)])

@@ -195,7 +195,7 @@ def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: S
             "There are no labels, and task_weight is positive",
             received=f"columns {', '.join(map(repr, batch))}, task_weight={config.task_weight}",
             expected=f"a column named {', '.join(map(repr, label_names or ('labels',)))}",
-            todo="add labels, or set task_weight=0 to learn from the teacher alone",
+            todo="add labels, name their column in label_names, or set task_weight=0 to learn from the teacher alone",
         )
 
 

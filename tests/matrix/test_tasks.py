@@ -17,15 +17,11 @@ QUICK = {
     "image-text-to-text",
     "plain-teacher",
 }
-FAULTS = {
-    "image-text-to-text-image-first": "the first token, which is changed to find the text, is the image's",
-}
 
 
 def marks_of(name):
-    """Return the marks of a task: of the whole matrix, and of a known fault."""
-    marks = [] if name in QUICK else [pytest.mark.matrix, pytest.mark.slow]
-    return marks + ([pytest.mark.xfail(reason=FAULTS[name], strict=True)] if name in FAULTS else [])
+    """Return the marks of a task that belongs to the whole matrix."""
+    return [] if name in QUICK else [pytest.mark.matrix, pytest.mark.slow]
 
 
 NAMES = [pytest.param(name, marks=marks_of(name), id=name) for name in TASKS]
