@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_semckd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 350, 50
-# Before the rooms were built the package had 11,346 lines and did less.
-LARGEST_PACKAGE = 11_000
+# Before the rooms were built the package had 11,346 lines; what it does since for other families of models, packed rows
+# and images of other sizes takes some 1,900.
+LARGEST_PACKAGE = 11_700
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 

@@ -89,7 +89,9 @@ def longest_sample(dataset: Any) -> int | None:
 
 def _column(dataset: Any, names: Sequence[str]) -> pa.ChunkedArray | None:
     """Return the first of some columns that a `datasets.Dataset` has, of all rows of its table; nothing is copied."""
-    known = dataset.column_names if isinstance(dataset, Dataset) else ()
+    # What a transform makes of the rows when they are read, the table does not tell.
+    plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    known = dataset.column_names if plain else ()
     return next((dataset.data.column(name) for name in names if name in known), None)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..errors import InputError, LayerNotFoundError, nearest
 from ..models.outputs import accepts, first_tensor
 from .layers import FeatureSpec, describe, hidden_states
-from .modalities import reads_more_than_text, text_starts
-from .trace import ForwardTrace, find_blocks, find_layers, towers
+from .modalities import TextPlace, reads_more_than_text, text_places
+from .trace import ForwardTrace, find_blocks, find_layers, towers, with_random_images
 
 SHOWN_NAMES = 12
 
@@ -45,7 +45,7 @@ class FeatureCapture:
     `layers` are hidden-state indices, or module names; None for all blocks, see `resolve`. `role` is for messages.
     `modules` names the modules that made the layers, once they were found. With `both_sides`, all blocks of an
     encoder-decoder are those of its encoder and its decoder; `sides` tells which is which, and which of several towers
-    a layer is in; it is empty elsewhere. `text_starts` tells where the text begins among the positions of each layer,
+    a layer is in; it is empty elsewhere. `text_places` tells where the text lies among the positions of each layer,
     None for a layer without any; it is empty where a model reads nothing but text.
     """
 
@@ -54,9 +54,10 @@ class FeatureCapture:
     ):
         self.role, self.both_sides = role, both_sides
         self.sides: list[str] = []
-        self.text_starts: list[int | None] = []
-        # Which layers have their channels last, and whether the dimensions before these are those of an image.
-        self._channels_last: list[bool] = []
+        self.text_places: list[TextPlace | None] = []
+        # The dimensions of each layer's output in the usual order: channels are the second of four, the last of three.
+        # Empty where they are in it.
+        self._orders: list[tuple[int, ...]] = []
         self._of_image = False
         self.layers: list[int | str] | None = None if layers is None else list(layers)
         self.modules: list[str] = []
@@ -112,34 +113,34 @@ class FeatureCapture:
     @property
     def known_by_name(self) -> bool:
         """Whether the layers' names tell all: no sides, no text among other tokens, channels in the usual place."""
-        return not self.sides and not self.text_starts and not any(self._channels_last)
+        return not self.sides and not self.text_places and not any(self._orders)
 
     def _laid_out(self, features: list[Tensor]) -> list[Tensor]:
-        """Return features (B, C, H, W) or (B, N, C) of those with their channels last."""
-        for index in (index for index, last in enumerate(self._channels_last) if last):
-            feature = features[index]
-            features[index] = feature.permute(0, 3, 1, 2) if self._of_image else feature.flatten(1, 2)
+        """Return features (B, C, H, W) or (B, N, C) of those in another order; what is no image becomes tokens."""
+        for index, order in enumerate(self._orders):
+            if order:
+                ordered = features[index].permute(order)
+                image = self._of_image or ordered.dim() == 3
+                features[index] = ordered if image else ordered.flatten(2).transpose(1, 2)
         return features
 
     def find(self, model: nn.Module, inputs: Mapping[str, Any]) -> Captured:
-        """Run a small batch, choose the layers (see `resolve`), and return what they gave."""
-        named = self.by_name
-        with ForwardTrace.recording(model) as trace, self.recording(model) as recorded:
-            outputs = model(**inputs, **self.request())
+        """Choose the layers (see `resolve`) by a batch with random images, and return what the batch itself gives."""
+        with ForwardTrace.recording(model) as trace:
+            outputs = model(**with_random_images(inputs), **self.request())
         self.resolve(model, outputs, trace)
-        if self.by_name and not named:
-            # Now it is known which modules to record.
-            with self.recording(model) as recorded:
-                outputs = model(**inputs)
+        with self.recording(model) as recorded:
+            outputs = model(**inputs, **self.request())
         features = self.collect(outputs, recorded)
+        self._check_samples(features, inputs)
         given_as_maps = not self.by_name and getattr(outputs, "reshaped_hidden_states", None) is not None
-        if self.modules and not any(self._channels_last) and not given_as_maps:
+        if self.modules and not any(self._orders) and not given_as_maps:
             self._of_image = any(isinstance(value, Tensor) and value.dim() == 4 for value in inputs.values())
             pairs = zip(self.modules, features, strict=True)
-            self._channels_last = [_has_channels_last(model, name, feature) for name, feature in pairs]
+            self._orders = [_order(model, name, feature) for name, feature in pairs]
             features = self._laid_out(features)
         if reads_more_than_text(inputs) and self.modules:
-            self.text_starts = text_starts(model, inputs, self.modules)
+            self.text_places = text_places(model, inputs, self.modules)
         return Captured(outputs, self.names(), features, trace, self.sides)
 
     def resolve(self, model: nn.Module, outputs: Any, trace: ForwardTrace) -> None:
@@ -202,6 +203,18 @@ class FeatureCapture:
             self.layers = [*encoder.modules, *decoder]
             self.sides = ["encoder"] * len(encoder.modules) + ["decoder"] * len(decoder)
 
+    def _check_samples(self, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> None:
+        """Refuse layers whose first dimension is not that of the samples, or of several rows for each."""
+        samples = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()}
+        for name, feature in zip(self.names(), features, strict=True):
+            if samples and not any(len(feature) % count == 0 for count in samples):
+                raise InputError(
+                    f"Layer `{name}` of the {self.role} does not begin with the samples",
+                    received=f"an output {tuple(feature.shape)} for {max(samples)} samples",
+                    expected="(samples, tokens, channels), (samples, channels, height, width) or (samples, channels)",
+                    todo=f"use batch_first=True in the {self.role}, or name other modules in {self.role}_layers",
+                )
+
     def names(self) -> list[str]:
         """Return the chosen layers as text, for logs and pictures."""
         return [str(layer) for layer in self.layers or ()]
@@ -246,16 +259,21 @@ class FeatureCapture:
         )
 
 
-def _has_channels_last(model: nn.Module, name: str, feature: Tensor) -> bool:
-    """Whether the module that made a feature of four dimensions works on the last of them, as linear layers do."""
-    if feature.dim() != 4 or not name:
-        return False
+def _order(model: nn.Module, name: str, feature: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of a module's output in the usual order; empty where they are in it.
+
+    Linear layers work on the last dimension of four, one-dimensional convolutions on the second of three.
+    """
+    if feature.dim() < 3 or not name:
+        return ()
     parts = list(model.get_submodule(name).modules())
-    convolves = any(isinstance(part, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)) for part in parts)
-    widths = {
-        width for part in parts if isinstance(part, nn.Linear) for width in (part.in_features, part.out_features)
-    }
-    return not convolves and feature.shape[3] in widths
+    linears = [part for part in parts if isinstance(part, nn.Linear)]
+    if feature.dim() == 4:
+        widths = {width for part in linears for width in (part.in_features, part.out_features)}
+        convolves = any(isinstance(part, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)) for part in parts)
+        return (0, 3, 1, 2) if not convolves and feature.shape[3] in widths else ()
+    widths = {part.out_channels for part in parts if isinstance(part, nn.Conv1d)}
+    return (0, 2, 1) if not linears and feature.shape[1] in widths and feature.shape[2] not in widths else ()
 
 
 def drops_layers(model: nn.Module) -> bool:

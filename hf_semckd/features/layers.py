@@ -65,7 +65,10 @@ def hidden_states(outputs: Any) -> tuple[Tensor, ...] | None:
         first = all(grid.shape[1] == x.shape[-1] for grid, x in zip(maps, tokens, strict=True))
         return tuple(grid.permute(0, 3, 1, 2) if last and not first else grid for grid in maps)
     states = next((value for value in given.values() if value is not None), None)
-    return None if states is None else tuple(states)
+    # Some models (BridgeTower) give a tuple of states for each of their parts.
+    if states is None or not all(isinstance(state, Tensor) for state in states):
+        return None
+    return tuple(states)
 
 
 def without_hidden_states(outputs: Any) -> Any:

@@ -3,12 +3,19 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.outputs import first_tensor
+from ..models.outputs import base_model, first_tensor
+
+
+class TextPlace(NamedTuple):
+    """Where a text begins among other tokens, and whether these count: not where their order is random (ViLT)."""
+
+    start: int
+    others_count: bool = True
 
 
 def reads_more_than_text(inputs: Mapping[str, Any]) -> bool:
@@ -19,28 +26,52 @@ def reads_more_than_text(inputs: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def text_starts(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> list[int | None]:
-    """Return at which position of each module's input the text begins; None for a module that gets no text.
+def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> list[TextPlace | None]:
+    """Return where the text lies in each module's input; None where it gets none, or it is not known.
 
-    The first word is changed: where a module's input is another one then, there the text begins. Behind attention
-    other positions change too, and the place is that of the last module in front with as many positions.
+    A word is changed: where a module's input is another one then, there it lies. Behind attention all of a text's
+    positions change, and then those of an image too: the place is that of the last module in front with as many
+    positions. What changes by itself, between two equal passes, tells nothing.
     """
-    ids = inputs["input_ids"]
-    changed = ids.clone()
-    changed[:, 0] = torch.where(ids[:, 0] == ids[:, -1], ids[:, 1], ids[:, -1])
-    first, second = (_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, changed))
-    starts: list[int | None] = []
-    known: dict[int, int] = {}
+    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+    words = _words(ids, model)
+    places = words.all(0).nonzero().flatten().tolist()
+    if not places:
+        return [None] * len(modules)
+    place, changed = places[0], ids.clone()
+    # By another word of the sample, where it has one.
+    other = ids.where(words & (ids != ids[:, place : place + 1]), -1).max(1).values
+    changed[:, place] = torch.where(other < 0, ids[:, place], other)
+    seen = [_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, ids, changed)]
+    found: list[TextPlace | None] = []
+    known: dict[int, TextPlace] = {}
     for name in modules:
-        own, other = first.get(name), second.get(name)
-        if own is None or other is None or own.shape != other.shape or torch.equal(own, other):
-            starts.append(None)
+        own, again, other = (entry.get(name) for entry in seen)
+        if own is None or again is None or other is None or not own.shape == again.shape == other.shape:
+            found.append(None)
             continue
-        places = (own != other).any(2).any(0).nonzero().flatten().tolist()
-        if len(places) == 1:
-            known[own.shape[1]] = places[0]
-        starts.append(known.get(own.shape[1], 0))
-    return starts
+        restless = (own != again).any(2).any(0)
+        found_at = ((own != other).any(2).any(0) & ~restless).nonzero().flatten().tolist()
+        count = own.shape[1]
+        if len(found_at) == 1:
+            known[count] = TextPlace(found_at[0] - place, not bool(restless.any()))
+        elif found_at and found_at[-1] - found_at[0] + 1 == length:
+            known[count] = TextPlace(found_at[0], not bool(restless.any()))
+        found.append(known.get(count) if found_at else None)
+    return found
+
+
+def _words(ids: Tensor, model: nn.Module) -> Tensor:
+    """Return which ids (B, N) are words: no places for an image, and no special tokens."""
+    config: Any = getattr(base_model(model), "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    levels = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    named = [item for level in levels for item in level.items()]
+    special = [value for name, value in named if str(name).endswith(("token_id", "token_index"))]
+    words = torch.ones_like(ids, dtype=torch.bool)
+    for value in special:
+        words &= ids != value if isinstance(value, int) else True
+    return words
 
 
 def _inputs_of(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Tensor]:

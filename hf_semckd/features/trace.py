@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -42,13 +42,15 @@ class ForwardTrace:
     Attributes:
         grids: (height, width) of the maps that two-dimensional convolutions returned, in this order.
         patches: By the number of tokens of a block's input: the places (start, stop) of those that differ between the
-            samples. The others (CLS, registers, detection tokens) are the model's own. Empty for a single sample.
+            samples, of random images (see `with_random_images`). The others (CLS, registers, detection tokens) are the
+            model's own. Empty for a single sample.
     """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.grids: list[tuple[int, int]] = []
         self.patches: dict[int, tuple[int, int]] = {}
+        self._met: set[int] = set()
 
     @classmethod
     @contextmanager
@@ -117,11 +119,30 @@ class ForwardTrace:
 
     def _note_patches(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = first_tensor((*args, *kwargs.values()))
-        if tensor is None or tensor.dim() != 3 or len(tensor) < 2 or not self.grids or tensor.shape[1] in self.patches:
+        if tensor is None or tensor.dim() != 3 or len(tensor) < 2 or not self.grids or tensor.shape[1] in self._met:
             return
+        # Behind the first block attention has mixed all positions.
+        self._met.add(tensor.shape[1])
         varying = (tensor != tensor[:1]).any(2).any(0).nonzero().flatten().tolist()
         if varying and varying[-1] - varying[0] + 1 == len(varying):
             self.patches[tensor.shape[1]] = varying[0], varying[-1] + 1
+
+
+def with_random_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's inputs with noise in place of images, two samples at least; as they are without images.
+
+    Real images may share a margin, whose patches would look like the model's own tokens.
+    """
+    images = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 3}
+    images = {name for name in images if inputs[name].is_floating_point()}
+    if not images:
+        return dict(inputs)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    if any(len(inputs[name]) == 1 for name in images):
+        tensors = {name: torch.cat([value, value]) for name, value in tensors.items()}
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(tensors[name].shape, generator=generator).to(tensors[name]) for name in images}
+    return {**inputs, **tensors, **noise}
 
 
 @dataclass(frozen=True)
@@ -195,10 +216,11 @@ def towers(names: Sequence[str]) -> list[str]:
     `vision_model.encoder.layers.0` and `text_model.encoder.layers.0` are in two towers, `layer1.0` and `layer2.0` in
     one. Empty for a single tower.
     """
-    lists = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    parts = {name.partition(".")[0] for name in lists}
-    nested = all(name.count(".") >= 2 for name in lists)
-    return [name.partition(".")[0] for name in names] if nested and len(parts) == len(lists) > 1 else []
+    lists = [name.rpartition(".")[0].split(".") for name in names]
+    shared = len(list(takewhile(lambda column: len({*column}) == 1, zip(*lists, strict=False))))
+    parts = [parts[shared] for parts in lists if len(parts) >= shared + 3]
+    count = len({tuple(parts) for parts in lists})
+    return parts if len(parts) == len(names) and len({*parts}) == count > 1 else []
 
 
 def _without_transitions(found: dict[int, str], states: Sequence[Tensor], trace: ForwardTrace) -> dict[int, str]:
@@ -230,7 +252,8 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     No plain sum is among them: that of a normalized output is nothing but rounding.
     """
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-    values = tensor.detach() if tensor.is_floating_point() else tensor.detach().to(wide)
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    values = values if values.is_floating_point() else values.to(wide)
     # No wide copy of the values is made: the logits of a large vocabulary are among them.
     norms = [torch.linalg.vector_norm(values, order, dtype=wide) for order in (1, 2)]
     return torch.stack([*norms, values.amax().to(wide), values.amin().to(wide)])

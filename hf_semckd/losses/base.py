@@ -181,6 +181,10 @@ class FeatureLoss(nn.Module, ABC):
         """Collect teacher statistics without computing a loss; nothing to do for most losses."""
         return
 
+    def forget_collected(self) -> None:
+        """Forget what was collected since the last `synchronize`: a training begins, or goes on from a checkpoint."""
+        return
+
     def synchronize(
         self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
     ) -> None:

@@ -71,6 +71,11 @@ class CombinedLoss(FeatureLoss):
         for loss, part in zip(self._parts(), self.targets(teacher_features, teacher_mask).parts, strict=True):
             loss.update_statistics(part)
 
+    def forget_collected(self) -> None:
+        """Let every loss forget what it collected."""
+        for loss in self._parts():
+            loss.forget_collected()
+
     def synchronize(
         self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
     ) -> None:

@@ -14,6 +14,7 @@ from ..errors import InputError, message
 from ..features.precision import at_least_float32
 from ..models.outputs import IGNORED, Task, token_targets
 from ..models.packing import document_starts
+from .positions import masked_mean, zero_masked
 
 # `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.
 IGNORED_PIXEL = 255
@@ -66,13 +67,20 @@ PIECE = 2**24
 
 
 def logit_loss_sum(
-    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], temperature: float, task: Task, shifted: bool
+    student: Tensor,
+    teacher: Tensor,
+    batch: Mapping[str, Any],
+    temperature: float,
+    task: Task,
+    shifted: bool,
+    frames: Tensor | None = None,
 ) -> Tensor:
     """Return the distillation loss of logits of one shape, summed over the items that `count_items` counts.
 
     Token tasks count labeled positions only (all but padding without labels); causal language models predict the
     next token (`shifted`), so the last position is left out. Regression compares outputs by their squared difference.
-    Labels and attention mask come from `batch`. Raises `InputError` when the shapes differ.
+    Labels and attention mask come from `batch`, the mask of `frames` (B, T) from the model. Raises `InputError` when
+    the shapes differ.
     """
     if student.shape != teacher.shape:
         raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
@@ -80,18 +88,25 @@ def logit_loss_sum(
         error = F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="none")
         return error.reshape(len(error), -1).mean(1).sum()
     if task == "multi_label":
-        return binary_kd_loss(student, teacher, temperature).sum()
+        return binary_kd_loss(student.flatten(1), teacher.flatten(1), temperature).sum()
+    if task == "tokens":
+        return _tokens_sum(student, teacher, batch, temperature, shifted)
+    if task == "frames":
+        # Frames whose mask (B, T) is 0 come from padding; a sample's loss is the mean over its others.
+        kept = None if frames is None or frames.shape != student.shape[:2] else frames
+        divergence = kd_loss(zero_masked(student, kept), zero_masked(teacher, kept), temperature)
+        return masked_mean(divergence, kept).sum()
     if task == "spans":
-        padding = batch.get("attention_mask")
-        if padding is not None:
-            # The end of a text is no answer: the lowest finite logit gives it no probability, and no NaN.
-            left_out = (padding == 0).unsqueeze(-1)
-            lowest = torch.finfo(at_least_float32(student[:0]).dtype).min / 2
-            student, teacher = (x.masked_fill(left_out, lowest) for x in map(at_least_float32, (student, teacher)))
+        student, teacher = (_without_padding(logits, batch.get("attention_mask")) for logits in (student, teacher))
         return kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature).mean(1).sum()
-    if task == "single_label":
-        per_item = kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
-        return _mean_of_pixels(per_item, batch.get("labels")).sum() if per_item.dim() > 1 else per_item.sum()
+    per_item = kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
+    return _mean_of_pixels(per_item, batch.get("labels")).sum() if per_item.dim() > 1 else per_item.sum()
+
+
+def _tokens_sum(
+    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], temperature: float, shifted: bool
+) -> Tensor:
+    """Return the sum of the divergences at the tokens that are predicted."""
     mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted, document_starts(batch))
     if shifted:
         student, teacher = student[:, :-1], teacher[:, :-1]
@@ -99,9 +114,16 @@ def logit_loss_sum(
         # Items are samples then: nothing tells which tokens count.
         return kd_loss(student, teacher, temperature).mean(1).sum()
     if mask.shape != student.shape[:2]:
-        # Prompt tuning puts tokens in front, for which there is neither label nor teacher.
+        # An image in front of the text (GIT), for which there is no label.
         student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
     return _masked_divergence(student, teacher, mask, temperature)
+
+
+def _without_padding(logits: Tensor, padding: Tensor | None) -> Tensor:
+    """Return logits (B, N, 2) of spans: the lowest finite one gives padding no probability, and no NaN."""
+    logits = at_least_float32(logits)
+    lowest = torch.finfo(logits.dtype).min / 2
+    return logits if padding is None else logits.masked_fill((padding == 0).unsqueeze(-1), lowest)
 
 
 def _mean_of_pixels(per_pixel: Tensor, labels: Any) -> Tensor:

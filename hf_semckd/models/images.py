@@ -56,7 +56,10 @@ def fitting_size(model: nn.Module, inputs: Mapping[str, Any]) -> ImageAdaptation
 
     Nothing where it takes them as they are; else its positions are interpolated, or the images resized.
     """
-    pixels, named = inputs.get(PIXELS), getattr(getattr(model, "config", None), "image_size", None)
+    config: Any = getattr(model, "config", None)
+    pixels, named = inputs.get(PIXELS), getattr(config, "image_size", None)
+    if named is None and "input_ids" not in inputs:
+        named = getattr(getattr(config, "vision_config", None), "image_size", None)
     if not isinstance(pixels, Tensor) or pixels.dim() != 4 or named is None:
         return ImageAdaptation()
     size = (int(named), int(named)) if isinstance(named, (int, float)) else (int(named[0]), int(named[1]))
@@ -76,17 +79,19 @@ def normalization_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     """Return the mean and standard deviation that images are normalized by, of a processor or of its settings.
 
     `processor` is an image processor or one with a part of that kind, or a name or folder to read its settings from.
-    None where it does not tell, or does not bring pixels to [0, 1] first.
+    None where it does not tell, or does more than to bring pixels to [0, 1] first.
     """
     if isinstance(processor, (str, os.PathLike)):
         try:
-            settings = BaseImageProcessor.get_image_processor_dict(os.fspath(processor), local_files_only=True)[0]
+            settings = BaseImageProcessor.get_image_processor_dict(os.fspath(processor))[0]
         except (OSError, ValueError):
             return None
     else:
         settings = vars(getattr(processor, "image_processor", processor)) if processor is not None else {}
     mean, deviation = settings.get("image_mean"), settings.get("image_std")
-    if mean is None or deviation is None or abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+    # EfficientNet normalizes twice, and MobileViT wants blue first.
+    special = settings.get("include_top") or settings.get("do_flip_channel_order")
+    if mean is None or deviation is None or special or abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         return None
     if not settings.get("do_normalize", True):
         return (0.0,) * len(mean), (1.0,) * len(mean)

@@ -14,7 +14,7 @@ from ..errors import InputError
 IGNORED = -100
 # Two ways to compute one mean cross-entropy in half precision differ by less.
 SAME_LOSS = 1e-3
-Task = Literal["single_label", "multi_label", "regression", "tokens", "spans"]
+Task = Literal["single_label", "multi_label", "regression", "tokens", "frames", "spans"]
 
 
 def logits_of(outputs: Any, role: str) -> Tensor:
@@ -76,13 +76,16 @@ def token_attention(inputs: Mapping[str, Any], labels: Any, model: nn.Module) ->
 
 
 def tokens_mask(
-    attention_mask: Any, features: list[Tensor], model: nn.Module | None = None, start: int | None = None
+    attention_mask: Any,
+    features: list[Tensor],
+    model: nn.Module | None = None,
+    text_place: tuple[int, bool] | None = None,
 ) -> Tensor | None:
     """Return the (B, N) mask that fits a model's features, or None when there is none.
 
     Prompt tuning (PEFT) puts learned tokens in front of the sequence; they count as tokens. So do those of an image
-    around a text that begins at `start`. Speech models know which of their frames come from padding. Multiple choice
-    has a mask (B, choices, N) for features of B * choices rows.
+    around a text, as its place says (see `modalities.TextPlace`). Speech models know which of their frames come from
+    padding. Multiple choice has a mask (B, choices, N) for features of B * choices rows.
     """
     mask = attention_mask
     if isinstance(mask, Tensor) and mask.dim() == 3 and features and len(features[0]) == mask.shape[0] * mask.shape[1]:
@@ -96,11 +99,11 @@ def tokens_mask(
     extra = length - mask.shape[1]
     if extra <= 0:
         return mask
-    if start is None and not hasattr(model, "get_base_model"):
+    if text_place is None and not hasattr(model, "get_base_model"):
         # Tokens beside the text: nothing tells where they are.
         return None
-    front = extra if start is None else start
-    return F.pad(mask, (front, extra - front), value=1)
+    front, others_count = (extra, True) if text_place is None else text_place
+    return F.pad(mask, (front, extra - front), value=int(others_count))
 
 
 def layer_masks(
@@ -109,20 +112,20 @@ def layer_masks(
     model: nn.Module,
     features: list[Tensor],
     sides: Sequence[str],
-    text_starts: Sequence[int | None] = (),
+    text_places: Sequence[tuple[int, bool] | None] = (),
 ) -> Tensor | list[Tensor | None] | None:
     """Return the mask of a model's features: one for all, or each layer's own.
 
-    `sides` and `text_starts` are those of `FeatureCapture`.
+    `sides` and `text_places` are those of `FeatureCapture`.
     """
     tokens = token_attention(inputs, labels, model)
-    if not sides and len({*text_starts}) < 2 and None not in text_starts:
-        return tokens_mask(tokens, features, model, *text_starts[:1])
+    if not sides and len({*text_places}) < 2 and None not in text_places:
+        return tokens_mask(tokens, features, model, *text_places[:1])
     masks: list[Tensor | None] = []
     for index, feature in enumerate(features):
         own = inputs.get("attention_mask") if sides and sides[index] == "encoder" else tokens
-        start = text_starts[index] if text_starts else 0
-        masks.append(patch_mask(inputs, feature) if start is None else tokens_mask(own, [feature], model, start))
+        place = text_places[index] if text_places else (0, True)
+        masks.append(patch_mask(inputs, feature) if place is None else tokens_mask(own, [feature], model, place))
     return masks
 
 
@@ -134,9 +137,9 @@ def patch_mask(inputs: Mapping[str, Any], feature: Tensor) -> Tensor | None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model that PEFT wraps, whose kind and signature count; any other model as it is."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else model
+    """Return the model that PEFT or a compiler wraps, whose kind and signature count; any other model as it is."""
+    wrapper: Any = getattr(model, "_orig_mod", model)
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -196,7 +199,8 @@ def token_targets(labels: Any, attention_mask: Any, shifted: bool, starts: Tenso
 def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
     """Tell the kind of head from labels, `config.problem_type`, and logits (B), (B, C), (B, N, C) or (B, C, H, W).
 
-    Spans have logits as tokens do: see `returns_spans`.
+    Spans have logits as tokens do (see `returns_spans`), and so have masks (B, H, W) of one object and the frames of a
+    sound, whose labels (if any) are not along them.
     """
     if logits.dim() == 3:
         return "tokens"

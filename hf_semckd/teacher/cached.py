@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.columns import teacher_entries
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..models.images import ImageAdaptation
@@ -128,7 +129,7 @@ class CachedTeacher:
         """Open the cache for what was described of a batch; those who keep the same of the features share it."""
         if self._cache is not None:
             self._cache.store.close()
-        if Documents.of(self.inputs(batch)) is not None:
+        if Documents.of(teacher_entries(batch)) is not None:
             raise ConfigurationError(
                 "The teacher cache does not support packed rows, which other documents make up every time",
                 received="teacher_cache_dir with position_ids that start again",
@@ -185,7 +186,8 @@ class CachedTeacher:
             found = iter([{name: value[n] for name, value in stored.items()} for n in range(sum(lookup.present))])
             stored = to_batch([next(found if present else fresh) for present in lookup.present], token_count(inputs))
         outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
-        outputs.mask = tokens_mask(inputs.get("attention_mask"), [])
+        along = [outputs.logits] if outputs.logits is not None and outputs.logits.dim() == 3 else []
+        outputs.mask = tokens_mask(inputs.get("attention_mask"), along, self.model)
         return outputs
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

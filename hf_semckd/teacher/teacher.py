@@ -16,7 +16,7 @@ from ..features.token_sampling import content_phase
 from ..losses import FeatureLoss
 from ..models.images import ImageAdaptation, fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
-from ..models.outputs import holds_images, layer_masks, logits_of, tokens_mask
+from ..models.outputs import holds_images, layer_masks, logits_of, token_attention, tokens_mask
 from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
@@ -134,19 +134,23 @@ class Teacher:
         outputs, recorded = self.forward(inputs, features=features)
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
-        documents = Documents.of({**attention, **inputs}) if features else None
+        documents = Documents.of({**teacher_entries(batch), **attention}) if features else None
         if documents is not None:
             taken, inputs = [documents.unpack(entry) for entry in taken], {"attention_mask": documents.mask}
-        layout = self.capture.sides, self.capture.text_starts
-        mask = layer_masks({**attention, **inputs}, labels, self.model, taken, *layout)
+        layout = self.capture.sides, self.capture.text_places
+        told = {**attention, **inputs}
+        mask = layer_masks(told, labels, self.model, taken, *layout)
         kept = TeacherTargets()
         if features and loss is not None:
             kept = loss.select(taken, mask, chosen(self._phases(batch)) if loss.samples_tokens else None)
         elif features:
             kept = TeacherTargets.of_whole(taken, mask)
+        given = logits_of(outputs, "teacher").detach() if logits else None
         # Logits are the decoder's, whose layers come last.
         of_logits = mask if mask is None or isinstance(mask, Tensor) else mask[-1]
-        return TeacherOutputs(logits_of(outputs, "teacher").detach() if logits else None, kept, of_logits)
+        if given is not None and given.dim() == 3 and not features:
+            of_logits = tokens_mask(token_attention(told, labels, self.model), [given], self.model)
+        return TeacherOutputs(given, kept, of_logits)
 
     @torch.no_grad()
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:
@@ -155,7 +159,8 @@ class Teacher:
         Refuses a batch that the model cannot take, a layer that does not exist, and outputs that are not finite.
         """
         self.model.eval()
-        found_size = fitting_size(self.model, self.inputs(batch))
+        self.images = replace(self.images, interpolates=False, size=None)
+        found_size = fitting_size(self.model, {**self.inputs(batch), **self.capture.request()})
         self.images = replace(self.images, interpolates=found_size.interpolates, size=found_size.size)
         inputs = self.inputs(batch)
         taken, specs = [], []
@@ -165,7 +170,7 @@ class Teacher:
             specs = found.describe(of_image=holds_images(self.model, inputs))
         else:
             outputs, _ = run_on_inputs("teacher", batch, lambda: self.forward(inputs, features=False))
-        check_documents(self.model, inputs, "teacher")
+        check_documents(self.model, teacher_entries(batch), inputs, "teacher")
         given = logits_of(outputs, "teacher") if logits else None
         mask = tokens_mask(inputs.get("attention_mask"), [])
         check_finite(TeacherOutputs(given, TeacherTargets.of_whole(taken, mask), mask), self.layer_names)
@@ -191,7 +196,7 @@ class Teacher:
         # As the collator made them: the teacher's precision must not matter. What a sample is lies in its token ids
         # or pixels.
         inputs = self.select_inputs(teacher_entries(batch))
-        documents = Documents.of(inputs)
+        documents = Documents.of(teacher_entries(batch))
         if documents is not None:
             return content_phase(documents.unpack(inputs["input_ids"]), documents.mask)
         content = inputs.get(getattr(self.model, "main_input_name", ""))

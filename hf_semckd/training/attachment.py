@@ -170,7 +170,7 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         inputs, documents = targets.student_inputs, Documents.of(targets.student_inputs)
         if documents is not None:
             features, inputs = [documents.unpack(entry) for entry in features], {"attention_mask": documents.mask}
-        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_starts)
+        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_places)
         result = loss(features, targets.features, masks)
         losses = {"per_sample": result.per_sample}
         if result.association is not None:

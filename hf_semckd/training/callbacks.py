@@ -47,6 +47,7 @@ class DistillationCallback(TrainerCallback):
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
         self.monitor.start(state.global_step)
         if self.attachment is not None:
+            self.attachment.loss.forget_collected()
             self.handler.model = self.attachment.plain_view()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

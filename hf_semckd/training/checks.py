@@ -22,6 +22,7 @@ from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
 from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
 from ..models.outputs import IGNORED, Task, base_model, is_encoder_decoder
+from ..models.packing import document_starts
 
 logger = logging.getLogger(__name__)
 POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
@@ -99,7 +100,8 @@ def check_reload(student: nn.Module) -> None:
 
     What else would be lost or made up, such as a head that was replaced, is told: its owner may load it otherwise.
     """
-    if not isinstance(student, PreTrainedModel) or getattr(student, "is_quantized", False):
+    adapted = getattr(student, "_hf_peft_config_loaded", False)
+    if not isinstance(student, PreTrainedModel) or getattr(student, "is_quantized", False) or adapted:
         return
     try:
         with preserved_random_state(0), torch.device("meta"):
@@ -109,7 +111,7 @@ def check_reload(student: nn.Module) -> None:
     shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     wrong = [name for name, value in described.items() if shapes.get(name) != tuple(value.shape)]
     lost = [name for name in shapes if name not in described]
-    blocks = [name for name in wrong if name not in shapes and any(part.isdigit() for part in name.split("."))]
+    blocks = [name for name in wrong if _lacks_block(name, shapes)]
     if blocks:
         raise InputError(
             "The student's configuration describes a deeper model: loaded again, some of its layers would be random",
@@ -126,11 +128,23 @@ def check_reload(student: nn.Module) -> None:
         )
 
 
+def _lacks_block(name: str, shapes: Mapping[str, object]) -> bool:
+    """Whether a weight belongs to a numbered module that a model lacks, though it has others of the list."""
+    parts = name.split(".")
+    for place in (place for place, part in enumerate(parts) if part.isdigit()):
+        block, first = ".".join(parts[: place + 1]), ".".join([*parts[:place], "0"])
+        if not any(other.startswith(f"{block}.") for other in shapes):
+            return any(other.startswith(f"{first}.") for other in shapes)
+    return False
+
+
 def check_lengths(batch: Mapping[str, Any], models: Mapping[str, nn.Module]) -> None:
     """Refuse a text, the longest of the data set, that is longer than the positions a model (by its role) has."""
     for role, model in models.items():
         prefix = TEACHER_PREFIX if role == "teacher" and has_own_tokens(batch) else ""
         ids, limit = batch.get(f"{prefix}input_ids"), learned_positions(model)
+        if document_starts(teacher_entries(batch) if prefix else batch) is not None:
+            continue
         if isinstance(ids, Tensor) and ids.dim() == 2 and limit is not None and ids.shape[1] > limit:
             raise InputError(
                 f"There is a text that is longer than the {role} can read",
@@ -181,7 +195,7 @@ def check_labels(batch: Mapping[str, Any], label_names: Sequence[str], config: S
             "There are no labels, and task_weight is positive",
             received=f"columns {', '.join(map(repr, batch))}, task_weight={config.task_weight}",
             expected=f"a column named {', '.join(map(repr, label_names or ('labels',)))}",
-            todo="add labels, or set task_weight=0 to learn from the teacher alone",
+            todo="add labels, name their column in label_names, or set task_weight=0 to learn from the teacher alone",
         )
 
 
@@ -199,8 +213,8 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     known = tokenizer.get_vocab()
-    if theirs != known:
-        other = sum(theirs.get(token) != index for token, index in known.items())
+    other = sum(theirs.get(token) != index for token, index in known.items())
+    if other:
         raise InputError(
             "The teacher has another tokenizer than the student, whose token ids mean nothing to it",
             received=f"processing_class with {len(known)} tokens, of which {other} are other ids in {teacher}",
@@ -252,7 +266,11 @@ def warn_of_single_samples(loss: FeatureLoss | None, config: SemCKDConfig) -> No
 def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:
     """Refuse labels that are no class of the student's: deep inside a loss they would end in a raw error."""
     labels = batch.get("labels")
-    if task not in ("single_label", "tokens") or not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
+    if (
+        task not in ("single_label", "tokens", "frames")
+        or not isinstance(labels, Tensor)
+        or labels.dtype is not torch.int64
+    ):
         return
     classes = int(logits.shape[1] if task == "single_label" else logits.shape[-1])
     bounds = [int(labels.min()), int(labels.max()), *(label_range(dataset) or ())]

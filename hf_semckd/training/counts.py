@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..features.precision import at_least_float32
 from ..models.outputs import IGNORED, Task, batch_size, token_targets
-from ..models.packing import document_starts
+from ..models.packing import document_count, document_starts
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"
@@ -75,8 +75,10 @@ def count_items(batch: Mapping[str, Any], task: Task, shifted: bool) -> tuple[Te
     # Sums of counts are exact in the widest precision of the device.
     kind: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
     # The samples of packed rows are their documents.
-    starts = document_starts(batch)
-    samples = torch.full((), float(batch_size(batch)), **kind) if starts is None else starts.sum().to(**kind)
+    starts, documents = document_starts(batch), document_count(batch)
+    samples = torch.full((), float(batch_size(batch)), **kind) if documents is None else documents.to(**kind)
+    if task == "frames":
+        return samples, samples, samples
     if task == "tokens":
         mask = token_targets(labels, batch.get("attention_mask"), shifted, starts)
         count = samples if mask is None else mask.sum().to(**kind)

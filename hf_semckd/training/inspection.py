@@ -80,13 +80,16 @@ def inspect_pair(
         else:
             outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
         shifts = predicts_next_token(student, outputs, batch)
-        check_documents(student, inputs, "student")
+        check_documents(student, batch, inputs, "student")
     finally:
         student.train(was_training)
     student_logits: Any = None
     # Without a logit term the student may return none.
     with nullcontext() if logits else suppress(InputError):
         student_logits = logits_of(outputs, "student")
+    task: Task = "single_label"
+    if student_logits is not None:
+        task = head_task(student, outputs, student_logits, batch, pair.teacher.model)
     match = LogitMatch()
     if logits and described.logits:
         check_same_tokens(student_logits.shape, batch)
@@ -94,7 +97,7 @@ def inspect_pair(
     return Inspection(
         batch=batch,
         student_logits=student_logits,
-        task="single_label" if student_logits is None else head_task(student, outputs, student_logits, batch),
+        task=task,
         shifts_labels=shifts,
         tokens_aligned=not has_own_tokens(batch) and not detects_objects(outputs),
         writes_text=is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3,
@@ -105,10 +108,22 @@ def inspect_pair(
     )
 
 
-def head_task(model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any]) -> Task:
-    """Return the kind of a model's head, by what it gave for a batch; see `task_of`."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return "spans" if returns_spans(outputs) else task_of(logits, batch.get("labels"), problem)
+def head_task(model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any], teacher: Any = None) -> Task:
+    """Return the kind of a model's head, by what it gave for a batch; see `task_of`.
+
+    Where neither labels nor the model's configuration tell, its teacher's does.
+    """
+    problems = (getattr(getattr(entry, "config", None), "problem_type", None) for entry in (model, teacher))
+    if returns_spans(outputs):
+        return "spans"
+    images, labels = batch.get("pixel_values"), batch.get("labels")
+    if logits.dim() == 3 and isinstance(images, Tensor) and logits.shape[1:] == images.shape[-2:]:
+        return "multi_label"
+    told = [entry for entry in (labels, batch.get("attention_mask")) if isinstance(entry, Tensor) and entry.dim() == 2]
+    reads_text = "input_ids" in batch or is_encoder_decoder(model)
+    if logits.dim() == 3 and not reads_text and (not told or told[0].shape[1] != logits.shape[1]):
+        return "frames"
+    return task_of(logits, labels, next(filter(None, problems), None))
 
 
 def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:

@@ -85,7 +85,8 @@ class Objective:
         if self.loss is None:
             return model(**inputs), None
         # A student that takes no mask (FNet) is compared where the batch has tokens all the same.
-        told = {"attention_mask": batch.get("attention_mask"), **inputs, "labels": self.plan.labels_of(batch)}
+        told = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+        told |= {**inputs, "labels": self.plan.labels_of(batch)}
         taught = DistillationTargets(targets.features, told, self.run_teacher.wait)
         outputs = model(**inputs, **taught.as_keyword())
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
@@ -108,7 +109,9 @@ class Objective:
         if plan.distills_logits:
             assert targets.logits is not None
             logits, labeled = plan.match(logits_of(outputs, "student"), targets.logits), plan.with_labels(batch)
-            total = logit_loss_sum(*logits, labeled, plan.temperature, plan.task, plan.shifts_labels)
+            total = logit_loss_sum(
+                *logits, labeled, plan.temperature, plan.task, plan.shifts_labels, frames=targets.mask
+            )
             terms["logit_loss"] = scaled(total, counts.logit_scale())
         if features is not None:
             # Multiple choice has several rows a sample: the mean over rows is that over samples.

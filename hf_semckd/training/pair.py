@@ -60,7 +60,7 @@ class InputRouter:
         """Return which of a data set's columns must stay besides those kept by `Trainer` for the student."""
         extra = [name for name in self._teacher_takes if name not in kept]
         extra += [name for name in columns if name.startswith(TEACHER_PREFIX)]
-        if not self._pretrained and not {*kept} & {*columns}:
+        if not self._pretrained and not {*kept} & {*columns} - {*LABEL_COLUMNS}:
             extra += columns
         return extra
 

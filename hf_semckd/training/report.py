@@ -171,7 +171,7 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     except InputError as error:
         problem = str(error).splitlines()[0]
     attention = {"attention_mask": batch.get("attention_mask"), **inputs}
-    mask = layer_masks(attention, batch.get("labels"), model, found.features, capture.sides, capture.text_starts)
+    mask = layer_masks(attention, batch.get("labels"), model, found.features, capture.sides, capture.text_places)
     modules = capture.modules or [""] * len(found.names)
     specs = found.describe(of_image=holds_images(model, inputs))
     name, masked = type(model).__name__, mask is not None

@@ -6,7 +6,7 @@ import transformers as tf
 from makers import Samples, config, losses
 
 from hf_semckd import SemCKDTrainer, inspect_models
-from hf_semckd.features.modalities import text_starts
+from hf_semckd.features.modalities import TextPlace, text_places
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 WORDS = {"vocab_size": 64, "max_position_embeddings": 32}
@@ -46,17 +46,18 @@ def layoutlm(layers):
     return tf.LayoutLMv3ForTokenClassification(made)
 
 
-# What makes the model, the layers of two blocks, and where the text begins in each; None: no text.
+ALL = TextPlace(0)
+# What makes the model, the layers of two blocks, and where the text lies in each; None: none. ViLT shuffles patches.
 FAMILIES = {
-    "vilt": (vilt, ["vilt.encoder.layer.0", "vilt.encoder.layer.1"], [0, 0]),
-    "git": (git, ["git.encoder.layer.0", "git.encoder.layer.1"], [17, 17]),
+    "vilt": (vilt, ["vilt.encoder.layer.0", "vilt.encoder.layer.1"], [TextPlace(0, False)] * 2),
+    "git": (git, ["git.encoder.layer.0", "git.encoder.layer.1"], [TextPlace(17)] * 2),
     "clip": (
         clip,
         [f"{tower}_model.encoder.layers.{n}" for tower in ("vision", "text") for n in range(2)],
-        [None, None, 0, 0],
+        [None, None, ALL, ALL],
     ),
-    "blip": (blip, ["text_decoder.bert.encoder.layer.0", "text_decoder.bert.encoder.layer.1"], [0, 0]),
-    "layoutlmv3": (layoutlm, ["layoutlmv3.encoder.layer.0", "layoutlmv3.encoder.layer.1"], [0, 0]),
+    "blip": (blip, ["text_decoder.bert.encoder.layer.0", "text_decoder.bert.encoder.layer.1"], [ALL] * 2),
+    "layoutlmv3": (layoutlm, ["layoutlmv3.encoder.layer.0", "layoutlmv3.encoder.layer.1"], [ALL] * 2),
 }
 
 
@@ -98,10 +99,10 @@ def test_the_layers_are_the_blocks_that_read_the_text(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_begins_where_its_first_word_changes_something(family):
-    _, names, starts = FAMILIES[family]
+    _, names, places = FAMILIES[family]
     batch = batch_of(rows(family))
     batch.pop("labels", None)
-    assert text_starts(made(family, 2), batch, names) == starts
+    assert text_places(made(family, 2), batch, names) == places
 
 
 @pytest.mark.parametrize("family", FAMILIES)

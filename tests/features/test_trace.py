@@ -7,8 +7,9 @@ import torch
 import transformers as tf
 from torch import nn
 
+from hf_semckd.errors import InputError
 from hf_semckd.features.capture import FeatureCapture
-from hf_semckd.features.trace import ForwardTrace, find_blocks, find_layers, pattern_of
+from hf_semckd.features.trace import ForwardTrace, find_blocks, find_layers, pattern_of, towers
 
 TEXT = {"vocab_size": 60, "num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2}
 WIDE = {**TEXT, "intermediate_size": 32}
@@ -260,3 +261,67 @@ def test_stages_with_their_channels_last_become_maps_and_transitions_are_no_bloc
     assert found.names == ["features.0", "features.2"]
     for name, feature in zip(found.names, found.features, strict=True):
         assert torch.equal(feature, seen[name].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("margin", ["black", "white", "none"])
+def test_patches_do_not_depend_on_what_the_images_show(margin):
+    """Scans with a common margin have patches that never change, as the model's own tokens do."""
+    pixels = torch.rand(2, 3, 32, 32)
+    if margin != "none":
+        pixels[:, :, :8] = pixels[:, :, :, -8:] = float(margin == "white")
+        pixels[:, :, 8:16, 8:16] = 0.5
+    model = tf.ViTModel(tf.ViTConfig(**{**WIDE, "image_size": 32, "patch_size": 4})).eval()
+    for images in (pixels, pixels[:1], torch.zeros_like(pixels)):
+        with torch.no_grad():
+            found = FeatureCapture(model, None, "student").find(model, {"pixel_values": images})
+        assert [(spec.grid, spec.prefix) for spec in found.describe(of_image=True)] == [((8, 8), 1)] * 3
+        assert all(len(feature) == len(images) for feature in found.features)
+
+
+class Sounds(nn.Module):
+    """A plain convolutional network on sounds: (samples, channels, time)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(width, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU()) for width in (1, 6)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(2))
+
+
+def test_the_positions_of_a_sound_are_its_tokens():
+    model, seen = Sounds().eval(), []
+    model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        found = FeatureCapture(model, None, "student").find(model, {"x": torch.randn(2, 1, 20)})
+    assert [(spec.length, spec.channels) for spec in found.describe(of_image=True)] == [(20, 6)] * 2
+    assert torch.equal(found.features[1], seen[-1].transpose(1, 2))
+
+
+def test_layers_that_do_not_begin_with_the_samples_are_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = model, nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x.transpose(0, 1)).mean(0))
+
+    outer = Sequence().eval()
+    with torch.no_grad(), pytest.raises(InputError, match=r"(?s)does not begin with the samples.*batch_first"):
+        FeatureCapture(outer, None, "student").find(outer, {"x": torch.randn(2, 5, 4)})
+
+
+def test_towers_are_found_below_a_common_part():
+    names = [f"clip.{tower}_model.encoder.layers.{n}" for tower in ("vision", "text") for n in range(2)]
+    assert towers(names) == ["vision_model", "vision_model", "text_model", "text_model"]
+    assert towers(["layer1.0", "layer1.1", "layer2.0"]) == []
+    assert towers(["encoder.layers.0", "encoder.layers.1"]) == [] and towers([]) == []

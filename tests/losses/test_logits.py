@@ -6,7 +6,7 @@ import torch
 from naive import normal
 from scipy import special
 
-from hf_semckd.losses.logits import binary_kd_loss, kd_loss
+from hf_semckd.losses.logits import binary_kd_loss, kd_loss, logit_loss_sum
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -68,3 +68,24 @@ def test_binary_kd_loss_sends_no_gradient_to_the_teacher():
     student, teacher = normal(4, 3, seed=13).requires_grad_(), normal(4, 3, seed=14).requires_grad_()
     binary_kd_loss(student, teacher, 2.0).sum().backward()
     assert teacher.grad is None and student.grad is not None
+
+
+def test_frames_are_averaged_over_each_sound_without_its_padding():
+    """CTC: labels are not along the frames, and every frame of a sound counts."""
+    student, teacher = (torch.randn(2, 5, 4, dtype=torch.float64) for _ in range(2))
+    frames = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    student[1, 4] = torch.nan
+    expected = 0.0
+    for sample, length in enumerate((5, 3)):
+        own, theirs = (logits[sample, :length].div(2).log_softmax(-1) for logits in (student, teacher))
+        expected += float(4 * (theirs.exp() * (theirs - own)).sum(-1).mean())
+    labels = {"labels": torch.tensor([[1, 2], [3, -100]])}
+    assert float(logit_loss_sum(student, teacher, labels, 2.0, "frames", False, frames)) == pytest.approx(expected)
+
+
+def test_masks_of_one_object_have_a_probability_for_every_pixel():
+    student, teacher = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(2))
+    own, theirs = ((logits / 2).sigmoid() for logits in (student, teacher))
+    expected = theirs * (theirs / own).log() + (1 - theirs) * ((1 - theirs) / (1 - own)).log()
+    actual = logit_loss_sum(student, teacher, {}, 2.0, "multi_label", False)
+    assert float(actual) == pytest.approx(4 * float(expected.mean((1, 2)).sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,6 +168,51 @@ def check_padding(task: str, family: str, folder: Any) -> None:
     for plain, padded in zip(*seen, strict=True):
         # In float32 the divergence of nearly equal logits, a sum of 64 differences, is rounded to some 1e-7.
         assert abs(plain - padded) <= 1e-3 * abs(plain) + 5e-7, seen
+
+
+def check_pair(task: str, student: str, teacher: str, folder: Any) -> None:
+    """A family learns from the features of another; images of another size are the teacher's own."""
+    own, other = make(student, task), make(teacher, task, seed=1)
+    data, theirs = rows(task, student, own), rows(task, teacher, other)
+    if task == "IMAGE_CLASSIFICATION" and data[0]["pixel_values"].shape != theirs[0]["pixel_values"].shape:
+        for row, one in zip(data.rows, theirs.rows, strict=True):
+            row["teacher_pixel_values"] = one["pixel_values"]
+    args = config(folder, max_steps=1)
+    trainer = SemCKDTrainer(model=own, teacher_model=other, args=args, train_dataset=data)
+    trainer.train()
+    assert 0 < losses(trainer, "feature_loss")[0] < 1e6
+
+
+def check_resume(task: str, family: str, folder: Any) -> None:
+    """A training that is resumed after two of four steps ends as one that was not interrupted."""
+
+    def trainer(seed: int, **args: Any) -> SemCKDTrainer:
+        teacher, student = make(family, task, seed=1), make(family, task, seed=seed)
+        data = rows(task, family, student, count=8)
+        return SemCKDTrainer(model=student, teacher_model=teacher, args=config(folder, **args), train_dataset=data)
+
+    assert_resumes(trainer, folder)
+
+
+def assert_resumes(make_trainer: Callable[..., SemCKDTrainer], folder: Any) -> None:
+    """Check that steps 3 and 4 after a checkpoint are those of a training in one go, within one epoch of 8 samples.
+
+    `make_trainer` takes the student's seed and arguments. The resumed student begins with other weights, so that
+    nothing but the checkpoint can make it equal.
+    """
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    whole, half = make_trainer(0, **saving), folder / "checkpoint-2"
+    whole.train()
+    resumed = make_trainer(5, **saving)
+    resumed.train(resume_from_checkpoint=str(half))
+    assert resumed.state.global_step == 4 and losses(whole) == losses(resumed)
+    kept = type(whole.student).from_pretrained(half).state_dict()
+    assert any(not torch.equal(kept[name].to(value), value) for name, value in weights(whole.student).items())
+    for one, other in ((whole.student, resumed.student), (whole.feature_loss, resumed.feature_loss)):
+        ends = [weights(part) for part in (one, other)]
+        assert ends[0].keys() == ends[1].keys()
+        for name, value in ends[0].items():
+            torch.testing.assert_close(value, ends[1][name], rtol=1e-6, atol=1e-6, msg=name)
 
 
 def is_text(task: str) -> bool:

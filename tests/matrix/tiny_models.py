@@ -74,9 +74,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "sew-d": {**SPEECH, "squeeze_factor": 2},
     "audio-spectrogram-transformer": SPECTROGRAM,
     "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
     "canine": {"downsampling_rate": 4},
     "longformer": {"attention_window": 4},
     "led": {"attention_window": 4},
+    "xlnet": {"max_position_embeddings": None},
+    "funnel": {"num_hidden_layers": None, "block_sizes": [1, 1, 1], "d_head": 8, "d_inner": 32},
 }
 
 

@@ -118,3 +118,12 @@ def test_a_teacher_gets_images_normalized_as_its_own_processor_would(tmp_path, c
     columns = [{**row, "teacher_pixel_values": row["pixel_values"]} for row in images().rows]
     distiller(tmp_path, teacher_model=str(folder), processing_class=own, train_dataset=columns)
     assert not any("normalize images differently" in record.message for record in caplog.records)
+
+
+def test_a_student_made_anew_finds_the_teacher_as_it_was(tmp_path):
+    """The layers are found again, from images that were not resized before."""
+    trainer = distiller(
+        tmp_path, model=None, model_init=lambda: vit(), teacher_model=vit(3, 24, seed=9, image_size=LARGE)
+    )
+    trainer.train()
+    assert trainer.pair.teacher.images == ImageAdaptation(interpolates=True)

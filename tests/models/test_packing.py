@@ -10,7 +10,7 @@ from transformers import DataCollatorWithFlattening
 
 from hf_semckd.errors import ConfigurationError, InputError
 from hf_semckd.models.outputs import token_targets
-from hf_semckd.models.packing import Documents, check_documents, document_starts
+from hf_semckd.models.packing import Documents, check_documents, document_count, document_starts
 
 ALONE = {"relation_weight": 0.0}
 
@@ -94,9 +94,28 @@ def test_packed_documents_need_no_labels(terms, tmp_path):
 
 def test_a_model_that_reads_across_documents_is_refused(tmp_path):
     """An encoder takes position_ids and has no mask for them."""
-    check_documents(gpt2().eval(), packed(4, 5), "student")
-    with pytest.raises(InputError, match=r"(?s)reads across the documents of packed rows.*DataCollatorWithPadding"):
-        check_documents(bert_mlm().eval(), packed(4, 5), "student")
+    alone = {**packed(4, 5), "use_cache": False}
+    check_documents(gpt2().eval(), alone, alone, "student")
+    for model, inputs in ((bert_mlm(), packed(4, 5)), (gpt2(), packed(4, 5)), (gpt2().bfloat16(), packed(9))):
+        # With a cache of keys transformers does not look at the positions; one document alone tells nothing.
+        with pytest.raises(
+            InputError, match=r"(?s)reads across the documents of packed rows.*DataCollatorWithPadding"
+        ):
+            check_documents(model.eval(), inputs, inputs, "student")
+
+
+def test_a_model_that_is_not_told_the_positions_is_refused():
+    batch = packed(4, 5)
+    with pytest.raises(InputError, match="reads across"):
+        check_documents(bert_mlm().eval(), batch, {"input_ids": batch["input_ids"]}, "teacher")
+
+
+def test_what_fills_up_a_row_is_no_document():
+    batch = packed(3, 2, 1, 1, 1)
+    labels = batch["input_ids"].clone()
+    labels[:, 5:] = -100
+    assert int(document_count(batch)) == 5 and int(document_count({**batch, "labels": labels})) == 2
+    assert Documents.of({**batch, "labels": labels}).mask.sum(1).tolist() == [3, 2]
 
 
 def test_a_cache_of_packed_rows_is_refused(tmp_path):

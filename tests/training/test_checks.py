@@ -14,6 +14,7 @@ from makers import (
     gpt2,
     images,
     losses,
+    resnet,
     texts,
     vit,
     weights,
@@ -186,11 +187,10 @@ def test_a_teacher_of_another_kind(tmp_path):
     refuse(tmp_path, InputError, *facts, teacher_model=bert(3, 24, seed=9))
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_an_image_size_that_a_model_cannot_take(tmp_path, role):
-    parts = {"model": vit(image_size=32)} if role == "student" else {"teacher_model": vit(3, 24, image_size=32)}
-    facts = (f"{role} cannot take the training data", "(2, 3, 16, 16)", "32*32", "teacher_pixel_values")
-    refuse(tmp_path, InputError, *facts, **parts)
+def test_an_image_size_that_a_student_cannot_take(tmp_path):
+    """A teacher's positions are interpolated; the student gets the size that it will get later."""
+    facts = ("student cannot take the training data", "(2, 3, 16, 16)", "32*32", "teacher_pixel_values")
+    refuse(tmp_path, InputError, *facts, model=vit(image_size=32))
 
 
 def test_tokens_outside_the_vocabulary(tmp_path):
@@ -546,3 +546,65 @@ def test_a_loss_of_absurd_size_is_told_once(tmp_path, caplog):
     trainer.train()
     told = [record.message for record in caplog.records if "drown everything else" in record.message]
     assert len(told) == 1 and told[0].startswith("The task_loss is 1e+18")
+
+
+# ---- What must not be refused --------------------------------------------------------------------------------------
+
+
+def test_labels_that_a_transform_maps_are_not_judged_by_the_table(tmp_path):
+    rows = HubDataset.from_list([{**row, "labels": 5 + row["labels"]} for row in images(8).rows])
+    mapped = rows.with_transform(
+        lambda batch: {
+            "pixel_values": [torch.tensor(image) for image in batch["pixel_values"]],
+            "labels": [label - 5 for label in batch["labels"]],
+        }
+    )
+    distiller(tmp_path, {"remove_unused_columns": False}, train_dataset=mapped)
+
+
+def test_a_loss_of_the_users_may_ignore_any_label(tmp_path):
+    rows = images(8).rows
+    rows[0]["labels"] = -1
+    distiller(tmp_path, train_dataset=rows, compute_loss_func=lambda outputs, labels, **_: outputs["logits"].mean())
+
+
+def test_a_teacher_tokenizer_with_more_tokens_may_read_the_students_ids(tmp_path):
+    def words(count):
+        known = Tokenizer(WordLevel({f"w{n}": n for n in range(count)}, unk_token="w0"))
+        return PreTrainedTokenizerFast(tokenizer_object=known, pad_token="w0")
+
+    folder = tmp_path / "teacher"
+    bert(3, 24, seed=9).save_pretrained(folder)
+    words(41).save_pretrained(folder)
+    rows = texts(8, types=False).rows
+    distiller(tmp_path, model=bert(), teacher_model=str(folder), processing_class=words(40), train_dataset=rows)
+
+
+def test_a_student_with_an_adapter_of_transformers_is_not_judged_by_its_configuration(tmp_path):
+    peft = pytest.importorskip("peft")
+    student = bert()
+    student.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+    distiller(tmp_path, model=student, teacher_model=bert(3, 24, seed=9), train_dataset=texts(8).rows)
+
+
+def test_a_replaced_classifier_with_numbers_in_its_name_is_told_and_not_refused(tmp_path, caplog):
+    student = resnet()
+    student.classifier = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 3)))
+    distiller(tmp_path, model=student, teacher_model=resnet((8, 16), seed=9))
+    assert any("from_pretrained will not load" in record.message for record in caplog.records)
+
+
+def test_a_module_with_an_input_of_any_name_may_have_named_labels(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(2))
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    trainer = distiller(tmp_path, {"label_names": ["labels"]}, model=Plain(), teacher_model=vit(3, 24, seed=9))
+    trainer.train()

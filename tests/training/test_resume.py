@@ -123,6 +123,15 @@ def test_resuming_equals_not_stopping(family, association, cut, tmp_path):
     assert any(name.startswith("/optimizer.pt/state") for name in once)
 
 
+def test_resuming_in_the_trainer_that_stopped_equals_not_stopping(tmp_path):
+    """What the last step before left behind, of statistics and of the bank, belongs to another training."""
+    fit(trainer_of("vit", tmp_path / "once", save_steps=WHOLE))
+    trainer = trainer_of("vit", tmp_path / "twice")
+    fit(trainer)
+    fit(trainer, str(tmp_path / "twice" / f"checkpoint-{HALF}"))
+    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
+
+
 def killed(folder: str) -> None:
     """Train until one step after the checkpoint, and die; runs in a process of its own."""
     torch.set_num_threads(1)

@@ -67,6 +67,10 @@ class Association(ABC):
         """Return how many of these student layers have any weight: the number that errors are averaged over."""
         return layers
 
+    def forget_collected(self) -> None:
+        """Forget what was collected since the last `synchronize`."""
+        return
+
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None, rank: int, world: int) -> None:
         """Take up what was collected in an optimizer step; see `FeatureLoss.synchronize`."""
         return
@@ -107,6 +111,11 @@ class SimilarityAssociation(Association):
         counted = None if self.bank is None else self.bank.filled
         own, theirs = torch.stack(similarities[: len(student)]), torch.stack(similarities[len(student) :])
         return self.normalize(row_cosine(own, theirs, counted) / self.temperature)
+
+    def forget_collected(self) -> None:
+        """Let the bank forget the samples of a step that was not finished."""
+        if self.bank is not None:
+            self.bank.forget_collected()
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor] | None, rank: int, world: int) -> None:
         """Let the bank take up the samples of an optimizer step."""

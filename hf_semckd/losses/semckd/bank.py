@@ -33,6 +33,10 @@ class SimilarityBank(nn.Module):
         self.widths = list(widths)
         self.register_buffer("rows", torch.zeros(size, sum(widths)))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.forget_collected()
+
+    def forget_collected(self) -> None:
+        """Forget the samples that were met since the last `synchronize`."""
         self._collected: list[Tensor] = []
         self._counts: list[int] = []
 
@@ -82,4 +86,4 @@ class SimilarityBank(nn.Module):
             update = reduce_sum(update)
         self.rows.copy_(torch.where(update[:size, -1:] > 0, update[:size, :-1], self.rows))
         self.seen += ends[-1]
-        self._collected, self._counts = [], []
+        self.forget_collected()

@@ -273,6 +273,12 @@ class SemCKDLoss(FeatureLoss):
             values, masks = zip(*(teacher.values(t) for t in range(len(layers))), strict=True)
             update_layer_statistics(layers, values, masks)
 
+    def forget_collected(self) -> None:
+        """Forget what was collected since the last `synchronize`; see `FeatureLoss.forget_collected`."""
+        for layer in self.statistics.layers:
+            layer.collected = None
+        self.association.forget_collected()
+
     def synchronize(
         self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
     ) -> None:
