@@ -1,7 +1,7 @@
-"""The sizes of a model: which numbers of its configuration set the depth of a list of blocks, or the axis of a weight.
+"""The depth of a model: which numbers of its configuration count the blocks of which lists.
 
-Found by changing one number at a time, and building the model without memory (on the meta device): what changes belongs
-to that number.
+Found by lowering one number at a time, and building the model without memory (on the meta device): the blocks that are
+gone then are counted by that number.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 DEPTH_WORDS = re.compile(r"layer|depth|block")
-WIDTH_WORDS = re.compile(r"hidden|dim|width|embd|ffn|d_ff|inner|intermediate|head|d_model|d_kv|embed")
-# Numbers that are no sizes of blocks, whatever they are called.
+# Numbers that count no blocks, whatever they are called: those of a sound's convolutions, and of stages.
 OTHER_WORDS = re.compile(
     r"feat_extract|encoder_blocks|vocab|image|patch|kernel|window|position|label|token_id|_id$|bucket|dropout|prob|max_"
 )
@@ -75,13 +74,13 @@ def shapes_of(model: nn.Module) -> Shapes:
 def find_depths(model: nn.Module) -> list[Depth]:
     """Return the numbers of blocks in a model's configuration, in the order of its modules."""
     found, own = [], shapes_of(model)
-    for size in _numbers(model, DEPTH_WORDS):
+    for size in _numbers(model.config):
         if not 2 <= size.value <= LARGEST_DEPTH:
             continue
         cut = empty_like(model, shallower(model.config, size, range(size.value - 1)))
         left = {} if cut is None else shapes_of(cut)
         lists = {_list_of(name, size.value - 1, left) for name in own if name not in left}
-        if cut is not None and lists and None not in lists and own.keys() >= left.keys():
+        if cut is not None and lists and None not in lists:
             found.append(Depth(size, tuple(sorted(filter(None, lists)))))
     names = list(own)
     return sorted(found, key=lambda depth: next(i for i, name in enumerate(names) if name.startswith(depth.lists[0])))
@@ -105,35 +104,18 @@ def shallower(config: Any, size: ConfigSize, kept: Sequence[int]) -> Any:
         if field != size.field and listed and LISTED_WORDS.search(field):
             setattr(made, field, [value[place] for place in kept])
     size.put(made, len(kept))
-    return made
+    if not hasattr(made, "stage_names"):
+        return made
+    # A backbone names a stage for every block, when its configuration is made.
+    stages = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+    return type(made).from_dict({name: value for name, value in made.to_dict().items() if name not in stages})
 
 
-def find_axes(model: nn.Module) -> dict[ConfigSize, dict[str, tuple[int, ...]]]:
-    """Return the axes of weights that grow with each number of a model's configuration: {number: {weight: axes}}."""
-    found: dict[ConfigSize, dict[str, tuple[int, ...]]] = {}
-    own = shapes_of(model)
-    for size in _numbers(model, WIDTH_WORDS):
-        config = copy.deepcopy(model.config)
-        size.put(config, 2 * size.value)
-        grown = empty_like(model, config)
-        if grown is None:
+def _numbers(config: Any) -> Iterator[ConfigSize]:
+    """Yield the numbers of a configuration that may count blocks, by the names of their fields."""
+    for field, value in config.to_dict().items():
+        if not DEPTH_WORDS.search(field) or OTHER_WORDS.search(field):
             continue
-        shapes = shapes_of(grown)
-        if shapes.keys() != own.keys():
-            continue
-        axes = {name: tuple(i for i, n in enumerate(shape) if shapes[name][i] != n) for name, shape in own.items()}
-        axes = {name: changed for name, changed in axes.items() if changed}
-        if axes:
-            found[size] = axes
-    return found
-
-
-def _numbers(model: nn.Module, words: re.Pattern[str]) -> Iterator[ConfigSize]:
-    """Yield the numbers of a configuration whose fields are called so."""
-    for field, value in model.config.to_dict().items():
-        if not words.search(field) or OTHER_WORDS.search(field):
-            continue
-        entries = list(enumerate(value)) if isinstance(value, (list, tuple)) else [(None, value)]
-        for index, entry in entries:
+        for index, entry in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
             if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
                 yield ConfigSize(field, index, entry)

@@ -46,8 +46,9 @@ def make_student(
         parameters: Largest share of the teacher's parameters, between 0 and 1.
         latency_ms: Largest time of a forward pass over `batch`, in milliseconds, measured here; the median of 15.
         init: `teacher` copies the weights of the blocks that are kept, `random` makes new ones.
-        importance: Which blocks are kept. `even`: evenly spaced, from the first to the last. `change`: those that
-            change their input most over `batch` (one minus the mean cosine of what goes in and what comes out).
+        importance: Which blocks are kept. `even`: evenly spaced, from the first to the last; of a stage of a
+            hierarchical model, the first ones. `change`: those that change their input most over `batch` (one minus
+            the mean cosine of what goes in and what comes out).
         batch: A batch of inputs, for `latency_ms` and `importance`.
         report: Print a table of what was cut.
 
@@ -79,7 +80,7 @@ def make_student(
     plans = [
         Cut({d: order[d](n) for d, n in zip(depths, counts, strict=True)}) for counts in _counts(depths, num_layers)
     ]
-    cut = _within(model, plans, parameters, latency_ms, batch)
+    cut = _fitting(model, _within(model, plans, parameters, latency_ms, batch))
     student = cut_blocks(model, cut, init=init)
     if report:
         print(cut.table(model, student))
@@ -108,20 +109,18 @@ class Cut:
 def even_blocks(count: int, kept: int) -> tuple[int, ...]:
     """Return the numbers of blocks that are kept of `count`, evenly spaced from the first to the last."""
     if kept == 1:
-        return (count - 1,)
+        return (0,)
     return tuple(round(place * (count - 1) / (kept - 1)) for place in range(kept))
 
 
 def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "random"] = "teacher") -> PreTrainedModel:
     """Return a new model of the teacher's class with some of its blocks; the teacher is left as it is.
 
-    `init` is `teacher` for its weights, `random` for new ones. Raises `InputError` when the family cannot be cut so that it loads again.
+    `init` is `teacher` for its weights, `random` for new ones. Raises `InputError` when the family cannot be cut so
+    that it loads again.
     """
-    config = teacher.config
-    for depth, kept in cut.kept.items():
-        config = shallower(config, depth.size, kept)
     kind: Any = type(teacher)
-    student = kind(config).to(dtype=teacher.dtype, device=teacher.device)
+    student = kind(_config(teacher, cut)).to(dtype=teacher.dtype, device=teacher.device)
     _check_reload(student)
     if init == "random":
         return student.train(teacher.training)
@@ -137,6 +136,46 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "ran
         )
     student.load_state_dict({name: weights[other] for name, other in source.items()})
     return student.train(teacher.training)
+
+
+def _config(model: PreTrainedModel, cut: Cut) -> Any:
+    config: Any = model.config
+    for depth, kept in cut.kept.items():
+        config = shallower(config, depth.size, kept)
+    return config
+
+
+def _fitting(model: PreTrainedModel, cut: Cut) -> Cut:
+    """Return a cut whose blocks have the weights that the student's have at their places.
+
+    Where blocks differ by their number (a first one that halves the resolution, every second one with experts), the
+    nearest of the right kind is taken.
+    """
+    made = empty_like(model, _config(model, cut))
+    if made is None:
+        return cut
+    theirs, own = shapes_of(model), shapes_of(made)
+    fitted = {}
+    for depth, kept in cut.kept.items():
+        taken: list[int] = []
+        for place, wanted in enumerate(kept):
+            kind = _block_shapes(own, depth, place)
+            known = [block for block in range(depth.size.value) if _block_shapes(theirs, depth, block) == kind]
+            later = [block for block in known if not taken or block > taken[-1]] or [wanted]
+            taken.append(min(later, key=lambda block, wanted=wanted: abs(block - wanted)))  # type: ignore[misc]
+        fitted[depth] = tuple(taken)
+    return Cut(fitted)
+
+
+def _block_shapes(shapes: Mapping[str, tuple[int, ...]], depth: Depth, block: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a block, by their names without its number."""
+    found = {}
+    for prefix in depth.lists:
+        for name, shape in shapes.items():
+            head, number, rest = _split(name, prefix)
+            if number == block:
+                found[head + rest] = shape
+    return found
 
 
 def _name_in_teacher(name: str, cut: Cut) -> str:
@@ -188,8 +227,8 @@ def _counts(depths: Sequence[Depth], num_layers: int | Sequence[int] | None) -> 
         raise ConfigurationError(
             "The teacher has no such number of blocks",
             received=f"num_layers={num_layers} for {named}",
-            expected=f"a number from {len(sizes) if staged else 1} to {sum(sizes) if staged else min(sizes)}, or one for "
-            "each of these",
+            expected=f"a number from {len(sizes) if staged else 1} to {sum(sizes) if staged else min(sizes)}, or one "
+            "for each of these",
             todo="choose a number in this range",
         )
     return [asked]
@@ -251,10 +290,7 @@ def _within(
 
 
 def _parameters(model: PreTrainedModel, cut: Cut) -> int:
-    config = model.config
-    for depth, kept in cut.kept.items():
-        config = shallower(config, depth.size, kept)
-    made = empty_like(model, config)
+    made = empty_like(model, _config(model, cut))
     return sum(entry.numel() for entry in (model if made is None else made).parameters())
 
 
@@ -282,7 +318,9 @@ def _block_order(
 ) -> dict[Depth, Callable[[int], tuple[int, ...]]]:
     """Return for each list the function from a number of blocks to those that are kept."""
     if importance == "even":
-        return {depth: partial(even_blocks, depth.size.value) for depth in depths}
+        # In a stage the first block changes the resolution, and windows are shifted in every second one.
+        orders = {depth: partial(even_blocks, depth.size.value) for depth in depths}
+        return {depth: order if depth.size.index is None else _first_blocks for depth, order in orders.items()}
     if batch is None:
         raise ConfigurationError(
             "The importance of blocks is measured on a batch, and there is none",
@@ -291,6 +329,10 @@ def _block_order(
             todo="pass batch=..., or leave importance at 'even'",
         )
     return {depth: partial(_largest, block_changes(model, depth, batch)) for depth in depths}
+
+
+def _first_blocks(kept: int) -> tuple[int, ...]:
+    return tuple(range(kept))
 
 
 def _largest(values: Sequence[float], kept: int) -> tuple[int, ...]:
