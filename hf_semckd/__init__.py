@@ -11,9 +11,10 @@ _HOMES = {
     "SemCKDConfig": "config",
     "SemCKDTrainer": "training.trainer",
     "inspect_models": "training.report",
+    "make_student": "models.students",
 }
 
-__all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__", "inspect_models"]
+__all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__", "inspect_models", "make_student"]
 
 
 def __getattr__(name: str) -> Any:

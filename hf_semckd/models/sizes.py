@@ -1,0 +1,121 @@
+"""The depth of a model: which numbers of its configuration count the blocks of which lists.
+
+Found by lowering one number at a time, and building the model without memory (on the meta device): the blocks that are
+gone then are counted by that number.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+DEPTH_WORDS = re.compile(r"layer|depth|block")
+# Numbers that count no blocks, whatever they are called: those of a sound's convolutions, and of stages.
+OTHER_WORDS = re.compile(
+    r"feat_extract|encoder_blocks|vocab|image|patch|kernel|window|position|label|token_id|_id$|bucket|dropout|prob|max_"
+)
+# Fields with an entry for every block.
+LISTED_WORDS = re.compile(r"layer|attention|type|block|mlp|rope")
+LARGEST_DEPTH = 512
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ConfigSize:
+    """A number of a configuration: the field's name, and the place in it where the field is a list."""
+
+    field: str
+    index: int | None
+    value: int
+
+    def put(self, config: Any, value: int) -> None:
+        """Write another value into a configuration."""
+        if self.index is None:
+            setattr(config, self.field, value)
+            return
+        entries = list(getattr(config, self.field))
+        entries[self.index] = value
+        setattr(config, self.field, entries)
+
+    def __str__(self) -> str:
+        return self.field if self.index is None else f"{self.field}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A number of blocks, and the lists of modules that have so many: names in front of the number of a block."""
+
+    size: ConfigSize
+    lists: tuple[str, ...]
+
+
+def empty_like(model: nn.Module, config: Any) -> nn.Module | None:
+    """Return a model of the same class without memory for its weights; None where the configuration cannot work."""
+    kind: Any = type(model)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception:  # a model refuses sizes that do not fit together in ways of its own
+        return None
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Return the shape of every parameter and buffer that is saved."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def find_depths(model: nn.Module) -> list[Depth]:
+    """Return the numbers of blocks in a model's configuration, in the order of its modules."""
+    found, own = [], shapes_of(model)
+    for size in _numbers(model.config):
+        if not 2 <= size.value <= LARGEST_DEPTH:
+            continue
+        cut = empty_like(model, shallower(model.config, size, range(size.value - 1)))
+        left = {} if cut is None else shapes_of(cut)
+        lists = {_list_of(name, size.value - 1, left) for name in own if name not in left}
+        if cut is not None and lists and None not in lists:
+            found.append(Depth(size, tuple(sorted(filter(None, lists)))))
+    names = list(own)
+    return sorted(found, key=lambda depth: next(i for i, name in enumerate(names) if name.startswith(depth.lists[0])))
+
+
+def _list_of(name: str, last: int, left: Shapes) -> str | None:
+    """Return the list whose block `last`, which holds a weight, is not among the weights that are left."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        block = ".".join(parts[: place + 1])
+        if part == str(last) and not any(other.startswith(f"{block}.") for other in left):
+            return ".".join(parts[:place])
+    return None
+
+
+def shallower(config: Any, size: ConfigSize, kept: Sequence[int]) -> Any:
+    """Return a copy of a configuration for some of its blocks: their number, and every list with an entry for each."""
+    made = copy.deepcopy(config)
+    for field, value in config.to_dict().items():
+        listed = isinstance(value, (list, tuple)) and len(value) == size.value and size.index is None
+        if field != size.field and listed and LISTED_WORDS.search(field):
+            setattr(made, field, [value[place] for place in kept])
+    size.put(made, len(kept))
+    if not hasattr(made, "stage_names"):
+        return made
+    # A backbone names a stage for every block, when its configuration is made.
+    stages = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+    return type(made).from_dict({name: value for name, value in made.to_dict().items() if name not in stages})
+
+
+def _numbers(config: Any) -> Iterator[ConfigSize]:
+    """Yield the numbers of a configuration that may count blocks, by the names of their fields."""
+    for field, value in config.to_dict().items():
+        if not DEPTH_WORDS.search(field) or OTHER_WORDS.search(field):
+            continue
+        for index, entry in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
+            if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
+                yield ConfigSize(field, index, entry)
