@@ -11,9 +11,9 @@ from torch import nn
 
 from hf_semckd import make_student
 from hf_semckd.errors import ConfigurationError, InputError
+from hf_semckd.models.importance import block_changes, even_blocks
 from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.sizes import find_depths
-from hf_semckd.models.students import block_changes, even_blocks
 
 QUICK = {"bert", "llama", "gpt2", "t5", "swin", "resnet", "wav2vec2", "dinov2", "longformer"}
 # Their configurations count no blocks (albert shares one), or blocks of two kinds take turns.
@@ -157,7 +157,7 @@ def test_a_hierarchical_teacher_keeps_every_stage():
 
 
 def test_what_is_no_model_of_transformers_is_refused():
-    with pytest.raises(InputError, match="a model of transformers alone"):
+    with pytest.raises(InputError, match="no configuration counts its blocks"):
         make_student(nn.Linear(2, 2), num_layers=1)
 
 

@@ -1,0 +1,135 @@
+"""Cutting blocks out of a model: another configuration, and the weights of the blocks that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .sizes import Depth, empty_like, shallower, shapes_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which blocks of a model's lists are kept: {depth: numbers of the kept blocks, in order}."""
+
+    kept: Mapping[Depth, tuple[int, ...]]
+
+    def table(self, teacher: nn.Module, student: nn.Module) -> str:
+        """Return what was kept, and how many parameters that leaves."""
+        before, after = (sum(entry.numel() for entry in model.parameters()) for model in (teacher, student))
+        rows = [("size", "teacher", "student", "kept")]
+        for depth, kept in self.kept.items():
+            rows.append((str(depth.size), str(depth.size.value), str(len(kept)), ", ".join(map(str, kept))))
+        rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def count_parameters(model: PreTrainedModel, cut: Cut) -> int:
+    """Return the number of parameters that a cut leaves."""
+    made = empty_like(model, _config(model, cut))
+    return sum(entry.numel() for entry in (model if made is None else made).parameters())
+
+
+def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "random"] = "teacher") -> PreTrainedModel:
+    """Return a new model of the teacher's class with some of its blocks; the teacher is left as it is.
+
+    `init` is `teacher` for its weights, `random` for new ones. Raises `InputError` when the family cannot be cut so
+    that it loads again.
+    """
+    kind: Any = type(teacher)
+    student = kind(_config(teacher, cut)).to(dtype=teacher.dtype, device=teacher.device)
+    _check_reload(student)
+    if init == "random":
+        return student.train(teacher.training)
+    weights, own = teacher.state_dict(), student.state_dict()
+    source = {name: _name_in_teacher(name, cut) for name in own}
+    wrong = [name for name, other in source.items() if other not in weights or weights[other].shape != own[name].shape]
+    if wrong:
+        raise InputError(
+            f"{type(teacher).__name__} cannot be cut: some weights have no counterpart in the teacher",
+            received=f"no weights for {', '.join(wrong[:3])}",
+            expected="blocks in lists that the configuration counts",
+            todo="make the student by hand, or start it at random (init='random')",
+        )
+    student.load_state_dict({name: weights[other] for name, other in source.items()})
+    return student.train(teacher.training)
+
+
+def _config(model: PreTrainedModel, cut: Cut) -> Any:
+    config: Any = model.config
+    for depth, kept in cut.kept.items():
+        config = shallower(config, depth.size, kept)
+    return config
+
+
+def fitting_cut(model: PreTrainedModel, cut: Cut) -> Cut:
+    """Return a cut whose blocks have the weights that the student's have at their places.
+
+    Where blocks differ by their number (a first one that halves the resolution, every second one with experts), the
+    nearest of the right kind is taken.
+    """
+    made = empty_like(model, _config(model, cut))
+    if made is None:
+        return cut
+    theirs, own = shapes_of(model), shapes_of(made)
+    fitted = {}
+    for depth, kept in cut.kept.items():
+        taken: list[int] = []
+        for place, wanted in enumerate(kept):
+            kind = _block_shapes(own, depth, place)
+            known = [block for block in range(depth.size.value) if _block_shapes(theirs, depth, block) == kind]
+            later = [block for block in known if not taken or block > taken[-1]] or [wanted]
+            taken.append(min(later, key=lambda block, wanted=wanted: abs(block - wanted)))  # type: ignore[misc]
+        fitted[depth] = tuple(taken)
+    return Cut(fitted)
+
+
+def _block_shapes(shapes: Mapping[str, tuple[int, ...]], depth: Depth, block: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a block, by their names without its number."""
+    found = {}
+    for prefix in depth.lists:
+        for name, shape in shapes.items():
+            head, number, rest = _split(name, prefix)
+            if number == block:
+                found[head + rest] = shape
+    return found
+
+
+def _name_in_teacher(name: str, cut: Cut) -> str:
+    """Return the teacher's name of a student's weight: blocks have other numbers there."""
+    for depth, kept in cut.kept.items():
+        for prefix in depth.lists:
+            head, number, rest = _split(name, prefix)
+            if number is not None and number < len(kept):
+                return f"{head}{kept[number]}{rest}"
+    return name
+
+
+def _split(name: str, prefix: str) -> tuple[str, int | None, str]:
+    """Split a weight's name at the number of its block in a list."""
+    start = f"{prefix}."
+    if not name.startswith(start):
+        return name, None, ""
+    number, dot, rest = name[len(start) :].partition(".")
+    return (start, int(number), dot + rest) if number.isdigit() else (name, None, "")
+
+
+def _check_reload(student: PreTrainedModel) -> None:
+    """Refuse a student whose configuration, saved and read again, describes another model."""
+    kind: Any = type(student.config)
+    again = empty_like(student, kind.from_dict(student.config.to_dict()))
+    if again is None or shapes_of(again) != shapes_of(student):
+        raise InputError(
+            f"{type(student).__name__} cannot be cut: its configuration does not keep what was cut",
+            received=f"a configuration of {kind.__name__} that describes another model when it is read again",
+            expected="a configuration that says how many blocks there are",
+            todo="make the student by hand, or start it at random (init='random')",
+        )
