@@ -33,7 +33,7 @@ def make_student(
 ) -> PreTrainedModel:
     """Return a smaller model of the teacher's family, which starts as the teacher with fewer blocks.
 
-    The result is an ordinary model with an ordinary configuration. The teacher (a model, name or folder) stays as it is.
+    The result is an ordinary model with an ordinary configuration. The teacher, or what it is loaded from, stays.
 
     Args:
         num_layers: Number of blocks: of the encoder and of the decoder alike, or one number for each of them; of a
