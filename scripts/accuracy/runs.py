@@ -166,7 +166,12 @@ class Bench:
             args = {**QUIET, **COMMON, **protocol.training, **run.settings, "seed": run.seed}
             steps = _steps(len(rows), args)
             on_cpu = self.device == "cpu"
-            where = {"use_cpu": on_cpu, "teacher_cache_dir": str(self.outputs / "cache") if on_cpu else None}
+            where: dict[str, Any] = {
+                "use_cpu": on_cpu,
+                "teacher_cache_dir": str(self.outputs / "cache") if on_cpu else None,
+            }
+            # The rows that are kept were measured with similarities within the batch, before there was a bank.
+            where["association_bank"] = 0
             config = SemCKDConfig(output_dir=folder, logging_steps=max(steps // 4, 1), **where, **args)
             trainer = trainer_class(run.method)(
                 student,
