@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -19,12 +18,15 @@ class Cut:
 
     kept: Mapping[Depth, tuple[int, ...]]
 
-    def table(self, teacher: nn.Module, student: nn.Module) -> str:
+    def table(self, teacher: PreTrainedModel, student: PreTrainedModel) -> str:
         """Return what was kept, and how many parameters that leaves."""
         before, after = (sum(entry.numel() for entry in model.parameters()) for model in (teacher, student))
         rows = [("size", "teacher", "student", "kept")]
         for depth, kept in self.kept.items():
             rows.append((str(depth.size), str(depth.size.value), str(len(kept)), ", ".join(map(str, kept))))
+        sizes = [getattr(model.config, "hidden_size", None) for model in (teacher, student)]
+        if isinstance(sizes[0], int) and sizes[0] != sizes[1]:
+            rows.append(("hidden_size", str(sizes[0]), str(sizes[1]), "those with the largest weights"))
         rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -46,7 +48,7 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "ran
     """
     kind: Any = type(teacher)
     student = kind(_config(teacher, cut)).to(dtype=teacher.dtype, device=teacher.device)
-    _check_reload(student)
+    check_reload(student)
     if init == "random":
         return student.train(teacher.training)
     weights, own = teacher.state_dict(), student.state_dict()
@@ -122,7 +124,7 @@ def _split(name: str, prefix: str) -> tuple[str, int | None, str]:
     return (start, int(number), dot + rest) if number.isdigit() else (name, None, "")
 
 
-def _check_reload(student: PreTrainedModel) -> None:
+def check_reload(student: PreTrainedModel) -> None:
     """Refuse a student whose configuration, saved and read again, describes another model."""
     kind: Any = type(student.config)
     again = empty_like(student, kind.from_dict(student.config.to_dict()))

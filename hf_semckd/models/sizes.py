@@ -1,7 +1,7 @@
-"""The depth of a model: which numbers of its configuration count the blocks of which lists.
+"""The sizes of a model: which numbers of its configuration count the blocks of which lists, or the axes of weights.
 
-Found by lowering one number at a time, and building the model without memory (on the meta device): the blocks that are
-gone then are counted by that number.
+Found by changing one number at a time, and building the model without memory (on the meta device): the blocks that are
+gone then, and the axes that have grown, belong to that number.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+WIDTH_WORDS = re.compile(r"hidden_size|hidden_dim|^dim$|embd|embed_dim|d_model|ffn|d_ff|inner|intermediate|heads?$")
 DEPTH_WORDS = re.compile(r"layer|depth|block")
 # Numbers that count no blocks, whatever they are called: those of a sound's convolutions, and of stages.
 OTHER_WORDS = re.compile(
@@ -74,7 +75,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 def find_depths(model: nn.Module) -> list[Depth]:
     """Return the numbers of blocks in a model's configuration, in the order of its modules."""
     found, own = [], shapes_of(model)
-    for size in _numbers(model.config):
+    for size in _numbers(model.config, DEPTH_WORDS):
         if not 2 <= size.value <= LARGEST_DEPTH:
             continue
         cut = empty_like(model, shallower(model.config, size, range(size.value - 1)))
@@ -111,11 +112,28 @@ def shallower(config: Any, size: ConfigSize, kept: Sequence[int]) -> Any:
     return type(made).from_dict({name: value for name, value in made.to_dict().items() if name not in stages})
 
 
-def _numbers(config: Any) -> Iterator[ConfigSize]:
-    """Yield the numbers of a configuration that may count blocks, by the names of their fields."""
+def _numbers(config: Any, words: re.Pattern[str]) -> Iterator[ConfigSize]:
+    """Yield the numbers of a configuration whose fields are called so."""
     for field, value in config.to_dict().items():
-        if not DEPTH_WORDS.search(field) or OTHER_WORDS.search(field):
+        if not words.search(field) or OTHER_WORDS.search(field):
             continue
         for index, entry in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
             if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0:
                 yield ConfigSize(field, index, entry)
+
+
+def find_axes(model: nn.Module) -> dict[ConfigSize, dict[str, tuple[int, ...]]]:
+    """Return the axes of weights that grow with each number of a model's configuration: {number: {weight: axes}}."""
+    found: dict[ConfigSize, dict[str, tuple[int, ...]]] = {}
+    own = shapes_of(model)
+    for size in _numbers(model.config, WIDTH_WORDS):
+        config: Any = copy.deepcopy(model.config)
+        size.put(config, 2 * size.value)
+        grown = empty_like(model, config)
+        shapes = {} if grown is None else shapes_of(grown)
+        if shapes.keys() == own.keys():
+            changed = {
+                name: tuple(i for i, n in enumerate(shapes[name]) if n != shape[i]) for name, shape in own.items()
+            }
+            found[size] = {name: axes for name, axes in changed.items() if axes}
+    return {size: axes for size, axes in found.items() if axes}

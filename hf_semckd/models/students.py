@@ -16,6 +16,7 @@ from .cutting import Cut, count_parameters, cut_blocks, fitting_cut
 from .importance import Importance, block_order
 from .loading import ModelSource, load_model
 from .sizes import Depth, find_depths
+from .width import narrow
 
 WARM_UP, MEASURED = 3, 15
 
@@ -24,6 +25,7 @@ def make_student(
     teacher: ModelSource,
     *,
     num_layers: int | Sequence[int] | None = None,
+    hidden_size: int | None = None,
     parameters: float | None = None,
     latency_ms: float | None = None,
     init: Literal["teacher", "random"] = "teacher",
@@ -31,16 +33,17 @@ def make_student(
     batch: Mapping[str, Any] | None = None,
     report: bool = True,
 ) -> PreTrainedModel:
-    """Return a smaller model of the teacher's family, which starts as the teacher with fewer blocks.
+    """Return a smaller model of the teacher's family, which starts as the teacher with fewer blocks and channels.
 
     The result is an ordinary model with an ordinary configuration. The teacher, or what it is loaded from, stays.
 
     Args:
         num_layers: Number of blocks: of the encoder and of the decoder alike, or one number for each of them; of a
             hierarchical model, in all stages together.
-        parameters: Largest share of the teacher's parameters, between 0 and 1.
+        hidden_size: Number of channels; heads keep their width, and the feed-forward layers their ratio to it.
+        parameters: Largest share of the teacher's parameters, between 0 and 1, to which blocks are taken away.
         latency_ms: Largest time of a forward pass over `batch`, in milliseconds, measured here; the median of 15.
-        init: `teacher` copies the weights of the blocks that are kept, `random` makes new ones.
+        init: `teacher` copies the weights that are kept, `random` makes new ones.
         importance: Which blocks are kept. `even`: evenly spaced, from the first to the last; of a stage of a
             hierarchical model, the first ones. `change`: those that change their input most over `batch` (one minus
             the mean cosine of what goes in and what comes out).
@@ -53,22 +56,40 @@ def make_student(
         >>> student = make_student(teacher, num_layers=4)  # doctest: +SKIP
     """
     model = load_model(teacher, "teacher")
-    depths = find_depths(model) if isinstance(model, PreTrainedModel) else []
-    if not depths or not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"{type(model).__name__} cannot be cut: no configuration counts its blocks",
-            received=f"a configuration of {type(getattr(model, 'config', None)).__name__}",
-            expected="a model of transformers whose blocks are in lists, and their number in its configuration",
-            todo="make the student by hand",
-        )
-    order = block_order(model, depths, importance, batch)
-    tried = (zip(depths, counts, strict=True) for counts in _counts(depths, num_layers))
-    plans = [Cut({depth: order[depth](count) for depth, count in pairs}) for pairs in tried]
-    cut = fitting_cut(model, _within(model, plans, parameters, latency_ms, batch))
-    student = cut_blocks(model, cut, init=init)
+    if not isinstance(model, PreTrainedModel):
+        raise _uncountable(model)
+    whole = sum(entry.numel() for entry in model.parameters())
+    narrowed = model if hidden_size is None else narrow(model, hidden_size, batch)
+    plans = _plans(narrowed, num_layers, importance, batch)
+    cut = fitting_cut(narrowed, _within(narrowed, plans, whole, parameters, latency_ms, batch))
+    student = cut_blocks(narrowed, cut, init=init)
     if report:
         print(cut.table(model, student))
     return student
+
+
+def _plans(
+    model: PreTrainedModel,
+    num_layers: int | Sequence[int] | None,
+    importance: Importance,
+    batch: Mapping[str, Any] | None,
+) -> list[Cut]:
+    """Return the cuts that are tried, the largest first."""
+    depths = find_depths(model)
+    if not depths:
+        raise _uncountable(model)
+    order = block_order(model, depths, importance, batch)
+    tried = (zip(depths, counts, strict=True) for counts in _counts(depths, num_layers))
+    return [Cut({depth: order[depth](count) for depth, count in pairs}) for pairs in tried]
+
+
+def _uncountable(model: nn.Module) -> InputError:
+    return InputError(
+        f"{type(model).__name__} cannot be cut: no configuration counts its blocks",
+        received=f"a configuration of {type(getattr(model, 'config', None)).__name__}",
+        expected="a model of transformers whose blocks are in lists, and their number in its configuration",
+        todo="make the student by hand",
+    )
 
 
 def _counts(depths: Sequence[Depth], num_layers: int | Sequence[int] | None) -> list[tuple[int, ...]]:
@@ -107,14 +128,14 @@ def _spread(sizes: Sequence[int], total: int) -> tuple[int, ...]:
 def _within(
     model: PreTrainedModel,
     plans: Sequence[Cut],
+    whole: int,
     parameters: float | None,
     latency_ms: float | None,
     batch: Mapping[str, Any] | None,
 ) -> Cut:
-    """Return the first, and so the largest, of the cuts that keeps the budgets."""
+    """Return the first, and so the largest, of the cuts within the budgets; `whole` counts the teacher's parameters."""
     if parameters is None and latency_ms is None:
         return plans[0]
-    whole = sum(entry.numel() for entry in model.parameters())
     fitting = [cut for cut in plans if parameters is None or count_parameters(model, cut) <= parameters * whole]
     if not fitting:
         least = count_parameters(model, plans[-1]) / whole
@@ -122,7 +143,7 @@ def _within(
             "No student of this family is as small",
             received=f"parameters={parameters}",
             expected=f"a share of {least:.2f} at least, which the smallest number of blocks has",
-            todo=f"set parameters to {least:.2f} or more, or make a narrower student from a configuration of your own",
+            todo=f"set parameters to {least:.2f} or more, or choose a smaller hidden_size",
         )
     if latency_ms is None:
         return fitting[0]
@@ -145,7 +166,7 @@ def _within(
             "No student of this family is as fast on this machine",
             received=f"latency_ms={latency_ms}",
             expected=f"{least:.1f} ms at least, which the smallest student takes for this batch",
-            todo="allow more time, or make a narrower student from a configuration of your own",
+            todo="allow more time, or choose a smaller hidden_size",
         )
     return fitting[first]
 
