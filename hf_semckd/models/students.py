@@ -133,7 +133,7 @@ def _within(
     latency_ms: float | None,
     batch: Mapping[str, Any] | None,
 ) -> Cut:
-    """Return the first, and so the largest, of the cuts within the budgets; `whole` counts the teacher's parameters."""
+    """Return the first, and so the largest, of the cuts within the budgets; `whole`: the teacher's parameters."""
     if parameters is None and latency_ms is None:
         return plans[0]
     fitting = [cut for cut in plans if parameters is None or count_parameters(model, cut) <= parameters * whole]
