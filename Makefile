@@ -59,7 +59,7 @@ test-slow: $(VENV)/.dev ## Run the slow tests
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix" $(ARGS)
 
 test-matrix: $(VENV)/.dev ## Run all families, heads and pairs, and write docs/support.md
-	SUPPORT_TABLE=docs/support.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "matrix or not slow" tests/matrix $(ARGS)
+	SUPPORT_TABLE=docs/support.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "matrix or not slow" tests/matrix tests/models $(ARGS)
 
 test-text: $(VENV)/.dev ## Fetch the text parts, and run the tests that need them
 	$(BIN)/python scripts/fetch_text_parts.py

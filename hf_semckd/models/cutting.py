@@ -68,7 +68,7 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "ran
 def _config(model: PreTrainedModel, cut: Cut) -> Any:
     config: Any = model.config
     for depth, kept in cut.kept.items():
-        config = shallower(config, depth.size, kept)
+        config = shallower(config, depth, kept)
     return config
 
 

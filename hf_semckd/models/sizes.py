@@ -51,10 +51,14 @@ class ConfigSize:
 
 @dataclass(frozen=True)
 class Depth:
-    """A number of blocks, and the lists of modules that have so many: names in front of the number of a block."""
+    """A number of blocks, and the lists of modules that have so many: names in front of the number of a block.
+
+    `fields` are those of the configuration that have an entry for every block.
+    """
 
     size: ConfigSize
     lists: tuple[str, ...]
+    fields: tuple[str, ...] = ()
 
 
 def empty_like(model: nn.Module, config: Any) -> nn.Module | None:
@@ -78,11 +82,14 @@ def find_depths(model: nn.Module) -> list[Depth]:
     for size in _numbers(model.config, DEPTH_WORDS):
         if not 2 <= size.value <= LARGEST_DEPTH:
             continue
-        cut = empty_like(model, shallower(model.config, size, range(size.value - 1)))
-        left = {} if cut is None else shapes_of(cut)
-        lists = {_list_of(name, size.value - 1, left) for name in own if name not in left}
-        if cut is not None and lists and None not in lists:
-            found.append(Depth(size, tuple(sorted(filter(None, lists)))))
+        # A list may have as many entries by chance, or for another number.
+        for fields in dict.fromkeys((_listed_fields(model.config, size), ())):
+            cut = empty_like(model, shallower(model.config, Depth(size, (), fields), range(size.value - 1)))
+            left = {} if cut is None else shapes_of(cut)
+            lists = {_list_of(name, size.value - 1, left) for name in own if name not in left}
+            if cut is not None and lists and None not in lists:
+                found.append(Depth(size, tuple(sorted(filter(None, lists))), fields))
+                break
     names = list(own)
     return sorted(found, key=lambda depth: next(i for i, name in enumerate(names) if name.startswith(depth.lists[0])))
 
@@ -97,14 +104,19 @@ def _list_of(name: str, last: int, left: Shapes) -> str | None:
     return None
 
 
-def shallower(config: Any, size: ConfigSize, kept: Sequence[int]) -> Any:
-    """Return a copy of a configuration for some of its blocks: their number, and every list with an entry for each."""
+def _listed_fields(config: Any, size: ConfigSize) -> tuple[str, ...]:
+    """Return the fields of a configuration that may have an entry for every block."""
+    named = [(name, value) for name, value in config.to_dict().items() if LISTED_WORDS.search(name)]
+    lists = [name for name, value in named if isinstance(value, (list, tuple)) and len(value) == size.value]
+    return tuple(name for name in lists if name != size.field and size.index is None)
+
+
+def shallower(config: Any, depth: Depth, kept: Sequence[int]) -> Any:
+    """Return a copy of a configuration for some of its blocks: their number, and the lists with an entry for each."""
     made = copy.deepcopy(config)
-    for field, value in config.to_dict().items():
-        listed = isinstance(value, (list, tuple)) and len(value) == size.value and size.index is None
-        if field != size.field and listed and LISTED_WORDS.search(field):
-            setattr(made, field, [value[place] for place in kept])
-    size.put(made, len(kept))
+    for field in depth.fields:
+        setattr(made, field, [getattr(config, field)[place] for place in kept])
+    depth.size.put(made, len(kept))
     if not hasattr(made, "stage_names"):
         return made
     # A backbone names a stage for every block, when its configuration is made.

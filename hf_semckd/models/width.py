@@ -56,7 +56,8 @@ def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | 
     """
     axes = find_axes(model)
     hidden = max(axes, key=lambda size: len(axes[size]), default=None)
-    if hidden is None or hidden.index is not None:
+    # Most weights run along the channels; else the real number cannot be changed alone.
+    if hidden is None or hidden.index is not None or 2 * len(axes[hidden]) < len(shapes_of(model)):
         raise _unknown(model, "its configuration has no single number of channels")
     config = _narrower(model, axes, hidden, hidden_size)
     made = empty_like(model, config)

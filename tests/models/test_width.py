@@ -17,7 +17,6 @@ NARROWED = [
     "bert",
     "distilbert",
     "roberta",
-    "electra",
     "llama",
     "qwen2",
     "gpt2",
