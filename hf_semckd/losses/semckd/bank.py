@@ -79,11 +79,14 @@ class SimilarityBank(nn.Module):
         order = torch.cat([starts[m] + torch.arange(n, device=device) for m, n in enumerate(self._counts)])
         rows = torch.cat(self._collected)[-size:].to(self.rows.dtype)
         order = order[-len(rows) :]
-        # What is older than the last K goes to a place behind the others, which is left out.
-        places = torch.where(order >= ends[-1] - size, (self.seen + order) % size, size)
-        update = rows.new_zeros(size + 1, rows.shape[1] + 1).index_copy_(0, places, F.pad(rows, (0, 1), value=1.0))
-        if reduce_sum is not None:
+        places = (self.seen + order) % size
+        if world == 1 or reduce_sum is None:
+            self.rows.index_copy_(0, places, rows)
+        else:
+            # What is older than the last K goes to a place behind the others, which is left out.
+            places = torch.where(order >= ends[-1] - size, places, size)
+            update = rows.new_zeros(size + 1, rows.shape[1] + 1).index_copy_(0, places, F.pad(rows, (0, 1), value=1.0))
             update = reduce_sum(update)
-        self.rows.copy_(torch.where(update[:size, -1:] > 0, update[:size, :-1], self.rows))
+            self.rows.copy_(torch.where(update[:size, -1:] > 0, update[:size, :-1], self.rows))
         self.seen += ends[-1]
         self.forget_collected()
