@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError, LayerNotFoundError, nearest
-from ..models.outputs import accepts, first_tensor
+from ..models.outputs import accepts, config_fields, first_tensor
 from .layers import FeatureSpec, describe, hidden_states
 from .modalities import TextPlace, reads_more_than_text, text_places
 from .trace import ForwardTrace, find_blocks, find_layers, towers, with_random_images
@@ -278,10 +278,7 @@ def _order(model: nn.Module, name: str, feature: Tensor) -> tuple[int, ...]:
 
 def drops_layers(model: nn.Module) -> bool:
     """Whether a model in training leaves blocks out at random (LayerDrop), by its configuration and those within."""
-    config: Any = getattr(model, "config", None)
-    own = config.to_dict() if hasattr(config, "to_dict") else {}
-    levels = [own, *(value for value in own.values() if isinstance(value, dict))]
-    shares = [value for level in levels for name, value in level.items() if str(name).endswith("layerdrop")]
+    shares = [value for name, value in config_fields(model) if name.endswith("layerdrop")]
     return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.outputs import base_model, first_tensor
+from ..models.outputs import base_model, config_fields, first_tensor
 
 
 class TextPlace(NamedTuple):
@@ -42,7 +42,7 @@ def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[s
     # By another word of the sample, where it has one.
     other = ids.where(words & (ids != ids[:, place : place + 1]), -1).max(1).values
     changed[:, place] = torch.where(other < 0, ids[:, place], other)
-    seen = [_inputs_of(model, {**inputs, "input_ids": words}, modules) for words in (ids, ids, changed)]
+    seen = [_inputs_of(model, {**inputs, "input_ids": read}, modules) for read in (ids, ids, changed)]
     found: list[TextPlace | None] = []
     known: dict[int, TextPlace] = {}
     for name in modules:
@@ -63,11 +63,8 @@ def text_places(model: nn.Module, inputs: Mapping[str, Any], modules: Sequence[s
 
 def _words(ids: Tensor, model: nn.Module) -> Tensor:
     """Return which ids (B, N) are words: no places for an image, and no special tokens."""
-    config: Any = getattr(base_model(model), "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    levels = [settings, *(value for value in settings.values() if isinstance(value, dict))]
-    named = [item for level in levels for item in level.items()]
-    special = [value for name, value in named if str(name).endswith(("token_id", "token_index"))]
+    fields = config_fields(base_model(model))
+    special = [value for name, value in fields if name.endswith(("token_id", "token_index"))]
     words = torch.ones_like(ids, dtype=torch.bool)
     for value in special:
         words &= ids != value if isinstance(value, int) else True

@@ -83,16 +83,15 @@ class ForwardTrace:
         return list(dict.fromkeys(call.name for call in self.calls if pattern_of(call.name) == pattern))
 
     def blocks_within(self, name: str) -> list[Call]:
-        """Return the calls of the outermost numbered modules within a module: the blocks of a stage."""
-        inside = [call for call in self.calls if call.name.startswith(f"{name}.")]
-        patterns = [pattern_of(call.name[len(name) + 1 :]) for call in inside]
-        return [call for call, own in zip(inside, patterns, strict=True) if own.endswith("#") and own.count("#") == 1]
+        """Return the calls of the outermost numbered modules within a module (the blocks of a stage), or in all."""
+        start = f"{name}." if name else ""
+        inside = [(call, pattern_of(call.name[len(start) :])) for call in self.calls if call.name.startswith(start)]
+        return [call for call, own in inside if own.endswith("#") and own.count("#") == 1]
 
     @property
     def numbered(self) -> list[Call]:
         """The calls of the outermost numbered modules that return maps or tokens."""
-        patterns = [(call, pattern_of(call.name)) for call in self.calls if len(call.shape) >= 3]
-        return [call for call, own in patterns if own.endswith("#") and own.count("#") == 1]
+        return [call for call in self.blocks_within("") if len(call.shape) >= 3]
 
     @property
     def blocks(self) -> list[Call]:
@@ -203,8 +202,8 @@ def find_blocks(trace: ForwardTrace) -> list[str]:
     ends_of_lists = {call.name.rpartition(".")[0]: call.name for call in blocks}
     if len(ends_of_lists) > 1 and not towers([call.name for call in blocks]):
         return list(ends_of_lists.values())
-    staged = [call for call in blocks if trace.blocks_within(call.name)]
     if len(blocks) > 1:
+        staged = [call for call in blocks if trace.blocks_within(call.name)]
         return list(dict.fromkeys(call.name for call in (staged if len(staged) > 1 else blocks)))
     ends = [call.name for call, after in pairwise(trace.numbered) if after.shape[2:] != call.shape[2:]]
     return list(dict.fromkeys([*ends, *(call.name for call in trace.numbered[-1:])]))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from .sizes import Depth, empty_like, shallower, shapes_of
+from .tables import aligned_lines
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,7 @@ class Cut:
         if isinstance(sizes[0], int) and sizes[0] != sizes[1]:
             rows.append(("hidden_size", str(sizes[0]), str(sizes[1]), "those with the largest weights"))
         rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return "\n".join(aligned_lines(rows))
 
 
 def count_parameters(model: PreTrainedModel, cut: Cut) -> int:
@@ -48,7 +46,7 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "ran
     """
     kind: Any = type(teacher)
     student = kind(_config(teacher, cut)).to(dtype=teacher.dtype, device=teacher.device)
-    check_reload(student)
+    check_kept_config(student)
     if init == "random":
         return student.train(teacher.training)
     weights, own = teacher.state_dict(), student.state_dict()
@@ -124,7 +122,7 @@ def _split(name: str, prefix: str) -> tuple[str, int | None, str]:
     return (start, int(number), dot + rest) if number.isdigit() else (name, None, "")
 
 
-def check_reload(student: PreTrainedModel) -> None:
+def check_kept_config(student: PreTrainedModel) -> None:
     """Refuse a student whose configuration, saved and read again, describes another model."""
     kind: Any = type(student.config)
     again = empty_like(student, kind.from_dict(student.config.to_dict()))

@@ -142,6 +142,14 @@ def base_model(model: nn.Module) -> nn.Module:
     return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
+def config_fields(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return names and values of a model's configuration and of those within it; none without a configuration."""
+    config: Any = getattr(model, "config", None)
+    own = config.to_dict() if hasattr(config, "to_dict") else {}
+    levels = [own, *(value for value in own.values() if isinstance(value, dict))]
+    return [(str(name), value) for level in levels for name, value in level.items()]
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder, so that its outputs follow the labels too."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.views import preserved_random_state
+
 WIDTH_WORDS = re.compile(r"hidden_size|hidden_dim|^dim$|embd|embed_dim|d_model|ffn|d_ff|inner|intermediate|heads?$")
 DEPTH_WORDS = re.compile(r"layer|depth|block")
 # Numbers that count no blocks, whatever they are called: those of a sound's convolutions, and of stages.
@@ -65,7 +67,7 @@ def empty_like(model: nn.Module, config: Any) -> nn.Module | None:
     """Return a model of the same class without memory for its weights; None where the configuration cannot work."""
     kind: Any = type(model)
     try:
-        with torch.device("meta"):
+        with preserved_random_state(0), torch.device("meta"):
             return kind(config)
     except Exception:  # a model refuses sizes that do not fit together in ways of its own
         return None

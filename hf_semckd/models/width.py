@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, InputError
-from .cutting import check_reload
+from .cutting import check_kept_config
 from .inputs import InputSelector
 from .outputs import first_tensor, is_encoder_decoder
 from .sizes import ConfigSize, Shapes, empty_like, find_axes, shapes_of
@@ -70,8 +70,8 @@ def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | 
     labels = next((found for found in layouts if _keeps_order(model, found, inputs)), None)
     if labels is None:
         raise _unknown(model, "its outputs depend on the order of channels, heads or inner units")
-    state, scores = model.state_dict(), _scores(model.state_dict(), labels)
-    sliced = {}
+    state, sliced = model.state_dict(), {}
+    scores = _scores(state, labels)
     for name, value in state.items():
         for axis, length in enumerate(value.shape):
             if own[name][axis] != theirs[name][axis]:
@@ -82,10 +82,11 @@ def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | 
         sliced[name] = value
     kind: Any = type(model)
     student = kind(config).to(dtype=model.dtype, device=model.device)
-    check_reload(student)
+    check_kept_config(student)
     student.load_state_dict(sliced)
     try:
-        student.eval()(**inputs)
+        with torch.no_grad():
+            student.eval()(**inputs)
     except RuntimeError as error:
         raise _unknown(model, "some part of it keeps the number of channels") from error
     return student.train(model.training)
@@ -94,10 +95,8 @@ def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | 
 def _narrower(model: PreTrainedModel, axes: Mapping[ConfigSize, Any], hidden: ConfigSize, width: int) -> Any:
     """Return a configuration with that many channels; heads go with them where their width follows from these."""
     config: Any = copy.deepcopy(model.config)
-    fields = {
-        name: value for name, value in config.to_dict().items() if isinstance(value, int) and HEAD_WORDS.search(name)
-    }
-    heads = [ConfigSize(name, None, value) for name, value in fields.items() if value > 0]
+    fields = ((name, value) for name, value in config.to_dict().items() if HEAD_WORDS.search(name))
+    heads = [ConfigSize(name, None, value) for name, value in fields if isinstance(value, int) and value > 0]
     # Heads of a width of their own (head_dim, d_kv) stay; others share the channels out among them.
     if not any(size in axes for size in heads):
         for size in heads:

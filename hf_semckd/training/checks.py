@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..config import SemCKDConfig
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
 from ..data.samples import column_names, label_range
-from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.logits import IGNORED_PIXEL
@@ -23,6 +22,7 @@ from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
 from ..models.outputs import IGNORED, Task, base_model, is_encoder_decoder
 from ..models.packing import document_starts
+from ..models.sizes import empty_like, shapes_of
 
 logger = logging.getLogger(__name__)
 POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
@@ -103,13 +103,11 @@ def check_reload(student: nn.Module) -> None:
     adapted = getattr(student, "_hf_peft_config_loaded", False)
     if not isinstance(student, PreTrainedModel) or getattr(student, "is_quantized", False) or adapted:
         return
-    try:
-        with preserved_random_state(0), torch.device("meta"):
-            described = type(student)(student.config).state_dict()
-    except Exception:  # a constructor of the user's, or one that needs its weights: nothing is known then
+    made = empty_like(student, student.config)
+    if made is None:  # a constructor of the user's, or one that needs its weights: nothing is known then
         return
-    shapes = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    wrong = [name for name, value in described.items() if shapes.get(name) != tuple(value.shape)]
+    described, shapes = shapes_of(made), shapes_of(student)
+    wrong = [name for name, shape in described.items() if shapes.get(name) != shape]
     lost = [name for name in shapes if name not in described]
     blocks = [name for name in wrong if _lacks_block(name, shapes)]
     if blocks:

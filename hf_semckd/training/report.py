@@ -24,6 +24,7 @@ from ..models.outputs import (
     layer_masks,
     logits_of,
 )
+from ..models.tables import aligned_lines
 from .classes import check_same_tokens, match_logits, vocabulary_size
 from .inspection import head_task, predicts_next_token
 
@@ -93,10 +94,10 @@ class PairReport:
         parts = []
         for role, model in (("Student", self.student), ("Teacher", self.teacher)):
             padding = "padding is left out" if model.masked else "no mask: all positions count"
-            parts += [f"{role}: {model.name} ({padding})", *_lines(model.rows()), ""]
+            parts += [f"{role}: {model.name} ({padding})", *aligned_lines(model.rows(), "  "), ""]
         pairs = [("", *(f"teacher {name}" for name in self.teacher.layers))]
         pairs += [(f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)]
-        return "\n".join([*parts, "Compared", *_lines(pairs), "", f"Logits: {self._logits()}"])
+        return "\n".join([*parts, "Compared", *aligned_lines(pairs, "  "), "", f"Logits: {self._logits()}"])
 
     def _logits(self) -> str:
         if self.match is None:
@@ -177,11 +178,3 @@ def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) 
     name, masked = type(model).__name__, mask is not None
     detects = detects_objects(found.outputs)
     return ModelReport(name, found.names, modules, specs, logits, task, shifts, masked, detects, problem)
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

@@ -36,6 +36,22 @@ def cells() -> list[tuple[str, str]]:
     return [(task, family) for task, known in FAMILIES.items() for family in known]
 
 
+# The head with which a family is tried where one is enough.
+FIRST_TASK = {family: task for task, family in reversed(cells())}
+
+
+def case(family: str) -> tuple[Any, dict[str, Any]]:
+    """Return a family's model with its first head, and inputs for it."""
+    model = make(family, FIRST_TASK[family])
+    return model, InputSelector(model)(batch_of(rows(FIRST_TASK[family], family, model)))
+
+
+def outputs_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return a model's logits in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
 def names_of(task: str, family: str) -> list[str]:
     """Return the modules that a person would name as the family's layers."""
     words = FAMILIES[task][family].split(" ")

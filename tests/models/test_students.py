@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from makers import bert, distiller, images, texts, vit
-from matrix.cells import batch_of, cells, rows
-from matrix.tiny_models import make
+from matrix.cells import FIRST_TASK, case, outputs_of
 from torch import nn
 
 from hf_semckd import make_student
 from hf_semckd.errors import ConfigurationError, InputError
 from hf_semckd.models.importance import block_changes, even_blocks
-from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.sizes import find_depths
 
 QUICK = {"bert", "llama", "gpt2", "t5", "swin", "resnet", "wav2vec2", "dinov2", "longformer"}
@@ -22,22 +20,11 @@ REFUSED = {"albert", "mobilenet_v1", "mobilenet_v2", "mobilevit", "swiftformer",
 BY_NUMBER = {"diffllama", "esmc", "minicpm3", "ultrabert", "beam", "flint", "olmo_hybrid"}
 # Their forwards count blocks by themselves, so that none can be removed by hand.
 COUNTED = {"flaubert", "xlm", "lfm3", "regnet"}
-FIRST = {family: task for task, family in reversed(cells())}
 FAMILIES = [
     pytest.param(family, id=family, marks=() if family in QUICK else (pytest.mark.matrix, pytest.mark.slow))
-    for family in sorted(FIRST)
+    for family in sorted(FIRST_TASK)
     if family not in REFUSED
 ]
-
-
-def outputs_of(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
-
-
-def case(family):
-    model = make(family, FIRST[family])
-    return model, InputSelector(model)(batch_of(rows(FIRST[family], family, model)))
 
 
 def cut_by_hand(model, depths, kept):

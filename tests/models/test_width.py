@@ -3,16 +3,13 @@
 import pytest
 import torch
 from makers import bert, gpt2, vit
-from matrix.cells import batch_of, cells, rows
-from matrix.tiny_models import make
+from matrix.cells import FIRST_TASK, case, outputs_of
 from torch import nn
 
 from hf_semckd import make_student
 from hf_semckd.errors import ConfigurationError, InputError
-from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.width import narrow
 
-FIRST = {family: task for task, family in reversed(cells())}
 NARROWED = [
     "bert",
     "distilbert",
@@ -30,18 +27,8 @@ QUICK = {"bert", "llama", "gpt2", "t5", "vit"}
 CASES = [
     pytest.param(family, id=family, marks=() if family in QUICK else (pytest.mark.matrix, pytest.mark.slow))
     for family in NARROWED
-    if family in FIRST
+    if family in FIRST_TASK
 ]
-
-
-def outputs_of(model, inputs):
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
-
-
-def case(family):
-    model = make(family, FIRST[family])
-    return model, InputSelector(model)(batch_of(rows(FIRST[family], family, model)))
 
 
 @pytest.mark.parametrize("family", CASES)
