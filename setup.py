@@ -43,7 +43,9 @@ PLOTS = ["matplotlib>=3.9"]
 DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pyyaml>=6.0", "pillow>=10.1"]
 # Reads the pretrained image model that scripts/fetch_image_parts.py fetches.
 IMAGES = ["onnx>=1.17"]
-TEST = [*DEMO, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
+# Models as ONNX files, and running them.
+ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.24.1"]
+TEST = [*DEMO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
 # Teachers in 8 or 4 bits.
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]
@@ -53,6 +55,7 @@ EXTRAS = {
     "plots": PLOTS,
     "demo": DEMO,
     "images": IMAGES,
+    "onnx": ONNX,
     "quantized": QUANTIZED,
     "test": TEST,
     "quality": QUALITY,

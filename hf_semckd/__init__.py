@@ -10,11 +10,22 @@ _HOMES = {
     "DistillationTrainer": "training.trainer",
     "SemCKDConfig": "config",
     "SemCKDTrainer": "training.trainer",
+    "evaluate": "evaluation.evaluate",
+    "export_onnx": "evaluation.export",
     "inspect_models": "training.report",
     "make_student": "models.students",
 }
 
-__all__ = ["DistillationTrainer", "SemCKDConfig", "SemCKDTrainer", "__version__", "inspect_models", "make_student"]
+__all__ = [
+    "DistillationTrainer",
+    "SemCKDConfig",
+    "SemCKDTrainer",
+    "__version__",
+    "evaluate",
+    "export_onnx",
+    "inspect_models",
+    "make_student",
+]
 
 
 def __getattr__(name: str) -> Any:

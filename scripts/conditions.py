@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
 from datetime import datetime, timezone
@@ -12,10 +11,9 @@ from typing import Any
 
 import torch
 
-from hf_semckd.publishing.facts import environment
+from hf_semckd.publishing.facts import environment, processor
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def conditions(device: str) -> dict[str, Any]:
@@ -34,13 +32,7 @@ def conditions(device: str) -> dict[str, Any]:
 
 def machine(device: str) -> str:
     """Return the model of the processor that is measured: the GPU's, or the CPU's."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    if CPU_INFORMATION.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", CPU_INFORMATION.read_text(), flags=re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
 
 
 def file_name(device: str, threads: int) -> str:

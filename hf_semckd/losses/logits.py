@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError, message
 from ..features.precision import at_least_float32
-from ..models.outputs import IGNORED, Task, token_targets
+from ..models.outputs import IGNORED, token_targets
 from ..models.packing import document_starts
+from ..models.tasks import Task
 from .positions import masked_mean, zero_masked
 
 # `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.

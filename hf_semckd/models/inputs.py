@@ -56,6 +56,16 @@ class InputSelector:
         return self._has_decoder and sequences and "labels" in self.parameters and "decoder_input_ids" not in batch
 
 
+def inference_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model takes of a batch when it is deployed: no labels, but what a decoder makes of them."""
+    selector = InputSelector(model)
+    chosen = selector(batch)
+    prepare = getattr(base_model(model), "prepare_decoder_input_ids_from_labels", None)
+    if selector.needs_labels(batch) and prepare is not None:
+        chosen["decoder_input_ids"] = prepare(labels=chosen.pop("labels"))
+    return chosen
+
+
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:
     """Return what a forward pass returns; where it fails, `InputError` says what the model was given."""
     try:

@@ -1,20 +1,16 @@
-"""What a model returns: logits, which of its positions are tokens, and the kind of its task head."""
+"""What a model returns: logits, and which of its positions are tokens."""
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import InputError
 
 IGNORED = -100
-# Two ways to compute one mean cross-entropy in half precision differ by less.
-SAME_LOSS = 1e-3
-Task = Literal["single_label", "multi_label", "regression", "tokens", "frames", "spans"]
 
 
 def logits_of(outputs: Any, role: str) -> Tensor:
@@ -202,37 +198,3 @@ def token_targets(labels: Any, attention_mask: Any, shifted: bool, starts: Tenso
     else:
         return None
     return mask[:, 1:] if shifted else mask
-
-
-def task_of(logits: Tensor, labels: Any, problem_type: str | None) -> Task:
-    """Tell the kind of head from labels, `config.problem_type`, and logits (B), (B, C), (B, N, C) or (B, C, H, W).
-
-    Spans have logits as tokens do (see `returns_spans`), and so have masks (B, H, W) of one object and the frames of a
-    sound, whose labels (if any) are not along them.
-    """
-    if logits.dim() == 3:
-        return "tokens"
-    if problem_type == "regression" or logits.dim() == 1 or (logits.dim() == 2 and logits.shape[-1] == 1):
-        return "regression"
-    floating = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2
-    return "multi_label" if problem_type == "multi_label_classification" or floating else "single_label"
-
-
-def find_shift(logits: Tensor, labels: Tensor, loss: Tensor) -> bool | None:
-    """Tell from a model's own loss whether position n of its logits (B, N, V) predicts label n + 1, or n.
-
-    None where it is neither mean cross-entropy, as with label smoothing.
-    """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.shape[1] < 2:
-        return None
-    scores, targets = logits.float().transpose(1, 2), labels.to(logits.device)
-    shifted = F.cross_entropy(scores[..., :-1], targets[:, 1:], ignore_index=IGNORED)
-    plain = F.cross_entropy(scores, targets, ignore_index=IGNORED)
-    far = [float((loss.float() - value).abs() / value.abs().clamp(min=1e-6)) for value in (plain, shifted)]
-    # NaN, of labels that are all ignored, is near to nothing.
-    return far[1] < far[0] if min(far) < SAME_LOSS and far[0] != far[1] else None
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether a model is a causal language model by its name, under PEFT too; see `find_shift` for what it does."""
-    return type(base_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

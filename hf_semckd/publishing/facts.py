@@ -3,10 +3,12 @@
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ PROCESSORS = (
     (BaseImageProcessor, "AutoImageProcessor"),
     (FeatureExtractionMixin, "AutoFeatureExtractor"),
 )
+CPU_INFORMATION = Path("/proc/cpuinfo")
 # Trainer.evaluate returns these beside the metrics.
 _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
 
@@ -123,10 +126,20 @@ def environment() -> dict[str, object]:
         **versions,
         # Not platform.platform(): a kernel's release may carry a name that its owner gave it.
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def processor() -> str:
+    """Return the model of the CPU, or its architecture where that is not told."""
+    if CPU_INFORMATION.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", CPU_INFORMATION.read_text(), flags=re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
 
 
 def _auto_class(model: nn.Module) -> tuple[str, str | None]:

@@ -39,7 +39,7 @@ def plot_association(
     weights = validate_association(association)
     rows = _names(student_layers, weights.shape[0], "student")
     columns = _names(teacher_layers, weights.shape[1], "teacher")
-    matplotlib = _matplotlib()
+    matplotlib = load_matplotlib()
 
     layers = max(weights.shape)
     cell = float(np.clip(5.4 / layers, 0.45, 0.72)) if layers <= LARGEST_ANNOTATED else min(0.45, 8.0 / layers)
@@ -115,7 +115,7 @@ def validate_association(association: np.ndarray) -> np.ndarray:
     )
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
     """Return matplotlib, imported on first use: it is optional and slow to import."""
     try:
         import matplotlib.backends.backend_agg

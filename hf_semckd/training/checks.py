@@ -20,9 +20,10 @@ from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
 from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
-from ..models.outputs import IGNORED, Task, base_model, is_encoder_decoder
+from ..models.outputs import IGNORED, base_model, is_encoder_decoder
 from ..models.packing import document_starts
 from ..models.sizes import empty_like, shapes_of
+from ..models.tasks import Task
 
 logger = logging.getLogger(__name__)
 POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..features.precision import at_least_float32
-from ..models.outputs import IGNORED, Task, batch_size, token_targets
+from ..models.outputs import IGNORED, batch_size, token_targets
 from ..models.packing import document_count, document_starts
+from ..models.tasks import Task
 
 # The entry of a training batch that holds its counts.
 COUNTS = "distillation_counts"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.columns import has_own_tokens
 from ..errors import ConfigurationError, InputError, SemCKDError
@@ -16,18 +16,9 @@ from ..losses import FeatureLoss
 from ..losses.logits import LogitMatch
 from ..losses.regression import find_head
 from ..models.inputs import InputSelector, run_on_inputs
-from ..models.outputs import (
-    Task,
-    detects_objects,
-    find_shift,
-    holds_images,
-    is_encoder_decoder,
-    logits_of,
-    returns_spans,
-    shifts_labels,
-    task_of,
-)
+from ..models.outputs import detects_objects, holds_images, is_encoder_decoder, logits_of
 from ..models.packing import check_documents
+from ..models.tasks import Task, head_task, predicts_next_token
 from ..teacher.outputs import TeacherDescription
 from .classes import check_same_tokens, match_logits
 from .pair import Pair
@@ -106,41 +97,6 @@ def inspect_pair(
         student_features=taken,
         teacher=described,
     )
-
-
-def head_task(model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any], teacher: Any = None) -> Task:
-    """Return the kind of a model's head, by what it gave for a batch; see `task_of`.
-
-    Where neither labels nor the model's configuration tell, its teacher's does.
-    """
-    problems = (getattr(getattr(entry, "config", None), "problem_type", None) for entry in (model, teacher))
-    if returns_spans(outputs):
-        return "spans"
-    images, labels = batch.get("pixel_values"), batch.get("labels")
-    if logits.dim() == 3 and isinstance(images, Tensor) and logits.shape[1:] == images.shape[-2:]:
-        return "multi_label"
-    told = [entry for entry in (labels, batch.get("attention_mask")) if isinstance(entry, Tensor) and entry.dim() == 2]
-    reads_text = "input_ids" in batch or is_encoder_decoder(model)
-    if logits.dim() == 3 and not reads_text and (not told or told[0].shape[1] != logits.shape[1]):
-        return "frames"
-    return task_of(logits, labels, next(filter(None, problems), None))
-
-
-def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> bool:
-    """Tell whether position n of a student's logits predicts token n + 1, by the loss that it computes itself.
-
-    `student` is in evaluation mode, and `outputs` are what it gave for the batch. Without labels, its inputs are.
-    """
-    if is_encoder_decoder(student):
-        return False
-    inputs = InputSelector(student)(batch)
-    logits, labels = getattr(outputs, "logits", None), batch.get("labels", inputs.get("input_ids"))
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.dim() != 3 or labels.dim() != 2:
-        return shifts_labels(student)
-    found = None
-    with suppress(ValueError, RuntimeError, IndexError, TypeError, AttributeError):
-        found = find_shift(logits, labels, student(**{**inputs, "labels": labels})["loss"])
-    return shifts_labels(student) if found is None else found
 
 
 def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:

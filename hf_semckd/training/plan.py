@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..losses.logits import LogitMatch
-from ..models.outputs import Task
+from ..models.tasks import Task
 
 
 @dataclass(frozen=True)

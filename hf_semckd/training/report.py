@@ -17,16 +17,10 @@ from ..losses.logits import LogitMatch
 from ..models.images import fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.loading import load_model
-from ..models.outputs import (
-    Task,
-    detects_objects,
-    holds_images,
-    layer_masks,
-    logits_of,
-)
+from ..models.outputs import detects_objects, holds_images, layer_masks, logits_of
 from ..models.tables import aligned_lines
+from ..models.tasks import Task, head_task, predicts_next_token
 from .classes import check_same_tokens, match_logits, vocabulary_size
-from .inspection import head_task, predicts_next_token
 
 
 @dataclass(frozen=True)

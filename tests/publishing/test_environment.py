@@ -16,7 +16,7 @@ def test_environment_tells_versions_and_no_identity(tmp_path):
     assert record["python"] == ".".join(map(str, os.sys.version_info[:3]))
     assert set(record) == {
         *("python", "torch", "transformers", "accelerate", "hf_semckd"),
-        *("platform", "cpu_count", "torch_threads", "accelerator"),
+        *("platform", "processor", "cpu_count", "torch_threads", "accelerator"),
     }
     text = write_json(tmp_path / "environment.json", record).read_text()
     words = set(text.replace('"', " ").replace(",", " ").split())

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from hf_semckd.errors import InputError
 from hf_semckd.losses.logits import cross_entropy, logit_loss_sum
-from hf_semckd.models.outputs import batch_size, task_of, token_targets
+from hf_semckd.models.outputs import batch_size, token_targets
+from hf_semckd.models.tasks import task_of
 from hf_semckd.training.counts import StepCounts, count_items, count_step, safe_labels, scaled
 
 TEMPERATURE = 3.0

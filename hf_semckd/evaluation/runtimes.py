@@ -1,0 +1,89 @@
+"""Ways to run a model: by PyTorch on a device, or by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.inputs import inference_inputs, run_on_inputs
+from ..models.outputs import logits_of
+from .export import open_session
+
+
+class Runtime(Protocol):
+    """A model that can be run on batches; `name` tells how, `device` where."""
+
+    name: str
+    device: str
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of a batch."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Callable[[], object]:
+        """Return a function that runs the model on inputs prepared beforehand, and returns when it is done."""
+
+
+class PyTorch:
+    """A model in evaluation mode; one that is elsewhere than on the device is copied there."""
+
+    name = "PyTorch"
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        there = all(entry.device == device for entry in model.parameters())
+        self.model = (model if there else copy.deepcopy(model).to(device)).eval()
+        self.device, self._device = device.type, device
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of a batch that the model takes, on its device."""
+        chosen = inference_inputs(self.model, batch)
+        return {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
+
+    @torch.inference_mode()
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of a batch."""
+        inputs = self.inputs(batch)
+        return logits_of(run_on_inputs("model", batch, lambda: self.model(**inputs)), "model")
+
+    def forward(self, batch: Mapping[str, Any]) -> Callable[[], object]:
+        """Return a function that runs the model on a batch, and waits for the GPU."""
+        inputs = self.inputs(batch)
+
+        @torch.inference_mode()
+        def call() -> object:
+            outputs = self.model(**inputs)
+            if self.device == "cuda":
+                torch.cuda.synchronize(self._device)
+            return outputs
+
+        return call
+
+
+class OnnxRuntime:
+    """A file of `export_onnx`, run with the number of threads of PyTorch; `inputs` picks what the model takes."""
+
+    device = "cpu"
+
+    def __init__(self, name: str, path: Path, inputs: Callable[[Mapping[str, Any]], dict[str, Any]]):
+        self.name, self.path = name, path
+        self._session, self._inputs = open_session(path), inputs
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def _arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        inputs = self._inputs(batch)
+        return {name: inputs[name].cpu().numpy() for name in self._names}
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of a batch."""
+        found = [torch.from_numpy(entry) for entry in self._session.run(None, self._arrays(batch))]
+        return torch.stack(found, dim=-1) if len(found) == 2 else found[0]
+
+    def forward(self, batch: Mapping[str, Any]) -> Callable[[], object]:
+        """Return a function that runs the session on a batch."""
+        arrays = self._arrays(batch)
+        return lambda: self._session.run(None, arrays)

@@ -1,0 +1,31 @@
+"""Times of function calls that can be compared: warmed up, in turns, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+# Of each turn the first call is not counted: another model has just used the caches.
+CALLS_A_TURN = 5
+FEWEST_TURNS = 3
+
+
+def interleaved_times(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, list[float]]:
+    """Return the times of calls in milliseconds, for each name those of `seconds`, and of 15 calls at least.
+
+    A turn of a call is made of six in a row, then it is the next one's. A call must return when its work is done: on a
+    GPU it has to synchronize.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    turns = 0
+    while turns < FEWEST_TURNS or min(map(sum, times.values())) < 1000 * seconds:
+        for name, call in calls.items():
+            if turns >= FEWEST_TURNS and sum(times[name]) >= 1000 * seconds:
+                continue
+            call()
+            for _ in range(CALLS_A_TURN):
+                started = time.perf_counter()
+                call()
+                times[name].append(1000 * (time.perf_counter() - started))
+        turns += 1
+    return times
