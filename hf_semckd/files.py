@@ -49,9 +49,13 @@ def write_json(path: str | os.PathLike[str], payload: object) -> Path:
     It holds mappings, sequences, dataclasses, numpy arrays and scalars, torch tensors and JSON's own types; NaN and
     infinities become null. Anything else raises `InputError`, which tells its place in the payload.
     """
-    # allow_nan=False: should a NaN get past _jsonable, fail rather than write a file that strict readers refuse.
-    text = json.dumps(_jsonable(payload, "payload"), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_atomic(path, (text + "\n").encode("utf-8"))
+    return write_atomic(path, (json_text(payload) + "\n").encode("utf-8"))
+
+
+def json_text(payload: object) -> str:
+    """Return a payload as JSON; see `write_json`."""
+    # allow_nan=False: should a NaN get past _jsonable, fail rather than write what strict readers refuse.
+    return json.dumps(_jsonable(payload, "payload"), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _jsonable(value: object, place: str) -> object:

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 # Before the rooms were built the package had 11,346 lines. What other families, packed rows, images of other sizes and
 # the refusals that go with them take (some 1,900 lines), students made from teachers, and the room that evaluates and
-# exports them (1,100) came later.
-LARGEST_PACKAGE = 13_700
+# exports them (1,300 with its commands) came later.
+LARGEST_PACKAGE = 13_900
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 

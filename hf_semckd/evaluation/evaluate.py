@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
 from ..errors import InputError
 from ..models.latency import interleaved_times
@@ -21,7 +20,7 @@ from .export import check_installed
 from .metrics import Metric, agreement, calibration_error, find_metric, share_kept
 from .rows import Latency, Row
 from .table import Evaluation
-from .variants import LabeledData, Variant, make_variants
+from .variants import LabeledData, Variant, make_variants, usual_collator
 
 BATCH_SIZE = 32
 LATENCY_BATCHES = (1, 32)
@@ -65,7 +64,7 @@ def evaluate(
     """
     _check(models, dataset, onnx)
     loaded = {name: load_model(model, name) for name, model in models.items()}
-    data = LabeledData(dataset, data_collator or _collator(processing_class), tuple(loaded.values()))
+    data = LabeledData(dataset, data_collator or usual_collator(processing_class), tuple(loaded.values()))
     with tempfile.TemporaryDirectory() as folder, _modes_kept(loaded.values()):
         variants, notes = make_variants(loaded, data, Path(folder), onnx)
         labeling = find_labeling(variants[0].pytorch.model, variants[0].batch(data.first(2)))
@@ -142,10 +141,3 @@ def _latencies(
         for place, times in interleaved_times(calls, seconds).items():
             found[int(place)].append(Latency(count, *map(float, np.percentile(times, (50, 95)))))
     return [tuple(entry) for entry in found]
-
-
-def _collator(processing_class: Any) -> Any:
-    """Return the collator that Trainer would take."""
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator

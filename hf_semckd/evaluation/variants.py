@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 from transformers.utils import logging
 
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, teacher_entries
@@ -21,6 +21,13 @@ from .decisions import SPANS
 from .export import NEEDED, export_onnx, is_installed
 from .memory import peak_memory
 from .runtimes import OnnxRuntime, PyTorch, Runtime
+
+
+def usual_collator(processing_class: Any) -> Any:
+    """Return the collator that Trainer would take."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
 
 
 @dataclass(frozen=True)

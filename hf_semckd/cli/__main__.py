@@ -1,0 +1,5 @@
+"""`python -m hf_semckd.cli`."""
+
+from . import main
+
+raise SystemExit(main())

@@ -1,0 +1,24 @@
+"""`hf-semckd export`: a saved model as ONNX files."""
+
+import argparse
+from collections.abc import Sequence
+
+from ..evaluation.export import export_onnx
+from ..models.loading import load_model
+from ..models.width import example_inputs
+
+
+def run(words: Sequence[str]) -> None:
+    """Export a model as the words after `hf-semckd export` say."""
+    parser = argparse.ArgumentParser(
+        prog="hf-semckd export",
+        description="Write a model as an ONNX file for batches and texts of any length, and compare it with PyTorch.",
+        epilog="example: hf-semckd export out/student onnx --int8",
+    )
+    parser.add_argument("model", help="Hub name or folder")
+    parser.add_argument("folder", help="where model.onnx is written")
+    parser.add_argument("--int8", action="store_true", help="also write model_int8.onnx, with weights in 8 bits")
+    options = parser.parse_args(list(words))
+    model = load_model(options.model, "model")
+    for path in export_onnx(model, options.folder, example_inputs(model), int8=options.int8):
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")

@@ -1,0 +1,61 @@
+"""`hf-semckd make-student`: a smaller model that starts from a saved teacher."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..evaluation.variants import LabeledData, usual_collator
+from ..models.loading import load_model
+from ..models.students import make_student
+from .data import load_processor, load_split
+
+IMPORTANCE, INIT = ("even", "change", "loss"), ("teacher", "random")
+
+
+def run(words: Sequence[str]) -> None:
+    """Make a student as the words after `hf-semckd make-student` say, and save it with the teacher's tokenizer."""
+    parser = argparse.ArgumentParser(
+        prog="hf-semckd make-student",
+        description="Cut a smaller student out of a fine-tuned teacher, by layers, channels or a budget.",
+        epilog="example: hf-semckd make-student bert-base-sst2 student --parameters 0.3",
+    )
+    parser.add_argument("teacher", help="Hub name or folder")
+    parser.add_argument("folder", help="where the student is saved")
+    parser.add_argument("--num-layers", type=int, nargs="+", help="blocks; two numbers for encoder and decoder")
+    parser.add_argument("--hidden-size", type=int, help="channels")
+    parser.add_argument("--parameters", type=float, help="largest share of the teacher's parameters, such as 0.3")
+    parser.add_argument("--latency-ms", type=float, help="largest time for a batch of --dataset, on this machine")
+    parser.add_argument(
+        "--importance",
+        default="even",
+        choices=("even", "change", "loss"),
+        help="which blocks are kept (default: even)",
+    )
+    parser.add_argument("--init", default="teacher", choices=INIT, help="weights to start from (default: teacher)")
+    parser.add_argument("--dataset", help="folder of Dataset.save_to_disk, for --latency-ms and --importance")
+    parser.add_argument("--split", default="train", help="split of the data set (default: train)")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of it that are used (default: 1)")
+    options = parser.parse_args(list(words))
+    teacher, processor = load_model(options.teacher, "teacher"), load_processor(options.teacher)
+    layers = options.num_layers
+    student = make_student(
+        teacher,
+        num_layers=layers[0] if layers is not None and len(layers) == 1 else layers,
+        hidden_size=options.hidden_size,
+        parameters=options.parameters,
+        latency_ms=options.latency_ms,
+        importance=options.importance,
+        init=options.init,
+        batch=None if options.dataset is None else _batch(options, teacher, processor),
+    )
+    student.save_pretrained(options.folder)
+    if processor is not None:
+        processor.save_pretrained(options.folder)
+    print(f"\nSaved in {options.folder}. Train it: SemCKDTrainer(model={options.folder!r}, teacher_model=...)")
+
+
+def _batch(options: argparse.Namespace, teacher: nn.Module, processor: Any) -> Mapping[str, Any]:
+    data = load_split(options.dataset, options.split)
+    return LabeledData(data, usual_collator(processor), (teacher,)).first(options.batch_size)

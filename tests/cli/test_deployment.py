@@ -1,0 +1,60 @@
+"""`make-student`, `evaluate` and `export`: from a saved teacher to files, without Python."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+from makers import images, vit
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_semckd.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    vit(4, 24, seed=9).save_pretrained(tmp_path / "teacher")
+    rows = [
+        {"pixel_values": row["pixel_values"].tolist(), "labels": row["labels"], "name": "not for a model"}
+        for row in images(9).rows
+    ]
+    data = Dataset.from_list(rows)
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "data")
+    return tmp_path
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_a_student_is_made_and_evaluated(folder, capsys):
+    (folder / "teacher" / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+    assert run("make-student", folder / "teacher", folder / "student", "--num-layers", 2) == 0
+    assert "num_hidden_layers  4        2" in capsys.readouterr().out
+    assert AutoModelForImageClassification.from_pretrained(folder / "student").config.num_hidden_layers == 2
+    assert AutoImageProcessor.from_pretrained(folder / "student")
+    models = (f"teacher={folder / 'teacher'}", f"student={folder / 'student'}")
+    words = ("evaluate", *models, "--dataset", folder / "data", "--no-onnx", "--no-memory", "--samples", 5)
+    assert run(*words, "--output", folder / "report") == 0
+    assert "5 samples" in capsys.readouterr().out and (folder / "report" / "evaluation.json").is_file()
+    assert run(*words, "--json") == 0
+    assert [row["model"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["teacher", "student"]
+
+
+def test_a_budget_of_time_takes_samples_from_the_data(folder, capsys):
+    words = ("make-student", folder / "teacher", folder / "student", "--latency-ms", 1e6)
+    assert run(*words) == 2
+    assert "batch" in capsys.readouterr().err
+    assert run(*words, "--dataset", folder / "data", "--batch-size", 2) == 0
+
+
+def test_a_model_is_exported(folder, capsys):
+    assert run("export", folder / "teacher", folder / "onnx", "--int8") == 0
+    out = capsys.readouterr().out
+    assert "model.onnx" in out and "model_int8.onnx" in out and (folder / "onnx" / "model_int8.onnx").is_file()
+
+
+def test_what_cannot_work_is_one_message(folder, capsys):
+    assert run("evaluate", folder / "teacher", "--dataset", folder / "data") == 2
+    assert "NAME=MODEL" in capsys.readouterr().err
+    assert run("export", folder / "nowhere", folder / "onnx") == 2
+    assert "could not be loaded" in capsys.readouterr().err
