@@ -109,7 +109,14 @@ class SemCKDConfig(TrainingArguments):
         "(between CNNs, the last one is left to the logits).",
     )
     teacher_layers: list[str] | None = option(
-        None, "Teacher layers to learn from, given like student_layers. None: all blocks."
+        None,
+        "Teacher layers to learn from, given like student_layers. None: all blocks. They are those of each of several "
+        "teachers, unless all names are like teachers.0.encoder.layer.3.",
+    )
+    teacher_weights: list[float] | None = option(
+        None,
+        "How much each of several teachers counts, > 0, in the means of their probabilities and their feature losses; "
+        "divided by the sum. None: all the same.",
     )
     teacher_dtype: TeacherDtype = option(
         "auto",
@@ -276,6 +283,11 @@ class SemCKDConfig(TrainingArguments):
                 require_limit(name, value, *LIMITS[name], default)
         self.student_layers = layer_list("student_layers", self.student_layers)
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
+        if self.teacher_weights is not None:
+            given: Any = self.teacher_weights
+            self.teacher_weights = list(given) if isinstance(given, (list, tuple)) else [given]
+            for weight in self.teacher_weights:
+                require_number("teacher_weights", weight, positive=True)
         if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
             raise ConfigurationError(
                 "`teacher_cache_dir` is empty",

@@ -97,6 +97,7 @@ def pictures(folder: Path) -> None:
 
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "textattack/bert-base-uncased-SST-2": bert,
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": bert,
     "textattack/roberta-base-SST-2": other_bert,
     "stanfordnlp/sst2": sentences,
     "openai-community/gpt2": gpt2,

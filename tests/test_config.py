@@ -32,6 +32,7 @@ OWN = (
     "projection_init",
     "student_layers",
     "teacher_layers",
+    "teacher_weights",
     "teacher_dtype",
     "teacher_compile",
     "association_temperature",
@@ -434,6 +435,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "projection_init": "random",
         "student_layers": [1, -1],
         "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
+        "teacher_weights": [1.0, 2.5],
         "teacher_dtype": "bfloat16",
         "teacher_compile": True,
         "association_temperature": 0.3,
@@ -450,6 +452,17 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     parsed = parse(tmp_path, "--use_cpu", *words)
     assert {name: getattr(parsed, name) for name in OWN} == given
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0, 0.0], [1.0, -2.0], [1.0, math.nan], [1.0, math.inf], ["a", "b"], [True, 1], 0]
+)
+def test_weights_of_teachers_are_positive_numbers(tmp_path, weights):
+    assert "`teacher_weights`" in refusal(tmp_path, teacher_weights=weights)
+
+
+def test_weights_of_teachers_may_come_as_a_tuple(tmp_path):
+    assert config(tmp_path, teacher_weights=(1, 2.5)).teacher_weights == [1, 2.5]
 
 
 def test_a_bad_value_on_the_command_line_is_refused(tmp_path):

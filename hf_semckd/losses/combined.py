@@ -27,7 +27,7 @@ class CombinedLoss(FeatureLoss):
                 "These feature losses cannot be joined",
                 received=", ".join(type(loss).__name__ for loss in losses) or "nothing",
                 expected="two or more, none of which replaces the student's classifier",
-                todo="use one of them alone",
+                todo="use one of them alone, with one teacher",
             )
         self.losses = nn.ModuleList(losses)
         self.title = " + ".join(loss.title for loss in losses)
@@ -43,45 +43,51 @@ class CombinedLoss(FeatureLoss):
     ) -> FeatureLossOutput:
         """Return the weighted sum of all losses."""
         outputs = []
-        for loss, part in zip(self._parts(), targets.parts, strict=True):
+        for loss, part in zip(self.members, targets.parts, strict=True):
             loss.automatic_synchronization, loss.collecting = self.automatic_synchronization, self.collecting
             outputs.append(loss(student_features, part, student_mask))
-        per_sample = outputs[0].per_sample
+        per_sample = self.shares[0] * outputs[0].per_sample
         for share, out in zip(self.shares[1:], outputs[1:], strict=True):
             per_sample = per_sample + share * out.per_sample
+        return FeatureLossOutput(per_sample.mean(), per_sample, *self._shown(outputs))
+
+    def _shown(self, outputs: Sequence[FeatureLossOutput]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the association and the errors that stand for all losses."""
         shown = next((out for out in outputs if out.association is not None), outputs[0])
-        return FeatureLossOutput(per_sample.mean(), per_sample, shown.association, shown.errors)
+        return shown.association, shown.errors
 
     @property
     def settings(self) -> dict[str, Any]:
         """Values in use of the fields whose defaults depend on the models, of all losses."""
-        return {name: value for loss in self._parts() for name, value in loss.settings.items()}
+        return {name: value for loss in self.members for name, value in loss.settings.items()}
 
     @property
     def needs_statistics(self) -> bool:
         """Whether one of the losses needs teacher statistics before the first batch."""
-        return any(loss.needs_statistics for loss in self._parts())
+        return any(loss.needs_statistics for loss in self.members)
 
     def select(self, features: Features, mask: LayerMasks = None, phase: Tensor | None = None) -> TeacherTargets:
         """Return what each loss needs, in `parts`."""
-        return TeacherTargets(parts=tuple(loss.select(features, mask, phase) for loss in self._parts()))
+        return TeacherTargets(parts=tuple(loss.select(features, mask, phase) for loss in self.members))
 
     def update_statistics(self, teacher_features: Features | TeacherTargets, teacher_mask: LayerMasks = None) -> None:
         """Let every loss collect teacher statistics."""
-        for loss, part in zip(self._parts(), self.targets(teacher_features, teacher_mask).parts, strict=True):
+        for loss, part in zip(self.members, self.targets(teacher_features, teacher_mask).parts, strict=True):
             loss.update_statistics(part)
 
     def forget_collected(self) -> None:
         """Let every loss forget what it collected."""
-        for loss in self._parts():
+        for loss in self.members:
             loss.forget_collected()
 
     def synchronize(
         self, reduce_sum: Callable[[Tensor], Tensor] | None = None, *, rank: int = 0, world: int = 1
     ) -> None:
         """Let every loss merge what it collected."""
-        for loss in self._parts():
+        for loss in self.members:
             loss.synchronize(reduce_sum, rank=rank, world=world)
 
-    def _parts(self) -> list[FeatureLoss]:
+    @property
+    def members(self) -> list[FeatureLoss]:
+        """The joined losses."""
         return [loss for loss in self.losses if isinstance(loss, FeatureLoss)]

@@ -1,8 +1,9 @@
 """Losses on logits: distillation (Hinton et al., 2015) and the task loss of models that compute none."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -57,10 +58,49 @@ class LogitMatch:
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits of the classes that both know, in the student's order."""
         if self.vocabulary is not None:
-            return student[..., : self.vocabulary], teacher[..., : self.vocabulary]
+            student = student[..., : self.vocabulary]
+        return student, self.teacher(teacher)
+
+    def teacher(self, logits: Tensor) -> Tensor:
+        """Return the teacher's logits alone, likewise."""
+        if self.vocabulary is not None:
+            return logits[..., : self.vocabulary]
         if self.order is not None:
-            teacher = teacher.index_select(self.dim, self.order.to(teacher.device, non_blocking=True))
-        return student, teacher
+            logits = logits.index_select(self.dim, self.order.to(logits.device, non_blocking=True))
+        return logits
+
+
+@dataclass(frozen=True)
+class LogitMixture:
+    """Joins the logits z_k of several teachers, so that they teach with the mean of their probabilities.
+
+    softmax(mixture / T) = sum over k of w_k * softmax(z_k / T), at the temperature T > 0 of the distillation; likewise
+    the sigmoids of independent labels. The outputs of a regression are averaged. `weights` sum to 1, and `matches`
+    bring each teacher's logits to the student's classes.
+    """
+
+    matches: Sequence[LogitMatch]
+    weights: Sequence[float]
+    temperature: float
+    task: Task
+
+    def __call__(self, logits: Sequence[Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """Return logits of the teachers' shape, at least in float32; padding of spans is told by the batch's mask."""
+        matched = [at_least_float32(match.teacher(z)) for match, z in zip(self.matches, logits, strict=True)]
+        if self.task == "regression":
+            return torch.stack([w * z for w, z in zip(self.weights, matched, strict=True)]).sum(0)
+        if self.task == "spans":
+            matched = [_without_padding(z, batch.get("attention_mask")) for z in matched]
+        softened = [z / self.temperature for z in matched]
+        if self.task == "multi_label":
+            log_odds = self._log_mean(map(F.logsigmoid, softened)) - self._log_mean(F.logsigmoid(-z) for z in softened)
+            return log_odds * self.temperature
+        dim = -1 if self.task in ("tokens", "frames") else 1
+        return self._log_mean(F.log_softmax(z, dim) for z in softened) * self.temperature
+
+    def _log_mean(self, logs: Iterable[Tensor]) -> Tensor:
+        """Return the logarithm of the weighted mean of what the logarithms of are given."""
+        return reduce(torch.logaddexp, (log + math.log(w) for w, log in zip(self.weights, logs, strict=True)))
 
 
 # Logits up to this number of elements are compared at once, more of them in pieces.

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoConfig
 from ..errors import InputError
 
 ModelSource = nn.Module | str | os.PathLike[str]
+# One teacher or several.
+TeacherSource = ModelSource | Sequence[ModelSource]
 
 
 def load_model(
@@ -52,6 +55,20 @@ def load_model(
             todo="fine-tune the teacher on the task first, or pass the model object if this is what you want",
         )
     return model
+
+
+def teacher_list(source: TeacherSource) -> list[ModelSource]:
+    """Return one teacher, or several, as a list; `InputError` for an empty one."""
+    if not isinstance(source, (list, tuple)):
+        return [source]  # type: ignore[list-item]
+    if source:
+        return list(source)
+    raise InputError(
+        "There is no teacher to distill from",
+        received=f"teacher_model={source!r}",
+        expected="a model, a name or a folder, or a list of at least one of them",
+        todo="put the teachers into the list",
+    )
 
 
 def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:

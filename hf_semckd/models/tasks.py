@@ -1,6 +1,6 @@
 """The kind of a model's task head, and whether its logits predict the next token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -50,12 +50,14 @@ def shifts_labels(model: nn.Module) -> bool:
     return type(base_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def head_task(model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any], teacher: Any = None) -> Task:
+def head_task(
+    model: nn.Module, outputs: Any, logits: Tensor, batch: Mapping[str, Any], teachers: Sequence[nn.Module] = ()
+) -> Task:
     """Return the kind of a model's head, by what it gave for a batch; see `task_of`.
 
-    Where neither labels nor the model's configuration tell, its teacher's does.
+    Where neither labels nor the model's configuration tell, its teachers' do.
     """
-    problems = (getattr(getattr(entry, "config", None), "problem_type", None) for entry in (model, teacher))
+    problems = (getattr(getattr(entry, "config", None), "problem_type", None) for entry in (model, *teachers))
     if returns_spans(outputs):
         return "spans"
     images, labels = batch.get("pixel_values"), batch.get("labels")

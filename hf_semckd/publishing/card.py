@@ -42,6 +42,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
     """Return the template's values, all of them fit to be published."""
     repo = repository_name(facts.repo_name)
     results = {name: value for name, value in facts.results.items() if is_plain_text(name)}
+    teachers = [facts.teacher] if isinstance(facts.teacher, str) else facts.teacher or ()
     return {
         "metadata": _metadata(facts, repo, results).to_yaml(),
         "repo": repo,
@@ -50,7 +51,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
         "classes": sorted({facts.student_class, facts.processor or facts.student_class}),
         "parameters": facts.parameters,
         "base_model": _model_link(facts.base_model),
-        "teacher": _model_link(facts.teacher),
+        "teacher": " and ".join(filter(None, map(_model_link, teachers))),
         "teacher_parameters": facts.teacher_parameters,
         "dataset": _dataset_link(facts.dataset),
         "method": _kept(facts.method),

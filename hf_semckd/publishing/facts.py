@@ -42,14 +42,15 @@ _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "s
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """A student, its teacher and its training, before redaction; None or empty where unknown.
+    """A student, its teachers and its training, before redaction; None or empty where unknown.
 
     Raises `InputError` when a class is not a Python name, a number of parameters is below 1, or a metric not a number.
 
     Attributes:
         repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
         student_class, processor: The auto classes that load the student and the processor saved beside it.
-        base_model, teacher: Hub id or class name.
+        base_model, teacher: Hub id or class name; a list of several teachers.
+        teacher_parameters: Of all teachers together.
         dataset: Hub id, or a description in words.
         method: Name of the feature loss, or of several joined by " + ".
         metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
@@ -61,7 +62,7 @@ class StudentFacts:
     pipeline_tag: str | None = None
     processor: str | None = None
     base_model: str | None = None
-    teacher: str | None = None
+    teacher: str | Sequence[str] | None = None
     teacher_parameters: int | None = None
     dataset: str | None = None
     method: str = "SemCKD"
@@ -89,8 +90,10 @@ class StudentFacts:
         return {name: value for name, value in named.items() if name not in _BOOKKEEPING}
 
 
-def model_facts(repo_name: str, student: nn.Module, teacher: nn.Module | None, processing_class: Any) -> StudentFacts:
-    """Return the facts that the models tell; the teacher may be on the meta device."""
+def model_facts(
+    repo_name: str, student: nn.Module, teachers: Sequence[nn.Module], processing_class: Any
+) -> StudentFacts:
+    """Return the facts that the models tell; teachers may be on the meta device."""
     student_class, pipeline_tag = _auto_class(student)
     return StudentFacts(
         repo_name=repo_name,
@@ -99,8 +102,8 @@ def model_facts(repo_name: str, student: nn.Module, teacher: nn.Module | None, p
         pipeline_tag=pipeline_tag,
         processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
         base_model=_hub_source(student),
-        teacher=None if teacher is None else _hub_source(teacher) or type(teacher).__name__,
-        teacher_parameters=None if teacher is None else _count_parameters(teacher),
+        teacher=[_hub_source(teacher) or type(teacher).__name__ for teacher in teachers],
+        teacher_parameters=sum(map(_count_parameters, teachers)) or None,
     )
 
 

@@ -1,10 +1,12 @@
-"""A teacher whose outputs are kept on disk, and what runs any teacher beside a student that trains."""
+"""A teacher whose outputs are kept on disk, and what runs any teacher, or several, beside a student that trains."""
+
+from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 
 from ..data.columns import teacher_entries
 from ..errors import ConfigurationError, InputError
+from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
+from ..losses.ensemble import EnsembleLoss
+from ..losses.logits import LogitMixture
 from ..models.images import ImageAdaptation
 from ..models.outputs import tokens_mask
 from ..models.packing import Documents
@@ -170,7 +175,7 @@ class CachedTeacher:
         self, batch: Mapping[str, Any], *, logits: bool, features: bool, loss: FeatureLoss | None = None
     ) -> TeacherOutputs:
         """Return logits and features for a training batch, from the cache where it can; see `Teacher.run`."""
-        cache, lookup, inputs = self.cache, lookup_of(batch), self.inputs(batch)
+        cache, lookup, inputs = self.cache, lookup_of(batch, self.cache), self.inputs(batch)
         if lookup is None or not all(lookup.present):
             # What was missing when the batch was made may be there by now.
             lookup = cache.look_up(batch, None if lookup is None else lookup.keys)
@@ -213,18 +218,52 @@ def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> b
     return tokens is None or all(length == tokens for length in lengths)
 
 
+def teacher_prefix(number: int) -> str:
+    """Return what the layers of one of several teachers begin with."""
+    return f"teachers.{number}."
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherEnsemble:
+    """Several teachers that run in turn, each on the inputs that it takes; `mixture` joins their logits."""
+
+    teachers: Sequence[Teacher | CachedTeacher]
+    mixture: LogitMixture
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The CUDA stream that all of them run on; None where one of them cannot have a stream of its own."""
+        streams = [teacher.stream for teacher in self.teachers]
+        return None if any(stream is None for stream in streams) else streams[0]
+
+    def losses(self, loss: FeatureLoss | None) -> list[FeatureLoss | None]:
+        """Return the feature loss of each teacher."""
+        return [None] * len(self.teachers) if not isinstance(loss, EnsembleLoss) else [*loss.members]
+
+    def run(
+        self, batch: Mapping[str, Any], *, logits: bool, features: bool, loss: FeatureLoss | None = None
+    ) -> TeacherOutputs:
+        """Return the joined logits, and a part of features per teacher; see `Teacher.run`."""
+        members = zip(self.teachers, self.losses(loss), strict=True)
+        outputs = [teacher.run(batch, logits=logits, features=features, loss=own) for teacher, own in members]
+        given = [entry.logits for entry in outputs if entry.logits is not None]
+        kept = TeacherTargets(parts=tuple(entry.features for entry in outputs))
+        return TeacherOutputs(self.mixture(given, batch) if logits else None, kept, outputs[0].mask)
+
+
 @dataclass(eq=False)
 class TeacherRunner:
-    """Runs the teacher on training batches, and keeps what the feature loss (None for logits alone) needs.
+    """Runs a teacher, or several, on training batches, and keeps what the feature loss (None for logits alone) needs.
 
     On CUDA it runs on a stream of its own, beside what the student does; elsewhere at once. `autocast` is that of the
-    student's forward: without it the teacher's takes several times as long.
+    student's forward: without it the teacher's takes several times as long. `prefix` names one of several in errors.
     """
 
-    teacher: Teacher | CachedTeacher
+    teacher: Teacher | CachedTeacher | TeacherEnsemble
     loss: FeatureLoss | None
     logits: bool
     autocast: Callable[[], AbstractContextManager[None]]
+    prefix: str = ""
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """Return the teacher's outputs for a batch; `wait` before they are used."""
@@ -252,7 +291,21 @@ class TeacherRunner:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def check_finite(self, batch: Mapping[str, Any]) -> None:
-        """Run the teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
+        """Run each teacher on a batch, and raise `TeacherOutputError` for NaN and infinity outside the padding."""
+        if isinstance(self.teacher, TeacherEnsemble):
+            for runner in self.alone():
+                runner.check_finite(batch)
+            return
         outputs = self(batch)
         self.wait()
-        check_finite(outputs, self.teacher.layer_names)
+        check_finite(outputs, self.teacher.layer_names, self.prefix)
+
+    def alone(self) -> list[TeacherRunner]:
+        """Return a runner for each teacher."""
+        if not isinstance(self.teacher, TeacherEnsemble):
+            return [self]
+        members = zip(self.teacher.teachers, self.teacher.losses(self.loss), strict=True)
+        return [
+            replace(self, teacher=teacher, loss=loss, prefix=teacher_prefix(number))
+            for number, (teacher, loss) in enumerate(members)
+        ]

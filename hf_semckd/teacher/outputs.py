@@ -47,13 +47,16 @@ class TeacherDescription:
     features: list[Tensor]
 
 
-def check_finite(outputs: TeacherOutputs, layers: Sequence[str]) -> None:
-    """Raise `TeacherOutputError`, naming layer and sample, for NaN and infinity outside the padding."""
+def check_finite(outputs: TeacherOutputs, layers: Sequence[str], prefix: str = "") -> None:
+    """Raise `TeacherOutputError`, naming layer and sample, for NaN and infinity outside the padding.
+
+    `prefix` names the teacher where there are several.
+    """
     # The first broken layer is the cause, logits follow.
     found = sorted(outputs.features.values(), key=itemgetter(0))
-    named = [(f"layer {layers[t]} is", values, mask) for t, values, mask in found]
+    named = [(f"layer {prefix}{layers[t]} is", values, mask) for t, values, mask in found]
     if outputs.logits is not None:
-        named.append(("logits are", outputs.logits, outputs.mask))
+        named.append((f"{prefix}logits are", outputs.logits, outputs.mask))
     for name, values, mask in named:
         bad = ~torch.isfinite(values)
         if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:

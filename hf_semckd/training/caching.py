@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -40,10 +40,10 @@ class TrainingData:
         return None if index is None else collate(self.collator, [self.dataset[index]])
 
 
-def require_cache(pair: Pair | None, config: SemCKDConfig) -> CachedTeacher:
-    """Return the teacher with its cache. Raises `ConfigurationError` when it has none."""
-    if pair is not None and pair.cached_teacher is not None:
-        return pair.cached_teacher
+def require_cache(pair: Pair | None, config: SemCKDConfig) -> list[CachedTeacher]:
+    """Return the teachers with their caches. Raises `ConfigurationError` when they have none."""
+    if pair is not None and pair.cached_teachers:
+        return pair.cached_teachers
     raise ConfigurationError(
         "There is no teacher cache to fill",
         received=f"teacher_cache_dir={config.teacher_cache_dir!r}",
@@ -75,7 +75,7 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     missing = [batch for batch in batches if not all(cache.look_up(batch).present)]
     if not missing:
         return
-    live = TeacherRunner(teacher.load(), run_teacher.loss, logits=run_teacher.logits, autocast=run_teacher.autocast)
+    live = replace(run_teacher, teacher=teacher.load())
     size = 0.0
     for batch in map(data.prepare, missing):
         outputs = live(batch)
@@ -88,19 +88,24 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
 
 
 def fill_cache(
-    teacher: CachedTeacher, run_teacher: TeacherRunner, loader: DataLoader, prepare: Callable[[Any], Any], quiet: bool
+    teachers: list[CachedTeacher],
+    run_teacher: TeacherRunner,
+    loader: DataLoader,
+    prepare: Callable[[Any], Any],
+    quiet: bool,
 ) -> None:
-    """Run the teacher on what the open cache lacks of a loader's samples; `prepare` moves a batch to the device."""
+    """Run the teachers on what the open caches lack of a loader's samples; `prepare` moves a batch to the device."""
     for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
         run_teacher(prepare(batch))
-        if not teacher.cache.store.writable:
+        if not all(teacher.cache.store.writable for teacher in teachers):
             break
-    teacher.flush()
-    teacher.remove_traces()
+    for teacher in teachers:
+        teacher.flush()
+        teacher.remove_traces()
 
 
 def check_filled(teacher: CachedTeacher) -> int:
-    """Return how many samples the cache holds, of all processes. Raises `InputError` when it took no more."""
+    """Return how many samples a cache holds, of all processes. Raises `InputError` when it took no more."""
     store = teacher.cache.store
     store.refresh()
     if not store.writable:

@@ -1,6 +1,7 @@
 """The callback that a trainer adds for itself: the association in pictures and TensorBoard, and the cache on disk."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class DistillationCallback(TrainerCallback):
 
     Args:
         monitor: Averages what is logged.
-        teacher: The teacher, where a cache answers for it.
+        teachers: Those for which a cache answers.
         handler: Holds the other callbacks, TensorBoard's perhaps among them.
         attachment: Joins feature loss and student; None without a feature loss.
     """
@@ -34,12 +35,12 @@ class DistillationCallback(TrainerCallback):
     def __init__(
         self,
         monitor: Monitor,
-        teacher: CachedTeacher | None,
+        teachers: Sequence[CachedTeacher],
         handler: CallbackHandler,
         attachment: StudentAttachment | None,
     ):
         self.monitor = monitor
-        self.teacher = teacher
+        self.teachers = teachers
         self.handler = handler
         self.attachment = attachment
 
@@ -51,9 +52,9 @@ class DistillationCallback(TrainerCallback):
             self.handler.model = self.attachment.plain_view()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write what the epoch added to the cache, where other processes and runs see it."""
-        if self.teacher is not None:
-            self.teacher.flush()
+        """Write what the epoch added to the caches, where other processes and runs see it."""
+        for teacher in self.teachers:
+            teacher.flush()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Send the mean weight of every pair to TensorBoard, where many curves do no harm."""
@@ -93,5 +94,5 @@ class DistillationCallback(TrainerCallback):
 def install_callback(handler: CallbackHandler, distillation: Distillation) -> None:
     """Put the callback of a distillation in front of all others, in place of an earlier one's."""
     others = [entry for entry in handler.callbacks if not isinstance(entry, DistillationCallback)]
-    teacher, attachment = distillation.pair.cached_teacher, distillation.attachment
-    handler.callbacks = [DistillationCallback(distillation.monitor, teacher, handler, attachment), *others]
+    teachers, attachment = distillation.pair.cached_teachers, distillation.attachment
+    handler.callbacks = [DistillationCallback(distillation.monitor, teachers, handler, attachment), *others]

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +113,20 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
-def finish_folder(folder: Path, config: SemCKDConfig, teacher: nn.Module, settings: Mapping[str, Any]) -> None:
+def finish_folder(
+    folder: Path, config: SemCKDConfig, teachers: Sequence[nn.Module], settings: Mapping[str, Any]
+) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
     They take the place of Trainer's pickled arguments, which only this library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
+    names = [type(teacher).__name__ for teacher in teachers]
     written = {
         "distillation": dict(settings),
         "training": {name: getattr(value, "value", value) for name, value in arguments.items()},
-        "teacher": type(teacher).__name__,
+        "teacher": names[0] if len(names) == 1 else names,
         "versions": environment(),
     }
     write_json(folder / SETTINGS_FILE, written)

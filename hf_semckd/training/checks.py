@@ -137,9 +137,9 @@ def _lacks_block(name: str, shapes: Mapping[str, object]) -> bool:
     return False
 
 
-def check_lengths(batch: Mapping[str, Any], models: Mapping[str, nn.Module]) -> None:
-    """Refuse a text, the longest of the data set, that is longer than the positions a model (by its role) has."""
-    for role, model in models.items():
+def check_lengths(batch: Mapping[str, Any], student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    """Refuse a text, the longest of the data set, that is longer than the positions that a model has."""
+    for role, model in (("student", student), *(("teacher", teacher) for teacher in teachers)):
         prefix = TEACHER_PREFIX if role == "teacher" and has_own_tokens(batch) else ""
         ids, limit = batch.get(f"{prefix}input_ids"), learned_positions(model)
         if document_starts(teacher_entries(batch) if prefix else batch) is not None:
@@ -204,14 +204,9 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not shared or not isinstance(teacher, (str, os.PathLike)) or not hasattr(tokenizer, "get_vocab"):
         return
-    # Without files of its own, transformers would make up an empty one.
-    if not any(_has_file(teacher, name) for name in TOKENIZER_FILES):
+    theirs, known = _vocabulary_of(teacher), tokenizer.get_vocab()
+    if theirs is None:
         return
-    try:
-        theirs = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False, local_files_only=True).get_vocab()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    known = tokenizer.get_vocab()
     other = sum(theirs.get(token) != index for token, index in known.items())
     if other:
         raise InputError(
@@ -220,6 +215,37 @@ def check_tokenizers(teacher: object, tokenizer: Any, batch: Mapping[str, Any]) 
             expected="one tokenizer for both, or columns of the teacher's own",
             todo="tokenize the texts for the teacher too, as teacher_input_ids and teacher_attention_mask, with "
             "hf_semckd.data.TeacherStudentCollator",
+        )
+
+
+def _vocabulary_of(teacher: object) -> dict[str, int] | None:
+    """Return the token ids of the tokenizer beside a model that is given by name or folder; None without one."""
+    # Without files of its own, transformers would make up an empty one.
+    named = isinstance(teacher, (str, os.PathLike))
+    if not named or not any(_has_file(teacher, name) for name in TOKENIZER_FILES):  # type: ignore[arg-type]
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=False, local_files_only=True).get_vocab()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def check_own_inputs(teachers: Sequence[object], batch: Mapping[str, Any]) -> None:
+    """Refuse several teachers that want different preprocessing where all of them read the columns `teacher_*`."""
+    named = [entry for entry in teachers if isinstance(entry, (str, os.PathLike))]
+    wanted: list[Any] = []
+    if has_own_tokens(batch):
+        wanted = [_vocabulary_of(entry) for entry in named]
+    elif f"{TEACHER_PREFIX}pixel_values" in batch:
+        wanted = [normalization_of(entry) for entry in named]
+    known = [entry for entry in wanted if entry is not None]
+    if any(entry != known[0] for entry in known):
+        raise InputError(
+            "The teachers have different tokenizers or image normalizations, and read the same columns",
+            received=f"columns {', '.join(name for name in batch if name.startswith(TEACHER_PREFIX))} for "
+            f"{', '.join(map(str, named))}",
+            expected="teachers that share their preprocessing",
+            todo="choose teachers with one tokenizer or normalization, or only one of them",
         )
 
 

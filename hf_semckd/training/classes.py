@@ -51,6 +51,21 @@ def match_logits(
     return LogitMatch(order=torch.tensor([names[1].index(name) for name in names[0]]), dim=dim)
 
 
+def match_teachers(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    shape: Sequence[int],
+    shapes: Sequence[Sequence[int]],
+    vocabulary: int | None,
+) -> list[LogitMatch]:
+    """Return `match_logits` of a student, with logits of a shape, and each of its teachers."""
+    pairs = zip(teachers, shapes, strict=True)
+    found = [match_logits((student, teacher), shape, theirs, vocabulary) for teacher, theirs in pairs]
+    # Where one is cut to the vocabulary, all are: their mean is over the same classes.
+    cut = next((match for match in found if match.vocabulary is not None), None)
+    return found if cut is None else [cut] * len(found)
+
+
 def check_same_tokens(student: Sequence[int], batch: Mapping[str, Any]) -> None:
     """Refuse to compare logits (B, N, V) of tokens, of the student's shape, where the teacher reads other ones."""
     own, theirs = batch.get("input_ids"), batch.get(f"{TEACHER_PREFIX}input_ids")

@@ -1,4 +1,4 @@
-"""All that distilling adds to a training, built in one place for one student, one teacher and the layers found."""
+"""All that distilling adds to a training, built in one place for one student, its teachers and the layers found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 from ..config import SemCKDConfig
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
+from ..losses.ensemble import EnsembleLoss
+from ..losses.logits import LogitMatch, LogitMixture
 from ..losses.registry import make_feature_loss
-from ..teacher.cached import CachedTeacher, TeacherRunner
+from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
+from ..teacher.outputs import TeacherDescription
 from .attachment import StudentAttachment, forget_preparation
 from .caching import TrainingData, check_cache
 from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
@@ -46,14 +49,17 @@ class Distillation:
         self.pair = pair
         self.plan = plan
         self.loss = loss
-        self.run_teacher = TeacherRunner(pair.teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
+        teacher = pair.teacher if plan.mixture is None else TeacherEnsemble(pair.teachers, plan.mixture)
+        self.run_teacher = TeacherRunner(teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
         self.monitor = Monitor(plan, pair, loss, services)
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
         chosen = {} if loss is None else loss.settings
-        used = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
+        used: dict[str, Any] = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
+        if len(pair.teachers) > 1:
+            used["teacher_weights"] = list(pair.weights)
         self.settings = {**args.distillation_settings(), **chosen, **used}
         self._borrowed: BorrowedOptimizer | None = None
         count = getattr(pair.student, "num_parameters", None)
@@ -74,7 +80,7 @@ class Distillation:
         """Run a small training batch through both models, and make the parts for the layers that were found."""
         longest = None if data is None else data.longest_batch()
         if longest is not None:
-            check_lengths(longest, {"student": pair.student, "teacher": pair.teacher.model})
+            check_lengths(longest, pair.student, pair.teacher_models)
         try:
             logits, features = args.distills_logits, pair.source is not None
             found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
@@ -85,26 +91,13 @@ class Distillation:
                 check_label_range(found.batch, plan.task, found.student_logits, dataset)
             warn_of_single_samples(loss, args)
             distillation = cls(pair, plan, loss, args, services)
-            if pair.cached_teacher is not None:
-                distillation._open_cache(pair.cached_teacher, found, data, services)
+            for runner, described in zip(distillation.run_teacher.alone(), found.teachers, strict=True):
+                _open_cache(runner, found.batch, described, data, services)
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)
-            pair.teacher.remove_traces()
+            pair.remove_traces()
         return distillation
-
-    def _open_cache(
-        self, teacher: CachedTeacher, found: Inspection, data: TrainingData | None, services: Services
-    ) -> None:
-        """Open the cache for the layers that were found, and refuse what cannot be cached."""
-        # What is stored depends on the autocast under which the teacher ran, too.
-        kept = f"{'' if self.loss is None else self.loss.kept} autocast {services.mixed_precision}"
-        logits, features = self.plan.distills_logits, self.loss is not None
-        teacher.open(found.batch, found.teacher, kept=kept, logits=logits, features=features)
-        if data is not None:
-            check_cache(teacher, data, self.run_teacher)
-        if services.is_main:
-            teacher.write_note(found.batch, found.teacher)
 
     @property
     def attached(self) -> bool:
@@ -126,9 +119,9 @@ class Distillation:
             self._borrowed.give_back()
             self._borrowed = None
         self.guard.pending = None
-        self.pair.teacher.remove_traces()
-        if self.pair.cached_teacher is not None:
-            self.pair.cached_teacher.flush()
+        self.pair.remove_traces()
+        for teacher in self.pair.cached_teachers:
+            teacher.flush()
         if self.attachment is not None:
             self.attachment.loss.automatic_synchronization = True
             if self.attachment.removable:
@@ -161,6 +154,22 @@ class Distillation:
         return 6 * inputs[name].numel() * self._student_parameters if name in inputs else 0
 
 
+def _open_cache(
+    runner: TeacherRunner, batch: Any, described: TeacherDescription, data: TrainingData | None, services: Services
+) -> None:
+    """Open a teacher's cache, if it has one, for the layers that were found, and refuse what cannot be cached."""
+    teacher = runner.teacher
+    if not isinstance(teacher, CachedTeacher):
+        return
+    # What is stored depends on the autocast under which the teacher ran, too.
+    kept = f"{'' if runner.loss is None else runner.loss.kept} autocast {services.mixed_precision}"
+    teacher.open(batch, described, kept=kept, logits=runner.logits, features=runner.loss is not None)
+    if data is not None:
+        check_cache(teacher, data, runner)
+    if services.is_main:
+        teacher.write_note(batch, described)
+
+
 def _make_plan(
     pair: Pair, found: Inspection, loss: FeatureLoss | None, args: SemCKDConfig, label_names: tuple[str, ...]
 ) -> Plan:
@@ -168,14 +177,18 @@ def _make_plan(
     weight = args.feature_weight
     if weight is None:
         weight = 0.0 if loss is None else loss.default_weight
+    matches, temperature = found.matches or [LogitMatch()] * len(pair.teachers), _temperature(args, found)
+    several = len(matches) > 1
     return Plan(
         task=found.task,
         shifts_labels=found.shifts_labels,
-        match=found.match,
+        # A mixture has put the classes into the student's order.
+        match=LogitMatch(vocabulary=matches[0].vocabulary) if several else matches[0],
+        mixture=LogitMixture(matches, pair.weights, temperature, found.task) if several else None,
         label_names=label_names,
         student_computes_loss=pair.router.takes_any(label_names),
         classes=logits.shape[1] if logits is not None and logits.dim() == 2 else None,
-        temperature=_temperature(args, found),
+        temperature=temperature,
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
@@ -189,25 +202,34 @@ def _temperature(args: SemCKDConfig, found: Inspection) -> float:
 
 
 def _make_loss(pair: Pair, found: Inspection, data: TrainingData | None, args: SemCKDConfig) -> FeatureLoss:
-    """Return the feature loss for the layers that were found; of one that was given, a copy."""
-    parameters = list(pair.student.parameters())
-    if isinstance(pair.source, FeatureLoss):
-        # The caller's object stays as it was given, and every run starts from it.
-        loss = copy.deepcopy(pair.source)
-        check_loss_fits(loss, found)
-    else:
-        assert pair.source is not None
-        loss = make_feature_loss(
-            pair.source,
-            found.student_specs,
-            found.teacher.specs,
-            loss_options(args),
-            tokens_aligned=found.tokens_aligned,
-            student_parameters=sum(parameter.numel() for parameter in parameters),
-        )
+    """Return the feature loss for the layers that were found: one for each teacher, joined."""
+    losses = []
+    for described in found.teachers:
+        # Each starts as if its teacher were the only one.
+        with torch.random.fork_rng(devices=[], enabled=len(found.teachers) > 1):
+            losses.append(_loss_of_teacher(pair, found, described, args))
+    loss = losses[0] if len(losses) == 1 else EnsembleLoss(losses, pair.weights)
     if loss.reuses_teacher_head:
         check_heads(loss, pair, found)
     if loss.required_batch_size is not None and data is not None:
         check_published_batches(args, data.dataset)
-    double = any(parameter.dtype is torch.float64 for parameter in parameters)
+    double = any(parameter.dtype is torch.float64 for parameter in pair.student.parameters())
     return loss.to(device=args.device, dtype=torch.float64 if double else torch.float32)
+
+
+def _loss_of_teacher(pair: Pair, found: Inspection, described: TeacherDescription, args: SemCKDConfig) -> FeatureLoss:
+    """Return the feature loss for one teacher; of one that was given, a copy."""
+    if isinstance(pair.source, FeatureLoss):
+        # The caller's object stays as it was given, and every run starts from it.
+        loss = copy.deepcopy(pair.source)
+        check_loss_fits(loss, found.student_features, described.features)
+        return loss
+    assert pair.source is not None
+    return make_feature_loss(
+        pair.source,
+        found.student_specs,
+        described.specs,
+        loss_options(args),
+        tokens_aligned=found.tokens_aligned,
+        student_parameters=sum(parameter.numel() for parameter in pair.student.parameters()),
+    )

@@ -1,7 +1,7 @@
 """Runs one small batch through both models, to see what their layers look like and whether they fit together."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from ..models.outputs import detects_objects, holds_images, is_encoder_decoder, 
 from ..models.packing import check_documents
 from ..models.tasks import Task, head_task, predicts_next_token
 from ..teacher.outputs import TeacherDescription
-from .classes import check_same_tokens, match_logits
+from .classes import check_same_tokens, match_teachers
 from .pair import Pair
 
 
@@ -34,7 +34,7 @@ class Inspection:
         shifts_labels: Whether position n of them predicts label n + 1.
         tokens_aligned: Whether position n of both models stands for the same input.
         writes_text: Whether the student's decoder gives logits of a vocabulary.
-        match: Brings the logits of both models to the same classes.
+        matches: Bring the logits of the student and each teacher to the same classes; empty where they are not needed.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
 
@@ -44,10 +44,10 @@ class Inspection:
     shifts_labels: bool
     tokens_aligned: bool
     writes_text: bool
-    match: LogitMatch
+    matches: list[LogitMatch]
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
-    teacher: TeacherDescription
+    teachers: list[TeacherDescription]
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def inspect_pair(
 
     `vocabulary` is the number of token ids of the tokenizer, where there is one.
     """
-    described = pair.teacher.describe(batch, logits=logits, features=features)
+    described = [teacher.describe(batch, logits=logits, features=features) for teacher in pair.teachers]
     student, capture = pair.student, pair.capture
     inputs = InputSelector(student)(batch)
     was_training = student.training
@@ -80,11 +80,12 @@ def inspect_pair(
         student_logits = logits_of(outputs, "student")
     task: Task = "single_label"
     if student_logits is not None:
-        task = head_task(student, outputs, student_logits, batch, pair.teacher.model)
-    match = LogitMatch()
-    if logits and described.logits:
+        task = head_task(student, outputs, student_logits, batch, pair.teacher_models)
+    matches = []
+    shapes = [entry.logits for entry in described if entry.logits]
+    if logits and shapes:
         check_same_tokens(student_logits.shape, batch)
-        match = match_logits((student, pair.teacher.model), student_logits.shape, described.logits, vocabulary)
+        matches = match_teachers(student, pair.teacher_models, student_logits.shape, shapes, vocabulary)
     return Inspection(
         batch=batch,
         student_logits=student_logits,
@@ -92,16 +93,15 @@ def inspect_pair(
         shifts_labels=shifts,
         tokens_aligned=not has_own_tokens(batch) and not detects_objects(outputs),
         writes_text=is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3,
-        match=match,
+        matches=matches,
         student_specs=specs,
         student_features=taken,
-        teacher=described,
+        teachers=described,
     )
 
 
-def check_loss_fits(loss: FeatureLoss, found: Inspection) -> None:
+def check_loss_fits(loss: FeatureLoss, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     """Try a feature loss that was given as an object on the features that were found; `InputError` if it cannot."""
-    student, teacher = found.student_features, found.teacher.features
     if loss.required_batch_size is not None and loss.required_batch_size != len(student[0]):
         return
     trial = copy.deepcopy(loss).eval().to(student[0].device, student[0].dtype)
@@ -122,7 +122,7 @@ def check_heads(loss: FeatureLoss, pair: Pair, found: Inspection) -> None:
     """Refuse models that do not end in a linear classifier of their last layer's average; the teacher is loaded."""
     for role, model, inputs, features in (
         ("student", pair.student, InputSelector(pair.student)(found.batch), found.student_features),
-        ("teacher", pair.teacher.model, pair.teacher.inputs(found.batch), found.teacher.features),
+        ("teacher", pair.teacher.model, pair.teacher.inputs(found.batch), found.teachers[0].features),
     ):
         seen: list[Tensor] = []
         head = find_head(model, role)

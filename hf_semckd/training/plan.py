@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..losses.logits import LogitMatch
+from ..losses.logits import LogitMatch, LogitMixture
 from ..models.tasks import Task
 
 
@@ -25,6 +25,7 @@ class Plan:
         student_computes_loss: Whether the student's forward takes labels and returns their loss.
         classes: Number of classes of a classifier of whole samples; None for any other head.
         match: Brings the logits of both models to the same classes.
+        mixture: Joins the logits of several teachers; None for one.
         task_weight, logit_weight, feature_weight: With 0 a term is not computed.
     """
 
@@ -34,6 +35,7 @@ class Plan:
     student_computes_loss: bool
     classes: int | None
     match: LogitMatch
+    mixture: LogitMixture | None
     temperature: float
     task_weight: float
     logit_weight: float

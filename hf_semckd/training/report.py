@@ -1,8 +1,7 @@
 """A table of what distillation makes of two models: their layers, how these are compared, and which logits."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from ..features.layers import FeatureSpec
 from ..losses.logits import LogitMatch
 from ..models.images import fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
-from ..models.loading import load_model
+from ..models.loading import ModelSource, TeacherSource, load_model, teacher_list
 from ..models.outputs import detects_objects, holds_images, layer_masks, logits_of
 from ..models.tables import aligned_lines
 from ..models.tasks import Task, head_task, predicts_next_token
-from .classes import check_same_tokens, match_logits, vocabulary_size
+from ..teacher.cached import teacher_prefix
+from .classes import check_same_tokens, match_teachers, vocabulary_size
+from .pair import layers_by_teacher
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PairReport:
     """What `inspect_models` found; printed, it is a table.
 
     Attributes:
-        student, teacher: What was found of each model.
+        student, teacher: What was found of each model; of several teachers all layers, and the first one's logits.
         alignments: How every pair of layers is compared, [student layer][teacher layer]: `tokens` position by
             position, `grid` as maps of the smaller size, `mean` by their averages.
         match: How the logits of both are brought to the same classes; None where only features can be distilled.
@@ -106,8 +107,8 @@ class PairReport:
 
 @torch.no_grad()
 def inspect_models(
-    student: nn.Module | str | os.PathLike[str],
-    teacher: nn.Module | str | os.PathLike[str],
+    student: ModelSource,
+    teacher: TeacherSource,
     batch: Mapping[str, Any],
     *,
     student_layers: Sequence[int] | Sequence[str] | None = None,
@@ -119,7 +120,7 @@ def inspect_models(
     Neither model is changed: they run in evaluation mode for the moment, and nothing stays on them.
 
     Args:
-        student, teacher: Models, or names or folders to load them from.
+        student, teacher: Models, or names or folders to load them from; the teacher may be a list of several.
         batch: As the collator makes it; `teacher_*` entries are the teacher's own. Two different samples at least, or
             special tokens cannot be told from patches of an image.
         student_layers, teacher_layers: Hidden-state indices or module names; None for all blocks.
@@ -132,19 +133,35 @@ def inspect_models(
         >>> print(inspect_models(student, teacher, next(iter(trainer.get_train_dataloader()))))
     """
     learner = load_model(student, "student")
-    models = learner, load_model(teacher, "teacher", like=learner)
-    asked = (("student", batch, student_layers), ("teacher", teacher_entries(batch), teacher_layers))
-    own, other = (_report(model, *entry) for model, entry in zip(models, asked, strict=True))
+    teachers = [load_model(source, "teacher", like=learner) for source in teacher_list(teacher)]
+    asked = zip(teachers, layers_by_teacher(teacher_layers, len(teachers)), strict=True)
+    own = _report(learner, "student", batch, student_layers)
+    others = [_report(model, "teacher", teacher_entries(batch), layers) for model, layers in asked]
+    other = others[0] if len(others) == 1 else _joined(others)
     aligned = not has_own_tokens(batch) and not own.detects
     kinds = [[Alignment.of(s, t, aligned).kind for t in other.specs] for s in own.specs]
-    if own.logits is None or other.logits is None:
+    shapes = [report.logits for report in others if report.logits is not None]
+    if own.logits is None or len(shapes) < len(others):
         return PairReport(own, other, kinds, None, own.problem or other.problem)
     try:
         check_same_tokens(own.logits, batch)
-        match = match_logits(models, own.logits, other.logits, vocabulary_size(processing_class))
+        matches = match_teachers(learner, teachers, own.logits, shapes, vocabulary_size(processing_class))
     except InputError as error:
         return PairReport(own, other, kinds, None, str(error).splitlines()[0])
-    return PairReport(own, other, kinds, match)
+    return PairReport(own, other, kinds, next((match for match in matches if match.order is not None), matches[0]))
+
+
+def _joined(reports: Sequence[ModelReport]) -> ModelReport:
+    """Return several teachers as one model, with the layers of all of them."""
+    return replace(
+        reports[0],
+        name=" and ".join(report.name for report in reports),
+        layers=[f"{teacher_prefix(n)}{layer}" for n, report in enumerate(reports) for layer in report.layers],
+        modules=[module for report in reports for module in report.modules],
+        specs=[spec for report in reports for spec in report.specs],
+        masked=all(report.masked for report in reports),
+        problem=next((report.problem for report in reports if report.problem), ""),
+    )
 
 
 def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) -> ModelReport:

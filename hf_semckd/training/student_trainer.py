@@ -16,6 +16,7 @@ from ..data.samples import column_names
 from ..losses import FeatureLoss
 from ..publishing.facts import last_evaluation, model_facts
 from ..publishing.hub import Publisher
+from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
 from .checkpoint import TRAINING_STATE, finish_folder, reload_student, resume_feature_loss, save_feature_loss
 from .distillation import Distillation
@@ -41,11 +42,15 @@ class StudentTrainer(Trainer):
 
     @property
     def teacher(self) -> Any:
-        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet."""
+        """The frozen teacher in evaluation mode, or None without distillation; loaded now if it was not needed yet.
+
+        Several come as an `nn.ModuleList`.
+        """
         if self.pair is None:
             return None
-        cached = self.pair.cached_teacher
-        return self.pair.teacher.model if cached is None else cached.load().model
+        teachers = self.pair.teachers
+        models = [(teacher.load() if isinstance(teacher, CachedTeacher) else teacher).model for teacher in teachers]
+        return models[0] if len(models) == 1 else nn.ModuleList(models).eval()
 
     @property
     def student_layer_names(self) -> list[str]:
@@ -57,7 +62,7 @@ class StudentTrainer(Trainer):
 
     @property
     def teacher_layer_names(self) -> list[str]:
-        """Names of the teacher layers that are learned from."""
+        """Names of the teacher layers that are learned from; of several teachers `teachers.0.1` and the like."""
         return [] if self.pair is None else self.pair.teacher_layer_names
 
     @property
@@ -68,7 +73,8 @@ class StudentTrainer(Trainer):
     def association(self) -> np.ndarray | None:
         """Return the mean association weights (student_layer, teacher_layer) of the last logging window, or None.
 
-        Rows add up to 1 over the teacher layers; also those of layers that are left to the logits.
+        Rows add up to 1 over the teacher layers; also those of layers that are left to the logits. The layers
+        of several teachers stand side by side, and those of each add up to its share of `teacher_weights`.
         """
         found = None if self.distillation is None else self.distillation.monitor.last_association
         return None if found is None else found.copy()
@@ -122,7 +128,7 @@ class StudentTrainer(Trainer):
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            finish_folder(folder, self.args, self.pair.teacher.model, self.distillation_settings())
+            finish_folder(folder, self.args, self.pair.teacher_models, self.distillation_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
@@ -211,8 +217,8 @@ class StudentTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         name = model_name or self._publisher.name
-        teacher = None if self.pair is None else self.pair.teacher.model
-        known = model_facts(name, self.student, teacher, self.processing_class)
+        teachers = [] if self.pair is None else self.pair.teacher_models
+        known = model_facts(name, self.student, teachers, self.processing_class)
         data = dataset_tags or dataset
         facts = replace(
             known,

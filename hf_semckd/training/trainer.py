@@ -1,6 +1,6 @@
 """Trainers that distill: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from ..config import SemCKDConfig
 from ..data.samples import is_map_style
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
-from ..models.loading import ModelSource, load_model
+from ..models.loading import ModelSource, TeacherSource, load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
@@ -25,8 +25,6 @@ from .checks import (
     check_labels,
     check_parallelism,
     check_teacher_given,
-    check_tokenizers,
-    pixel_normalization,
 )
 from .classes import vocabulary_size
 from .distillation import Distillation
@@ -46,8 +44,9 @@ class DistillationTrainer(StudentTrainer):
     Args:
         model: The student: a model, or a name or folder to load it from.
         args: A `SemCKDConfig`; plain `TrainingArguments` get the distillation's defaults.
-        teacher_model: The teacher, likewise. It is frozen and put into evaluation mode, and keeps its precision,
-            unless `args.teacher_dtype` names another: a copy teaches then.
+        teacher_model: The teacher, likewise, or a list of several (see `args.teacher_weights`). It is frozen and put
+            into evaluation mode, and keeps its precision, unless `args.teacher_dtype` names another: a copy teaches
+            then.
         feature_loss: `None` or `"kd"` (logits only), the name of a method (see `losses.FEATURE_LOSSES`), several
             joined by "+" (`"semckd+crd"`), a class of `FeatureLoss`, made for the layers that are found, or an object
             made for the layers that are chosen, of which a copy is trained: `trainer.feature_loss`.
@@ -80,13 +79,12 @@ class DistillationTrainer(StudentTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
         *,
-        teacher_model: ModelSource | None = None,
+        teacher_model: TeacherSource | None = None,
         feature_loss: LossSource | None = None,
     ):
         # Trainer's constructor calls overridden methods: what they read must exist before it runs.
         self.pair: Pair | None = None
         self.distillation: Distillation | None = None
-        self._teacher_source = None if isinstance(teacher_model, nn.Module) else teacher_model
         self._source = check_feature_loss(feature_loss or self.default_feature_loss)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
@@ -116,16 +114,16 @@ class DistillationTrainer(StudentTrainer):
             ConfigurationError: Without `teacher_cache_dir`.
             InputError: When the cache would not fit, or samples change whenever they are read.
         """
-        teacher = require_cache(self.pair, self.args)
+        teachers = require_cache(self.pair, self.args)
         run_teacher = self._built().run_teacher
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with preserved_random_state(self.args.seed):
-            with self._looking_up(teacher, drop_last=False):
+            with self._looking_up(teachers, drop_last=False):
                 # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
-            fill_cache(teacher, run_teacher, loader, self._prepare_input, quiet)
+            fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet)
         self.accelerator.wait_for_everyone()
-        return check_filled(teacher)
+        return min(map(check_filled, teachers))
 
     # ---- Setting up --------------------------------------------------------------------------------------------
 
@@ -137,7 +135,7 @@ class DistillationTrainer(StudentTrainer):
     def _feature_source(self) -> LossSource | None:
         return self._source if self.args.distills_features else None
 
-    def _open_pair(self, teacher_model: ModelSource | None) -> None:
+    def _open_pair(self, teacher_model: TeacherSource | None) -> None:
         check_teacher_given(teacher_model, self.args)
         check_parallelism(self.args)
         # The terms are scaled for accumulation and processes; Trainer must not do it again.
@@ -147,7 +145,7 @@ class DistillationTrainer(StudentTrainer):
         self.pair = Pair.open(self.student, teacher_model, self.args, self._feature_source)
         if self.train_dataset is not None:
             with preserved_random_state(self.args.seed):
-                models = (self.student, self.pair.teacher.model)
+                models = (self.student, *self.pair.teacher_models)
                 check_dataset(self.train_dataset, models, self.args.remove_unused_columns)
             self._build()
 
@@ -159,14 +157,14 @@ class DistillationTrainer(StudentTrainer):
     def _build(self) -> Distillation:
         assert self.pair is not None
         if self.distillation is not None or self.pair.student is not self.student:
-            self.pair = Pair.of(self.student, self.pair.teacher, self.args, self._feature_source)
+            files = self.pair.teachers, self.pair.files
+            self.pair = Pair.of(self.student, *files, self.args, self._feature_source)
         with preserved_random_state(self.args.seed):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
             if self.distillation is None:
-                check_tokenizers(self._teacher_source, self.processing_class, batch)
-                self.pair.teacher.images = pixel_normalization(self._teacher_source, self.processing_class, batch)
+                self.pair.prepare_inputs(self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
             services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
@@ -196,19 +194,20 @@ class DistillationTrainer(StudentTrainer):
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s, whose batches bring along what the teacher cache holds of them."""
-        # The cache is open when the distillation is built.
-        teacher = None if self.distillation is None else self.distillation.pair.cached_teacher
-        if teacher is None or not is_map_style(self.train_dataset):
+        """Return `Trainer`'s, whose batches bring along what the teacher caches hold of them."""
+        # The caches are open when the distillation is built.
+        teachers = [] if self.distillation is None else self.distillation.pair.cached_teachers
+        if not teachers or not is_map_style(self.train_dataset):
             return super().get_train_dataloader()
-        with self._looking_up(teacher, drop_last=self.args.dataloader_drop_last):
+        with self._looking_up(teachers, drop_last=self.args.dataloader_drop_last):
             return super().get_train_dataloader()
 
     @contextmanager
-    def _looking_up(self, teacher: CachedTeacher, *, drop_last: bool) -> Iterator[None]:
-        """Let data loaders that are made meanwhile look their samples up in the cache."""
+    def _looking_up(self, teachers: Sequence[CachedTeacher], *, drop_last: bool) -> Iterator[None]:
+        """Let data loaders that are made meanwhile look their samples up in the caches."""
         args, collator, drops = self.args, self.data_collator, self.args.dataloader_drop_last
-        self.data_collator = CachingCollator(collator, teacher.cache, in_thread=args.dataloader_num_workers == 0)
+        for cache in (teacher.cache for teacher in teachers):
+            self.data_collator = CachingCollator(self.data_collator, cache, in_thread=args.dataloader_num_workers == 0)
         args.dataloader_drop_last = drop_last
         try:
             yield

@@ -90,8 +90,8 @@ def _student_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def _teacher_features(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> list[Tensor]:
-    cached = trainer.pair.cached_teacher
-    teacher: Any = trainer.pair.teacher if cached is None else cached.load()
+    cached = trainer.pair.cached_teachers
+    teacher: Any = cached[0].load() if cached else trainer.pair.teacher
     inputs = teacher.inputs(batch)
     found = teacher.capture.collect(*teacher.forward(inputs, features=True))
     teacher.remove_traces()

@@ -6,7 +6,7 @@ import torch
 from naive import normal
 from scipy import special
 
-from hf_semckd.losses.logits import binary_kd_loss, kd_loss, logit_loss_sum
+from hf_semckd.losses.logits import LogitMatch, LogitMixture, binary_kd_loss, kd_loss, logit_loss_sum
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -89,3 +89,63 @@ def test_masks_of_one_object_have_a_probability_for_every_pixel():
     expected = theirs * (theirs / own).log() + (1 - theirs) * ((1 - theirs) / (1 - own)).log()
     actual = logit_loss_sum(student, teacher, {}, 2.0, "multi_label", False)
     assert float(actual) == pytest.approx(4 * float(expected.mean((1, 2)).sum()))
+
+
+def mixed(task, logits, weights=(0.2, 0.8), temperature=3.0, **batch):
+    """Return what teachers are joined to, as an array."""
+    mixture = LogitMixture([LogitMatch()] * len(logits), weights, temperature, task)
+    return mixture(logits, batch).numpy()
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "axis"),
+    [
+        ("single_label", (3, 5), 1),
+        ("single_label", (3, 5, 2, 2), 1),
+        ("tokens", (3, 4, 5), -1),
+        ("frames", (2, 4, 5), -1),
+    ],
+)
+def test_a_mixture_has_the_weighted_mean_of_the_probabilities(task, shape, axis):
+    first, second = (normal(*shape, seed=seed) * 4 for seed in (11, 12))
+    expected = 0.2 * special.softmax(first / 3, axis) + 0.8 * special.softmax(second / 3, axis)
+    np.testing.assert_allclose(special.softmax(mixed(task, [first, second]) / 3, axis), expected, rtol=1e-12)
+
+
+def test_a_mixture_of_independent_labels_has_the_mean_of_each():
+    first, second = normal(3, 4, seed=13) * 4, normal(3, 4, seed=14) * 4
+    expected = 0.2 * special.expit(first.numpy() / 3) + 0.8 * special.expit(second.numpy() / 3)
+    np.testing.assert_allclose(special.expit(mixed("multi_label", [first, second]) / 3), expected, rtol=1e-12)
+
+
+def test_a_mixture_of_a_regression_is_the_mean():
+    first, second = normal(3, 1, seed=15), normal(3, 1, seed=16)
+    np.testing.assert_allclose(mixed("regression", [first, second]), 0.2 * first + 0.8 * second, rtol=1e-12)
+
+
+def test_a_mixture_of_spans_is_over_the_positions_without_padding():
+    first, second = normal(2, 5, 2, seed=17), normal(2, 5, 2, seed=18)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    joined = mixed("spans", [first, second], attention_mask=mask)
+    for sample, length in enumerate((3, 5)):
+        rows = [special.softmax(logits[sample, :length] / 3, 0) for logits in (first, second)]
+        found = special.softmax(joined[sample, :length] / 3, 0)
+        np.testing.assert_allclose(found, 0.2 * rows[0] + 0.8 * rows[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_a_mixture_is_finite_on_extreme_logits_and_of_one_teacher_twice_that_teacher(task):
+    logits = torch.tensor([[500.0, -500.0, 3.0]])
+    joined = torch.from_numpy(mixed(task, [logits, -logits], temperature=1.0))
+    assert joined.isfinite().all()
+    twice = torch.from_numpy(mixed(task, [logits, logits], (0.5, 0.5)))
+    divergence = kd_loss if task == "single_label" else binary_kd_loss
+    assert divergence(twice, logits, 3.0).abs().max() < 1e-6
+
+
+def test_a_mixture_puts_the_classes_of_each_teacher_into_the_students_order():
+    first, second = normal(3, 4, seed=19), normal(3, 4, seed=20)
+    matches = [LogitMatch(), LogitMatch(order=torch.tensor([2, 0, 1, 3]), dim=1)]
+    found = LogitMixture(matches, (0.5, 0.5), 1.0, "single_label")([first, second], {})
+    expected = (special.softmax(first, 1) + special.softmax(second, 1)[:, [2, 0, 1, 3]]) / 2
+    np.testing.assert_allclose(special.softmax(found, 1), expected, rtol=1e-12)

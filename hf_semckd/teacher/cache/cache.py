@@ -50,6 +50,11 @@ class TeacherCache:
     dtype: torch.dtype | None = None
     cut: bool = True
 
+    @property
+    def name(self) -> str:
+        """The folder's name, which follows from the teacher and from what is stored of it."""
+        return self.store.folder.name
+
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the key of each sample of a batch."""
         inputs = self.select_inputs(teacher_entries(batch))
@@ -84,7 +89,8 @@ class TeacherCache:
 class CachingCollator:
     """A collator that also looks its samples up in the teacher cache, so that the step need not wait for the disk.
 
-    A worker process of the data loader does this beside the training, without workers a thread (`in_thread`).
+    A worker process of the data loader does this beside the training, without workers a thread (`in_thread`). Each of
+    several teachers has a collator of its own around the last one.
     """
 
     def __init__(self, collator: Callable[[Any], Mapping[str, Any]], cache: TeacherCache, *, in_thread: bool):
@@ -94,15 +100,14 @@ class CachingCollator:
 
     def __call__(self, samples: Any) -> dict[str, Any]:
         """Return the batch, with what the cache holds of it under `CACHED`."""
-        batch = dict(self.collator(samples))
-        if self._thread is not None:
-            return {**batch, CACHED: self._thread.submit(self.cache.look_up, batch)}
-        return {**batch, CACHED: vars(self.cache.look_up(batch))}
+        batch, look_up = dict(self.collator(samples)), self.cache.look_up
+        found = vars(look_up(batch)) if self._thread is None else self._thread.submit(look_up, batch)
+        return {**batch, CACHED: {**batch.get(CACHED, {}), self.cache.name: found}}
 
 
-def lookup_of(batch: Mapping[str, Any]) -> Lookup | None:
-    """Return what a `CachingCollator` left in a batch, or None."""
-    left = batch.get(CACHED)
+def lookup_of(batch: Mapping[str, Any], cache: TeacherCache) -> Lookup | None:
+    """Return what the `CachingCollator` of a cache left in a batch, or None."""
+    left = batch.get(CACHED, {}).get(cache.name)
     if isinstance(left, Future):
         return left.result()
     return None if left is None else Lookup(**left)

@@ -347,11 +347,11 @@ def test_the_collator_adds_the_lookup_and_nothing_else(in_thread: bool, tmp_path
     cache.store.write(cache.keys(samples)[:1], [{"logits": torch.ones(4)}])
     batch = CachingCollator(lambda rows: rows, cache, in_thread=in_thread)(samples)
     assert {name: value for name, value in batch.items() if name != CACHED} == samples
-    found = lookup_of(batch)
+    found = lookup_of(batch, cache)
     assert found is not None
     assert found.present == [True, False]
     assert found.values["logits"].tolist() == [[1.0] * 4]
-    assert lookup_of(samples) is None
+    assert lookup_of(samples, cache) is None
 
 
 def test_where_a_teacher_was_loaded_from_is_not_part_of_its_name() -> None:
