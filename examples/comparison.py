@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -17,15 +18,15 @@ from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Tr
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
-from hf_semckd import SemCKDConfig, SemCKDTrainer
+from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer, evaluate
 from hf_semckd.files import write_json
 from hf_semckd.publishing.facts import environment
 
-FOLDERS = {
-    "teacher": "teacher",
-    "student alone": "student_alone",
-    "student + KD": "student_kd",
-    "student + SemCKD": "student",
+# What is compared: the trainer, and how its arguments differ.
+METHODS = {
+    "alone": (DistillationTrainer, {"logit_weight": 0.0, "feature_weight": 0.0}),
+    "+ KD": (DistillationTrainer, {"feature_weight": 0.0}),
+    "+ SemCKD": (SemCKDTrainer, {}),
 }
 
 
@@ -145,7 +146,7 @@ class Comparison:
 
     def __init__(self, name: str, unit: str, options: Arguments, args: SemCKDConfig):
         self.name, self.unit, self.options, self.args = name, unit, options, args
-        self.out, self.rows = Path(args.output_dir), []
+        self.out, self.rows, self.models = Path(args.output_dir), [], {}
 
     def say(self, text: str) -> None:
         if self.args.process_index == 0:
@@ -172,14 +173,19 @@ class Comparison:
         self.settings = {"teacher_epochs": epochs, "teacher_learning_rate": learning_rate}
         self.run("teacher", Trainer, model, *data, num_train_epochs=epochs, learning_rate=learning_rate)
 
+    def run_students(self, start: str, model: Any, *data: Any, **fields: Any) -> None:
+        """Train a student by every method, each time from the same weights."""
+        for method, (kind, changes) in METHODS.items():
+            self.run(f"{start} student {method}", kind, copy.deepcopy(model), *data, **{**changes, **fields})
+
     def run(self, name: str, kind: type[Trainer], model: Any, *data: Any, **fields: Any) -> None:
         """Train a model with some fields of the arguments changed, unless for 0 epochs; evaluate it and save it.
 
         `data` are the rows to train on, the rows to evaluate on, the processor and, for a student, the teacher.
         """
         inputs = dict(zip(("train_dataset", "eval_dataset", "processing_class", "teacher_model"), data, strict=False))
-        folder, trains = self.out / FOLDERS[name], fields.get("num_train_epochs") != 0
-        if kind is not SemCKDTrainer:  # which draws the association into its output_dir, and may push the student
+        folder, trains = self.out / folder_of(name), fields.get("num_train_epochs") != 0
+        if folder.name != "student":  # whose trainer draws the association into its output_dir, and may push it
             fields |= {"output_dir": str(folder if trains else self.out), "push_to_hub": False}
         trainer = kind(model=model, args=replace(self.args, **fields), compute_metrics=accuracy, **inputs)
         trainer.remove_callback(PrinterCallback)
@@ -200,27 +206,49 @@ class Comparison:
         row = {"name": name, "parameters": trainer.model.num_parameters(), "metric": metrics["eval_accuracy"]}
         row |= {"seconds": seconds, "eval_loss": metrics["eval_loss"], "steps": trainer.state.global_step}
         self.rows.append(row)
-        self.trainer = trainer
+        self.models[name] = trainer.model
+        if folder.name == "student":
+            self.trainer = trainer
 
-    def report(self) -> None:
-        """Write report.json, and print the table and how to load the student that came last."""
+    def report(self, test: Any, processor: Any) -> None:
+        """Compare quality and cost, write report.json, and print the table and how to load the student."""
         if self.args.process_index > 0:
             return
         out, args, trainer = self.out, self.args, self.trainer
+        # On the CPU, and in the form in which they are now; `hf-semckd evaluate` also measures memory and ONNX files.
+        found = evaluate(self.models, test, processing_class=processor, onnx=False, memory=False, seconds=0.5)
+        for row in self.rows:
+            measured = found.row(row["name"])
+            kept = measured.kept
+            row |= {"kept": [kept.value, kept.low, kept.high], "milliseconds": measured.latency[0].p50}
         saved = json.loads((out / "student" / "distillation_config.json").read_text(encoding="utf-8"))
         settings = {**saved["distillation"], **saved["training"], **self.settings, "processes": args.world_size}
         layers = {"student_layers": trainer.student_layer_names, "teacher_layers": trainer.teacher_layer_names}
         content = {"data": self.data, "seed": args.seed, "metric": "accuracy", "rows": self.rows}
         content |= {"association": {**layers, "weights": trainer.association()}, "settings": settings}
         write_json(out / "report.json", {**content, "environment": environment()})
+        self.print_table()
 
-        written = [name for name in ("student", "teacher", "report.json", "association.png") if (out / name).exists()]
-        auto = "AutoModelFor" + type(trainer.student).__name__.rpartition("For")[2]
-        print(f"\n{self.name}, {self.data['eval_samples']} {self.data['eval_split']} {self.unit}, seed {args.seed}\n")
-        print(f"{'model':17}  {'parameters':>12}  {'accuracy':>8}  {'seconds':>7}")
-        print("  ".join("-" * width for width in (17, 12, 8, 7)))
+    def print_table(self) -> None:
+        """Print what each model is worth and what it costs."""
+        out, auto = self.out, "AutoModelFor" + type(self.trainer.student).__name__.rpartition("For")[2]
+        written = [name for name in ("student", "cut_student", "teacher", "report.json") if (out / name).exists()]
+        data = f"{self.data['eval_samples']} {self.data['eval_split']} {self.unit}"
+        print(f"\n{self.name}, {data}, seed {self.args.seed}\n")
+        head = ("model", "parameters", "accuracy", "kept of the teacher's", "ms for 1", "trained")
+        widths = (22, 11, 8, 22, 8, 7)
+        print("  ".join(f"{cell:{'<' if place == 0 else '>'}{widths[place]}}" for place, cell in enumerate(head)))
+        print("  ".join("-" * width for width in widths))
         for row in self.rows:
-            seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
-            print(f"{row['name']:17}  {row['parameters']:12,}  {row['metric']:8.4f}  {seconds:>7}")
-        print(f"\nWritten to {out}: {', '.join(written)}. The student is a plain model:\n")
-        print(f'    from transformers import {auto}\n    model = {auto}.from_pretrained("{out / "student"}")')
+            seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f} s"
+            kept = "{:.0%} ({:.0%} to {:.0%})".format(*row["kept"])
+            cells = (f"{row['name']:22}", f"{row['parameters']:11,}", f"{row['metric']:8.4f}", f"{kept:>22}")
+            print("  ".join((*cells, f"{row['milliseconds']:8.2f}", f"{seconds:>7}")))
+        print(f"\nWritten to {out}: {', '.join(written)}. A student is a plain model:\n")
+        print(f'    from transformers import {auto}\n    model = {auto}.from_pretrained("{out / "cut_student"}")')
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a model: student for the new one and cut_student for the cut one, with SemCKD."""
+    words = name.removeprefix("new ").removesuffix(" + SemCKD").replace("+ ", "").split()
+    return "_".join(words).lower()

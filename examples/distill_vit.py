@@ -5,12 +5,12 @@
     python examples/distill_vit.py --image_folder pictures --teacher_name_or_path google/vit-base-patch16-224 \
         --teacher_epochs 3
 
-Writes into output_dir: student (a plain model and its image processor), teacher, report.json, association.png.
+Writes into output_dir: student and cut_student (plain models with their image processor; the second started from the
+teacher), the other models, report.json, association.png.
 """
 
 from __future__ import annotations
 
-import copy
 import gzip
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig
 from transformers.hf_argparser import HfArg
 
-from hf_semckd import DistillationTrainer, SemCKDTrainer
+from hf_semckd import make_student
 
 try:  # the one that needs no torchvision, and says nothing about it
     from transformers import ViTImageProcessorPil as ViTImageProcessor
@@ -139,11 +139,10 @@ def main() -> None:
     same = teacher_processor.to_dict() == processor.to_dict()
     both = inputs if same else {**inputs, "teacher_pixel_values": teacher_processor}
     student_data = prepare(few, both), prepare(test, inputs), processor, teacher
-    alone, kd, semckd = (copy.deepcopy(student) for _ in range(3))
-    comparison.run("student alone", DistillationTrainer, alone, *student_data, logit_weight=0.0, feature_weight=0.0)
-    comparison.run("student + KD", DistillationTrainer, kd, *student_data, feature_weight=0.0)
-    comparison.run("student + SemCKD", SemCKDTrainer, semckd, *student_data)
-    comparison.report()
+    comparison.run_students("new", student, *student_data)
+    cut = make_student(teacher, num_layers=options.student_depth, report=False)
+    comparison.run_students("cut", cut, *student_data)
+    comparison.report(prepare(test, both), processor)
 
 
 if __name__ == "__main__":

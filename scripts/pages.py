@@ -22,6 +22,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import compare_sampling  # noqa: E402
 import run_demo_seeds  # noqa: E402
+import study_students  # noqa: E402
 from accuracy.regions import GAINING, accuracy_regions, read_shown  # noqa: E402
 from step_cost.regions import step_regions  # noqa: E402
 
@@ -34,7 +35,11 @@ REGION = re.compile(
 
 def pages() -> list[Path]:
     """Return the pages that have regions."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+    return [
+        ROOT / "README.md",
+        ROOT / "docs" / "guides" / "deploy.md",
+        *sorted((ROOT / "docs" / "results").glob("*.md")),
+    ]
 
 
 def regions() -> dict[str, Callable[..., str]]:
@@ -44,6 +49,7 @@ def regions() -> dict[str, Callable[..., str]]:
         **step_regions(SCRIPTS / "results" / "step"),
         "demo": run_demo_seeds.table,
         "sampling": compare_sampling.table,
+        "students": study_students.table,
     }
     return {**found, "summary": lambda: summary(found)}
 

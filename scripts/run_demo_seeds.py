@@ -24,8 +24,9 @@ from markdown_tables import format_markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results" / "demo"
+# Of students that start alike.
 BASELINES = ("student alone", "student + KD")
-COLUMNS = ("model", "parameters", "accuracy %", "minus alone", "minus KD", "seconds")
+COLUMNS = ("model", "parameters", "accuracy %", "kept %", "minus alone", "minus KD", "ms for 1", "seconds")
 
 
 def run_seed(example: str, seed: int, picture: Path | None, extra: Sequence[str]) -> list[dict[str, Any]]:
@@ -62,20 +63,24 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     by_name = {name: {row["seed"]: row for row in rows if row["name"] == name} for name in names}
     lines = []
     for name, seeds in by_name.items():
+        start = name.partition("student")[0]
+        others = [start + other if "student" in name and name != start + other else "" for other in BASELINES]
         differences = [
             _spread(
                 [100 * (row["metric"] - by_name[other][seed]["metric"]) for seed, row in seeds.items()], signed=True
             )
-            if name.startswith("student") and name != other and other in by_name
+            if other in by_name
             else ""
-            for other in BASELINES
+            for other in others
         ]
         times = [row["seconds"] for row in seeds.values() if row["seconds"] is not None]
         cells = (
             name,
             f"{next(iter(seeds.values()))['parameters']:,}",
             _spread([100 * row["metric"] for row in seeds.values()]),
+            _spread([100 * row["kept"][0] for row in seeds.values()]),
             *differences,
+            f"{statistics.median(row['milliseconds'] for row in seeds.values()):.2f}",
             f"{statistics.median(times):.0f}" if times else "",
         )
         lines.append(dict(zip(COLUMNS, cells, strict=True)))

@@ -17,7 +17,8 @@ EXAMPLES = ROOT / "examples"
 TINY = ("--max_steps", "3", "--max_train_samples", "64", "--student_train_samples", "40", "--max_eval_samples", "50")
 TINY_MODELS = ("--teacher_depth", "2", "--teacher_width", "48", "--student_depth", "1", "--student_width", "24")
 SIZES = {"pixel_values": 8, "teacher_pixel_values": 16}
-ROWS = ["teacher", "student alone", "student + KD", "student + SemCKD"]
+METHODS = ("alone", "+ KD", "+ SemCKD")
+ROWS = ["teacher", *(f"{start} student {method}" for start in ("new", "cut") for method in METHODS)]
 WITHOUT_THE_LIBRARY = """
 import sys
 
@@ -71,8 +72,9 @@ def test_vit_reports_rows_that_were_trained_alike(tiny):
     assert set(report) == {"data", "seed", "metric", "rows", "association", "settings", "environment"}
     assert [row["name"] for row in report["rows"]] == ROWS
     teacher, *students = report["rows"]
-    assert {row["parameters"] for row in students} == {students[0]["parameters"]}
-    assert teacher["parameters"] > 4 * students[0]["parameters"]
+    assert len({row["parameters"] for row in students[:3]}) == len({row["parameters"] for row in students[3:]}) == 1
+    assert teacher["parameters"] > students[3]["parameters"] and teacher["parameters"] > 4 * students[0]["parameters"]
+    assert all(row["kept"][0] == pytest.approx(row["metric"] / teacher["metric"]) for row in report["rows"])
     assert {row["steps"] for row in report["rows"]} == {3}
     assert all(0 <= row["metric"] <= 1 and row["seconds"] > 0 for row in report["rows"])
     assert report["data"]["teacher_train_samples"] == 64
