@@ -56,6 +56,22 @@ class InputSelector:
         return self._has_decoder and sequences and "labels" in self.parameters and "decoder_input_ids" not in batch
 
 
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors are where the model is, and numbers in its precision."""
+    like = next(model.parameters())
+    return {
+        name: (value.to(like) if value.is_floating_point() else value.to(like.device))
+        if isinstance(value, Tensor)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model takes of a batch when it is used: no labels unless a decoder needs them."""
+    return on_device(model, InputSelector(model)(batch))
+
+
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:
     """Return what a forward pass returns; where it fails, `InputError` says what the model was given."""
     try:
