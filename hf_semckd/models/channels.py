@@ -75,6 +75,9 @@ class Channels:
             return f"{exact[0]} {exact[1]}", 1
         if any(size.value == self.width and merged for size in self.causes(name, axis)) and length == self.width:
             return f"{self.stages[-1][0]} {length}", 1
+        stem = [size for size in self.causes(name, axis) if "emb" in size.field and size.value == length]
+        if stem and not own:
+            return f"{stem[0]} {length}", 1
         # Outside of the blocks there may be several vectors of channels side by side.
         if not block and own and length % own[-1][1] == 0:
             return f"{own[-1][0]} {own[-1][1]}", length // own[-1][1]

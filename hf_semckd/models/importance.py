@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, InputError
 from .cutting import Cut, cut_blocks
-from .inputs import forward_inputs, on_device
+from .inputs import forward_inputs, on_device, run_on_inputs
 from .outputs import first_tensor
 from .sizes import Depth
 
@@ -96,23 +96,22 @@ def block_losses(model: PreTrainedModel, depth: Depth, batch: Mapping[str, Any])
 
     It is infinite for a block that cannot be removed, such as the first of a stage.
     """
-    losses = []
+    losses, inputs, was_training = [], on_device(model, batch), model.training
+    whole = run_on_inputs("teacher", inputs, lambda: model.eval()(**inputs))
+    model.train(was_training)
+    if getattr(whole, "loss", None) is None:
+        raise InputError(
+            f"The importance of the blocks of {type(model).__name__} cannot be measured: it returns no loss",
+            received=f"a batch of {', '.join(map(str, batch))}",
+            expected="a calibration batch with the labels of the task",
+            todo="add labels to the batch, or set importance to 'change' or 'even'",
+        )
     for block in range(depth.size.value):
         others = tuple(other for other in range(depth.size.value) if other != block)
         try:
-            cut = cut_blocks(model, Cut({depth: others})).eval()
-        except InputError:
+            losses.append(float(cut_blocks(model, Cut({depth: others})).eval()(**inputs).loss))
+        except Exception:  # a model without the only block of a kind fails in ways of its own
             losses.append(float("inf"))
-            continue
-        loss = getattr(cut(**on_device(model, batch)), "loss", None)
-        if loss is None:
-            raise InputError(
-                f"The importance of the blocks of {type(model).__name__} cannot be measured: it returns no loss",
-                received=f"a batch of {', '.join(map(str, batch))}",
-                expected="a calibration batch with the labels of the task",
-                todo="add labels to the batch, or set importance to 'change' or 'even'",
-            )
-        losses.append(float(loss))
     if min(losses) == float("inf"):
         raise _unmeasured(model, "no block that can be removed by itself")
     return losses

@@ -59,12 +59,8 @@ class InputSelector:
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch whose tensors are where the model is, and numbers in its precision."""
     like = next(model.parameters())
-    return {
-        name: (value.to(like) if value.is_floating_point() else value.to(like.device))
-        if isinstance(value, Tensor)
-        else value
-        for name, value in batch.items()
-    }
+    tensors = {name: value.to(like.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {**batch, **{name: v.to(like.dtype) if v.is_floating_point() else v for name, v in tensors.items()}}
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def _with_noise(model: PreTrainedModel, generator: torch.Generator) -> nn.Module
             continue
         noise = torch.randn(entry.shape, generator=generator)
         if isinstance(entry, nn.Parameter):
-            # Attention that is nearly even would not tell.
-            noise *= (1.0 if entry.dim() > 1 else 0.2) / max(entry.shape[-1], 1) ** (0.5 if entry.dim() > 1 else 0)
+            # Attention that is nearly even would not tell, and what grows from layer to layer is no number in the end.
+            reads = entry[0].numel() if entry.dim() == 4 else max(entry.shape[-1], 1)
+            noise *= reads**-0.5 if entry.dim() > 1 else 0.2
         else:
             noise = 0.2 * noise.abs()  # running variances stay positive
         entry.data.add_(noise.to(entry.device))

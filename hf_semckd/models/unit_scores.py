@@ -24,17 +24,13 @@ def unit_scores(model: nn.Module, labels: Labels, inputs: Mapping[str, Any] | No
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), 2023.
     """
-    squares = {place: _squares(value, place[1]) for place, value in _weights(model, labels).items()}
+    state = model.state_dict()
+    squares = {place: _squares(state[place[0]], place[1]) for place in labels}
     by_weight = _summed(labels, squares)
     if inputs is None:
         return by_weight
     seen = _input_squares(model, labels, inputs)
     return by_weight | _summed(labels, {place: squares[place] * value for place, value in seen.items()})
-
-
-def _weights(model: nn.Module, labels: Labels) -> dict[tuple[str, int], Tensor]:
-    state = model.state_dict()
-    return {(name, axis): state[name] for name, axis in labels}
 
 
 def _squares(value: Tensor, axis: int) -> Tensor:
@@ -61,24 +57,23 @@ def _input_squares(model: nn.Module, labels: Labels, inputs: Mapping[str, Any]) 
     mask = inputs.get("attention_mask")
 
     def note(place: tuple[str, int], dim: int, _module: nn.Module, args: Any) -> None:
+        if not args:
+            return
         read = args[0].detach().float().movedim(dim, -1)
         if isinstance(mask, Tensor) and mask.dim() == 2 and read.shape[:-1] == mask.shape:
             read = read[mask.bool()]
-        square = read.square().flatten(0, -2).mean(0).cpu()
+        read = read.reshape(-1, read.shape[-1])
+        square = read.square().sum(0).cpu() / max(len(read), 1)  # an expert may get no token
         sums[place] = sums[place] + square if place in sums else square
 
     was_training = model.training
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            axis, dim = (0 if type(module).__name__ == "Conv1D" else 1), (-1 if not _convolves(module) else 1)
-            reads = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or _convolves(module)
-            place = (f"{name}.weight", axis)
-            if reads and place in labels and getattr(module, "groups", 1) == 1:
-                hooks.enter_context(module.register_forward_pre_hook(partial(note, place, dim)))
+            turned, convolves = type(module).__name__ == "Conv1D", isinstance(module, (nn.Conv1d, nn.Conv2d))
+            place = (f"{name}.weight", 0 if turned else 1)
+            reads = turned or isinstance(module, nn.Linear) or (convolves and module.groups == 1)
+            if reads and place in labels:
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, place, 1 if convolves else -1)))
         model.eval()(**inputs)
     model.train(was_training)
     return sums
-
-
-def _convolves(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d))

@@ -194,21 +194,27 @@ def _in_groups(shapes: Shapes, labels: Labels, grouped: Mapping[str, int]) -> La
     return found
 
 
+def groups_of(module: Any) -> int:
+    """Return the number of groups that a module convolves or normalizes by themselves."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
+    return module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1
+
+
 def group_counts(model: nn.Module) -> dict[str, int]:
-    """Return the number of groups of each module that convolves or normalizes groups of channels by themselves."""
-    convolutions = {
-        name: module.groups
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups < module.in_channels
-    }
-    norms = {name: module.num_groups for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
-    return convolutions | {name: number for name, number in norms.items() if number > 1}
+    """Return the number of groups of each module that has several, of several channels each."""
+    counts = {name: groups_of(module) for name, module in model.named_modules()}
+    return {name: n for name, n in counts.items() if 1 < n < _channels_of(model.get_submodule(name))}
 
 
 def group_sizes(model: nn.Module) -> tuple[int, ...]:
     """Return the numbers of channels in these groups."""
-    counts: dict[Any, int] = {model.get_submodule(name): count for name, count in group_counts(model).items()}
-    return tuple({(getattr(entry, "num_channels", 0) or entry.out_channels) // n for entry, n in counts.items()})
+    counts = {model.get_submodule(name): count for name, count in group_counts(model).items()}
+    return tuple({_channels_of(module) // count for module, count in counts.items()})
+
+
+def _channels_of(module: Any) -> int:
+    return module.num_channels if isinstance(module, nn.GroupNorm) else module.in_channels
 
 
 def kept_counts(labels: Labels, own: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:

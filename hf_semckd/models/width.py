@@ -18,7 +18,7 @@ from .inputs import forward_inputs
 from .proof import OrderProof, example_inputs
 from .sizes import empty_like, find_depths, shapes_of
 from .unit_scores import unit_scores
-from .units import Labels, group_counts, group_sizes, kept_counts, read_axes
+from .units import Labels, group_counts, group_sizes, groups_of, kept_counts, read_axes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WidthPlanner:
         own = {} if made is None else shapes_of(made)
         if made is None or own.keys() != shapes_of(model).keys():
             raise cannot_narrow(model, f"its configuration refuses {width} channels")
-        if group_counts(made) != group_counts(model):
+        if any(groups_of(made.get_submodule(name)) != count for name, count in group_counts(model).items()):
             raise cannot_narrow(model, "its groups of channels change their number")
         for labels in read_axes(model, self.channels, own, self._blocks):
             counts = kept_counts(labels, own)

@@ -12,6 +12,8 @@ from hf_semckd import make_student
 from hf_semckd.errors import ConfigurationError, InputError
 from hf_semckd.models.importance import block_losses
 from hf_semckd.models.sizes import find_depths
+from hf_semckd.models.unit_scores import unit_scores
+from hf_semckd.models.units import Units
 
 TEXTS = {"input_ids": torch.arange(2, 26).view(4, 6), "labels": torch.tensor([0, 1, 2, 0])}
 
@@ -40,9 +42,6 @@ def test_units_that_are_silent_on_the_batch_go_whatever_their_weights():
 
 def test_channels_are_scored_by_what_layers_read_of_them():
     """The scores are those of the definition, computed here from the inputs of one linear layer."""
-    from hf_semckd.models.unit_scores import unit_scores
-    from hf_semckd.models.units import Units
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     read = torch.randn(5, 4)
@@ -118,6 +117,15 @@ def test_a_loss_that_cannot_be_measured_is_refused():
         make_student(bert(3), num_layers=2, importance="loss", report=False)
     with pytest.raises(ConfigurationError, match="no such importance"):
         make_student(bert(3), num_layers=2, importance="size", report=False)
+
+
+def test_a_block_that_cannot_be_removed_is_kept():
+    """The first block of a stage halves the resolution."""
+    model, inputs = case("resnet")
+    depths = find_depths(model)
+    labeled = {**inputs, "labels": torch.tensor([0, 1])}
+    losses = block_losses(model, depths[0], labeled)
+    assert losses[0] == float("inf") > losses[1]
 
 
 def test_measuring_leaves_the_teacher_as_it_was():

@@ -24,9 +24,9 @@ REFUSED |= {"m2m_100", "mamba2", "markuplm", "minicpm3", "minimax", "mobilebert"
 REFUSED |= {"moshi", "mpt", "olmo_hybrid", "pegasus_x", "rwkv", "sew", "sew-d", "squeezebert", "swiftformer", "wavlm"}
 REFUSED |= {"xglm"}
 # Too small in the matrix: groups that are none, and a last stage that does not exist. Larger ones are in `STAGED`.
-TOO_SMALL = {"bit", "regnet", "segformer"}
+TOO_SMALL = {"regnet", "segformer"}
 # Their axes have more parts than `inflated` knows; that another order changes nothing is what proves these.
-NOT_INFLATED = {"aria_text", "data2vec-audio", "deberta", "donut-swin", "ernie4_5_moe", "falcon_mamba"}
+NOT_INFLATED = {"aria_text", "bit", "data2vec-audio", "deberta", "donut-swin", "ernie4_5_moe", "falcon_mamba"}
 NOT_INFLATED |= {"gpt_bigcode", "gpt_neox_japanese", "gpt_oss", "hubert", "llama4_text", "mamba", "mobilevit", "pvt"}
 NOT_INFLATED |= {"pvt_v2", "swin", "swinv2", "unispeech", "unispeech-sat", "wav2vec2"}
 # Numbers of channels enter their outputs: of what an embedding is multiplied with, or of what logits are, with a bias.
@@ -117,7 +117,7 @@ def assert_reloads(student, inputs, folder):
 
 
 STAGED = {
-    "resnet bottleneck": ("ResNet", 48, {"hidden_sizes": [32, 64, 96], "embedding_size": 8}),
+    "resnet bottleneck": ("ResNet", 48, {"hidden_sizes": [32, 64, 96], "embedding_size": 12}),
     "regnet x": (
         "RegNet",
         24,
@@ -157,6 +157,29 @@ def test_every_stage_is_narrowed_in_proportion(name, tmp_path):
     else:
         assert [2 * size for size in config.hidden_sizes] == whole.hidden_sizes and config.hidden_sizes[-1] == width
     assert_reloads(student, inputs, tmp_path)
+
+
+PUBLISHED = {
+    "ResNet": 1024,
+    "RegNet": 544,
+    "ConvNext": 384,
+    "Segformer": 128,
+    "Swin": 512,
+    "Bit": 1024,
+    "Wav2Vec2": 384,
+    "Bert": 384,
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_models_of_published_sizes_are_narrowed(kind):
+    torch.manual_seed(0)
+    head = {"Wav2Vec2": "Sequence", "Bert": "Sequence"}.get(kind, "Image")
+    model = getattr(transformers, f"{kind}For{head}Classification")(getattr(transformers, f"{kind}Config")())
+    student = make_student(model, hidden_size=PUBLISHED[kind], report=False)
+    assert count(student) < 0.5 * count(model)
 
 
 def test_running_statistics_go_with_their_channels():
