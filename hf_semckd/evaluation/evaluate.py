@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ..errors import InputError
+from ..models.inputs import evaluating
 from ..models.latency import interleaved_times
 from ..models.loading import ModelSource, load_model
 from ..publishing.facts import environment
@@ -65,7 +64,7 @@ def evaluate(
     _check(models, dataset, onnx)
     loaded = {name: load_model(model, name) for name, model in models.items()}
     data = LabeledData(dataset, data_collator or usual_collator(processing_class), tuple(loaded.values()))
-    with tempfile.TemporaryDirectory() as folder, _modes_kept(loaded.values()):
+    with tempfile.TemporaryDirectory() as folder, evaluating(*loaded.values()):
         variants, notes = make_variants(loaded, data, Path(folder), onnx)
         labeling = find_labeling(variants[0].pytorch.model, variants[0].batch(data.first(2)))
         chosen = find_metric(metric, labeling)
@@ -76,17 +75,6 @@ def evaluate(
     rows = tuple(_row(*entry, decided[0], chosen, seed) for entry in measured)
     shapes = {count: data.shapes(count) for count in latency_batches}
     return Evaluation(rows, chosen.name, decided[0].count, shapes, environment(), tuple(notes))
-
-
-@contextlib.contextmanager
-def _modes_kept(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Put models back into the mode that they were in."""
-    modes = [(model, model.training) for model in models]
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)
 
 
 def _check(models: Mapping[str, ModelSource], dataset: Any, onnx: bool | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.inputs import inference_inputs, run_on_inputs
+from ..models.latency import forward_call
 from ..models.outputs import logits_of
 from .export import open_session
 
@@ -37,12 +38,11 @@ class PyTorch:
     def __init__(self, model: nn.Module, device: torch.device):
         there = all(entry.device == device for entry in model.parameters())
         self.model = (model if there else copy.deepcopy(model).to(device)).eval()
-        self.device, self._device = device.type, device
+        self.device = device.type
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of a batch that the model takes, on its device."""
-        chosen = inference_inputs(self.model, batch)
-        return {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in chosen.items()}
+        return inference_inputs(self.model, batch)
 
     @torch.inference_mode()
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
@@ -52,16 +52,7 @@ class PyTorch:
 
     def forward(self, batch: Mapping[str, Any]) -> Callable[[], object]:
         """Return a function that runs the model on a batch, and waits for the GPU."""
-        inputs = self.inputs(batch)
-
-        @torch.inference_mode()
-        def call() -> object:
-            outputs = self.model(**inputs)
-            if self.device == "cuda":
-                torch.cuda.synchronize(self._device)
-            return outputs
-
-        return call
+        return forward_call(self.model, batch)
 
 
 class OnnxRuntime:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..errors import InputError
 from .sizes import Depth, empty_like, shallower, shapes_of
-from .tables import aligned_lines
 
 
 @dataclass(frozen=True)
@@ -19,36 +19,33 @@ class Cut:
 
     kept: Mapping[Depth, tuple[int, ...]]
 
-    def table(self, teacher: PreTrainedModel, student: PreTrainedModel) -> str:
-        """Return what was kept, and how many parameters that leaves."""
-        before, after = (sum(entry.numel() for entry in model.parameters()) for model in (teacher, student))
-        rows = [("size", "teacher", "student", "kept")]
-        for depth, kept in self.kept.items():
-            rows.append((str(depth.size), str(depth.size.value), str(len(kept)), ", ".join(map(str, kept))))
-        sizes = [getattr(model.config, "hidden_size", None) for model in (teacher, student)]
-        if isinstance(sizes[0], int) and sizes[0] != sizes[1]:
-            rows.append(("hidden_size", str(sizes[0]), str(sizes[1]), "those with the largest weights"))
-        rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-        return "\n".join(aligned_lines(rows))
+    def __hash__(self) -> int:
+        return hash(tuple(self.kept.items()))
 
 
-def count_parameters(model: PreTrainedModel, cut: Cut) -> int:
-    """Return the number of parameters that a cut leaves."""
-    made = empty_like(model, _config(model, cut))
-    return sum(entry.numel() for entry in (model if made is None else made).parameters())
+def cut_config(config: Any, cut: Cut) -> Any:
+    """Return a copy of a configuration for the blocks that are kept."""
+    for depth, kept in cut.kept.items():
+        config = shallower(config, depth, kept)
+    return config
 
 
-def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "random"] = "teacher") -> PreTrainedModel:
+def new_model(teacher: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """Return a model of the teacher's class, precision and device with new weights, which loads as it is."""
+    kind: Any = type(teacher)
+    student = kind(copy.deepcopy(config)).to(dtype=teacher.dtype, device=teacher.device)
+    check_kept_config(student)
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.train(teacher.training)
+
+
+def cut_blocks(teacher: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Return a new model of the teacher's class with some of its blocks; the teacher is left as it is.
 
-    `init` is `teacher` for its weights, `random` for new ones. Raises `InputError` when the family cannot be cut so
-    that it loads again.
+    Raises `InputError` when the family cannot be cut so that it loads again.
     """
-    kind: Any = type(teacher)
-    student = kind(_config(teacher, cut)).to(dtype=teacher.dtype, device=teacher.device)
-    check_kept_config(student)
-    if init == "random":
-        return student.train(teacher.training)
+    student = new_model(teacher, cut_config(teacher.config, cut))
     weights, own = teacher.state_dict(), student.state_dict()
     source = {name: _name_in_teacher(name, cut) for name in own}
     wrong = [name for name, other in source.items() if other not in weights or weights[other].shape != own[name].shape]
@@ -60,14 +57,7 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut, init: Literal["teacher", "ran
             todo="make the student by hand, or start it at random (init='random')",
         )
     student.load_state_dict({name: weights[other] for name, other in source.items()})
-    return student.train(teacher.training)
-
-
-def _config(model: PreTrainedModel, cut: Cut) -> Any:
-    config: Any = model.config
-    for depth, kept in cut.kept.items():
-        config = shallower(config, depth, kept)
-    return config
+    return student
 
 
 def fitting_cut(model: PreTrainedModel, cut: Cut) -> Cut:
@@ -76,7 +66,7 @@ def fitting_cut(model: PreTrainedModel, cut: Cut) -> Cut:
     Where blocks differ by their number (a first one that halves the resolution, every second one with experts), the
     nearest of the right kind is taken.
     """
-    made = empty_like(model, _config(model, cut))
+    made = empty_like(model, cut_config(model.config, cut))
     if made is None:
         return cut
     theirs, own = shapes_of(model), shapes_of(made)

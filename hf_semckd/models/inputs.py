@@ -1,7 +1,8 @@
 """Which entries of a batch a model takes."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -56,6 +57,13 @@ class InputSelector:
         return self._has_decoder and sequences and "labels" in self.parameters and "decoder_input_ids" not in batch
 
 
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors are where the model is, and numbers in its precision."""
+    like = next(model.parameters())
+    tensors = {name: value.to(like.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    return {**batch, **{name: v.to(like.dtype) if v.is_floating_point() else v for name, v in tensors.items()}}
+
+
 def inference_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model takes of a batch when it is deployed: no labels, but what a decoder makes of them."""
     selector = InputSelector(model)
@@ -63,7 +71,20 @@ def inference_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, An
     prepare = getattr(base_model(model), "prepare_decoder_input_ids_from_labels", None)
     if selector.needs_labels(batch) and prepare is not None:
         chosen["decoder_input_ids"] = prepare(labels=chosen.pop("labels"))
-    return chosen
+    return on_device(model, chosen)
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and afterwards back into the mode that they were in."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inputs import inference_inputs
 
 # Of each turn the first call is not counted: another model has just used the caches.
 CALLS_A_TURN = 5
 FEWEST_TURNS = 3
+
+
+def forward_call(model: nn.Module, batch: Mapping[str, Any]) -> Callable[[], object]:
+    """Return a function that runs a model on what it takes of a batch, and waits for the GPU."""
+    inputs = inference_inputs(model, batch)
+    device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def call() -> object:
+        outputs = model(**inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return outputs
+
+    return call
 
 
 def interleaved_times(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, list[float]]:

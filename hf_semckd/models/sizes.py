@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from torch import nn
 
 from ..data.views import preserved_random_state
 
-WIDTH_WORDS = re.compile(r"hidden_size|hidden_dim|^dim$|embd|embed_dim|d_model|ffn|d_ff|inner|intermediate|heads?$")
+WIDTH_WORDS = re.compile(
+    r"hidden_size|hidden_dim|^dim$|embd|emb_dim|embed_dim|embedding_size|embed_proj_dim|d_model|ffn|d_ff|inner|"
+    r"intermediate|groups_width|heads?$"
+)
 DEPTH_WORDS = re.compile(r"layer|depth|block")
 # Numbers that count no blocks, whatever they are called: those of a sound's convolutions, and of stages.
 OTHER_WORDS = re.compile(
@@ -32,14 +35,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ConfigSize:
-    """A number of a configuration: the field's name, and the place in it where the field is a list."""
+    """A number of a configuration: the field's name, and the place in it where the field is a list.
+
+    `partners` are numbers that must be equal to it.
+    """
 
     field: str
     index: int | None
     value: int
+    partners: tuple[ConfigSize, ...] = ()
 
     def put(self, config: Any, value: int) -> None:
         """Write another value into a configuration."""
+        for partner in self.partners:
+            partner.put(config, value)
         if self.index is None:
             setattr(config, self.field, value)
             return
@@ -81,7 +90,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 def find_depths(model: nn.Module) -> list[Depth]:
     """Return the numbers of blocks in a model's configuration, in the order of its modules."""
     found, own = [], shapes_of(model)
-    for size in _numbers(model.config, DEPTH_WORDS):
+    for size in numbers_of(model.config, DEPTH_WORDS):
         if not 2 <= size.value <= LARGEST_DEPTH:
             continue
         # A list may have as many entries by chance, or for another number.
@@ -126,8 +135,8 @@ def shallower(config: Any, depth: Depth, kept: Sequence[int]) -> Any:
     return type(made).from_dict({name: value for name, value in made.to_dict().items() if name not in stages})
 
 
-def _numbers(config: Any, words: re.Pattern[str]) -> Iterator[ConfigSize]:
-    """Yield the numbers of a configuration whose fields are called so."""
+def numbers_of(config: Any, words: re.Pattern[str]) -> Iterator[ConfigSize]:
+    """Yield the positive numbers of a configuration whose fields are called so."""
     for field, value in config.to_dict().items():
         if not words.search(field) or OTHER_WORDS.search(field):
             continue
@@ -137,17 +146,35 @@ def _numbers(config: Any, words: re.Pattern[str]) -> Iterator[ConfigSize]:
 
 
 def find_axes(model: nn.Module) -> dict[ConfigSize, dict[str, tuple[int, ...]]]:
-    """Return the axes of weights that grow with each number of a model's configuration: {number: {weight: axes}}."""
+    """Return the axes of weights that grow with each number of a model's configuration: {number: {weight: axes}}.
+
+    Where a model works only with two numbers that are equal, or is another one without, they are one number with a
+    partner.
+    """
     found: dict[ConfigSize, dict[str, tuple[int, ...]]] = {}
+    numbers, tied = list(numbers_of(model.config, WIDTH_WORDS)), set[ConfigSize]()
     own = shapes_of(model)
-    for size in _numbers(model.config, WIDTH_WORDS):
-        config: Any = copy.deepcopy(model.config)
-        size.put(config, 2 * size.value)
-        grown = empty_like(model, config)
-        shapes = {} if grown is None else shapes_of(grown)
-        if shapes.keys() == own.keys():
-            changed = {
-                name: tuple(i for i, n in enumerate(shapes[name]) if n != shape[i]) for name, shape in own.items()
-            }
-            found[size] = {name: axes for name, axes in changed.items() if axes}
-    return {size: axes for size, axes in found.items() if axes}
+    for size in numbers:
+        if size in tied:
+            continue
+        others = [other for other in numbers if other.value == size.value and other != size and other not in found]
+        for partners in ((), *((other,) for other in others), tuple(others)):
+            number = replace(size, partners=partners)
+            axes = _grown(model, number, own)
+            if axes is not None:
+                tied.update(partners)
+                found[number] = axes
+                break
+    return {size: axes for size, axes in found.items() if axes and size not in tied}
+
+
+def _grown(model: nn.Module, size: ConfigSize, own: Shapes) -> dict[str, tuple[int, ...]] | None:
+    """Return the axes that grow with a number; None where the model is another one then, or none."""
+    config: Any = copy.deepcopy(model.config)
+    size.put(config, 2 * size.value)
+    grown = empty_like(model, config)
+    shapes = {} if grown is None else shapes_of(grown)
+    if shapes.keys() != own.keys():
+        return None
+    changed = {name: tuple(i for i, n in enumerate(shapes[name]) if n > shape[i]) for name, shape in own.items()}
+    return {name: axes for name, axes in changed.items() if axes}

@@ -1,24 +1,21 @@
-"""Students made from their teacher: fewer blocks of the same model, starting from the teacher's weights."""
+"""Students made from their teacher: fewer blocks and channels of the same model, starting from its weights."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, InputError
-from .cutting import Cut, count_parameters, cut_blocks, fitting_cut
+from .budgets import Budget, Size, SizeSearch, count_parameters
+from .cutting import Cut, cut_blocks, fitting_cut, new_model
 from .importance import Importance, block_order
 from .loading import ModelSource, load_model
 from .sizes import Depth, find_depths
+from .tables import aligned_lines
 from .width import narrow
-
-WARM_UP, MEASURED = 3, 15
 
 
 def make_student(
@@ -33,21 +30,23 @@ def make_student(
     batch: Mapping[str, Any] | None = None,
     report: bool = True,
 ) -> PreTrainedModel:
-    """Return a smaller model of the teacher's family, which starts as the teacher with fewer blocks and channels.
-
-    The result is an ordinary model with an ordinary configuration. The teacher, or what it is loaded from, stays.
+    """Return a smaller model of the family of the teacher, which stays: the same with fewer blocks and channels.
 
     Args:
         num_layers: Number of blocks: of the encoder and of the decoder alike, or one number for each of them; of a
             hierarchical model, in all stages together.
-        hidden_size: Number of channels; heads keep their width, and the feed-forward layers their ratio to it.
-        parameters: Largest share of the teacher's parameters, between 0 and 1, to which blocks are taken away.
+        hidden_size: Number of channels, of the last stage of a hierarchical model; other stages and feed-forward
+            layers keep their ratio to it, and heads keep their width. Those are kept that contribute most to what is
+            read of them over `batch`, or without one, that have the largest weights.
+        parameters: Largest share of the teacher's parameters, in (0, 1]. What is not given goes as far as needed:
+            blocks down to a third of them, then channels, then both.
         latency_ms: Largest time of a forward pass over `batch`, in milliseconds, measured here; the median of 15.
         init: `teacher` copies the weights that are kept, `random` makes new ones.
         importance: Which blocks are kept. `even`: evenly spaced, from the first to the last; of a stage of a
             hierarchical model, the first ones. `change`: those that change their input most over `batch` (one minus
-            the mean cosine of what goes in and what comes out).
-        batch: A batch of inputs, for `latency_ms` and `importance`.
+            the mean cosine of what goes in and what comes out). `loss`: those without which the loss on `batch`, which
+            has labels, rises most.
+        batch: A calibration batch of inputs.
         report: Print a table of what was cut.
 
     Raises `InputError` for a family that cannot be cut, `ConfigurationError` for a budget that cannot be met.
@@ -55,17 +54,56 @@ def make_student(
     Example:
         >>> student = make_student(teacher, num_layers=4)  # doctest: +SKIP
     """
-    model = load_model(teacher, "teacher")
+    budget = Budget(parameters, latency_ms, batch)
+    model = _plain_teacher(load_model(teacher, "teacher"))
+    plans = _plans(model, num_layers, importance, batch, optional=hidden_size is not None or bool(budget))
+    search = SizeSearch(model, plans, hidden_size, budget)
+    size, bound = search.choose() if budget else (Size(plans[0], hidden_size), "")
+    cut = fitting_cut(model, size.cut)
+    student = new_model(model, search.config(size)) if init == "random" else cut_blocks(model, cut)
+    if init == "teacher" and size.width is not None:
+        student = narrow(student, size.width, batch)
+    if report:
+        by = "weights" if batch is None else "activations times weights"
+        width = None if size.width is None else (search.whole_width, size.width)
+        print(_table(model, student, cut, width, "" if init == "random" else f"those with the largest {by}", bound))
+    return student
+
+
+def _plain_teacher(model: nn.Module) -> PreTrainedModel:
+    """Return the teacher, whose weights can be copied; `InputError` for one that is wrapped or quantized."""
+    if hasattr(model, "get_base_model") or hasattr(model, "peft_config"):
+        raise _no_teacher(model, "it has adapters (PEFT)", "call merge_and_unload() on it, and pass what that returns")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise _no_teacher(model, "it is quantized", "load it without quantization_config, or call dequantize() on it")
     if not isinstance(model, PreTrainedModel):
         raise _uncountable(model)
-    whole = sum(entry.numel() for entry in model.parameters())
-    narrowed = model if hidden_size is None else narrow(model, hidden_size, batch)
-    plans = _plans(narrowed, num_layers, importance, batch)
-    cut = fitting_cut(narrowed, _within(narrowed, plans, whole, parameters, latency_ms, batch))
-    student = cut_blocks(narrowed, cut, init=init)
-    if report:
-        print(cut.table(model, student))
-    return student
+    return model
+
+
+def _no_teacher(model: nn.Module, why: str, todo: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__} cannot be cut: {why}",
+        received=type(model).__name__,
+        expected="a model of transformers with plain weights",
+        todo=todo,
+    )
+
+
+def _table(
+    teacher: nn.Module, student: nn.Module, cut: Cut, width: tuple[int, int] | None, by: str, bound: str
+) -> str:
+    """Return what was kept and why, and how many parameters that leaves."""
+    rows = [("size", "teacher", "student", "kept")]
+    for depth, kept in cut.kept.items():
+        rows.append((str(depth.size), str(depth.size.value), str(len(kept)), ", ".join(map(str, kept))))
+    if width is not None:
+        rows.append(("hidden_size", str(width[0]), str(width[1]), by))
+    before, after = count_parameters(teacher), count_parameters(student)
+    rows.append(("parameters", f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    if bound:
+        rows.append(("budget", "", "", bound))
+    return "\n".join(aligned_lines(rows))
 
 
 def _plans(
@@ -73,9 +111,19 @@ def _plans(
     num_layers: int | Sequence[int] | None,
     importance: Importance,
     batch: Mapping[str, Any] | None,
+    optional: bool,
 ) -> list[Cut]:
-    """Return the cuts that are tried, the largest first."""
+    """Return the cuts that are tried, the largest first; `optional`: where there are none, channels go alone."""
+    if importance not in get_args(Importance):
+        raise ConfigurationError(
+            "There is no such importance",
+            received=f"importance={importance!r}",
+            expected=f"one of {', '.join(map(repr, get_args(Importance)))}",
+            todo="choose one of these",
+        )
     depths = find_depths(model)
+    if not depths and optional and num_layers is None:
+        return [Cut({})]
     if not depths:
         raise _uncountable(model)
     order = block_order(model, depths, importance, batch)
@@ -123,68 +171,3 @@ def _spread(sizes: Sequence[int], total: int) -> tuple[int, ...]:
         gaps = [total * size / sum(sizes) - count for size, count in zip(sizes, counts, strict=True)]
         counts[gaps.index(max(gaps))] += 1
     return tuple(counts)
-
-
-def _within(
-    model: PreTrainedModel,
-    plans: Sequence[Cut],
-    whole: int,
-    parameters: float | None,
-    latency_ms: float | None,
-    batch: Mapping[str, Any] | None,
-) -> Cut:
-    """Return the first, and so the largest, of the cuts within the budgets; `whole`: the teacher's parameters."""
-    if parameters is None and latency_ms is None:
-        return plans[0]
-    fitting = [cut for cut in plans if parameters is None or count_parameters(model, cut) <= parameters * whole]
-    if not fitting:
-        least = count_parameters(model, plans[-1]) / whole
-        raise ConfigurationError(
-            "No student of this family is as small",
-            received=f"parameters={parameters}",
-            expected=f"a share of {least:.2f} at least, which the smallest number of blocks has",
-            todo=f"set parameters to {least:.2f} or more, or choose a smaller hidden_size",
-        )
-    if latency_ms is None:
-        return fitting[0]
-    if batch is None:
-        raise ConfigurationError(
-            "A latency is measured on a batch, and there is none",
-            received=f"latency_ms={latency_ms}, batch=None",
-            expected="inputs of the size that the student will get",
-            todo="pass batch=..., such as a tokenizer's output for one text",
-        )
-    # Time falls with every block that goes: half of what is left is tried each time.
-    first, last, times = 0, len(fitting) - 1, {}
-    while first < last:
-        middle = (first + last) // 2
-        times[middle] = measure_latency(cut_blocks(model, fitting[middle], init="random"), batch)
-        first, last = (first, middle) if times[middle] <= latency_ms else (middle + 1, last)
-    least = times.get(first) or measure_latency(cut_blocks(model, fitting[first], init="random"), batch)
-    if least > latency_ms:
-        raise ConfigurationError(
-            "No student of this family is as fast on this machine",
-            received=f"latency_ms={latency_ms}",
-            expected=f"{least:.1f} ms at least, which the smallest student takes for this batch",
-            todo="allow more time, or choose a smaller hidden_size",
-        )
-    return fitting[first]
-
-
-@torch.no_grad()
-def measure_latency(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Return the median time of a forward pass in milliseconds, after a few that warm up."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    times = []
-    for run in range(WARM_UP + MEASURED):
-        started = time.perf_counter()
-        model(**inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if run >= WARM_UP:
-            times.append(1000 * (time.perf_counter() - started))
-    model.train(was_training)
-    return statistics.median(times)
