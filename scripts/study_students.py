@@ -6,8 +6,8 @@
     python scripts/study_students.py --table-only              # the table of the rows that are there
 
 Every seed draws other training rows and trains students of a third of the teacher's blocks with SemCKD: new ones, and
-ones cut out of the teacher by each rule for the blocks that stay. Rows are kept in scripts/results/students, one a run;
-runs that are there are not repeated. Needs what scripts/fetch_text_parts.py and scripts/fetch_image_parts.py fetch.
+ones cut out of the teacher by each rule for the blocks that stay. Rows are kept in scripts/results/students; runs that
+are there are not repeated. Needs what scripts/fetch_text_parts.py and scripts/fetch_image_parts.py fetch.
 """
 
 from __future__ import annotations
