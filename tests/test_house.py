@@ -14,7 +14,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 # Before the rooms were built the package had 11,346 lines. What other families, packed rows, images of other sizes and
 # the refusals that go with them take (some 1,900 lines), and students made from teachers, came later; then students of
 # any family that are narrower, by calibration and within budgets (some 750).
-LARGEST_PACKAGE = 13_150
+LARGEST_PACKAGE = 13_157
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 
