@@ -78,7 +78,7 @@ class SizeSearch:
         blocks = [sum(map(len, plan.kept.values())) for plan in plans]
         above = sum(count >= math.ceil(blocks[0] * FLOOR) for count in blocks)
         self._high, self._low, self._width = plans[:above], plans[above:], width
-        self._counts: dict[Size, int] = {}
+        self._counts: dict[Size, float] = {}
         self._times: dict[Size, float] = {}
 
     def choose(self) -> tuple[Size, str]:
@@ -107,12 +107,13 @@ class SizeSearch:
         return [Size(plan, self._width) for plan in self._high]
 
     def _fewer_channels(self) -> list[Size]:
-        return [Size(self._high[-1], width) for width in self._widths()]
+        return [Size(self._high[-1], width) for width in self._widths]
 
     def _fewer_of_both(self) -> list[Size]:
-        sizes = [Size(plan, width) for plan in self._low for width in (self._width, *self._widths())]
+        sizes = [Size(plan, width) for plan in self._low for width in (self._width, *self._widths)]
         return sorted(sizes, key=self._count, reverse=True)
 
+    @cached_property
     def _widths(self) -> list[int]:
         """Return the numbers of channels that are possible; none where they are given, or the family has no others."""
         if self._width is not None:
@@ -129,15 +130,16 @@ class SizeSearch:
             config = self._planner.channels.narrower(config, size.width)
         return cut_config(config, size.cut)
 
-    def _count(self, size: Size) -> int:
+    def _count(self, size: Size) -> float:
         if size not in self._counts:
             made = empty_like(self._model, self.config(size))
-            self._counts[size] = count_parameters(self._model if made is None else made)
+            # A family may need some block, such as one with attention.
+            self._counts[size] = math.inf if made is None else count_parameters(made)
         return self._counts[size]
 
     def _is_small(self, size: Size) -> bool:
-        limit = self._budget.parameters
-        return limit is None or self._count(size) <= limit * count_parameters(self._model)
+        limit = self._budget.parameters or 1
+        return self._count(size) <= limit * count_parameters(self._model)
 
     def _first_fast(self, sizes: list[Size]) -> Size | None:
         """Return the first size that is fast enough: time falls with what goes, so half of them is left each time."""

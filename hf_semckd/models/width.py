@@ -70,9 +70,11 @@ class WidthPlanner:
 
     def _works(self, width: int) -> bool:
         try:
-            return bool(self.plan(width).counts)
-        except InputError:
+            with torch.no_grad():
+                new_model(self._model, self.plan(width).config).eval()(**self.inputs)
+        except (InputError, RuntimeError):  # a kernel may need a multiple of some number
             return False
+        return True
 
 
 def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | None = None) -> PreTrainedModel:

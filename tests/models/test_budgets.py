@@ -143,3 +143,16 @@ def test_numbers_of_a_batch_get_the_precision_of_the_teacher():
     teacher, batch = vit(4, 32).bfloat16(), {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
     student = make_student(teacher, hidden_size=16, latency_ms=1e6, importance="loss", batch=batch, report=False)
     assert student.dtype is torch.bfloat16 and batch["pixel_values"].dtype is torch.float32
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["aria_text", "bart", "convbert", "deit", "gpt_oss", "mamba", "resnet", "swin", "t5"]
+)
+def test_the_advice_can_be_followed_for_any_family(family):
+    teacher, inputs = case(family)
+    with pytest.raises(ConfigurationError, match="is as small") as error:
+        make_student(teacher, parameters=1e-4, batch=inputs, report=False)
+    share = advised(error, "parameters")
+    assert count(make_student(teacher, parameters=share, batch=inputs, report=False)) <= share * count(teacher)

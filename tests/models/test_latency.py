@@ -1,6 +1,8 @@
 """Times of calls in turns, with a clock that the calls themselves move."""
 
 import pytest
+import torch
+from makers import bert
 
 from hf_semckd.models import latency
 
@@ -30,8 +32,13 @@ def test_calls_take_turns_and_the_first_of_each_is_not_counted(clock):
     assert clock.order == (["a"] * 6 + ["b"] * 6) * 3
 
 
-def test_quick_calls_go_on_until_their_time_is_over_and_slow_ones_do_not(clock):
-    times = latency.interleaved_times(
-        {"slow": clock.call("slow", 1 / 8), "quick": clock.call("quick", 1 / 128)}, seconds=1
-    )
-    assert len(times["slow"]) == 15 and len(times["quick"]) == 130
+def test_calls_go_on_until_the_time_of_the_slowest_is_over_so_that_all_see_the_same_disturbances(clock):
+    calls = {"slow": clock.call("slow", 1 / 16), "quick": clock.call("quick", 1 / 1024)}
+    times = latency.interleaved_times(calls, seconds=2)
+    assert len(times["slow"]) == len(times["quick"]) == 35
+
+
+def test_a_model_is_run_on_what_it_takes(clock):
+    model, batch = bert().eval(), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.tensor([0])}
+    outputs = latency.forward_call(model, batch)()
+    assert outputs.loss is None and not outputs.logits.requires_grad
