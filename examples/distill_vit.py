@@ -32,7 +32,7 @@ except ImportError:  # before transformers 5.4
     from transformers import ViTImageProcessor
 
 DEFAULTS = {
-    "output_dir": "outputs/vit", "num_train_epochs": 80.0, "learning_rate": 2e-3, "warmup_steps": 0.05,
+    "output_dir": "outputs/vit", "num_train_epochs": 40.0, "learning_rate": 2e-3, "warmup_steps": 0.05,
     "weight_decay": 0.05, "per_device_eval_batch_size": 256, "remove_unused_columns": False,
 }  # fmt: skip
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
