@@ -92,7 +92,7 @@ PROTOCOLS = {
         teacher={"name": "minilm-l6", "family": "minilm"},
         teacher_args=sized(1, 1e-4, 32, decay=0.01),
         args=sized(3, 0.0, 32, decay=0.01),
-        rates=(3e-4, 3e-4),
+        rates=(1e-3, 3e-4),
     ),
     "images": Protocol(
         load=emoji,

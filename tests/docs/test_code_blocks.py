@@ -7,7 +7,7 @@ import pytest
 from doc_pages import PAGES, ROOT, blocks, name, script
 from stand_ins import with_stand_ins
 
-from hf_semckd.cli import main
+from hf_semckd.cli import COMMANDS, main
 
 ALL = [block for page in PAGES for block in blocks(page)]
 
@@ -38,12 +38,14 @@ def test_the_script_of_the_readme_is_short():
 
 
 def test_commands_name_what_exists(capsys):
-    with pytest.raises(SystemExit):
-        main(["cache", "--help"])
-    options = capsys.readouterr().out
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     shell = "\n".join(block.code for block in ALL if block.language == "bash").replace("\\\n", " ")
     assert set(re.findall(r"^make ([a-z-]+)", shell, re.M)) <= set(targets)
     assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:scripts|examples)/\w+\.py\b", shell))
-    flags = [flag for line in re.findall(r"^hf-semckd cache .*", shell, re.M) for flag in re.findall(r"--\w+", line)]
-    assert flags and all(flag in options for flag in flags)
+    lines = re.findall(r"^hf-semckd ([a-z-]+) (.*)", shell, re.M)
+    assert {command for command, _ in lines} == set(COMMANDS)
+    for command, words in lines:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        options = capsys.readouterr().out
+        assert all(flag in options for flag in re.findall(r"--[\w-]+", words)), (command, words)
