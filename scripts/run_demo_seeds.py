@@ -74,13 +74,14 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
             for other in others
         ]
         times = [row["seconds"] for row in seeds.values() if row["seconds"] is not None]
+        measured = [row for row in seeds.values() if "kept" in row]
         cells = (
             name,
             f"{next(iter(seeds.values()))['parameters']:,}",
             _spread([100 * row["metric"] for row in seeds.values()]),
-            _spread([100 * row["kept"][0] for row in seeds.values()]),
+            _spread([100 * row["kept"][0] for row in measured]) if measured else "",
             *differences,
-            f"{statistics.median(row['milliseconds'] for row in seeds.values()):.2f}",
+            f"{statistics.median(row['milliseconds'] for row in measured):.2f}" if measured else "",
             f"{statistics.median(times):.0f}" if times else "",
         )
         lines.append(dict(zip(COLUMNS, cells, strict=True)))

@@ -1,6 +1,6 @@
 """Is a student that starts from its teacher better than a new one, and which blocks should it keep?
 
-    python scripts/study_students.py                           # both protocols, ten seeds
+    python scripts/study_students.py                           # all protocols, ten seeds
     python scripts/study_students.py text --seeds 3 4          # some of it
     python scripts/study_students.py --tune                    # learning rates, on the validation split and seed 100
     python scripts/study_students.py --table-only              # the table of the rows that are there
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import sources
 from accuracy.data import LOADERS, Rows, collate
 from accuracy.models import COMMON, QUIET, accuracy, trained_teacher
 from accuracy.rows import OUTPUTS
@@ -84,7 +85,29 @@ def emoji() -> tuple[Rows, Rows, Rows]:
     return train, validation, test
 
 
+def digits() -> tuple[Rows, Rows, Rows]:
+    """Return scikit-learn's digits, 8 x 8 pixels, as three channels."""
+    source = sources.digits()
+
+    def rows(split: str) -> Rows:
+        pixels = torch.from_numpy(source.inputs[split]).float().div(127.5).sub(1.0)
+        values = pixels.unsqueeze(1).repeat(1, 3, 1, 1)
+        return Rows({"pixel_values": values, "labels": torch.from_numpy(source.labels[split])}, source.classes)
+
+    train, validation, test = map(rows, sources.SPLITS)
+    return train, validation, test
+
+
 PROTOCOLS = {
+    "digits": Protocol(
+        load=digits,
+        count=300,
+        blocks=2,
+        teacher={"name": "vit-6x96", "family": "vit", "size": 8, "patch": 2, "expansion": 4, "depth": 6, "width": 96},
+        teacher_args=sized(20, 1e-3, 32),
+        args=sized(30, 0.0, 32),
+        rates=(1e-3, 1e-3),
+    ),
     "text": Protocol(
         load=lambda: LOADERS["movie_snippets"](length=64),
         count=2000,

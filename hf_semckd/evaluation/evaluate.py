@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.samples import is_map_style
 from ..errors import InputError
 from ..models.inputs import evaluating
 from ..models.latency import interleaved_times
@@ -78,6 +79,14 @@ def evaluate(
 
 
 def _check(models: Mapping[str, ModelSource], dataset: Any, onnx: bool | None) -> None:
+    if isinstance(dataset, Mapping) or not is_map_style(dataset):
+        raise InputError(
+            "This data set has no samples with an index",
+            received=f"a {type(dataset).__name__}"
+            + (f" of {', '.join(dataset)}" if isinstance(dataset, Mapping) else ""),
+            expected="a map-style data set, such as one split of a datasets.Dataset",
+            todo="pass one split, such as data['test'], loaded without streaming",
+        )
     if not models or not len(dataset):
         raise InputError(
             "There is nothing to evaluate",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from makers import bert, images, plain_arguments, resnet, texts, traces, vit, weights
 from matrix.tasks import TASKS
 from transformers import Trainer
@@ -113,6 +114,12 @@ def test_files_for_deployment_say_the_same_and_every_form_is_measured():
 def test_what_cannot_be_evaluated_is_refused(models, data):
     with pytest.raises(InputError, match="(?s)(nothing to evaluate|has no labels).*what to do"):
         evaluate(models, data, **QUICK)
+
+
+@pytest.mark.parametrize("data", [DatasetDict(test=Dataset.from_dict({"labels": [0]})), iter([{"labels": 0}])])
+def test_what_is_no_split_is_refused(data):
+    with pytest.raises(InputError, match=r"(?s)no samples with an index.*data\['test'\]"):
+        evaluate({"a": vit()}, data, **QUICK)
 
 
 def test_an_empty_data_set_is_refused():
