@@ -106,7 +106,7 @@ PROTOCOLS = {
         teacher={"name": "vit-6x96", "family": "vit", "size": 8, "patch": 2, "expansion": 4, "depth": 6, "width": 96},
         teacher_args=sized(20, 1e-3, 32),
         args=sized(30, 0.0, 32),
-        rates=(1e-3, 1e-3),
+        rates=(1e-3, 3e-4),
     ),
     "text": Protocol(
         load=lambda: LOADERS["movie_snippets"](length=64),
