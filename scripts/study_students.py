@@ -124,7 +124,7 @@ PROTOCOLS = {
         teacher={"name": "dinov2-small", "family": "dinov2"},
         teacher_args=sized(3, 5e-5, 32, decay=0.01),
         args=sized(5, 0.0, 32, decay=0.05),
-        rates=(3e-4, 3e-4),
+        rates=(1e-4, 1e-3),
     ),
 }
 

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             meant = f"; did you mean {near[0]}?" if near else ""
             raise SemCKDError(f"unknown command {words[0]!r}{meant}\n\n{USAGE}")
         importlib.import_module(f".{COMMANDS[words[0]]}", __name__).run(words[1:])
-    except SemCKDError as error:
+    except (SemCKDError, OSError) as error:
         print(f"hf-semckd: {error}", file=sys.stderr)
         return 2
     return 0

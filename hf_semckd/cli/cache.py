@@ -36,7 +36,9 @@ def run(words: Sequence[str]) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         parser.set_defaults(output_dir=folder, report_to="none")
-        options, args = parser.parse_args_into_dataclasses(list(words))
+        options, args, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         trainer = SemCKDTrainer(
             options.student,
             args,

@@ -1,5 +1,6 @@
 """What commands read: a split of a saved data set, and the processor saved with a model."""
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -38,6 +39,27 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def new_folder(folder: str, *kept: str) -> str:
+    """Return a folder to write to; `InputError` where it is a file, or one of the models that are read."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(Path(other).exists() and path.samefile(other) for other in kept)):
+        raise InputError(
+            "Nothing can be written there",
+            received=f"{folder!r}, which is {'a model that is read' if path.is_dir() else 'a file'}",
+            expected="a new folder, or one to write into",
+            todo="choose another folder",
+        )
+    return folder
+
+
+def positive(text: str) -> int:
+    """Return a number of samples; for `argparse`, which says what is wrong."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def load_processor(source: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate
 from ..files import json_text
-from .data import load_split, load_tokenizer
+from .data import load_processor, load_split, new_folder, positive
 
 EXAMPLE = """\
 example:
@@ -28,18 +28,27 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--dataset", required=True, help="folder that Dataset.save_to_disk wrote")
     parser.add_argument("--split", default="test", help="split, if the folder holds several (default: test)")
     parser.add_argument("--metric", help="accuracy, f1, ...; by default the usual one of the task")
-    parser.add_argument("--samples", type=int, help="evaluate on the first ones only")
+    parser.add_argument("--samples", type=positive, help="evaluate on the first ones only")
     parser.add_argument("--no-onnx", action="store_true", help="measure with PyTorch alone")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--output", help="folder for evaluation.json, .txt and .png")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(words))
+    if options.output is not None:
+        new_folder(options.output)
+    models = [_named(word) for word in options.models]
+    if len(dict(models)) < len(models):
+        raise InputError(
+            "Two models have one name",
+            received=" ".join(options.models),
+            expected="another name for each",
+            todo="rename one of them",
+        )
     data = load_split(options.dataset, options.split)
-    models = dict(_named(word) for word in options.models)
     found = evaluate(
-        models,
+        dict(models),
         data if options.samples is None else data.select(range(min(options.samples, len(data)))),
-        processing_class=load_tokenizer(list(models.values())[-1]),
+        processing_class=load_processor(models[-1][1]),
         metric=options.metric,
         onnx=False if options.no_onnx else None,
         memory=not options.no_memory,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from ..evaluation.export import export_onnx
 from ..models.loading import load_model
-from ..models.width import example_inputs
+from ..models.proof import example_inputs
+from .data import new_folder
 
 
 def run(words: Sequence[str]) -> None:
@@ -19,6 +20,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("folder", help="where model.onnx is written")
     parser.add_argument("--int8", action="store_true", help="also write model_int8.onnx, with weights in 8 bits")
     options = parser.parse_args(list(words))
+    new_folder(options.folder)
     model = load_model(options.model, "model")
     for path in export_onnx(model, options.folder, example_inputs(model), int8=options.int8):
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")

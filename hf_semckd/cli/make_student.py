@@ -9,7 +9,7 @@ from torch import nn
 from ..evaluation.variants import LabeledData, usual_collator
 from ..models.loading import load_model
 from ..models.students import make_student
-from .data import load_processor, load_split
+from .data import load_processor, load_split, new_folder, positive
 
 IMPORTANCE, INIT = ("even", "change", "loss"), ("teacher", "random")
 
@@ -36,8 +36,9 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--init", default="teacher", choices=INIT, help="weights to start from (default: teacher)")
     parser.add_argument("--dataset", help="folder of Dataset.save_to_disk, for --latency-ms and --importance")
     parser.add_argument("--split", default="train", help="split of the data set (default: train)")
-    parser.add_argument("--batch-size", type=int, default=1, help="samples of it that are used (default: 1)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="samples of it that are used (default: 1)")
     options = parser.parse_args(list(words))
+    new_folder(options.folder, options.teacher)
     teacher, processor = load_model(options.teacher, "teacher"), load_processor(options.teacher)
     layers = options.num_layers
     student = make_student(

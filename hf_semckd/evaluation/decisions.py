@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,25 +35,21 @@ class Labeling:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Predictions and labels of P positions.
+    """Predictions and labels of P positions of `count` samples.
 
     Attributes:
         samples: Which sample a position belongs to (P), from 0; of a span, both ends belong to one.
-        predicted, labels: Classes (P), or numbers in regression.
+        predicted, labels: Classes (P), or in regression K numbers of each sample (P, K).
         confidence: Probability of the predicted class (P); None in regression.
         surprise: Negative log-likelihood of the label, in nats (P); None in regression.
     """
 
+    count: int
     samples: np.ndarray
     predicted: np.ndarray
     labels: np.ndarray
-    confidence: np.ndarray | None
-    surprise: np.ndarray | None
-
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return int(self.samples[-1]) + 1 if len(self.samples) else 0
+    confidence: np.ndarray | None = None
+    surprise: np.ndarray | None = None
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -80,16 +76,8 @@ def find_labeling(model: nn.Module, batch: Mapping[str, Any]) -> Labeling:
     task = head_task(model, outputs, logits, batch)
     if task == "spans":
         return Labeling("spans")
-    fits = logits.shape[:2] == labels.shape if task == "tokens" else task != "frames"
-    if task == "multi_label":
-        fits = labels.shape == logits.shape
-    if not fits:
-        raise InputError(
-            f"The predictions of {type(model).__name__} and the labels do not correspond",
-            received=f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}",
-            expected="a label for each sample, token, class or pixel that is predicted",
-            todo="prepare the labels as for training; evaluate speech recognition with Trainer and compute_metrics",
-        )
+    if task == "frames" or (task == "tokens" and logits.shape[:2] != labels.shape):
+        raise _no_match(logits, labels)
     if task in ("regression", "multi_label"):
         return Labeling(task)
     config: Any = getattr(base_model(model), "config", None)
@@ -100,45 +88,96 @@ def find_labeling(model: nn.Module, batch: Mapping[str, Any]) -> Labeling:
     return Labeling("words" if words else "classes", predicts_next_token(model, outputs, batch))
 
 
-@torch.inference_mode()
-def collect_decisions(
-    run: Callable[[Mapping[str, Any]], Tensor], batches: Iterable[Mapping[str, Any]], labeling: Labeling
-) -> Decisions:
-    """Return the decisions about the samples of all batches; `run` returns the logits of a batch."""
-    parts: list[tuple[Tensor, ...]] = []
-    first = 0
-    for batch in batches:
-        logits, labels = run(batch).float(), labels_of(batch)
-        scores, targets = _positions(logits, labels.to(logits.device), labeling)
-        kept = (targets != IGNORED) & (targets != labeling.ignored)
-        kept |= labeling.kind == "regression"
-        place = torch.arange(first, first + len(targets), device=targets.device)
-        found = (place.view(-1, *[1] * (targets.dim() - 1)), targets, *_decide(scores, targets * kept, labeling))
-        parts.append(tuple(value.expand(targets.shape)[kept].cpu() for value in found))
-        first += len(targets)
-    samples, truth, predicted, *rest = [torch.cat(part).numpy() for part in zip(*parts, strict=True)]
-    return Decisions(samples, predicted, truth, *(rest or (None, None)))
+class DecisionCollector:
+    """Collects what a model, `name` in errors, decides, batch by batch."""
+
+    def __init__(self, labeling: Labeling, name: str):
+        self._labeling, self._name = labeling, name
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._count = 0
+
+    @torch.inference_mode()
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take the logits of a batch and its labels, see `labels_of`; `InputError` where they do not correspond."""
+        logits = logits.float()
+        scores, targets = _positions(logits, labels.to(logits.device), self._labeling)
+        wild = scores.isnan() | (scores == float("inf"))  # -inf rules a class out
+        if wild.any():
+            raise InputError(
+                f"The {self._name} returns NaN or infinite logits",
+                received=f"{int(wild.sum())} of {scores.numel()} logits that are no numbers",
+                expected="finite logits",
+                todo="check its weights and its precision",
+            )
+        rows = torch.arange(self._count, self._count + len(targets), device=targets.device)
+        self._count += len(targets)
+        if self._labeling.kind == "regression":
+            self._parts.append((rows.cpu(), targets.cpu(), scores.cpu()))
+            return
+        kept = (targets != IGNORED) & (targets != self._labeling.ignored)
+        classes = 2 if self._labeling.kind == "multi_label" else scores.shape[-1]
+        wrong = targets[kept & ((targets < 0) | (targets >= classes))]
+        if len(wrong):
+            raise InputError(
+                f"A label is no class of the {self._name}",
+                received=f"the label {wrong[0].item():g}, and {classes} classes",
+                expected=f"labels from 0 to {classes - 1}, or {IGNORED} for what does not count",
+                todo="check the column of labels, and the models' number of labels",
+            )
+        places = rows.view(-1, *[1] * (targets.dim() - 1)).expand(targets.shape)
+        found = (places, targets, *_decide(scores, targets * kept, self._labeling))
+        self._parts.append(tuple(value[kept].cpu() for value in found))
+
+    def decisions(self) -> Decisions:
+        """Return what was collected; `InputError` where no label counts."""
+        samples, truth, predicted, *rest = [torch.cat(part).numpy() for part in zip(*self._parts, strict=True)]
+        if not len(samples):
+            raise InputError(
+                "No label of the data set counts",
+                received=f"{self._count} samples, all of whose labels are {IGNORED}",
+                expected="labels of classes",
+                todo="pass a labeled split: those of test splits are often hidden",
+            )
+        return Decisions(self._count, samples, predicted, truth, *rest)
 
 
 def _positions(logits: Tensor, labels: Tensor, labeling: Labeling) -> tuple[Tensor, Tensor]:
     """Return logits with the classes last, and the labels along the other axes."""
     if labeling.kind == "spans":
-        return logits.transpose(1, 2), labels.clamp(max=logits.shape[1] - 1)
+        # An answer that was cut off counts for nothing, as in training.
+        inside = ((labels >= 0) & (labels < logits.shape[1])).all(1, keepdim=True)
+        return logits.transpose(1, 2), labels.where(inside, torch.full_like(labels, IGNORED))
     if labeling.kind == "regression":
-        return logits.reshape(labels.shape), labels.float()
+        if logits.numel() != labels.numel():
+            raise _no_match(logits, labels)
+        return logits.reshape(len(labels), -1), labels.float().reshape(len(labels), -1)
     if labeling.kind == "multi_label":
-        return logits, labels
-    if logits.dim() == 4:
+        fits = logits.shape == labels.shape
+        scores, targets = logits, labels
+    elif logits.dim() == 4:
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        return logits.movedim(1, -1), labels
-    return (logits[:, :-1], labels[:, 1:]) if labeling.shifted else (logits, labels)
+        scores, targets = logits.movedim(1, -1), labels
+        fits = scores.shape[:-1] == targets.shape
+    else:
+        scores, targets = (logits[:, :-1], labels[:, 1:]) if labeling.shifted else (logits, labels)
+        fits = scores.shape[:-1] == targets.shape
+    if not fits:
+        raise _no_match(logits, labels)
+    return scores, targets
+
+
+def _no_match(logits: Tensor, labels: Tensor) -> InputError:
+    return InputError(
+        "The predictions and the labels do not correspond",
+        received=f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}",
+        expected="a label for each sample, token, class or pixel that is predicted",
+        todo="prepare the labels as for training; evaluate speech recognition with Trainer and compute_metrics",
+    )
 
 
 def _decide(scores: Tensor, targets: Tensor, labeling: Labeling) -> tuple[Tensor, ...]:
-    """Return predictions, and of classes their confidence and the label's negative log-likelihood."""
-    if labeling.kind == "regression":
-        return (scores,)
+    """Return predicted classes, their confidence, and the label's negative log-likelihood."""
     if labeling.kind == "multi_label":
         surprise = F.binary_cross_entropy_with_logits(scores, targets.float(), reduction="none")
         return scores > 0, torch.sigmoid(scores.abs()), surprise

@@ -62,6 +62,9 @@ def export_onnx(
         _check(plain, inputs, path)
         if int8:
             _quantize(path, Path(beside) / INT8_FILE)
+        for name in (FLOAT_FILE, INT8_FILE):  # of another model, perhaps
+            (written / name).unlink(missing_ok=True)
+            (written / f"{name}.data").unlink(missing_ok=True)
         for made in Path(beside).iterdir():
             made.replace(written / made.name)
     return [written / name for name in (FLOAT_FILE, INT8_FILE)[: 1 + int8]]

@@ -44,8 +44,9 @@ def _run(model: str, arrays: str, kind: str | None = None) -> None:
         import transformers
 
         student = getattr(transformers, kind).from_pretrained(model).eval()
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
         with torch.inference_mode():
-            student(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+            student(**{name: v.to(student.dtype) if v.is_floating_point() else v for name, v in tensors.items()})
     # Not getrusage: its peak is inherited from the process that started this one.
     print("peak", 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()).group(1)))  # type: ignore[union-attr]
 

@@ -66,8 +66,8 @@ class OnnxRuntime:
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def _arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        inputs = self._inputs(batch)
-        return {name: inputs[name].cpu().numpy() for name in self._names}
+        arrays = float_arrays(self._inputs(batch))
+        return {name: arrays[name] for name in self._names}
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of a batch."""
@@ -78,3 +78,9 @@ class OnnxRuntime:
         """Return a function that runs the session on a batch."""
         arrays = self._arrays(batch)
         return lambda: self._session.run(None, arrays)
+
+
+def float_arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return tensors as arrays, numbers in float32: that is what ONNX files take, and numpy has no bfloat16."""
+    tensors = {name: value.cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,22 +11,31 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+    default_data_collator,
+)
 from transformers.utils import logging
 
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, teacher_entries
 from ..data.samples import collate
 from ..errors import InputError
 from ..models.inputs import InputSelector, inference_inputs
+from ..models.tasks import label_names
 from .decisions import SPANS
 from .export import NEEDED, export_onnx, is_installed
 from .memory import peak_memory
-from .runtimes import OnnxRuntime, PyTorch, Runtime
+from .runtimes import OnnxRuntime, PyTorch, Runtime, float_arrays
 
 
 def usual_collator(processing_class: Any) -> Any:
     """Return the collator that Trainer would take."""
     if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    if isinstance(processing_class, SequenceFeatureExtractor):
         return DataCollatorWithPadding(processing_class)
     return default_data_collator
 
@@ -75,6 +85,14 @@ class Variant:
     saved: Path | None
     disk_bytes: int | None
     is_reference: bool
+    class_order: Tensor | None = None
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of a batch, with the classes in the order of the labels."""
+        found = self.runtime.logits(self.batch(batch))
+        if self.class_order is None:
+            return found
+        return found.index_select(1 if found.dim() == 4 else -1, self.class_order.to(found.device))
 
     def batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the model gets of a batch: the reference its `teacher_*` columns, where there are any."""
@@ -91,7 +109,7 @@ class Variant:
             return torch.cuda.max_memory_allocated()
         if self.saved is None:
             return None
-        arrays = {name: value.cpu().numpy() for name, value in self.pytorch.inputs(self.batch(batch)).items()}
+        arrays = float_arrays(self.pytorch.inputs(self.batch(batch)))
         kind = type(self.pytorch.model).__name__ if self.saved.is_dir() else None
         return peak_memory(self.saved, arrays, kind)
 
@@ -101,13 +119,15 @@ def make_variants(
 ) -> tuple[list[Variant], list[str]]:
     """Return all forms of all models, and what to tell of those that could not be made."""
     found, notes = [], []
+    last = list(models.values())[-1]
     exports = all(map(is_installed, NEEDED)) if onnx is None else onnx
     if onnx is None and not exports:
         notes.append('Not measured as ONNX files: pip install "hf-semckd[onnx]".')
     for place, (name, model) in enumerate(models.items()):
         pytorch = PyTorch(model, torch.device("cpu"))
         saved = _save(model, folder / f"model{place}")
-        plain = Variant(name, pytorch, pytorch, saved, _size(saved), place == 0)
+        order = _class_order(model, last)
+        plain = Variant(name, pytorch, pytorch, saved, _size(saved), place == 0, order)
         found.append(plain)
         if torch.cuda.is_available():
             found.append(replace(plain, runtime=PyTorch(model, torch.device("cuda"))))
@@ -126,13 +146,31 @@ def make_variants(
     return found, notes
 
 
+def _class_order(model: nn.Module, last: nn.Module) -> Tensor | None:
+    """Return where a model has the classes of another one, by name; None where they are in the same order."""
+    own, wanted = label_names(model), label_names(last)
+    if own is None or wanted is None or own == wanted:
+        return None
+    if sorted(own) != sorted(wanted) or len({*own}) < len(own):
+        raise InputError(
+            "The models name their labels differently, so that their predictions cannot be compared",
+            received=f"{own} and {wanted}",
+            expected="the same names, in any order",
+            todo="load them with the same id2label and label2id",
+        )
+    return torch.tensor([own.index(name) for name in wanted])
+
+
 def _save(model: nn.Module, folder: Path) -> Path | None:
     """Save a model that can be; `None` for others."""
     if not isinstance(model, PreTrainedModel):
         return None
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    # Saving writes into the configuration.
+    copied: Any = copy.copy(model)
+    copied.config = copy.deepcopy(model.config)
+    copied.save_pretrained(folder)
     if shows:
         logging.enable_progress_bar()
     return folder

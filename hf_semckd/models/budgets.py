@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from .cutting import Cut, cut_config, new_model
 from .inputs import evaluating
@@ -87,7 +88,8 @@ class SizeSearch:
         for step in (self._fewer_blocks, self._fewer_channels, self._fewer_of_both):
             sizes = step()
             tried += sizes
-            found = self._first_fast([size for size in sizes if self._is_small(size)])
+            small = [size for size in sizes if self._is_small(size)]
+            found = self._first_fast(small, in_order=step != self._fewer_of_both)
             if found is not None:
                 before = tried.index(found) - 1
                 bound = "latency_ms" if before >= 0 and self._is_small(tried[before]) else "parameters"
@@ -141,10 +143,12 @@ class SizeSearch:
         limit = self._budget.parameters or 1
         return self._count(size) <= limit * count_parameters(self._model)
 
-    def _first_fast(self, sizes: list[Size]) -> Size | None:
-        """Return the first size that is fast enough: time falls with what goes, so half of them is left each time."""
+    def _first_fast(self, sizes: list[Size], in_order: bool) -> Size | None:
+        """Return the first size that is fast enough; `in_order`: time falls, so half of them is left each time."""
         if not sizes or self._budget.latency_ms is None:
             return sizes[0] if sizes else None
+        if not in_order:
+            return next(filter(self._is_fast, sizes), None)
         first, last = 0, len(sizes) - 1
         while first < last:
             middle = (first + last) // 2
@@ -153,7 +157,9 @@ class SizeSearch:
 
     def _is_fast(self, size: Size) -> bool:
         if size not in self._times:
-            self._times[size] = measure_latency(new_model(self._model, self.config(size)), self._budget.batch or {})
+            with preserved_random_state(0):
+                student = new_model(self._model, self.config(size))
+            self._times[size] = measure_latency(student, self._budget.batch or {})
         return self._times[size] <= (self._budget.latency_ms or math.inf)
 
     def _impossible(self, tried: list[Size]) -> ConfigurationError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..data.views import preserved_random_state
 from ..errors import InputError
 from .sizes import Depth, empty_like, shallower, shapes_of
 
@@ -31,9 +32,16 @@ def cut_config(config: Any, cut: Cut) -> Any:
 
 
 def new_model(teacher: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """Return a model of the teacher's class, precision and device with new weights, which loads as it is."""
+    """Return a model of the teacher's class and device with new weights, which loads as it is.
+
+    Each tensor has the precision of the teacher's, buffers that are not saved (rotary frequencies) included.
+    """
     kind: Any = type(teacher)
-    student = kind(copy.deepcopy(config)).to(dtype=teacher.dtype, device=teacher.device)
+    student = kind(copy.deepcopy(config)).to(device=teacher.device)
+    theirs = dict([*teacher.named_parameters(), *teacher.named_buffers()])
+    for name, entry in [*student.named_parameters(), *student.named_buffers()]:
+        if name in theirs:
+            entry.data = entry.data.to(theirs[name].dtype)
     check_kept_config(student)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -45,7 +53,8 @@ def cut_blocks(teacher: PreTrainedModel, cut: Cut) -> PreTrainedModel:
 
     Raises `InputError` when the family cannot be cut so that it loads again.
     """
-    student = new_model(teacher, cut_config(teacher.config, cut))
+    with preserved_random_state(0):
+        student = new_model(teacher, cut_config(teacher.config, cut))
     weights, own = teacher.state_dict(), student.state_dict()
     source = {name: _name_in_teacher(name, cut) for name in own}
     wrong = [name for name, other in source.items() if other not in weights or weights[other].shape != own[name].shape]

@@ -59,7 +59,9 @@ class InputSelector:
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch whose tensors are where the model is, and numbers in its precision."""
-    like = next(model.parameters())
+    like = next(model.parameters(), None)
+    if like is None:
+        return dict(batch)
     tensors = {name: value.to(like.device) for name, value in batch.items() if isinstance(value, Tensor)}
     return {**batch, **{name: v.to(like.dtype) if v.is_floating_point() else v for name, v in tensors.items()}}
 
@@ -77,14 +79,15 @@ def inference_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, An
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, and afterwards back into the mode that they were in."""
-    modes = [model.training for model in models]
+    # Each module's own: some may have been frozen.
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Result]) -> Result:

@@ -19,7 +19,7 @@ FEWEST_TURNS = 3
 def forward_call(model: nn.Module, batch: Mapping[str, Any]) -> Callable[[], object]:
     """Return a function that runs a model on what it takes of a batch, and waits for the GPU."""
     inputs = inference_inputs(model, batch)
-    device = next(model.parameters()).device
+    device = next((entry.device for entry in model.parameters()), torch.device("cpu"))
 
     @torch.inference_mode()
     def call() -> object:

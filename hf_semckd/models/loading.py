@@ -47,12 +47,13 @@ def load_model(
             expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
             todo=f"check the name and the connection, or load the {role} yourself and pass the object",
         ) from error
-    if role == "teacher" and info["missing_keys"]:
+    # A student may get a new head, what is only used may not.
+    if role != "student" and info["missing_keys"]:
         raise InputError(
-            "The teacher would have random weights: the checkpoint lacks some of its layers",
+            f"The {role} would have random weights: the checkpoint lacks some of its layers",
             received=f"{source!r} without {', '.join(sorted(map(str, info['missing_keys']))[:5])}",
             expected=f"a checkpoint that was fine-tuned as {type(model).__name__}",
-            todo="fine-tune the teacher on the task first, or pass the model object if this is what you want",
+            todo=f"fine-tune the {role} on the task first, or pass the model object if this is what you want",
         )
     return model
 

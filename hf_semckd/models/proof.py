@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .inputs import InputSelector, on_device
+from .inputs import InputSelector, evaluating, on_device
 from .outputs import first_tensor, is_encoder_decoder
 from .units import Labels
 
@@ -93,25 +93,46 @@ def _output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Return a small batch of the kind that a model reads; `InputError` where that is not known."""
+    """Return a small batch of the kind that a model reads; `InputError` where that is not known, or does not fit."""
+    names = InputSelector(model).parameters
+    made = _made_up(model, names)
+    inputs = on_device(model, {name: value for name, value in made.items() if name in names})
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(**inputs)
+    except Exception as error:  # whatever a model says of what was made up
+        raise _unknown_inputs(model, names) from error
+    return inputs
+
+
+def _made_up(model: PreTrainedModel, names: list[str]) -> dict[str, Any]:
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
-    names = InputSelector(model).parameters
     if "input_ids" in names:
-        words = torch.randint(3, config.vocab_size, (2, 8), generator=generator)
+        # Some heads read the last token that is not padding, others the one that ends a text.
+        rows = 1 if getattr(config, "pad_token_id", None) is None else 2
+        words = torch.randint(3, config.vocab_size, (rows, 8), generator=generator)
+        ends = getattr(config, "eos_token_id", None)
+        if isinstance(ends, int):
+            words[words == ends] = 3
+            words[:, -1] = ends
         made = {"input_ids": words, "attention_mask": torch.ones_like(words)}
-        made |= {"decoder_input_ids": words} if is_encoder_decoder(model) else {}
-    elif "pixel_values" in names:
+        if (getattr(config, "type_vocab_size", None) or 0) > 1:
+            made["token_type_ids"] = torch.ones_like(words).cumsum(1) // 5
+        return made | ({"decoder_input_ids": words} if is_encoder_decoder(model) else {})
+    if "pixel_values" in names:
         size = getattr(config, "image_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
-        made = {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width, generator=generator)}
-    elif "input_values" in names:
-        made = {"input_values": torch.randn(2, 8000, generator=generator)}
-    else:
-        raise InputError(
-            f"It is not known what {type(model).__name__} reads",
-            received=f"inputs {', '.join(names)}",
-            expected="input_ids, pixel_values or input_values",
-            todo="pass batch=...",
-        )
-    return on_device(model, {name: value for name, value in made.items() if name in names})
+        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width, generator=generator)}
+    if "input_values" in names:
+        return {"input_values": torch.randn(2, 8000, generator=generator)}
+    raise _unknown_inputs(model, names)
+
+
+def _unknown_inputs(model: nn.Module, names: list[str]) -> InputError:
+    return InputError(
+        f"It is not known what {type(model).__name__} reads",
+        received=f"inputs {', '.join(names)}",
+        expected="texts of its vocabulary, images of its size, or sound",
+        todo="pass batch=..., inputs of the kind that the model gets",
+    )

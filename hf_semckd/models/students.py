@@ -54,6 +54,7 @@ def make_student(
     Example:
         >>> student = make_student(teacher, num_layers=4)  # doctest: +SKIP
     """
+    _check(num_layers, hidden_size, init)
     budget = Budget(parameters, latency_ms, batch)
     model = _plain_teacher(load_model(teacher, "teacher"))
     plans = _plans(model, num_layers, importance, batch, optional=hidden_size is not None or bool(budget))
@@ -68,6 +69,18 @@ def make_student(
         width = None if size.width is None else (search.whole_width, size.width)
         print(_table(model, student, cut, width, "" if init == "random" else f"those with the largest {by}", bound))
     return student
+
+
+def _check(num_layers: Any, hidden_size: Any, init: str) -> None:
+    numbers = [*num_layers] if isinstance(num_layers, Sequence) else [num_layers]
+    wrong = [number for number in (*numbers, hidden_size) if number is not None and type(number) is not int]
+    if wrong or init not in ("teacher", "random"):
+        raise ConfigurationError(
+            "A student is described by whole numbers, and starts at its teacher or at random",
+            received=f"num_layers={num_layers!r}, hidden_size={hidden_size!r}, init={init!r}",
+            expected="an int, or several for num_layers; init='teacher' or 'random'",
+            todo="convert the numbers with int(...)" if wrong else "choose one of both",
+        )
 
 
 def _plain_teacher(model: nn.Module) -> PreTrainedModel:

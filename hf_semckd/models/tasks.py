@@ -85,3 +85,11 @@ def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, An
     with suppress(ValueError, RuntimeError, IndexError, TypeError, AttributeError):
         found = find_shift(logits, labels, student(**{**inputs, "labels": labels})["loss"])
     return shifts_labels(student) if found is None else found
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's classes in order, in lower case; None where it has none of its own."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
+        return None
+    return [str(names[key]).lower() for key in sorted(names)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.views import preserved_random_state
 from ..errors import InputError
 from .channels import QUERY, Channels, cannot_narrow, find_channels
 from .cutting import new_model
@@ -70,7 +71,7 @@ class WidthPlanner:
 
     def _works(self, width: int) -> bool:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), preserved_random_state(0):
                 new_model(self._model, self.plan(width).config).eval()(**self.inputs)
         except (InputError, RuntimeError):  # a kernel may need a multiple of some number
             return False
@@ -91,7 +92,8 @@ def narrow(model: PreTrainedModel, hidden_size: int, batch: Mapping[str, Any] | 
         group: scores[group].argsort(descending=True, stable=True)[:count].sort().values
         for group, count in plan.counts.items()
     }
-    student = new_model(model, plan.config)
+    with preserved_random_state(0):
+        student = new_model(model, plan.config)
     student.load_state_dict(_sliced(model.state_dict(), plan.labels, kept))
     try:
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..data.columns import TEACHER_PREFIX
 from ..errors import InputError
 from ..losses.logits import LogitMatch, logit_shape_message
+from ..models.tasks import label_names
 
 
 def vocabulary_size(tokenizer: Any) -> int | None:
@@ -38,7 +39,7 @@ def match_logits(
         if padded and vocabulary is not None and vocabulary <= min(own[-1], other[-1]):
             return LogitMatch(vocabulary=vocabulary)
         raise InputError(logit_shape_message(tuple(student), other))
-    names = [_label_names(model) for model in models]
+    names = [label_names(model) for model in models]
     if names[0] is None or names[1] is None or names[0] == names[1]:
         return LogitMatch()
     if sorted(names[0]) != sorted(names[1]) or len({*names[0]}) < len(names[0]):
@@ -79,11 +80,3 @@ def check_same_tokens(student: Sequence[int], batch: Mapping[str, Any]) -> None:
         expected="one tokenizer for both",
         todo="set logit_weight=0 to distill features alone, which are compared by their average over the text",
     )
-
-
-def _label_names(model: nn.Module) -> list[str] | None:
-    """Return the names of a model's classes in order, in lower case; None where it has none of its own."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or all(str(name).startswith("LABEL_") for name in names.values()):
-        return None
-    return [str(names[key]).lower() for key in sorted(names)]

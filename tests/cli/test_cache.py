@@ -74,3 +74,9 @@ def test_what_cannot_work_is_one_message_and_no_traceback(parts, tmp_path, capsy
     without = [word for word in parts if word not in ("--teacher_cache_dir", str(tmp_path / "cache"))]
     assert main(["cache", *without]) == 2
     assert "set teacher_cache_dir" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_told(parts, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["cache", *parts, "--bogus", "1"])
+    assert ended.value.code == 2 and "--bogus" in capsys.readouterr().err

@@ -58,3 +58,15 @@ def test_what_cannot_work_is_one_message(folder, capsys):
     assert "NAME=MODEL" in capsys.readouterr().err
     assert run("export", folder / "nowhere", folder / "onnx") == 2
     assert "could not be loaded" in capsys.readouterr().err
+
+
+def test_nothing_that_is_read_or_no_folder_is_written_over(folder, capsys):
+    (folder / "file").touch()
+    before = (folder / "teacher" / "model.safetensors").read_bytes()
+    for target in ("teacher", "file"):
+        assert run("make-student", folder / "teacher", folder / target, "--num-layers", 1) == 2
+        assert "Nothing can be written there" in capsys.readouterr().err
+    assert (folder / "teacher" / "model.safetensors").read_bytes() == before
+    models = (f"a={folder / 'teacher'}", f"a={folder / 'teacher'}")
+    assert run("evaluate", *models, "--dataset", folder / "data") == 2
+    assert "Two models have one name" in capsys.readouterr().err

@@ -6,8 +6,7 @@ from matrix.tasks import TASKS
 from torch.utils.data import default_collate
 
 from hf_semckd.errors import InputError
-from hf_semckd.evaluation.decisions import Labeling, collect_decisions, find_labeling
-from hf_semckd.models.outputs import logits_of
+from hf_semckd.evaluation.decisions import DecisionCollector, Labeling, find_labeling, labels_of
 
 EXPECTED = {
     "sequence-classification": Labeling("classes"),
@@ -57,9 +56,10 @@ def test_tasks_without_a_decision_for_each_label_are_refused(name):
 
 def collected(logits, labels, labeling):
     """Return the decisions about two batches, the second of one sample."""
-    batches = [{"labels": labels[:-1]}, {"labels": labels[-1:]}]
-    parts = iter([logits[:-1], logits[-1:]])
-    return collect_decisions(lambda batch: next(parts), batches, labeling)
+    collector = DecisionCollector(labeling, "student")
+    collector.add(logits[:-1], labels[:-1])
+    collector.add(logits[-1:], labels[-1:])
+    return collector.decisions()
 
 
 def test_tokens_that_are_ignored_count_for_nothing_and_the_next_one_is_predicted():
@@ -102,13 +102,27 @@ def test_classes_that_join_numbers_and_spans():
     ]
     numbers = collected(torch.randn(4, 1), torch.randn(4), Labeling("regression"))
     assert numbers.confidence is None and len(numbers.predicted) == 4
-    ends = torch.randn(4, 6, 2)
-    spans = collect_decisions(
-        lambda batch: ends,
-        [{"start_positions": torch.tensor([0, 1, 2, 3]), "end_positions": torch.tensor([1, 2, 3, 9])}],
-        Labeling("spans"),
-    )
-    assert spans.predicted.reshape(4, 2).tolist() == [
-        [int(ends[n, :, 0].argmax()), int(ends[n, :, 1].argmax())] for n in range(4)
-    ]
-    assert logits_of(ends, "model") is ends
+    ends, starts = torch.randn(4, 6, 2), torch.tensor([0, 1, 2, 3])
+    labels = labels_of({"start_positions": starts, "end_positions": starts + 2})
+    spans = collected(ends, labels.where(labels < 5, 9), Labeling("spans"))
+    # The answer of the last sample was cut off.
+    assert spans.samples.tolist() == [0, 0, 1, 1, 2, 2] and spans.count == 4
+    assert spans.predicted.reshape(3, 2).tolist() == ends[:3].argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "kind", "said"),
+    [
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "classes", "the label 3, and 3 classes"),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), "classes", "the label -1"),
+        (torch.zeros(2, 3), torch.zeros(2, 1).long(), "classes", "do not correspond"),
+        (torch.zeros(2, 5, 3), torch.zeros(2, 4).long(), "words", "do not correspond"),
+        (torch.zeros(2, 3), torch.zeros(2), "regression", "do not correspond"),
+        (torch.zeros(2, 3), torch.full((2, 3), 7.0), "multi_label", "the label 7"),
+        (torch.full((2, 3), float("nan")), torch.tensor([0, 1]), "classes", "NaN or infinite logits"),
+        (torch.zeros(2, 5, 3), torch.full((2, 5), -100), "words", "No label of the data set counts"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(logits, labels, kind, said):
+    with pytest.raises(InputError, match=f"(?s){said}.*what to do"):
+        collected(logits, labels, Labeling(kind))

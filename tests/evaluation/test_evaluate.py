@@ -1,16 +1,17 @@
 """Models side by side: the numbers are those of Trainer, of the files and of the models; nothing is changed."""
 
+import copy
 import json
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from makers import bert, images, plain_arguments, resnet, texts, traces, vit, weights
-from matrix.tasks import TASKS
-from transformers import Trainer
+from makers import bert, bert_tokens, images, plain_arguments, resnet, texts, traces, vit, weights
+from matrix.tasks import TASKS, tokenizer
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 from hf_semckd import evaluate
-from hf_semckd.errors import InputError, MissingDependencyError
+from hf_semckd.errors import ConfigurationError, InputError, MissingDependencyError
 from hf_semckd.evaluation import evaluate as module
 from hf_semckd.evaluation import variants
 
@@ -116,6 +117,77 @@ def test_what_cannot_be_evaluated_is_refused(models, data):
         evaluate(models, data, **QUICK)
 
 
+def test_every_row_sees_the_same_draw_of_random_data_and_randomness_stays():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return {"pixel_values": torch.randn(3, 16, 16), "labels": index % 3}
+
+    model, state = vit(2), torch.get_rng_state()
+    found = evaluate({"a": model, "b": model}, Noisy(), **QUICK)
+    assert found.row("b").agreement == 1.0 and found.row("b").kept.value == pytest.approx(1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_masks_may_be_drawn_by_the_collator():
+    task = TASKS["masked-lm"]
+    student = task.student_model()
+    collator = DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.4)
+    rows = [{"input_ids": row["input_ids"]} for row in task.rows()]
+    found = evaluate({"teacher": task.teacher_model(), "student": student}, rows, data_collator=collator, **QUICK)
+    assert found.metric == "perplexity"
+
+
+def test_labels_are_those_of_the_last_model_by_name():
+    names = ["cat", "dog", "bird"]
+    student = bert()
+    student.config.id2label = dict(enumerate(names))
+    teacher, order = copy.deepcopy(student), [2, 0, 1]
+    teacher.config.id2label = {place: names[k] for place, k in enumerate(order)}
+    with torch.no_grad():
+        teacher.classifier.weight.copy_(student.classifier.weight[order])
+        teacher.classifier.bias.copy_(student.classifier.bias[order])
+    found = evaluate({"teacher": teacher, "student": student}, texts(20), **QUICK)
+    assert found.row("student").agreement == 1.0 and found.row("teacher").quality == found.row("student").quality
+    teacher.config.id2label = {0: "cat", 1: "dog", 2: "fish"}
+    with pytest.raises(InputError, match="(?s)name their labels differently"):
+        evaluate({"teacher": teacher, "student": student}, texts(4), **QUICK)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_evaluated(kind):
+    assert evaluate({"a": vit(1).to(kind)}, images(6), **QUICK).rows[0].disk_bytes > 0
+
+
+def test_configurations_and_the_modes_of_parts_stay():
+    model = bert().train()
+    model.bert.embeddings.eval()
+    before = model.config.to_dict()
+    evaluate({"a": model}, texts(4), **QUICK)
+    assert model.config.to_dict() == before and model.training and not model.bert.embeddings.training
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    bert().bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(InputError, match="(?s)'student' would have random weights"):
+        evaluate({"student": tmp_path}, texts(4), **QUICK)
+
+
+@pytest.mark.parametrize("counts", [{"batch_size": 0}, {"latency_batches": ()}, {"latency_batches": (0,)}])
+def test_batches_of_no_sample_are_refused(counts):
+    with pytest.raises(ConfigurationError, match="at least one sample"):
+        evaluate({"a": vit()}, images(4), **{**QUICK, **counts})
+
+
+def test_models_of_different_tasks_are_refused():
+    with pytest.raises(InputError, match="(?s)different tasks.*|do not correspond"):
+        evaluate({"a": bert_tokens(), "b": bert()}, texts(4), **QUICK)
+
+
 @pytest.mark.parametrize("data", [DatasetDict(test=Dataset.from_dict({"labels": [0]})), iter([{"labels": 0}])])
 def test_what_is_no_split_is_refused(data):
     with pytest.raises(InputError, match=r"(?s)no samples with an index.*data\['test'\]"):
@@ -123,5 +195,5 @@ def test_what_is_no_split_is_refused(data):
 
 
 def test_an_empty_data_set_is_refused():
-    with pytest.raises(InputError, match="(?s)nothing to evaluate.*1 models and 0 samples"):
+    with pytest.raises(InputError, match="(?s)nothing to evaluate.*and 0 samples"):
         evaluate({"a": vit()}, [], **QUICK)

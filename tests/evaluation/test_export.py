@@ -79,6 +79,12 @@ def test_spans_have_a_start_and_an_end(tmp_path):
     assert [entry.name for entry in session.get_outputs()] == ["start_logits", "end_logits"]
 
 
+def test_files_of_another_model_do_not_stay(tmp_path):
+    export_onnx(bert(1), tmp_path, words(2, 4), int8=True)
+    export_onnx(bert(1, labels=5), tmp_path, words(2, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
 class ByValue(nn.Module):
     """Its way depends on the values, which no graph can hold."""
 

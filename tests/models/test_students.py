@@ -156,3 +156,25 @@ def test_a_made_student_is_distilled(kind, tmp_path):
     trainer = distiller(tmp_path, model=student, teacher_model=teacher, train_dataset=data)
     trainer.train()
     assert trainer.student.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_teacher_in_half_precision_keeps_the_precision_of_each_tensor(family, tmp_path):
+    model, inputs = case(family)
+    model.save_pretrained(tmp_path)
+    teacher = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    state = torch.get_rng_state()
+    student = make_student(teacher, num_layers=[d.size.value for d in find_depths(teacher)], report=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    kinds = [dict(m.named_buffers()) | dict(m.named_parameters()) for m in (teacher, student)]
+    assert {name: entry.dtype for name, entry in kinds[0].items()} == {n: e.dtype for n, e in kinds[1].items()}
+    assert torch.equal(outputs_of(student, inputs), outputs_of(teacher, inputs))
+    student.save_pretrained(tmp_path / "student")
+    loaded = type(model).from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    assert torch.equal(outputs_of(loaded, inputs), outputs_of(student, inputs))
+
+
+@pytest.mark.parametrize("wrong", [{"num_layers": 2.0}, {"num_layers": True}, {"hidden_size": "8"}, {"init": "foo"}])
+def test_what_is_no_number_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match="whole numbers"):
+        make_student(bert(4), **wrong)
