@@ -40,14 +40,13 @@ def make_student(
             read of them over `batch`, or without one, that have the largest weights.
         parameters: Largest share of the teacher's parameters, in (0, 1]. What is not given goes as far as needed:
             blocks down to a third of them, then channels, then both.
-        latency_ms: Largest time of a forward pass over `batch`, in milliseconds, measured here; the median of 15.
+        latency_ms: Largest median time of a forward pass over `batch`, in milliseconds, measured here.
         init: `teacher` copies the weights that are kept, `random` makes new ones.
         importance: Which blocks are kept. `even`: evenly spaced, from the first to the last; of a stage of a
             hierarchical model, the first ones. `change`: those that change their input most over `batch` (one minus
-            the mean cosine of what goes in and what comes out). `loss`: those without which the loss on `batch`, which
-            has labels, rises most.
+            the mean cosine of both). `loss`: those without which the loss on `batch`, with labels, rises most.
         batch: A calibration batch of inputs.
-        report: Print a table of what was cut.
+        report: Whether to print a table of what was cut.
 
     Raises `InputError` for a family that cannot be cut, `ConfigurationError` for a budget that cannot be met.
 
