@@ -48,7 +48,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "change": {"importance": "change"},
     "loss": {"importance": "loss"},
 }
-COLUMNS = ("protocol", "student", "parameters", "accuracy %", "minus new", "95 % interval", "share kept", "ms for 1")
+COLUMNS = (
+    "protocol",
+    "student",
+    "seeds",
+    "parameters",
+    "accuracy %",
+    "minus new",
+    "95 % interval",
+    "share kept",
+    "ms for 1",
+)
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, ob
         cells = (
             name,
             variant,
+            len(own),
             f"{mine[0]['parameters']['student'] / mine[0]['parameters']['teacher']:.0%}",
             _spread(list(own.values())),
             difference,

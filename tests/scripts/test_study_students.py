@@ -24,8 +24,8 @@ def test_a_line_by_hand():
     rows = [row("new", 0, 0.5), row("new", 1, 0.6), row("even", 0, 0.51), row("even", 1, 0.63, (0.7, 0.6, 0.8))]
     rows += [{**row("even", 100, 0.9), "split": "tuning"}]
     new, even = study_students.summarize("p", rows)
-    assert list(new.values()) == ["p", "new", "40%", "55.00 ± 7.07", "", "", "40.0 - 60.0", "33%"]
-    cells = ["p", "even", "40%", "57.00 ± 8.49", "+2.00 ± 1.41", "-10.71 to +14.71", "50.0 - 70.0", "33%"]
+    assert list(new.values()) == ["p", "new", 2, "40%", "55.00 ± 7.07", "", "", "40.0 - 60.0", "33%"]
+    cells = ["p", "even", 2, "40%", "57.00 ± 8.49", "+2.00 ± 1.41", "-10.71 to +14.71", "50.0 - 70.0", "33%"]
     assert list(even.values()) == cells
 
 
