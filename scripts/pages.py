@@ -50,6 +50,7 @@ def regions() -> dict[str, Callable[..., str]]:
         "demo": run_demo_seeds.table,
         "sampling": compare_sampling.table,
         "students": study_students.table,
+        "starts": study_students.starts_table,
     }
     return {**found, "summary": lambda: summary(found)}
 

@@ -3,6 +3,7 @@
     python scripts/study_students.py                           # all protocols, ten seeds
     python scripts/study_students.py text --seeds 3 4          # some of it
     python scripts/study_students.py --tune                    # learning rates, on the validation split and seed 100
+    python scripts/study_students.py --starts                  # digits: what is left before any training
     python scripts/study_students.py --table-only              # the table of the rows that are there
 
 Every seed draws other training rows and trains students of a third of the teacher's blocks with SemCKD: new ones, and
@@ -59,6 +60,11 @@ COLUMNS = (
     "share kept",
     "ms for 1",
 )
+
+
+# Of 6 blocks and 96 channels.
+STARTS = [{"num_layers": 6}, {"num_layers": 4}, {"num_layers": 3}, {"num_layers": 2}, {"hidden_size": 72}]
+STARTS_COLUMNS = ("what is left", "chosen by", "parameters", "accuracy %")
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,32 @@ def table() -> str:
     return format_markdown_table(lines, COLUMNS)
 
 
+def run_starts() -> None:
+    """Keep the accuracy of students of the digits' teacher before any training, on the test images."""
+    protocol = PROTOCOLS["digits"]
+    train, _, test = protocol.load()
+    teacher = trained_teacher({"name": "digits"}, protocol.teacher, protocol.teacher_args, train, outputs=OUTPUTS)
+    calibration = collate([train[place] for place in range(CALIBRATION)])
+    rows = []
+    for sizes in STARTS:
+        for batch in (None, calibration) if "hidden_size" in sizes else (None,):
+            student = make_student(teacher, batch=batch, report=False, **sizes)
+            row = {"sizes": sizes, "calibrated": batch is not None, "accuracy": accuracy(student, test)}
+            rows.append({**row, "parameters": student.num_parameters() / teacher.num_parameters()})
+    (RESULTS / "starts.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def starts_table() -> str:
+    """Return the Markdown table of what `run_starts` kept."""
+    path, lines = RESULTS / "starts.json", []
+    for row in json.loads(path.read_text()) if path.is_file() else []:
+        kept = ", ".join(f"`{name}={value}`" for name, value in row["sizes"].items())
+        by = "activations" if row["calibrated"] else "weights" if "hidden_size" in row["sizes"] else "even"
+        cells = (kept, by, f"{row['parameters']:.0%}", f"{100 * row['accuracy']:.1f}")
+        lines.append(dict(zip(STARTS_COLUMNS, cells, strict=True)))
+    return format_markdown_table(lines, STARTS_COLUMNS)
+
+
 def _spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
@@ -266,7 +298,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--tune", action="store_true", help="Try learning rates on the validation split.")
     parser.add_argument("--table-only", action="store_true", help="Run nothing, print the table of the kept rows.")
+    parser.add_argument("--starts", action="store_true", help="Measure students of the digits before any training.")
     options = parser.parse_args()
+    if options.starts:
+        run_starts()
+        print(starts_table())
+        return
     unknown = sorted(set(options.protocols) - set(PROTOCOLS))
     if unknown:
         parser.error(f"unknown protocol {', '.join(unknown)}; there are {', '.join(PROTOCOLS)}")
