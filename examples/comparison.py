@@ -146,7 +146,7 @@ class Comparison:
 
     def __init__(self, name: str, unit: str, options: Arguments, args: SemCKDConfig):
         self.name, self.unit, self.options, self.args = name, unit, options, args
-        self.out, self.rows, self.models = Path(args.output_dir), [], {}
+        self.out, self.rows, self.models, self.tests = Path(args.output_dir), [], {}, {}
 
     def say(self, text: str) -> None:
         if self.args.process_index == 0:
@@ -173,8 +173,9 @@ class Comparison:
         self.settings = {"teacher_epochs": epochs, "teacher_learning_rate": learning_rate}
         self.run("teacher", Trainer, model, *data, num_train_epochs=epochs, learning_rate=learning_rate)
 
-    def run_students(self, start: str, model: Any, *data: Any, **fields: Any) -> None:
-        """Train a student by every method, each time from the same weights."""
+    def run_students(self, start: str, model: Any, test: Any, *data: Any, **fields: Any) -> None:
+        """Train a student by every method, each time from the same weights; `test` has the teacher's columns too."""
+        self.tests[start] = test, data[2]
         for method, (kind, changes) in METHODS.items():
             self.run(f"{start} student {method}", kind, copy.deepcopy(model), *data, **{**changes, **fields})
 
@@ -210,17 +211,26 @@ class Comparison:
         if folder.name == "student":
             self.trainer = trainer
 
-    def report(self, test: Any, processor: Any) -> None:
+    def measure(self) -> None:
+        """Add to the rows what `evaluate` tells of the models, those of a start beside the teacher."""
+        for start, (test, processor) in self.tests.items():
+            models = {
+                name: model for name, model in self.models.items() if name == "teacher" or name.startswith(start)
+            }
+            # On the CPU with PyTorch alone; `hf-semckd evaluate` also measures memory and ONNX files.
+            found = evaluate(models, test, processing_class=processor, onnx=False, memory=False, seconds=0.5)
+            for row in self.rows:
+                if row["name"] in models:
+                    measured = found.row(row["name"])
+                    kept = measured.kept
+                    row |= {"kept": [kept.value, kept.low, kept.high], "milliseconds": measured.latency[0].p50}
+
+    def report(self) -> None:
         """Compare quality and cost, write report.json, and print the table and how to load the student."""
         if self.args.process_index > 0:
             return
         out, args, trainer = self.out, self.args, self.trainer
-        # On the CPU, and in the form in which they are now; `hf-semckd evaluate` also measures memory and ONNX files.
-        found = evaluate(self.models, test, processing_class=processor, onnx=False, memory=False, seconds=0.5)
-        for row in self.rows:
-            measured = found.row(row["name"])
-            kept = measured.kept
-            row |= {"kept": [kept.value, kept.low, kept.high], "milliseconds": measured.latency[0].p50}
+        self.measure()
         saved = json.loads((out / "student" / "distillation_config.json").read_text(encoding="utf-8"))
         settings = {**saved["distillation"], **saved["training"], **self.settings, "processes": args.world_size}
         layers = {"student_layers": trainer.student_layer_names, "teacher_layers": trainer.teacher_layer_names}

@@ -112,11 +112,14 @@ def main() -> None:
     # The teacher is much larger than the students, and the sentences do not vary: keep what it says of each.
     with tempfile.TemporaryDirectory() as cache:
         args.teacher_cache_dir = args.teacher_cache_dir or cache
-        comparison.run_students("new", student, *student_data)
-        # It needs fewer and smaller steps than a new one.
+        both = prepare(test, tokenizer, teacher_tokenizer=other)
+        comparison.run_students("new", student, both, *student_data)
+        # It reads what its teacher reads, and needs fewer and smaller steps than a new one.
         cut = make_student(teacher, num_layers=options.student_depth, report=False)
-        comparison.run_students("cut", cut, *student_data, num_train_epochs=3.0, learning_rate=3e-4)
-    comparison.report(prepare(test, tokenizer, teacher_tokenizer=other), tokenizer)
+        cut_data = prepare(few, teacher_tokenizer), *teacher_data[1:], teacher
+        fields = {"num_train_epochs": 3.0, "learning_rate": 3e-4}
+        comparison.run_students("cut", cut, teacher_data[1], *cut_data, **fields)
+    comparison.report()
 
 
 if __name__ == "__main__":

@@ -139,10 +139,11 @@ def main() -> None:
     same = teacher_processor.to_dict() == processor.to_dict()
     both = inputs if same else {**inputs, "teacher_pixel_values": teacher_processor}
     student_data = prepare(few, both), prepare(test, inputs), processor, teacher
-    comparison.run_students("new", student, *student_data)
+    comparison.run_students("new", student, prepare(test, both), *student_data)
     cut = make_student(teacher, num_layers=options.student_depth, report=False)
-    comparison.run_students("cut", cut, *student_data)
-    comparison.report(prepare(test, both), processor)
+    cut_data = prepare(few, teacher_inputs), *teacher_data[1:], teacher  # it reads what its teacher reads
+    comparison.run_students("cut", cut, teacher_data[1], *cut_data)
+    comparison.report()
 
 
 if __name__ == "__main__":
