@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hf_semckd.errors import InputError
 from hf_semckd.publishing.card import format_decimal
+
+
+def spread(values: Sequence[float], signed: bool = False) -> str:
+    """Return mean and standard deviation of values, the mean with its sign or without."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{'+' if signed else ''}.2f} ± {deviation:.2f}"
 
 
 def format_markdown_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown_tables import format_markdown_table
+from markdown_tables import format_markdown_table, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results" / "demo"
@@ -66,7 +66,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         start = name.partition("student")[0]
         others = [start + other if "student" in name and name != start + other else "" for other in BASELINES]
         differences = [
-            _spread(
+            spread(
                 [100 * (row["metric"] - by_name[other][seed]["metric"]) for seed, row in seeds.items()], signed=True
             )
             if other in by_name
@@ -78,8 +78,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
         cells = (
             name,
             f"{next(iter(seeds.values()))['parameters']:,}",
-            _spread([100 * row["metric"] for row in seeds.values()]),
-            _spread([100 * row["kept"][0] for row in measured]) if measured else "",
+            spread([100 * row["metric"] for row in seeds.values()]),
+            spread([100 * row["kept"][0] for row in measured]) if measured else "",
             *differences,
             f"{statistics.median(row['milliseconds'] for row in measured):.2f}" if measured else "",
             f"{statistics.median(times):.0f}" if times else "",
@@ -91,12 +91,6 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
 def table(example: str) -> str:
     """Return the Markdown table of the rows that were kept for an example."""
     return format_markdown_table(summarize(read_rows(example)), COLUMNS)
-
-
-def _spread(values: Sequence[float], signed: bool = False) -> str:
-    mean = statistics.mean(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:+.2f} ± {deviation:.2f}" if signed else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def main() -> None:

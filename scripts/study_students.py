@@ -32,7 +32,7 @@ from accuracy.models import COMMON, QUIET, accuracy, trained_teacher
 from accuracy.rows import OUTPUTS
 from accuracy.statistics import compare
 from compare_sampling import shuffled, sized
-from markdown_tables import format_markdown_table
+from markdown_tables import format_markdown_table, spread
 from transformers.trainer_callback import PrinterCallback
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer, evaluate, make_student
@@ -243,7 +243,7 @@ def summarize(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, ob
             variant,
             len(own),
             f"{mine[0]['parameters']['student'] / mine[0]['parameters']['teacher']:.0%}",
-            _spread(list(own.values())),
+            spread(list(own.values())),
             difference,
             interval,
             " - ".join(f"{100 * statistics.mean(row['kept'][end] for row in mine):.1f}" for end in (1, 2)),
@@ -283,11 +283,6 @@ def starts_table() -> str:
         cells = (kept, by, f"{row['parameters']:.0%}", f"{100 * row['accuracy']:.1f}")
         lines.append(dict(zip(STARTS_COLUMNS, cells, strict=True)))
     return format_markdown_table(lines, STARTS_COLUMNS)
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from ..errors import ConfigurationError, InputError
 from ..models.inputs import evaluating
 from ..models.latency import interleaved_times
 from ..models.loading import ModelSource, load_model
+from ..models.sizes import count_parameters
 from ..publishing.facts import environment
-from .decisions import DecisionCollector, Decisions, find_labeling, labels_of
+from .decisions import DecisionCollector, Decisions, Labeling, find_labeling, labels_of
 from .export import check_installed
 from .metrics import Metric, agreement, calibration_error, find_metric, resample, share_kept
 from .rows import Latency, Row
@@ -49,8 +50,7 @@ def evaluate(
         models: Name in the table: model, name or folder.
         dataset: Map-style, prepared and labeled as for `Trainer.evaluate`; columns `teacher_*` are the reference's.
         processing_class: The tokenizer that pads the samples, if `data_collator` does not.
-        metric: A name, see `metrics.find_metric`, what `evaluate.load` returns, or a function of predictions and
-            labels. None: the usual one of the task.
+        metric: A name, or another that `metrics.find_metric` takes. None: the usual one of the task.
         onnx: Whether to measure ONNX files too, in float32 and with int8 weights. None: where that is possible.
         memory: Whether to measure peak memory, which starts a process for each row.
         batch_size, latency_batches: Samples in a batch of the evaluation, and in those for which times are measured.
@@ -68,13 +68,15 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder, evaluating(*loaded.values()), preserved_random_state(seed):
         variants, notes = make_variants(loaded, data, Path(folder), onnx)
         decided, chosen = _decide(variants, data, metric, batch_size)
-        latencies = _latencies(variants, data, latency_batches, seconds)
-        peaks = [variant.peak(data.first(max(latency_batches))) if memory else None for variant in variants]
-        shapes = {count: data.shapes(count) for count in latency_batches}
+        timed = {count: data.first(count) for count in latency_batches}
+        latencies = _latencies(variants, timed, seconds)
+        peaks = [variant.peak(timed[max(timed)]) if memory else None for variant in variants]
+        shapes = {count: data.shapes(batch) for count, batch in timed.items()}
     qualities = [resample(chosen, made, seed) for made in decided]
     measured = zip(variants, decided, qualities, latencies, peaks, strict=True)
     rows = tuple(_row(chosen, (decided[0], qualities[0]), *entry) for entry in measured)
-    return Evaluation(rows, chosen.name, decided[0].count, shapes, environment(), tuple(notes))
+    named = chosen.name, chosen.higher_is_better
+    return Evaluation(rows, *named, decided[0].count, shapes, environment(), tuple(notes))
 
 
 def _check(models: Any, dataset: Any, onnx: bool | None, counts: tuple[int, ...]) -> None:
@@ -109,20 +111,19 @@ def _decide(
 ) -> tuple[list[Decisions], Metric]:
     """Return what every variant decides, and the metric; every batch is drawn once for all of them."""
     first = data.first(2)
-    labelings = [find_labeling(variant.pytorch.model, variant.batch(first)) for variant in variants]
-    if len({labeling.kind for labeling in labelings}) > 1:
-        kinds = {variant.model: labeling.kind for variant, labeling in zip(variants, labelings, strict=True)}
+    labelings: dict[str, Labeling] = {}
+    for variant in variants:
+        if variant.model not in labelings:
+            labelings[variant.model] = find_labeling(variant.pytorch.model, variant.batch(first))
+    if len({labeling.kind for labeling in labelings.values()}) > 1:
         raise InputError(
             "These models have different tasks",
-            received=", ".join(f"{name}: {kind}" for name, kind in kinds.items()),
+            received=", ".join(f"{name}: {labeling.kind}" for name, labeling in labelings.items()),
             expected="models whose predictions mean the same",
             todo="evaluate them one by one",
         )
-    chosen = find_metric(metric, labelings[0])
-    collectors = [
-        DecisionCollector(labeling, f"model {variant.model!r}")
-        for variant, labeling in zip(variants, labelings, strict=True)
-    ]
+    chosen = find_metric(metric, labelings[variants[0].model])
+    collectors = [DecisionCollector(labelings[variant.model], f"model {variant.model!r}") for variant in variants]
     for batch in data.batches(batch_size):
         for variant, collector in zip(variants, collectors, strict=True):
             collector.add(variant.logits(batch), labels_of(batch))
@@ -146,7 +147,7 @@ def _row(
         kept=share_kept(metric, quality, reference[1]),
         agreement=agreement(made, reference[0]),
         calibration_error=calibration_error(made),
-        parameters=sum(entry.numel() for entry in variant.pytorch.model.parameters()),
+        parameters=count_parameters(variant.pytorch.model),
         disk_bytes=variant.disk_bytes,
         peak_bytes=peak,
         latency=latency,
@@ -154,12 +155,11 @@ def _row(
 
 
 def _latencies(
-    variants: Sequence[Variant], data: LabeledData, counts: Sequence[int], seconds: float
+    variants: Sequence[Variant], batches: Mapping[int, Mapping[str, Any]], seconds: float
 ) -> list[tuple[Latency, ...]]:
     """Return the latencies of each variant for each number of samples, all variants in turns."""
     found: list[list[Latency]] = [[] for _ in variants]
-    for count in counts:
-        batch = data.first(count)
+    for count, batch in batches.items():
         calls = {str(place): entry.runtime.forward(entry.batch(batch)) for place, entry in enumerate(variants)}
         for place, times in interleaved_times(calls, seconds).items():
             found[int(place)].append(Latency(count, *map(float, np.percentile(times, (50, 95)))))

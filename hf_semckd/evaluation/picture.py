@@ -14,7 +14,7 @@ MARKERS = ("o", "s", "D", "^")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
-def save_picture(rows: Sequence[Row], metric: str, path: Path) -> Path:
+def save_picture(rows: Sequence[Row], metric: str, path: Path, *, higher_is_better: bool = True) -> Path:
     """Draw quality over the latency of the smallest batch: a color for each model, a shape for each way to run it.
 
     Bars are the 95 % intervals of the share of the first row's quality. Raises `MissingDependencyError` without
@@ -27,11 +27,12 @@ def save_picture(rows: Sequence[Row], metric: str, path: Path) -> Path:
     models = list(dict.fromkeys(row.model for row in rows))
     ways = list(dict.fromkeys(way_of(row) for row in rows))
     for row in rows:
-        low, high = (abs(_quality(row, rows[0], end) - row.quality) for end in (row.kept.low, row.kept.high))
+        ends = (row.kept.low, row.kept.high)
+        bounds = [rows[0].quality * end if higher_is_better else rows[0].quality / end for end in ends]
         axes.errorbar(
             row.latency[0].p50,
             row.quality,
-            yerr=[[low], [high]],
+            yerr=[[abs(bound - row.quality)] for bound in sorted(bounds)],
             color=COLORS[models.index(row.model) % len(COLORS)],
             marker=MARKERS[ways.index(way_of(row)) % len(MARKERS)],
             markersize=7,
@@ -59,9 +60,3 @@ def save_picture(rows: Sequence[Row], metric: str, path: Path) -> Path:
 def way_of(row: Row) -> str:
     """Return how a model was run."""
     return row.runtime if row.device == "cpu" else f"{row.runtime}, GPU"
-
-
-def _quality(row: Row, reference: Row, share: float) -> float:
-    """Return the quality that a share of the reference's stands for, in the direction in which the share was taken."""
-    up = abs(row.kept.value * reference.quality - row.quality) <= abs(reference.quality / row.kept.value - row.quality)
-    return share * reference.quality if up else reference.quality / share

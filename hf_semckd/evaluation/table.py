@@ -22,7 +22,7 @@ class Evaluation:
     """What `evaluate` found; printed, it is a table. The first row is the reference.
 
     Attributes:
-        metric: Name of the quality.
+        metric, higher_is_better: Name of the quality, and its direction.
         samples: Number of evaluated samples.
         shapes: Inputs of the last model for which times were measured, by number of samples.
         machine: Versions, processor, threads.
@@ -31,6 +31,7 @@ class Evaluation:
 
     rows: tuple[Row, ...]
     metric: str
+    higher_is_better: bool
     samples: int
     shapes: Mapping[int, Mapping[str, tuple[int, ...]]]
     machine: Mapping[str, Any]
@@ -61,7 +62,7 @@ class Evaluation:
         write_json(target / "evaluation.json", self)
         write_atomic(target / "evaluation.txt", f"{self}\n".encode())
         with suppress(MissingDependencyError):
-            save_picture(self.rows, self.metric, target / "evaluation.png")
+            save_picture(self.rows, self.metric, target / "evaluation.png", higher_is_better=self.higher_is_better)
         return target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, teacher_entries
 from ..data.samples import collate
 from ..errors import InputError
 from ..models.inputs import InputSelector, inference_inputs
-from ..models.tasks import label_names
+from ..models.tasks import label_names, label_order
 from .decisions import SPANS
 from .export import NEEDED, export_onnx, is_installed
 from .memory import peak_memory
@@ -33,9 +34,7 @@ from .runtimes import OnnxRuntime, PyTorch, Runtime, float_arrays
 
 def usual_collator(processing_class: Any) -> Any:
     """Return the collator that Trainer would take."""
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processing_class)
-    if isinstance(processing_class, SequenceFeatureExtractor):
+    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
         return DataCollatorWithPadding(processing_class)
     return default_data_collator
 
@@ -57,19 +56,22 @@ class LabeledData:
         count = len(self.dataset)
         return (self._batch(list(range(at, min(at + size, count)))) for at in range(0, count, size))
 
-    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the inputs of a batch."""
-        taken = inference_inputs(self.models[-1], self.first(count))
+    def shapes(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the last model's inputs of a batch."""
+        taken = inference_inputs(self.models[-1], batch)
         return {name: tuple(value.shape) for name, value in taken.items() if isinstance(value, Tensor)}
 
+    @cached_property
+    def _columns(self) -> set[str]:
+        """What models take, and labels."""
+        return {*LABEL_COLUMNS, *SPANS, *(name for model in self.models for name in InputSelector(model).parameters)}
+
     def _batch(self, places: list[int]) -> Mapping[str, Any]:
-        taken = {name for model in self.models for name in InputSelector(model).parameters}
-        taken |= {*LABEL_COLUMNS, *SPANS}
         samples = [self.dataset[place] for place in places]
         if isinstance(self.dataset, Dataset) and self.dataset.format["type"] != "custom":
             # Texts and what else Trainer leaves out; what a transform makes is all there for a reason.
             samples = [
-                {key: value for key, value in row.items() if key in taken or key.startswith(TEACHER_PREFIX)}
+                {key: value for key, value in row.items() if key in self._columns or key.startswith(TEACHER_PREFIX)}
                 for row in samples
             ]
         return collate(self.collator, samples)
@@ -151,14 +153,15 @@ def _class_order(model: nn.Module, last: nn.Module) -> Tensor | None:
     own, wanted = label_names(model), label_names(last)
     if own is None or wanted is None or own == wanted:
         return None
-    if sorted(own) != sorted(wanted) or len({*own}) < len(own):
+    order = label_order(own, wanted)
+    if order is None:
         raise InputError(
             "The models name their labels differently, so that their predictions cannot be compared",
             received=f"{own} and {wanted}",
             expected="the same names, in any order",
             todo="load them with the same id2label and label2id",
         )
-    return torch.tensor([own.index(name) for name in wanted])
+    return order
 
 
 def _save(model: nn.Module, folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, InputError
 from .cutting import Cut, cut_config, new_model
 from .inputs import evaluating
 from .latency import forward_call, interleaved_times
-from .sizes import empty_like
+from .sizes import count_parameters, empty_like
 from .width import WidthPlanner
 
 # For which a student is measured, and 15 times at least.
@@ -181,11 +181,6 @@ class SizeSearch:
             expected=f"{least:.3g} ms at least, which the fastest student takes for this batch",
             todo=f"set latency_ms={MARGIN * least:.3g}, or leave hidden_size and num_layers to the budget",
         )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters."""
-    return sum(entry.numel() for entry in model.parameters())
 
 
 def measure_latency(model: nn.Module, batch: Mapping[str, Any]) -> float:

@@ -82,6 +82,11 @@ def empty_like(model: nn.Module, config: Any) -> nn.Module | None:
         return None
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters."""
+    return sum(entry.numel() for entry in model.parameters())
+
+
 def shapes_of(model: nn.Module) -> Shapes:
     """Return the shape of every parameter and buffer that is saved."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}

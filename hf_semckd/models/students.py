@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, InputError
-from .budgets import Budget, Size, SizeSearch, count_parameters
+from .budgets import Budget, Size, SizeSearch
 from .cutting import Cut, cut_blocks, fitting_cut, new_model
 from .importance import Importance, block_order
 from .loading import ModelSource, load_model
-from .sizes import Depth, find_depths
+from .sizes import Depth, count_parameters, find_depths
 from .tables import aligned_lines
 from .width import narrow
 

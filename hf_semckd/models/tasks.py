@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -85,6 +86,13 @@ def predicts_next_token(student: nn.Module, outputs: Any, batch: Mapping[str, An
     with suppress(ValueError, RuntimeError, IndexError, TypeError, AttributeError):
         found = find_shift(logits, labels, student(**{**inputs, "labels": labels})["loss"])
     return shifts_labels(student) if found is None else found
+
+
+def label_order(names: Sequence[str], wanted: Sequence[str]) -> Tensor | None:
+    """Return where the wanted names are among a model's; None where these are not the same ones, each once."""
+    if sorted(names) != sorted(wanted) or len({*names}) < len(names):
+        return None
+    return torch.tensor([names.index(name) for name in wanted])
 
 
 def label_names(model: nn.Module) -> list[str] | None:

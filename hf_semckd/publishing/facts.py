@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import InputError
+from ..models.sizes import count_parameters
 from .redaction import is_hub_id
 
 # Heads for which the Hub has a pipeline, by the end of the class name.
@@ -98,12 +99,12 @@ def model_facts(
     return StudentFacts(
         repo_name=repo_name,
         student_class=student_class,
-        parameters=_count_parameters(student),
+        parameters=count_parameters(student),
         pipeline_tag=pipeline_tag,
         processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
         base_model=_hub_source(student),
         teacher=[_hub_source(teacher) or type(teacher).__name__ for teacher in teachers],
-        teacher_parameters=sum(map(_count_parameters, teachers)) or None,
+        teacher_parameters=sum(map(count_parameters, teachers)) or None,
     )
 
 
@@ -152,10 +153,6 @@ def _auto_class(model: nn.Module) -> tuple[str, str | None]:
         if name.endswith(head):
             return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline
     return "AutoModel", None
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _hub_source(model: nn.Module) -> str | None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data.columns import TEACHER_PREFIX
 from ..errors import InputError
 from ..losses.logits import LogitMatch, logit_shape_message
-from ..models.tasks import label_names
+from ..models.tasks import label_names, label_order
 
 
 def vocabulary_size(tokenizer: Any) -> int | None:
@@ -42,14 +41,15 @@ def match_logits(
     names = [label_names(model) for model in models]
     if names[0] is None or names[1] is None or names[0] == names[1]:
         return LogitMatch()
-    if sorted(names[0]) != sorted(names[1]) or len({*names[0]}) < len(names[0]):
+    order = label_order(names[1], names[0])
+    if order is None:
         raise InputError(
             "Teacher and student name their labels differently, so that their logits cannot be matched",
             received=f"student {names[0]}, teacher {names[1]}",
             expected="the same names, in any order",
             todo="load the student with the teacher's id2label and label2id, or set logit_weight=0",
         )
-    return LogitMatch(order=torch.tensor([names[1].index(name) for name in names[0]]), dim=dim)
+    return LogitMatch(order=order, dim=dim)
 
 
 def match_teachers(

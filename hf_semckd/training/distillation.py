@@ -15,6 +15,7 @@ from ..losses import FeatureLoss
 from ..losses.ensemble import EnsembleLoss
 from ..losses.logits import LogitMatch, LogitMixture
 from ..losses.registry import make_feature_loss
+from ..models.sizes import count_parameters
 from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
 from ..teacher.outputs import TeacherDescription
 from .attachment import StudentAttachment, forget_preparation
@@ -231,5 +232,5 @@ def _loss_of_teacher(pair: Pair, found: Inspection, described: TeacherDescriptio
         described.specs,
         loss_options(args),
         tokens_aligned=found.tokens_aligned,
-        student_parameters=sum(parameter.numel() for parameter in pair.student.parameters()),
+        student_parameters=count_parameters(pair.student),
     )

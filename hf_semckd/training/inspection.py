@@ -15,7 +15,7 @@ from ..features.layers import FeatureSpec
 from ..losses import FeatureLoss
 from ..losses.logits import LogitMatch
 from ..losses.regression import find_head
-from ..models.inputs import InputSelector, run_on_inputs
+from ..models.inputs import InputSelector, evaluating, run_on_inputs
 from ..models.outputs import detects_objects, holds_images, is_encoder_decoder, logits_of
 from ..models.packing import check_documents
 from ..models.tasks import Task, head_task, predicts_next_token
@@ -61,9 +61,7 @@ def inspect_pair(
     described = [teacher.describe(batch, logits=logits, features=features) for teacher in pair.teachers]
     student, capture = pair.student, pair.capture
     inputs = InputSelector(student)(batch)
-    was_training = student.training
-    student.eval()
-    try:
+    with evaluating(student):
         if features:
             found = run_on_inputs("student", batch, lambda: capture.find(student, inputs))
             outputs, taken = found.outputs, found.features
@@ -72,8 +70,6 @@ def inspect_pair(
             outputs, taken, specs = run_on_inputs("student", batch, lambda: student(**inputs)), [], []
         shifts = predicts_next_token(student, outputs, batch)
         check_documents(student, batch, inputs, "student")
-    finally:
-        student.train(was_training)
     student_logits: Any = None
     # Without a logit term the student may return none.
     with nullcontext() if logits else suppress(InputError):
@@ -127,12 +123,11 @@ def check_heads(loss: FeatureLoss, pair: Pair, found: Inspection) -> None:
         seen: list[Tensor] = []
         head = find_head(model, role)
         handle = head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        was_training = model.training
         try:
-            model.eval()(**inputs)
+            with evaluating(model):
+                model(**inputs)
         finally:
             handle.remove()
-            model.train(was_training)
         average = features[-1].flatten(2).mean(-1) if features and features[-1].dim() == 4 else None
         if average is None or not seen or not torch.allclose(seen[-1], average.to(seen[-1]), rtol=1e-3, atol=1e-4):
             raise ConfigurationError(

@@ -14,7 +14,7 @@ from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
 from ..losses.logits import LogitMatch
 from ..models.images import fitting_size
-from ..models.inputs import InputSelector, run_on_inputs
+from ..models.inputs import InputSelector, evaluating, run_on_inputs
 from ..models.loading import ModelSource, TeacherSource, load_model, teacher_list
 from ..models.outputs import detects_objects, holds_images, layer_masks, logits_of
 from ..models.tables import aligned_lines
@@ -166,15 +166,13 @@ def _joined(reports: Sequence[ModelReport]) -> ModelReport:
 
 def _report(model: nn.Module, role: str, batch: Mapping[str, Any], layers: Any) -> ModelReport:
     capture, inputs = FeatureCapture(model, layers, role, both_sides=True), InputSelector(model)(batch)
-    training = model.training
-    model.eval()
     try:
-        if role == "teacher":
-            inputs = fitting_size(model, inputs)(inputs)
-        found = run_on_inputs(role, batch, lambda: capture.find(model, inputs))
-        shifts = predicts_next_token(model, found.outputs, batch)
+        with evaluating(model):
+            if role == "teacher":
+                inputs = fitting_size(model, inputs)(inputs)
+            found = run_on_inputs(role, batch, lambda: capture.find(model, inputs))
+            shifts = predicts_next_token(model, found.outputs, batch)
     finally:
-        model.train(training)
         remove_capturing_traces(model)
     logits, task, problem = None, None, ""
     try:

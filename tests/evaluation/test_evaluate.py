@@ -86,6 +86,17 @@ def test_what_is_printed_and_saved(tmp_path):
     assert (tmp_path / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_student_that_is_always_wrong_is_drawn_too(tmp_path):
+    student = vit(1)
+    with torch.no_grad():
+        student.classifier.weight.zero_()
+        student.classifier.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+    data = [row for row in images(30).rows if row["labels"] != 2]
+    found = evaluate({"teacher": vit(3), "student": student}, data, **QUICK)
+    assert found.row("student").quality == found.row("student").kept.value == 0
+    assert (found.save(tmp_path) / "evaluation.png").is_file()
+
+
 def test_without_the_packages_a_note_says_what_to_install(monkeypatch):
     monkeypatch.setattr(variants, "is_installed", lambda name: False)
     found = evaluate({"student": vit(1)}, images(4), memory=False, seconds=0.0)
