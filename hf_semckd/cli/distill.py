@@ -9,7 +9,7 @@ import datasets
 import torch
 from transformers.utils import logging
 
-from ..errors import SemCKDError
+from ..errors import SourceError
 from ..files import json_text
 from ..recipes.preview import preview
 from ..recipes.progress import Voice
@@ -45,11 +45,10 @@ def run(words: Sequence[str]) -> None:
             preview(reading, voice)
             return
         outcome = run_recipe(reading, voice)
-    except SemCKDError as error:
-        if reading.recipe.head:
-            # Its first comments tell what it needs.
-            raise type(error)(f"{error}\n\n{path} says:\n{reading.recipe.head}") from error
-        raise
+    except SourceError as error:
+        # The comments at the top of a recipe tell where to get what it needs.
+        said = f"\n\n{path} says:\n{reading.recipe.head}" if reading.recipe.head else ""
+        raise SourceError(f"{error}{said}") from error
     except KeyboardInterrupt:
         voice.text(f"\nInterrupted. The same command goes on from the last checkpoint in {args.output_dir}.")
         raise

@@ -155,6 +155,12 @@ def _student(
 ) -> tuple[nn.Module, Any]:
     """Return the student that training starts from, and its processor."""
     options = recipe.models
+    if folder.trained:
+        student = new_model(str(folder.path), "student", rows.kind, {})
+        voice(
+            "student", f"{type(student).__name__}, {count_parameters(student):,} parameters, trained by an earlier run"
+        )
+        return student, _own_processor(str(folder.path), rows.kind, processor)
     if options.student is not None:
         student = new_model(options.student, "student", rows.kind, head_of(teachers[0], rows.classes))
         voice("student", f"{options.student}: {type(student).__name__}, {count_parameters(student):,} parameters")

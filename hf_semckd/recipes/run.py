@@ -15,7 +15,6 @@ from ..errors import SemCKDError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
 from ..evaluation.table import Evaluation
-from ..models.loading import load_model
 from ..training.trainer import DistillationTrainer
 from .folder import ONNX, RunFolder
 from .prepare import Prepared, make_trainer, prepare, read_rows
@@ -48,10 +47,7 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     prepared = prepare(recipe, args, folder, rows, voice)
     trainer = make_student_trainer(recipe, args, prepared)
     use_progress(trainer, "training", voice)
-    if folder.trained:
-        voice("training", "done by an earlier run")
-        trainer.model = trainer.model_wrapped = load_model(args.output_dir, "student", like=prepared.student)
-    else:
+    if not folder.trained:
         _train(trainer, folder, voice)
     return _results(recipe, args, folder, prepared, trainer, voice)
 
