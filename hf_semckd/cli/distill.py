@@ -37,11 +37,11 @@ def run(words: Sequence[str]) -> None:
     flags = list(words)
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
     reading = read_recipe(parser, path, flags, defaults(path))
-    args, for_machines = reading.args, "--json" in flags
+    args, for_machines = reading.args, reading.extra.json
     voice = Voice(args.process_index == 0, sys.stderr if for_machines else None)
-    _quieten(args)
+    quieten(args)
     try:
-        if "--dry-run" in flags:
+        if reading.extra.dry_run:
             preview(reading, voice)
             return
         outcome = run_recipe(reading, voice)
@@ -75,7 +75,7 @@ def defaults(path: str | None) -> dict[str, Any]:
     }
 
 
-def _quieten(args: Any) -> None:
+def quieten(args: Any) -> None:
     """Leave the screen to what is said here: no bars of loading and writing, and none at all in a log."""
     logging.disable_progress_bar()
     if args.disable_tqdm or args.process_index > 0:
