@@ -28,11 +28,8 @@ class Prepared:
 def student_trainer(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> DistillationTrainer:
     """Return the trainer of the student."""
     teachers = prepared.teachers
-    teacher = teachers[0] if len(teachers) == 1 else teachers
-    method = recipe.models.method
-    return _trainer(
-        prepared.student, args, prepared.rows, prepared.samples, teacher_model=teacher, feature_loss=method
-    )
+    teaching = {"teacher_model": teachers[0] if len(teachers) == 1 else teachers, "feature_loss": recipe.models.method}
+    return _trainer(prepared.student, args, prepared.rows, prepared.samples, teaching)
 
 
 def teacher_trainer(args: SemCKDConfig, model: nn.Module, rows: Rows, samples: Samples) -> DistillationTrainer:
@@ -42,7 +39,7 @@ def teacher_trainer(args: SemCKDConfig, model: nn.Module, rows: Rows, samples: S
 
 
 def _trainer(
-    model: nn.Module, args: SemCKDConfig, rows: Rows, samples: Samples, **teaching: Any
+    model: nn.Module, args: SemCKDConfig, rows: Rows, samples: Samples, teaching: Mapping[str, Any]
 ) -> DistillationTrainer:
     changes: dict[str, Any] = {}
     if rows.kind.lazy:
