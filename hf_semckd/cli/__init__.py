@@ -71,7 +71,10 @@ def _run(command: str, words: list[str]) -> int:
         meant = f"; did you mean {near[0]}?" if near else ""
         raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
     try:
-        importlib.import_module(f".{COMMANDS[command]}", __name__).run(words)
+        chosen = importlib.import_module(f".{COMMANDS[command]}", __name__)
+        # Bars of loading and writing, which are for notebooks.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        chosen.run(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as `head` does. Python would complain once more at its end.

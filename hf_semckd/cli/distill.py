@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import torch
-from transformers.utils import logging
 
 from ..errors import SourceError
 from ..files import json_text
@@ -76,8 +75,7 @@ def defaults(path: str | None) -> dict[str, Any]:
 
 
 def quieten(args: Any) -> None:
-    """Leave the screen to what is said here: no bars of loading and writing, and none at all in a log."""
-    logging.disable_progress_bar()
+    """Leave a log to the lines that are printed here."""
     if args.disable_tqdm or args.process_index > 0:
         datasets.disable_progress_bars()
 
