@@ -130,14 +130,15 @@ def tones(folder: Path) -> None:
 
 def pages() -> dict[str, str]:
     """Return the documentation by name."""
-    found = sorted(DOCS.rglob("*.md"))
-    return {"-".join(page.relative_to(DOCS).with_suffix("").parts): page.read_text(encoding="utf-8") for page in found}
+    found = [*sorted(DOCS.rglob("*.md")), *sorted(DOCS.parent.glob("*.md"))]
+    named = {"-".join(page.relative_to(DOCS.parent).with_suffix("").parts): page for page in found}
+    return {name: page.read_text(encoding="utf-8") for name, page in named.items()}
 
 
 def paragraphs() -> list[str]:
     """Return the documentation's paragraphs of prose."""
-    found = [" ".join(part.split()) for text in pages().values() for part in text.split("\n\n")]
-    return [text for text in found if text[:1].isalpha() and len(text) > 80]
+    found = [" ".join(part.split()) for text in pages().values() for part in re.split(r"\n\n|\n- |\n\|", text)]
+    return [text.strip("-*#| ") for text in found if len(text) > 80]
 
 
 def sentences() -> list[list[str]]:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 TERMS = {"loss": "loss", "task_loss": "task", "logit_loss": "logits", "feature_loss": "features"}
-TERMS |= {"eval_loss": "eval loss", "eval_accuracy": "eval accuracy"}
+TERMS |= {f"eval_{name}": f"eval {name}" for name in ("loss", "accuracy", "exact_match", "pearson")}
 # A log gets so many lines of a training at most.
 LINES = 20
 MARGIN = 10

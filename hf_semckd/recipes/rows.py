@@ -34,7 +34,7 @@ def read_rows(recipe: Recipe, voice: Voice) -> Rows:
     config = read_config(source, "teacher")
     splits = flat_translations(load_splits(options))
     features = splits.train.features
-    kind = find_task(getattr(config, "architectures", None) or (), features, options)
+    kind = find_task(config, features, options)
     columns = task_columns(kind, features, options)
     splits, dropped = chosen_rows(splits, columns)
     classes = None

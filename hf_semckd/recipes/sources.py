@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_d
 
 from ..errors import ConfigurationError, InputError, SourceError, nearest
 from .schema import DataOptions
+from .sounds import is_sound_folder, load_sound_folder
 
 # How a file is read, by its suffix.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -76,6 +77,8 @@ def load_rows(source: str, config: str | None = None) -> DatasetDict:
             builder = _builder(path)
             how = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": "paragraph"}}.get(path.suffix.lower(), {})
             return load_dataset(builder, data_files=str(path), **how)
+        if path.is_dir() and is_sound_folder(path):
+            return load_sound_folder(path)
         if path.is_dir() and _only_texts(path):
             return load_dataset("text", data_dir=str(path), sample_by="paragraph")
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
@@ -112,7 +115,10 @@ def _builder(path: Path) -> str:
 
 
 def _not_loaded(source: str, path: Path, error: Exception) -> SourceError:
-    said = " ".join(str(error).split())
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # the outer ones say only that something went wrong
+        cause = cause.__cause__
+    said = " ".join(str(cause).split())
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or path.parent.is_dir()
     if looks_local and not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Features
 
@@ -20,20 +21,24 @@ TASKS: tuple[type[Task], ...] = (
     AudioClassification,
     QuestionAnswering,
     TokenClassification,
-    TextClassification,
     TextToText,
+    TextClassification,
     TextGeneration,
 )
 
 
-def find_task(architectures: Sequence[str], features: Features, options: DataOptions) -> type[Task]:
+def find_task(config: Any, features: Features, options: DataOptions) -> type[Task]:
     """Return the task that the recipe names, or that of the teacher's head, or the first one that fits the columns.
 
     Raises `ConfigurationError` where none does.
     """
     if options.task is not None:
         return next(task for task in TASKS if task.name == options.task)
+    architectures: Sequence[str] = getattr(config, "architectures", None) or ()
     fitting = [task for task in TASKS if task.find_columns(features, options) is not None]
+    # Of models without a head only those with a decoder write texts from texts.
+    if not getattr(config, "is_encoder_decoder", False):
+        fitting = [task for task in fitting if task is not TextToText]
     by_head = [task for task in TASKS if any(name.endswith(task.heads) for name in architectures)]
     found = [task for task in fitting if task in by_head] or by_head or fitting
     if not found:
