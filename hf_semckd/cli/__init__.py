@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from ..errors import SemCKDError, nearest
 
 # Imported when they are run: the help needs neither torch nor transformers.
-COMMANDS = {"make-student": "make_student", "cache": "cache", "evaluate": "evaluate", "export": "export"}
+COMMANDS = {
+    "make-student": "make_student",
+    "cache": "cache",
+    "evaluate": "evaluate",
+    "export": "export",
+    "push": "push",
+}
 USAGE = """\
 usage: hf-semckd COMMAND [options]
 
@@ -15,6 +21,7 @@ usage: hf-semckd COMMAND [options]
   cache          run the teacher once per sample, ahead of training
   evaluate       compare models: quality kept, size, memory, latency
   export         write a model as an ONNX file, in float32 and int8
+  push           upload a saved student to the Hub
 
 Options of a command:      hf-semckd COMMAND --help
 Several processes (cache): accelerate launch -m hf_semckd.cli cache ...

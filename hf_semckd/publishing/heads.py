@@ -7,6 +7,8 @@ from torch import nn
 from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto import modeling_auto
 
+from ..models.outputs import base_model
+
 PROCESSORS = (
     (PreTrainedTokenizerBase, "AutoTokenizer"),
     (ProcessorMixin, "AutoProcessor"),
@@ -66,8 +68,7 @@ def head_of(class_names: Sequence[str]) -> Head:
 
 def class_names_of(model: nn.Module) -> list[str]:
     """Return the names of a model's class and of those that it is derived from, under PEFT of the model in it."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [kind.__name__ for kind in type(plain).__mro__]
+    return [kind.__name__ for kind in type(base_model(model)).__mro__]
 
 
 def processor_class(processing_class: object) -> str | None:

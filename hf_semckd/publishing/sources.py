@@ -1,5 +1,6 @@
 """The models that a student comes from: their names, and what their own model cards say of license and quality."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -7,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from torch import nn
 
 from .redaction import is_hub_id, is_plain_text
 
+logger = logging.getLogger(__name__)
 # They ask for no more than to name the authors. All others are called licenses with terms of their own.
 PERMISSIVE = frozenset(
     "afl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc cc-by-2.0 cc-by-2.5 "
@@ -19,6 +21,8 @@ PERMISSIVE = frozenset(
     "postgresql unlicense wtfpl zlib".split()
 )
 _ADDRESS = re.compile(r"https://[\w./%-]+")
+# Where `datasets` read a file of the Hub.
+_DATASET_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def combined_license(sources: Sequence[Source]) -> LicenseTerms:
     unknown = [entry for entry in sources if entry.license is None]
     bound = [entry for entry in sources if entry.license is not None and entry.license not in PERMISSIVE]
     named = [f"{entry.name} ({entry.license})" for entry in sources if entry.license is not None]
-    sentence = f"The models that it was made from: {', '.join(named)}." if named else ""
+    sentence = f"Carried over from {' and '.join(named)}." if named else ""
     if bound:
         who = " and ".join(f"{entry.name} ({entry.license_name or entry.license})" for entry in bound)
         sentence = f"{who} may restrict the use of this model: read the license before you use or share it."
@@ -99,11 +103,25 @@ def combined_license(sources: Sequence[Source]) -> LicenseTerms:
     return LicenseTerms(chosen.license, chosen.license_name, chosen.license_link, sentence, not bound)
 
 
+def warn_of_license(sources: Sequence[Source]) -> None:
+    """Log what the licenses of a student's sources may restrict, and those that are not known."""
+    terms = combined_license(sources)
+    if not terms.is_free and terms.sentence:
+        logger.warning("The license of the student: %s Pass license=... where you know better.", terms.sentence)
+
+
+def dataset_source(dataset: Any) -> str | None:
+    """Return the Hub id that a data set of `datasets` was loaded from, or None."""
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = {match[1] for match in map(_DATASET_FILE.match, files) if match}
+    return found.pop() if len(found) == 1 else None
+
+
 def _location(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def _card(location: str, online: bool) -> ModelCardData | None:
+def _card(location: str, online: bool) -> Any:
     """Return the metadata of a model's card; None where there is none that can be read."""
     with suppress(Exception):  # of the network, the cache, the encoding, YAML: they cost what the card would tell
         path = Path(location, "README.md")
