@@ -18,7 +18,7 @@ class DeployTable:
 
     Attributes:
         metric, quality: The student's, run by PyTorch.
-        teacher_quality: The first row's.
+        headline: How the student compares with the first row, in a sentence; empty where it is the first row.
         calibration: Expected calibration errors of student and first row; None where not known.
         footnote: Number of samples and machine.
     """
@@ -26,7 +26,7 @@ class DeployTable:
     rows: tuple[tuple[str, ...], ...]
     metric: str
     quality: float
-    teacher_quality: float
+    headline: str
     calibration: tuple[float, float] | None
     footnote: str
 
@@ -51,7 +51,7 @@ def deploy_table(evaluation: Mapping[str, Any]) -> DeployTable | None:
             rows=((*head, *(f"ms, batch of {count}" for count in counts)), *(_cells(row) for row in rows)),
             metric=metric,
             quality=_number(student["quality"]),
-            teacher_quality=_number(rows[0]["quality"]),
+            headline="" if student is rows[0] else _headline(rows[0], student, metric),
             calibration=None if None in errors else (float(errors[0]), float(errors[1])),
             footnote=_footnote(evaluation),
         )
@@ -72,12 +72,29 @@ def _may_be_published(evaluation: Mapping[str, Any]) -> bool:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    kept = {name: _number(value) for name, value in row["kept"].items()}
-    share = f"{kept['value']:.1%} ({kept['low']:.1%} – {kept['high']:.1%})" if math.isfinite(kept["value"]) else "–"
     size = "–" if row["disk_bytes"] is None else f"{row['disk_bytes'] / 1e6:,.1f} MB"
     way = row["runtime"] if row["device"] == "cpu" else f"{row['runtime']}, GPU"
-    times = [f"{_number(entry['p50']):.2f}" for entry in row["latency"]]
-    return (row["model"], way, f"{_number(row['quality']):.4g}", share, f"{row['parameters']:,}", size, *times)
+    times = [_time(_number(entry["p50"])) for entry in row["latency"]]
+    return (row["model"], way, f"{_number(row['quality']):.4g}", _kept(row), f"{row['parameters']:,}", size, *times)
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    value, low, high = (_number(row["kept"][part]) for part in ("value", "low", "high"))
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.1%}" if low == high else f"{value:.1%} ({low:.1%} – {high:.1%})"
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _headline(first: Mapping[str, Any], student: Mapping[str, Any], metric: str) -> str:
+    ratio = _number(first["latency"][0]["p50"]) / _number(student["latency"][0]["p50"])
+    speed = f"runs {ratio:.2g} times as fast" if ratio >= 1 else f"takes {1 / ratio:.2g} times as long"
+    who = "its teacher" if first["model"] == "teacher" else first["model"]
+    batch = int(first["latency"][0]["samples"])
+    return f"Compared with {who}, it keeps {_kept(student)} of the {metric} and {speed} (batch of {batch})."
 
 
 def _footnote(evaluation: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..errors import HubPushError, SemCKDError
+from ..errors import HubPushError
 from ..files import write_atomic
 from .card import create_model_card, linked_files, renamed_card
 from .facts import StudentFacts
@@ -48,16 +48,17 @@ class Publisher:
         """The repository's id, or the name that it is created under."""
         return self.repo_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
+    def create_repository(self, token: str | None = None, private: bool | None = None, *, saved: bool = False) -> None:
         """Create the repository, or find it; raises `HubPushError` when the Hub refuses or cannot be reached.
 
         None means `args.hub_token` for the token, and `args.hub_private_repo` for whether a new one is private.
+        `saved` tells that the student is in the output folder.
         """
         if not self._is_main:
             return
         private = self.args.hub_private_repo if private is None else private
         todo = "log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and push after training"
-        if (Path(self.args.output_dir) / CARD).is_file():
+        if saved:
             todo = f"log in with `hf auth login`, then run: {self._command(private, self.args.hub_revision)}"
         with push_errors("The Hub repository could not be created or found", self.name, todo):
             url = self._api.create_repo(self.name, token=token or self.args.hub_token, private=private, exist_ok=True)
@@ -86,16 +87,15 @@ class Publisher:
             revision: Branch to commit to; None: `args.hub_revision`.
         """
         save_student(self.args.output_dir)
-        if self._is_main:
-            write_card()
+        has_card = self._is_main and _succeeds(write_card)
         if self.repo_id is None:
-            self.create_repository(token, private)
+            self.create_repository(token, private, saved=True)
         with ExitStack() as staged:
             folder = _staging_folder(staged)
             save_student(str(folder))
             if not self._is_main:
                 return None
-            self._stage_card(folder)
+            self._stage_card(folder, has_card)
             self.wait()
             upload = partial(self._upload, staged.pop_all(), folder, commit_message, token, revision)
             return upload() if blocking else self._api.run_as_future(upload)
@@ -115,9 +115,8 @@ class Publisher:
             folder = _staging_folder(staged)
             try:
                 self._stage_checkpoint(checkpoint, folder)
-                write_card()
-                self._stage_card(folder)
-            except (OSError, SemCKDError) as error:
+                self._stage_card(folder, _succeeds(write_card))
+            except OSError as error:
                 logger.error("A checkpoint could not be prepared for the Hub, and training goes on. %s", error)
                 return
             message = f"Training in progress, {moment}"
@@ -145,8 +144,15 @@ class Publisher:
                 state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
                 state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def _stage_card(self, folder: Path) -> None:
-        """Copy the card, under the repository's id, and what it shows; take local paths out of what is beside it."""
+    def _stage_card(self, folder: Path, has_card: bool) -> None:
+        """Take local paths out of a folder, and copy the card, under the repository's id, and what it shows to it."""
+        for path in folder.rglob(ADAPTER_FILE):
+            content = published_content(path)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+        if not has_card:
+            (folder / CARD).unlink(missing_ok=True)
+            return
         written = Path(self.args.output_dir)
         card = (written / CARD).read_text(encoding="utf-8")
         renamed = renamed_card(card, self.name)
@@ -154,10 +160,6 @@ class Publisher:
             write_atomic(written / CARD, renamed.encode())
         for name in (CARD, *linked_files(card)):
             shutil.copy(written / name, folder)
-        for path in folder.rglob(ADAPTER_FILE):
-            content = published_content(path)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
 
     def _upload(
         self, staged: ExitStack, folder: Path, message: str, token: str | None = None, revision: str | None = None
@@ -179,6 +181,16 @@ class Publisher:
             self._upload(staged, folder, message)
         except HubPushError as error:
             logger.error("A push during training failed, and training goes on. %s", error)
+
+
+def _succeeds(write_card: Callable[[], None]) -> bool:
+    """Write the card; one that cannot be written costs only itself."""
+    try:
+        write_card()
+    except Exception as error:  # of whatever it is made from
+        logger.warning("The model card could not be written, and the student is pushed without one. %s", error)
+        return False
+    return True
 
 
 def _staging_folder(staged: ExitStack) -> Path:

@@ -30,13 +30,15 @@ SEMCKD_ALONE = (
     "max_grid",
 )
 FEATURES_ALONE = ("feature_weight", "projection_learning_rate", "student_layers", "teacher_layers", *SEMCKD_ALONE)
+# Words by which a setting is off, or as it was found.
+OFF = frozenset({"auto", "none"})
 # They change how fast a run is, not what is learned.
 SPEED_ALONE = ("teacher_compile", "teacher_cache_dir", "teacher_cache_limit_gb")
 
 
 def training_rows(training: Mapping[str, object]) -> dict[str, str]:
     """Return the arguments of a training as {words: value}: those that were on."""
-    given = {name: value for name, value in training.items() if value not in (None, 0, "none")}
+    given = {name: value for name, value in training.items() if name == "seed" or value not in (None, 0)}
     if _number(given.get("max_steps")) > 0:
         given.pop("num_train_epochs", None)
     else:
@@ -56,12 +58,18 @@ def training_rows(training: Mapping[str, object]) -> dict[str, str]:
 
 def distillation_rows(settings: Mapping[str, object], method: str) -> dict[str, str]:
     """Return the settings of a distillation as {name: value}: those that were on, and apply to the method."""
-    off = {name for name, value in settings.items() if value in (None, False, "auto", "none", [])}
+    off = {
+        name
+        for name, value in settings.items()
+        if value is None or value is False or (isinstance(value, str) and value in OFF)
+    }
     off.update(SPEED_ALONE)
     if "semckd" not in method.lower():
         off.update(SEMCKD_ALONE)
     if method == "KD" or settings.get("feature_weight") == 0:
         off.update(FEATURES_ALONE)
+    if settings.get("relation_weight") == 0:
+        off.add("relation_weight")
     if settings.get("logit_weight") == 0:
         off.add("temperature")
     if settings.get("association") not in (None, "similarity", "sinkhorn"):

@@ -16,7 +16,7 @@ from ..data.samples import column_names
 from ..evaluation.table import Evaluation
 from ..losses import FeatureLoss
 from ..publishing.card import ASSOCIATION_PICTURE, EVALUATION_FILE, EVALUATION_PICTURE
-from ..publishing.facts import environment, last_evaluation, model_facts
+from ..publishing.facts import StudentFacts, environment, last_evaluation, model_facts
 from ..publishing.hub import Publisher
 from ..publishing.sources import dataset_source, warn_of_license
 from ..teacher.cached import CachedTeacher
@@ -235,21 +235,8 @@ class StudentTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        folder, finished = Path(self.args.output_dir), not self.is_in_train
-        if evaluation is not None:
-            evaluation.save(folder)
-        files = [ASSOCIATION_PICTURE] if finished and self.association() is not None else []
-        files += [EVALUATION_PICTURE, EVALUATION_FILE] if evaluation is not None else []
-        teachers, publisher = [] if self.pair is None else self.pair.teacher_models, self._publisher
-        with self._plain_student():
-            known = model_facts(
-                model_name or publisher.name,
-                self.student,
-                teachers,
-                self.processing_class,
-                online=publisher.repo_id is not None,
-            )
-        if finished and license is None:
+        known, files = self._known_facts(model_name or self._publisher.name), self._card_files(evaluation)
+        if license is None and not self.is_in_train:
             warn_of_license(known.sources)
         facts = replace(
             known,
@@ -262,12 +249,29 @@ class StudentTrainer(Trainer):
             versions=environment(),
             metrics=last_evaluation(self.state.log_history),
             evaluation=None if evaluation is None else asdict(evaluation),
-            files=[name for name in files if (folder / name).is_file()],
+            files=files,
             license=license,
             language=language,
             tags=tags,
         )
-        publisher.write_card(facts)
+        self._publisher.write_card(facts)
+
+    def _known_facts(self, name: str) -> StudentFacts:
+        """Return what the models tell; once training has ended, the cards of the Hub as well."""
+        teachers = [] if self.pair is None else self.pair.teacher_models
+        online = self._publisher.repo_id is not None and not self.is_in_train
+        with self._plain_student():
+            return model_facts(name, self.student, teachers, self.processing_class, online=online)
+
+    def _card_files(self, evaluation: Evaluation | None) -> list[str]:
+        """Save an evaluation, and return the files that the card may show: none that an earlier run left behind."""
+        folder, found = Path(self.args.output_dir), list[str]()
+        if evaluation is not None:
+            evaluation.save(folder)
+            found += [EVALUATION_PICTURE, EVALUATION_FILE]
+        if self.association() is not None and not self.is_in_train:
+            found.append(ASSOCIATION_PICTURE)
+        return [name for name in found if (folder / name).is_file()]
 
     @property
     def _method(self) -> str:
