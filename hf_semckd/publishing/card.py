@@ -1,5 +1,6 @@
 """The README of a distilled student: how good it is, how to load it, how it was made and which papers to cite."""
 
+import functools
 import logging
 import math
 import re
@@ -35,15 +36,7 @@ def create_model_card(facts: StudentFacts) -> str:
     Every value is checked against the allow-lists of `redaction`: what is off them is called local, shown as
     "(not shown)" or left out.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["decimal"] = format_decimal
-    content = environment.get_template("card.md.jinja").render(_context(facts))
+    content = _template().render(_context(facts))
     # ModelCard parses the metadata again: what the Hub's client cannot read fails here.
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", content)))
 
@@ -73,6 +66,19 @@ def format_decimal(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.1f}"
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["decimal"] = format_decimal
+    return environment.get_template("card.md.jinja")
 
 
 def _context(facts: StudentFacts) -> dict[str, Any]:
