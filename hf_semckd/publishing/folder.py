@@ -32,6 +32,8 @@ TASKS: dict[Any, tuple[str, ...]] = {
     "CAUSAL_LM": ("GPT2LMHeadModel",),
     "SEQ_2_SEQ_LM": ("T5ForConditionalGeneration",),
 }
+# Kept with the parameters, and none of them.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # The title of the empty card that PEFT writes.
 PEFT_TITLE = "# Model Card for Model ID"
 
@@ -126,4 +128,5 @@ def _json(path: Path) -> dict[str, Any]:
 def _count(path: Path) -> int:
     """Return the number of parameters in a file of weights, from its header."""
     with safe_open(path, framework="pt") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+        names = [name for name in weights.keys() if not name.endswith(BUFFERS)]
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
