@@ -1,13 +1,18 @@
-"""The command line, `hf-semckd` or `python -m hf_semckd.cli`: one command a file."""
+"""The command line, `hf-semckd` or `python -m hf_semckd`: one command a file."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ..errors import SemCKDError, nearest
+from ..version import __version__
 
 # Imported when they are run: the help needs neither torch nor transformers.
 COMMANDS = {
+    "distill": "distill",
+    "inspect": "inspect",
     "make-student": "make_student",
     "cache": "cache",
     "evaluate": "evaluate",
@@ -17,30 +22,58 @@ COMMANDS = {
 USAGE = """\
 usage: hf-semckd COMMAND [options]
 
+  distill        from a recipe to a student, its deploy table and its report
+  inspect        show two models' layers, and how they would be compared
   make-student   cut a smaller student out of a fine-tuned teacher
   cache          run the teacher once per sample, ahead of training
   evaluate       compare models: quality kept, size, memory, latency
   export         write a model as an ONNX file, in float32 and int8
   push           upload a saved student to the Hub
 
-Options of a command:      hf-semckd COMMAND --help
-Several processes (cache): accelerate launch -m hf_semckd.cli cache ...
+Options of a command:  hf-semckd COMMAND --help
+Several processes:     accelerate launch -m hf_semckd distill recipe.yaml
+Everywhere:            --debug shows where an error came from; --version
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, by default the process's, and return the exit status: 2 for arguments that cannot work."""
+    """Run a command, by default the process's.
+
+    Returns the exit status: 0, 2 for what cannot work as it was asked for, 1 where something else failed, 130 when
+    interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if words[0] == "--version":
+        print(f"hf-semckd {__version__}")
+        return 0
+    debug = "--debug" in words
     try:
-        if words[0] not in COMMANDS:
-            near = nearest(words[0], COMMANDS, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise SemCKDError(f"unknown command {words[0]!r}{meant}\n\n{USAGE}")
-        importlib.import_module(f".{COMMANDS[words[0]]}", __name__).run(words[1:])
-    except (SemCKDError, OSError) as error:
-        print(f"hf-semckd: {error}", file=sys.stderr)
-        return 2
+        return _run(words[0], [word for word in words[1:] if word != "--debug"])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # whatever it is, a traceback helps nobody but us
+        if debug:
+            traceback.print_exc()
+        else:
+            known = isinstance(error, (SemCKDError, OSError))
+            kind = "" if known else f"{type(error).__name__}: "
+            more = "" if isinstance(error, SemCKDError) else "\n(--debug shows where this came from)"
+            print(f"hf-semckd: {kind}{error}{more}", file=sys.stderr)
+        return 2 if isinstance(error, (SemCKDError, OSError)) else 1
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command not in COMMANDS:
+        near = nearest(command, COMMANDS, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
+    try:
+        importlib.import_module(f".{COMMANDS[command]}", __name__).run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` does. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

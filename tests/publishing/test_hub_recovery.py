@@ -119,7 +119,7 @@ def server() -> Iterator[HubServer]:
 def push_again(server: HubServer, folder: Path, *words: str) -> str:
     """Run `hf-semckd push` on what was saved, with an empty home, and return what it prints."""
     env = server.environment(folder / "again")
-    done = python("-m", "hf_semckd.cli", "push", folder / "out", *words, env=env, cwd=folder)
+    done = python("-m", "hf_semckd", "push", folder / "out", *words, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout
@@ -232,6 +232,6 @@ def test_a_folder_without_a_card_gets_one_and_nothing_private_is_uploaded(server
 def test_the_command_says_in_a_line_what_it_cannot_push(server: HubServer, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     env = server.environment(tmp_path / "home")
-    done = python("-m", "hf_semckd.cli", "push", tmp_path / "out", env=env, cwd=tmp_path)
+    done = python("-m", "hf_semckd", "push", tmp_path / "out", env=env, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("hf-semckd: There is no student in this folder.")
     assert "Traceback" not in done.stderr and server.repos == {}

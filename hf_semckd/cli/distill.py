@@ -1,0 +1,93 @@
+"""`hf-semckd distill`: from a recipe to a student, its deploy table and its report."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers.utils import logging
+
+from ..errors import SemCKDError
+from ..files import json_text
+from ..recipes.preview import preview
+from ..recipes.progress import Voice
+from ..recipes.reading import RecipeParser, read_recipe
+from ..recipes.run import Outcome, run_recipe
+
+EPILOG = """\
+examples:
+  hf-semckd distill recipe.yaml                      what the file says
+  hf-semckd distill recipe.yaml --learning_rate 1e-4 the same, with another value
+  hf-semckd distill recipe.yaml --dry-run            what will be done, and how long it will take
+  hf-semckd distill --teacher textattack/bert-base-uncased-SST-2 --num_layers 4 \\
+                    --dataset stanfordnlp/sst2 --output_dir outputs/sst2
+  accelerate launch -m hf_semckd distill recipe.yaml several processes
+
+Run again, it goes on where it stopped. Recipes to start from: examples/recipes.
+"""
+
+
+def run(words: Sequence[str]) -> None:
+    """Distill as the words after `hf-semckd distill` say."""
+    parser = RecipeParser("hf-semckd distill", "Distill a teacher into a smaller student.", EPILOG)
+    parser.add_argument("--dry-run", action="store_true", help="tell what will be done, and train a few steps only")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON; all else goes to stderr")
+    flags = list(words)
+    path = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    reading = read_recipe(parser, path, flags, defaults(path))
+    args, for_machines = reading.args, "--json" in flags
+    voice = Voice(args.process_index == 0, sys.stderr if for_machines else None)
+    _quieten(args)
+    try:
+        if "--dry-run" in flags:
+            preview(reading, voice)
+            return
+        outcome = run_recipe(reading, voice)
+    except SemCKDError as error:
+        if reading.recipe.head:
+            # Its first comments tell what it needs.
+            raise type(error)(f"{error}\n\n{path} says:\n{reading.recipe.head}") from error
+        raise
+    except KeyboardInterrupt:
+        voice.text(f"\nInterrupted. The same command goes on from the last checkpoint in {args.output_dir}.")
+        raise
+    if args.process_index == 0:
+        if for_machines:
+            print(json_text(outcome))
+        _tell(outcome, voice)
+
+
+def defaults(path: str | None) -> dict[str, Any]:
+    """Return what a recipe has where it says nothing and `TrainingArguments` would do something else."""
+    return {
+        "output_dir": f"outputs/{'distill' if path is None else Path(path).stem}",
+        "report_to": "none",
+        "logging_steps": 0.02,
+        "eval_strategy": "epoch",
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 1,
+        "warmup_steps": 0.1,
+        # Bars are for terminals.
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _quieten(args: Any) -> None:
+    """Leave the screen to what is said here: no bars of loading and writing, and none at all in a log."""
+    logging.disable_progress_bar()
+    if args.disable_tqdm or args.process_index > 0:
+        datasets.disable_progress_bars()
+
+
+def _tell(outcome: Outcome, voice: Voice) -> None:
+    """Say where the results are, and what to do next."""
+    voice("student", f'{outcome.student}    {outcome.auto_class}.from_pretrained("{outcome.student}")')
+    for path in outcome.onnx:
+        voice("onnx", path)
+    if outcome.report is not None:
+        voice("report", outcome.report)
+    voice("next", f"hf-semckd push {outcome.student}")

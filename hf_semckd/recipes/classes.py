@@ -1,0 +1,148 @@
+"""The classes of the data, and the numbers that the teacher has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from datasets import ClassLabel
+from datasets.features import LargeList, List
+
+from ..errors import ConfigurationError, InputError
+from .sources import Splits
+
+Kind = Literal["single", "multi", "regression"]
+MOST_CLASSES = 5_000
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a column of labels holds.
+
+    Attributes:
+        names: In the order of the model's outputs; empty in regression.
+        kind: One class for each sample (or token), any number of them, or a number.
+        values: What stands in the column for each name: the same texts, or numbers.
+        numbered: Whether the order is told by the data, and not merely that of the alphabet.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind
+    values: tuple[Any, ...] = ()
+    numbered: bool = True
+
+    def encode(self, value: Any) -> Any:
+        """Return a cell of the column as a label: a number, or with several classes 0.0 or 1.0 for each."""
+        if self.kind == "regression":
+            return float(value)
+        if self.kind == "single":
+            return self.values.index(value)
+        found = {self.values.index(entry) for entry in value}
+        return [float(place in found) for place in range(len(self.names))]
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of a model for these labels."""
+        return max(len(self.names), 1)
+
+    def head(self) -> dict[str, Any]:
+        """Return the settings of a configuration for a model of these labels."""
+        if self.kind == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        problem = "multi_label_classification" if self.kind == "multi" else "single_label_classification"
+        names = dict(enumerate(self.names))
+        return {"id2label": names, "label2id": {n: i for i, n in names.items()}, "problem_type": problem}
+
+    def __str__(self) -> str:
+        if self.kind == "regression":
+            return "a number"
+        shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
+        return f"{len(self.names)} classes ({shown})" + (", any number of them" if self.kind == "multi" else "")
+
+
+def find_classes(splits: Splits, column: str, *, tokens: bool = False) -> Classes:
+    """Return what a column of labels holds, over all splits; with `tokens`, that of lists with one for each token."""
+    feature = splits.train.features[column]
+    inner, listed = feature, isinstance(feature, (List, LargeList))
+    if listed:
+        inner = feature.feature
+    kind: Kind = "multi" if listed and not tokens else "single"
+    if isinstance(inner, ClassLabel):
+        return Classes(tuple(inner.names), kind, tuple(range(inner.num_classes)))
+    found: set[Any] = set()
+    for split in dict.fromkeys((splits.train, splits.validation, splits.test)):
+        for cell in split.unique(column) if not listed else split[column]:
+            found |= set(cell) if listed else {cell}
+    if any(isinstance(value, float) for value in found):
+        if kind == "single" and not all(float(value).is_integer() for value in found):
+            return Classes((), "regression")
+    if len(found) > MOST_CLASSES or not found:
+        raise InputError(
+            "The column of labels does not hold classes",
+            received=f"{len(found)} different values in {column!r}",
+            expected=f"from 1 to {MOST_CLASSES} classes, or numbers",
+            todo="set label_column to the column of the labels",
+        )
+    values = tuple(sorted(found, key=lambda value: (isinstance(value, str), value)))
+    numbers = all(isinstance(value, (bool, int, float)) for value in values)
+    if numbers and all(float(value).is_integer() and value >= 0 for value in values):
+        # Numbers are those of the classes, also where some of them do not occur.
+        values = tuple(range(int(max(values)) + 1))
+    return Classes(tuple(str(value) for value in values), kind, values, numbered=numbers)
+
+
+def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, given: Sequence[str] | None) -> Classes:
+    """Return the classes in the order of a fine-tuned teacher's outputs.
+
+    Args:
+        names: The teacher's names, None where it has none of its own.
+        count: Number of its outputs.
+        given: The data's names in the teacher's order, from the recipe.
+
+    Raises `ConfigurationError` where the order cannot be known: a wrong one would be learned without any sign.
+    """
+    if classes.kind == "regression" or (count == 1 and classes.kind == "single"):
+        if count == 1:
+            return Classes((), "regression")
+        raise _unmatched(classes, names, count)
+    own = [name.lower() for name in classes.names]
+    if given is not None:
+        order = [name.lower() for name in given]
+        if set(own) <= set(order) and len(order) == count:
+            return _ordered(classes, order, tuple(given))
+        raise _unmatched(classes, given, count)
+    theirs = None if names is None else [name.lower() for name in names]
+    if theirs is not None and set(own) <= set(theirs):
+        return _ordered(classes, theirs, tuple(names or ()))
+    # Numbers, and the classes of a dataset that numbers them, mean the outputs of the same number.
+    unnamed = theirs is None or all(name.isdigit() for name in own)
+    if classes.numbered and unnamed and len(own) <= count:
+        named = tuple(names) if names is not None else classes.names
+        padded = (*named, *(f"LABEL_{place}" for place in range(len(named), count)))
+        return replace(classes, names=padded[:count], values=_padded(classes.values, count))
+    raise _unmatched(classes, names, count)
+
+
+def _ordered(classes: Classes, order: Sequence[str], names: tuple[str, ...]) -> Classes:
+    places = {name.lower(): value for name, value in zip(classes.names, classes.values, strict=True)}
+    # An output without a class in the data gets a value that stands in no row.
+    return replace(classes, names=names, values=tuple(places.get(name, _Absent()) for name in order))
+
+
+class _Absent:
+    """The value of a class that the data do not have."""
+
+
+def _padded(values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    return (*values, *(_Absent() for _ in range(len(values), count)))
+
+
+def _unmatched(classes: Classes, names: Sequence[str] | None, count: int) -> ConfigurationError:
+    theirs = f"{count} outputs without names" if names is None else ", ".join(names)
+    return ConfigurationError(
+        "Which class of the data is which output of the teacher is not known",
+        received=f"data: {classes}; teacher: {theirs}",
+        expected="the same names, in any order, or as many numbered classes",
+        todo="set class_names to the data's classes, in the order of the teacher's outputs",
+    )

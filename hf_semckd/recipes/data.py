@@ -1,0 +1,109 @@
+"""From rows to samples: the columns of the task, without rows that lack something, read by each model's processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Audio, ClassLabel, Dataset, Translation
+
+from ..data.columns import TEACHER_PREFIX, TeacherStudentCollator
+from ..errors import InputError
+from .processors import read_alike
+from .sources import Splits
+from .tasks.base import Columns, Task
+
+# Tasks whose samples depend on the tokenizer: with two of them the models would not see the same ones.
+NEEDS_ONE_TOKENIZER = ("question-answering", "text-generation")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Splits that are ready for a trainer, and what makes batches of them."""
+
+    splits: Splits
+    collator: Callable[[list[Any]], Mapping[str, Any]]
+    processor: Any
+
+
+def chosen_rows(splits: Splits, columns: Columns) -> tuple[Splits, int]:
+    """Return the splits with these columns and the rows that lack none of them, and how many rows were left out."""
+    label = columns.label
+    named = label is not None and isinstance(splits.train.features[label], ClassLabel)
+    dropped = 0
+
+    def change(split: Dataset) -> Dataset:
+        nonlocal dropped
+        kept = split.select_columns(list(dict.fromkeys(columns.all)))
+        sounds = [name for name, feature in kept.features.items() if isinstance(feature, Audio)]
+        for name in sounds:
+            # Read by soundfile: decoding by `datasets` needs FFmpeg.
+            kept = kept.cast_column(name, Audio(decode=False))
+        cells = [name for name in columns.all if not hasattr(kept.features[name], "decode")]
+        if cells:
+            filled = kept.filter(lambda *row: _whole(row, named), input_columns=cells)
+            dropped += len(kept) - len(filled)
+            kept = filled
+        if not len(kept):
+            raise InputError(
+                "No row of a split can be used",
+                received=f"{len(split)} rows that lack one of {', '.join(columns.all)}",
+                expected="labeled rows",
+                todo="check the split, and the columns",
+            )
+        return kept
+
+    return splits.map(change), dropped
+
+
+def flat_translations(splits: Splits) -> Splits:
+    """Return the splits with a column for each language in place of a column of translations."""
+    nested = any(isinstance(feature, Translation) for feature in splits.train.features.values())
+    return splits.map(lambda split: split.flatten()) if nested else splits
+
+
+def make_samples(task: Task, splits: Splits, model: Any, processor: Any, teachers: Any) -> Samples:
+    """Return the samples for a model and its processor, and beside them those for the teacher's where both differ.
+
+    Raises `InputError` where a split gives no samples, or both would get other ones.
+    """
+    readers: dict[str, Any] = {"": processor}
+    collator = task.collator(processor, model)
+    if not read_alike(processor, teachers):
+        if task.name in NEEDS_ONE_TOKENIZER:
+            raise InputError(
+                f"Teacher and student need one tokenizer for {task.name}",
+                received="two tokenizers that read a text differently",
+                expected="one vocabulary",
+                todo="take a student of the teacher's family, or cut it out of the teacher: student: {num_layers: 4}",
+            )
+        readers[TEACHER_PREFIX] = teachers
+        collator = TeacherStudentCollator(collator, task.collator(teachers, model))
+
+    def encode(rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for prefix, reader in readers.items():
+            made = task.encode(reader, rows)
+            found |= {f"{prefix}{name}": values for name, values in made.items() if not prefix or name != "labels"}
+        return found
+
+    def change(split: Dataset) -> Dataset:
+        if task.lazy:
+            return split.with_transform(encode)
+        made = split.map(encode, batched=True, remove_columns=split.column_names, desc="Preparing")
+        if not len(made):
+            raise InputError(
+                "The texts of a split are too short for one sample",
+                received=f"{len(split)} rows, fewer than {task.length} tokens together",
+                expected="at least one piece of max_length tokens",
+                todo="lower max_length",
+            )
+        return made
+
+    return Samples(splits.map(change), collator, processor)
+
+
+def _whole(row: Sequence[Any], named: bool) -> bool:
+    """Tell whether a row lacks nothing; a ClassLabel of -1 is a hidden label."""
+    return all(cell is not None for cell in row) and not (named and row[-1] == -1)

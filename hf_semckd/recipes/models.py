@@ -1,0 +1,133 @@
+"""The models of a recipe: a teacher with the head of the task, and a student that is given or cut out of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import InputError, SemCKDError
+from ..models.loading import load_model
+from ..models.students import make_student
+from .classes import Classes
+from .schema import ModelOptions
+from .tasks.base import Task
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+
+
+def read_config(source: str, role: str) -> Any:
+    """Return the configuration of a model by name, folder or file; `InputError` where there is none."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The {role} could not be loaded",
+            received=f"{source} ({' '.join(str(error).split())[:300]})",
+            expected="a Hub name, or a folder with config.json and safetensors weights",
+            todo="check the name and the connection",
+        ) from error
+
+
+def has_head(config: Any, task: type[Task]) -> bool:
+    """Whether a configuration is that of a model with the head of a task."""
+    return any(name.endswith(task.heads) for name in getattr(config, "architectures", None) or ())
+
+
+def own_names(config: Any) -> list[str] | None:
+    """Return the names of a model's classes in their order; None where they were never named."""
+    names = [str(config.id2label[place]) for place in sorted(config.id2label)]
+    return None if all(name.startswith("LABEL_") for name in names) else names
+
+
+def load_teacher(source: str, task: type[Task]) -> nn.Module:
+    """Return a fine-tuned teacher; `InputError` for a model without the head of the task."""
+    if not has_head(read_config(source, "teacher"), task):
+        raise InputError(
+            f"The teacher has not learned {task.name}",
+            received=f"{source}, without a head for it",
+            expected=f"a model that was fine-tuned as AutoModelFor{task.heads[0]}",
+            todo="set teacher_epochs to fine-tune it on the data first, or name another teacher",
+        )
+    return load_model(source, "teacher")
+
+
+def new_model(source: str, role: str, task: type[Task], head: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model that will be trained: pretrained weights where there are any, and a head for these classes."""
+    kind = getattr(transformers, f"AutoModelFor{task.heads[0]}")
+    try:
+        with _quiet():
+            if _has_weights(source):
+                return kind.from_pretrained(
+                    source, trust_remote_code=False, ignore_mismatched_sizes=True, dtype="float32", **head
+                )
+            config = read_config(source, role)
+            for name, value in head.items():
+                setattr(config, name, value)
+            return kind.from_config(config)
+    except SemCKDError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"The {role} could not be loaded for {task.name}",
+            received=f"{source} ({' '.join(str(error).split())[:300]})",
+            expected=f"a model that AutoModelFor{task.heads[0]} takes",
+            todo=f"name another {role}",
+        ) from error
+
+
+def cut_student(teacher: nn.Module, options: ModelOptions, batch: Mapping[str, Any] | None) -> PreTrainedModel:
+    """Return the student that the sizes of a recipe ask for."""
+    layers = options.num_layers
+    return make_student(
+        teacher,
+        num_layers=layers[0] if layers is not None and len(layers) == 1 else layers,
+        hidden_size=options.hidden_size,
+        parameters=options.parameters,
+        latency_ms=options.latency_ms,
+        importance=options.importance,
+        init=options.init,
+        batch=batch,
+        report=False,
+    )
+
+
+def needs_batch(options: ModelOptions) -> bool:
+    """Whether the student's size or what it keeps depends on samples."""
+    return options.latency_ms is not None or options.importance != "even" or options.hidden_size is not None
+
+
+def head_of(teacher: nn.Module | None, classes: Classes | None) -> dict[str, Any]:
+    """Return the settings of a student's head: the teacher's classes, or those of the data where it has no names."""
+    if classes is None:
+        return {}
+    config: Any = None if teacher is None else teacher.config
+    head = classes.head()
+    if config is not None and classes.kind != "regression" and own_names(config) is not None:
+        head |= {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
+    return head
+
+
+def _has_weights(source: str) -> bool:
+    """Whether there are weights beside a configuration; what is not on this disk is on the Hub, with weights."""
+    path = Path(source)
+    if path.is_file():
+        return False
+    return not path.is_dir() or any(next(path.glob(pattern), None) for pattern in WEIGHTS)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A new head is expected here, no reason for a warning."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,155 @@
+"""The rows of a recipe: from the Hub, a folder or a file, with the splits to train and to evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+
+from ..errors import ConfigurationError, InputError, nearest
+from .schema import DataOptions
+
+# How a file is read, by its suffix.
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# What is held out of the training rows where there is nothing else to evaluate on.
+HELD_OUT_SHARE, HELD_OUT_MOST = 10, 2_000
+VALIDATION = ("validation", "valid", "val", "dev", "validation_matched")
+# The rows that are chosen, and held out, do not depend on the seed of the training.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows to train on, to evaluate on while training, and for the final table; `test_name` is the latter's split."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    test_name: str
+
+    def map(self, change: object) -> Splits:
+        """Return the splits with each of them changed; what is one split stays one."""
+        train, validation = change(self.train), change(self.validation)  # type: ignore[operator]
+        test = validation if self.test is self.validation else change(self.test)  # type: ignore[operator]
+        return Splits(train, validation, test, self.test_name)
+
+
+def load_splits(options: DataOptions) -> Splits:
+    """Return the splits that the options name; `InputError` for data that are not there or cannot be read."""
+    assert options.dataset is not None
+    data = load_rows(options.dataset, options.dataset_config)
+    train = _split(data, options.train_split, "train_split")
+    if options.eval_dataset is not None:
+        others = load_rows(options.eval_dataset, options.dataset_config)
+        # A file of its own is one split, whatever it is called.
+        data = DatasetDict({"test": next(iter(others.values()))}) if len(others) == 1 else others
+    if options.eval_split is not None:
+        validation, name = _split(data, options.eval_split, "eval_split"), options.eval_split
+    else:
+        labeled = [name for name in (*VALIDATION, "test") if name in data and _labeled(data[name])]
+        name = labeled[0] if labeled else ""
+        if not labeled:
+            count = min(max(1, len(train) // HELD_OUT_SHARE), HELD_OUT_MOST)
+            if len(train) < 2:
+                raise _too_few(len(train))
+            held = train.train_test_split(test_size=count, seed=SEED)
+            train, validation, name = held["train"], held["test"], f"{options.train_split} (held out)"
+        else:
+            validation = data[name]
+    test = validation
+    if options.test_split is not None:
+        test, name = _split(data, options.test_split, "test_split"), options.test_split
+    elif options.eval_split is None and "test" in data and _labeled(data["test"]):
+        test, name = data["test"], "test"
+    found = Splits(some_rows(train, options.max_train_samples), validation, test, name)
+    most = options.max_eval_samples
+    validation = some_rows(validation, most)
+    return Splits(found.train, validation, validation if test is found.validation else some_rows(test, most), name)
+
+
+def load_rows(source: str, config: str | None = None) -> DatasetDict:
+    """Return all splits of what a recipe names as its data."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            builder = _builder(path)
+            how = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": "paragraph"}}.get(path.suffix.lower(), {})
+            return load_dataset(builder, data_files=str(path), **how)
+        if path.is_dir() and _only_texts(path):
+            return load_dataset("text", data_dir=str(path), sample_by="paragraph")
+        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+            found = load_from_disk(str(path))
+        else:
+            found = load_dataset(str(path) if path.is_dir() else source, config)
+    except InputError:
+        raise
+    except Exception as error:  # of any of the readers behind `datasets`
+        raise _not_loaded(source, path, error) from error
+    return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+
+
+def some_rows(data: Dataset, most: int | None) -> Dataset:
+    """Return so many rows at most, chosen at random, the same ones every time; all of them for None."""
+    return data if most is None or most >= len(data) else data.shuffle(seed=SEED).select(range(most))
+
+
+def _only_texts(folder: Path) -> bool:
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return bool(files) and all(path.suffix.lower() == ".txt" for path in files)
+
+
+def _builder(path: Path) -> str:
+    builder = BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise InputError(
+            "The data file is of an unknown kind",
+            received=str(path),
+            expected=f"a file that ends in {', '.join(BUILDERS)}",
+            todo="convert it, or save a dataset with save_to_disk and name its folder",
+        )
+    return builder
+
+
+def _not_loaded(source: str, path: Path, error: Exception) -> InputError:
+    said = " ".join(str(error).split())
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or path.parent.is_dir()
+    if looks_local and not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings, 1)
+        said = "no such file or folder here" + (f" (is it {path.parent / near[0]}?)" if near else "") + f"; {said}"
+    return InputError(
+        "The data set could not be loaded",
+        received=f"{source} ({said[:300]})",
+        expected="a Hub name, a file, or a folder: of images by class, of csv, json or parquet files, of save_to_disk",
+        todo="check the name and the connection; `dataset_config` names a configuration of a Hub dataset",
+    )
+
+
+def _split(data: DatasetDict, name: str, option: str) -> Dataset:
+    if name not in data:
+        raise ConfigurationError(
+            "The data set does not have this split",
+            received=f"{option}={name}",
+            expected=f"one of {', '.join(map(str, data))}",
+            todo=f"set {option} to one of these",
+        )
+    return data[name]
+
+
+def _labeled(data: Dataset) -> bool:
+    """Tell whether a split has labels: on the Hub those of many test splits are -1."""
+    for name, feature in data.features.items():
+        if isinstance(feature, ClassLabel) or name in ("label", "labels"):
+            first = data.select(range(min(len(data), 50)))[name]
+            return not len(first) or not all(value in (-1, None) for value in first)
+    return True
+
+
+def _too_few(count: int) -> InputError:
+    return InputError(
+        "There are too few rows to train and to evaluate on",
+        received=f"{count} rows in one split",
+        expected="at least two",
+        todo="add rows, or an eval_dataset",
+    )

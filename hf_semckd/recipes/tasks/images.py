@@ -1,0 +1,40 @@
+"""Classes of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import ClassLabel, Features, Image
+from transformers import default_data_collator
+
+from ..schema import DataOptions
+from .base import LABELS, Columns, Rows, Task, chosen, columns_of, first_named
+
+
+class ImageClassification(Task):
+    """One class, several, or a number for an image."""
+
+    name = "image-classification"
+    heads = ("ImageClassification",)
+    modality = "image"
+    lazy = True
+
+    @classmethod
+    def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
+        """Return the first column of images, and that of classes."""
+        inputs, label = chosen(features, options)
+        images = inputs or columns_of(features, lambda entry: isinstance(entry, Image))
+        classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
+        label = label or (classes[0] if len(classes) == 1 else first_named(list(features), LABELS))
+        return Columns((images[0],), label) if images and label is not None else None
+
+    def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
+        """Return pixels as the processor makes them."""
+        pictures = [picture.convert("RGB") for picture in rows[self.columns.inputs[0]]]
+        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": list(pixels), "labels": self.labels(rows)}
+
+    def collator(self, processor: Any, model: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+        """Return one that stacks."""
+        return default_data_collator
