@@ -9,11 +9,12 @@ from safetensors import safe_open
 
 from ..errors import InputError
 from .card import CARD_FILES, EVALUATION_FILE, card_title, create_model_card
-from .facts import StudentFacts
+from .facts import StudentFacts, last_evaluation
 from .heads import head_of
 from .redaction import is_hub_id
 
 CARD, SETTINGS_FILE, ADAPTER_FILE = "README.md", "distillation_config.json", "adapter_config.json"
+STATE_FILE = "trainer_state.json"
 # What `save_pretrained` of models and processors writes, and what is written beside it. An allow-list: optimizer
 # states, logs, pickles and checkpoints have many names.
 PUBLISHED = (
@@ -106,6 +107,8 @@ def folder_facts(folder: Path, name: str, processor: str | None) -> StudentFacts
         settings=settings.get("distillation") or {},
         training=settings.get("training") or {},
         versions=settings.get("versions") or {},
+        dataset=settings.get("dataset"),
+        metrics=last_evaluation(_json(folder / STATE_FILE).get("log_history") or []),
         evaluation=evaluation,
         files=[entry for entry in CARD_FILES if (folder / entry).is_file()],
     )

@@ -17,7 +17,7 @@ from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.facts import environment
 from ..publishing.folder import SETTINGS_FILE
-from ..publishing.sources import hub_source, source_of
+from ..publishing.sources import dataset_source, hub_source, source_of
 
 logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"
@@ -129,6 +129,7 @@ def finish_folder(
     teachers: Sequence[nn.Module],
     settings: Mapping[str, Any],
     method: str,
+    dataset: Any,
 ) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
@@ -141,6 +142,7 @@ def finish_folder(
         "distillation": dict(settings),
         "training": recorded_arguments(config),
         "base_model": hub_source(student),
+        "dataset": dataset_source(dataset),
         "teacher": names[0] if len(names) == 1 else names,
         "versions": environment(),
     }

@@ -139,7 +139,7 @@ class StudentTrainer(Trainer):
         if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             models, settings = (self.student, self.pair.teacher_models), self.distillation_settings()
-            finish_folder(folder, self.args, *models, settings, self._method)
+            finish_folder(folder, self.args, *models, settings, self._method, self.train_dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss

@@ -82,7 +82,10 @@ def test_a_card_is_made_of_what_is_there(folder):
         "base_model": "alice/base-1",
         "teacher": "alice/teacher-2",
         "versions": {"torch": "2.13.0"},
+        "dataset": "alice/beans",
     }
+    history = [{"eval_accuracy": 0.25}, {"loss": 1.0}, {"eval_accuracy": 0.5, "eval_runtime": 3.0}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (folder / "distillation_config.json").write_text(json.dumps(settings))
     (folder / "association.png").write_text("x")
     facts = folder_facts(folder, "alice/x", "AutoImageProcessor")
@@ -96,6 +99,8 @@ def test_a_card_is_made_of_what_is_there(folder):
         "| learning rate | 0.01 |",
         "| `temperature` | `4` |",
         "| versions | torch 2.13.0 |",
+        "on the evaluation split of [alice/beans]",
+        "| `accuracy` | 0.5000 |",
         "](association.png)",
     ):
         assert part in card, part

@@ -296,7 +296,7 @@ def test_the_settings_tell_no_path_and_no_token(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "saved" / "distillation_config.json").read_text())
     assert settings["distillation"]["temperature"] == 3.0
     assert settings["training"]["per_device_train_batch_size"] == settings["training"]["total_train_batch_size"] == 4
-    assert settings["method"] == "SemCKD" and settings["base_model"] is None
+    assert settings["method"] == "SemCKD" and settings["dataset"] is None and settings["base_model"] is None
     assert settings["teacher"] == "BertForSequenceClassification"
     assert settings["versions"]["transformers"] and settings["versions"]["torch"]
 
