@@ -18,7 +18,7 @@ from .heads import EXAMPLES
 from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, repository_name
 from .settings import distillation_rows, training_rows, version_rows
 from .sources import LicenseTerms, combined_license
-from .wording import dataset_link, summary
+from .wording import LORA, dataset_link, summary
 
 logger = logging.getLogger(__name__)
 ASSOCIATION_PICTURE, EVALUATION_PICTURE, EVALUATION_FILE = "association.png", "evaluation.png", "evaluation.json"
@@ -104,7 +104,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
         "teacher_results": _teacher_results(facts, results),
         "table": table,
         "license": "" if facts.license and terms.is_free else terms.sentence,
-        "settings": distillation_rows(facts.settings, facts.method),
+        "settings": distillation_rows(facts.settings, facts.method, tag),
         "training": training_rows(facts.training) | version_rows(facts.versions),
         "files": [name for name in facts.files if name == ASSOCIATION_PICTURE or table is not None],
     }
@@ -138,7 +138,7 @@ def _metadata(
         metrics=metrics or None,
         model_name=repo if evaluations else None,
         pipeline_tag=task,
-        tags=[*own, *(["lora"] if facts.loader == "peft" else []), *_plain_items(facts.tags)],
+        tags=[*own, *(["lora"] if facts.adapter_type == LORA else []), *_plain_items(facts.tags)],
     )
 
 

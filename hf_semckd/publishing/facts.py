@@ -39,6 +39,7 @@ class StudentFacts:
         student_class, processor: The auto classes that load the student and the processor saved beside it.
         parameters: Of the student; of an adapter (PEFT), of what is saved of it.
         loader: One of `LOADERS`.
+        adapter_type: As PEFT calls it, such as "LORA".
         labels: Names of the classes, which an adapter does not keep.
         base_model, teacher: Hub id or class name; a list of several teachers.
         teacher_parameters: Of all teachers together.
@@ -57,6 +58,7 @@ class StudentFacts:
     pipeline_tag: str | None = None
     processor: str | None = None
     loader: str = "transformers"
+    adapter_type: str | None = None
     labels: Sequence[str] = ()
     base_model: str | None = None
     teacher: str | Sequence[str] | None = None
@@ -108,6 +110,7 @@ def model_facts(
         pipeline_tag=head.pipeline_tag,
         processor=processor_class(processing_class),
         loader="peft" if adapts else "torch" if plain else "transformers",
+        adapter_type=_adapter_type(student),
         labels=labels_of_config(student.config) if adapts else (),
         base_model=base,
         teacher=[source_of(teacher).name for teacher in teachers],
@@ -120,6 +123,11 @@ def labels_of_config(config: Any) -> list[str]:
     """Return the names of a model's classes in order, or [] where it has none."""
     names = getattr(config, "id2label", None) or {}
     return [str(names[key]) for key in sorted(names)]
+
+
+def _adapter_type(student: Any) -> str | None:
+    found = next(iter(getattr(student, "peft_config", {}).values()), None)
+    return None if found is None else str(getattr(found.peft_type, "value", found.peft_type))
 
 
 def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

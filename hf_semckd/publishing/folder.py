@@ -1,6 +1,7 @@
 """A saved student's folder: which of its files are published, and a model card made from them alone."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from .card import CARD_FILES, EVALUATION_FILE, card_title, create_model_card
 from .facts import StudentFacts, last_evaluation
 from .heads import head_of
 from .redaction import is_hub_id
+from .sources import named_source, warn_of_license
 
+logger = logging.getLogger(__name__)
 CARD, SETTINGS_FILE, ADAPTER_FILE = "README.md", "distillation_config.json", "adapter_config.json"
 STATE_FILE = "trainer_state.json"
 # What `save_pretrained` of models and processors writes, and what is written beside it. An allow-list: optimizer
@@ -75,10 +78,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def card_of_folder(folder: Path, name: str, processor: str | None) -> str:
-    """Return the card in a folder, or one made from what is there; `processor` is the auto class of its processor."""
+    """Return the card in a folder, or one made from what is there and from the cards of its sources on the Hub.
+
+    `processor` is the auto class of its processor.
+    """
     path = folder / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else PEFT_TITLE
-    return create_model_card(folder_facts(folder, name, processor)) if PEFT_TITLE in card else card
+    if PEFT_TITLE not in card:
+        return card
+    facts = folder_facts(folder, name, processor, online=True)
+    warn_of_license(facts.sources)
+    return create_model_card(facts)
 
 
 def card_name(folder: Path) -> str | None:
@@ -87,13 +97,14 @@ def card_name(folder: Path) -> str | None:
     return card_title(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def folder_facts(folder: Path, name: str, processor: str | None) -> StudentFacts:
-    """Return the facts that the files of a saved student tell."""
+def folder_facts(folder: Path, name: str, processor: str | None, *, online: bool = False) -> StudentFacts:
+    """Return the facts that the files of a saved student tell, and, `online`, the cards of its sources."""
     config, settings, adapter = (_json(folder / part) for part in ("config.json", SETTINGS_FILE, ADAPTER_FILE))
     # What PEFT adapts is named by its folder or its Hub id; its head is not in the files.
     base = adapter.get("base_model_name_or_path") or settings.get("base_model")
     head = head_of([*(config.get("architectures") or ()), *TASKS.get(adapter.get("task_type"), ())])
-    evaluation = _json(folder / EVALUATION_FILE) or None
+    taught = settings.get("teacher") or []
+    teachers = [taught] if isinstance(taught, str) else taught
     return StudentFacts(
         repo_name=name,
         student_class=head.auto_class,
@@ -101,30 +112,28 @@ def folder_facts(folder: Path, name: str, processor: str | None) -> StudentFacts
         pipeline_tag=head.pipeline_tag,
         processor=processor,
         loader="peft" if adapter else "transformers" if config else "torch",
+        adapter_type=adapter.get("peft_type"),
         base_model=base if isinstance(base, str) else None,
-        teacher=settings.get("teacher"),
+        teacher=teachers,
+        sources=[named_source(name, online=online) for name in (base, *teachers) if isinstance(name, str)],
         method=settings.get("method") or "",
         settings=settings.get("distillation") or {},
         training=settings.get("training") or {},
         versions=settings.get("versions") or {},
         dataset=settings.get("dataset"),
         metrics=last_evaluation(_json(folder / STATE_FILE).get("log_history") or []),
-        evaluation=evaluation,
+        evaluation=_json(folder / EVALUATION_FILE) or None,
         files=[entry for entry in CARD_FILES if (folder / entry).is_file()],
     )
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a file of JSON, or {} where it is missing; `InputError` where it is broken."""
+    """Return a file of JSON, or {} where it is missing or broken: what tells of a student costs only itself."""
     try:
         read = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(
-            f"{path.name} cannot be read",
-            received=f"{path} ({error})",
-            expected="JSON",
-            todo="save the student again",
-        ) from error
+        logger.warning("%s cannot be read, and the card says nothing of it: %s", path.name, error)
+        return {}
     return read if isinstance(read, dict) else {}
 
 

@@ -32,6 +32,17 @@ SEMCKD_ALONE = (
 FEATURES_ALONE = ("feature_weight", "projection_learning_rate", "student_layers", "teacher_layers", *SEMCKD_ALONE)
 # Words by which a setting is off, or as it was found.
 OFF = frozenset({"auto", "none"})
+# Tasks of models whose layers have no grid of pixels.
+TEXT = frozenset(
+    {
+        "fill-mask",
+        "question-answering",
+        "text-classification",
+        "text-generation",
+        "text2text-generation",
+        "token-classification",
+    }
+)
 # They change how fast a run is, not what is learned.
 SPEED_ALONE = ("teacher_compile", "teacher_cache_dir", "teacher_cache_limit_gb")
 
@@ -56,14 +67,14 @@ def training_rows(training: Mapping[str, object]) -> dict[str, str]:
     return {words: value for words, value in rows.items() if value != HIDDEN}
 
 
-def distillation_rows(settings: Mapping[str, object], method: str) -> dict[str, str]:
-    """Return the settings of a distillation as {name: value}: those that were on, and apply to the method."""
+def distillation_rows(settings: Mapping[str, object], method: str, task: str | None = None) -> dict[str, str]:
+    """Return the settings of a distillation as {name: value}: those that were on, and apply to method and task."""
     off = {
         name
         for name, value in settings.items()
         if value is None or value is False or (isinstance(value, str) and value in OFF)
     }
-    off.update(SPEED_ALONE)
+    off |= {*SPEED_ALONE, *_unused(settings), *(["max_grid"] if task in TEXT else [])}
     if "semckd" not in method.lower():
         off.update(SEMCKD_ALONE)
     if method == "KD" or settings.get("feature_weight") == 0:
@@ -72,12 +83,22 @@ def distillation_rows(settings: Mapping[str, object], method: str) -> dict[str, 
         off.add("relation_weight")
     if settings.get("logit_weight") == 0:
         off.add("temperature")
-    if settings.get("association") not in (None, "similarity", "sinkhorn"):
-        off.add("association_bank")
-    if settings.get("association") in ("uniform", "last", "one_to_one"):
-        off.add("association_temperature")
     shown = {name: value for name, value in settings.items() if name not in off and is_plain_text(name)}
     return {name: shown_setting(name, value) for name, value in shown.items()}
+
+
+def _unused(settings: Mapping[str, object]) -> set[str]:
+    """Return the settings of SemCKD that others leave without a meaning."""
+    association, projector, unused = settings.get("association"), settings.get("projector"), set[str]()
+    if association not in (None, "similarity", "sinkhorn"):
+        unused.add("association_bank")
+    if association in ("uniform", "last", "one_to_one"):
+        unused.add("association_temperature")
+    if projector in ("convolutional", "pairwise"):
+        unused.add("max_tokens")
+    if projector == "pairwise":
+        unused.add("max_grid")
+    return unused
 
 
 def version_rows(versions: Mapping[str, object]) -> dict[str, str]:

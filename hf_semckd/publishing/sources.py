@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 from torch import nn
 
-from .redaction import is_hub_id, is_plain_text
+from .redaction import is_hub_id, is_model_id, is_plain_text
 
 logger = logging.getLogger(__name__)
 # They ask for no more than to name the authors. All others are called licenses with terms of their own.
@@ -61,7 +61,15 @@ def source_of(model: nn.Module, *, online: bool = False) -> Source:
     """
     location = _location(model)
     name = location if location and is_hub_id(location) else type(model).__name__
-    card = None if location is None else _card(location, online)
+    return _source(name, None if location is None else _card(location, online))
+
+
+def named_source(name: str, *, online: bool = False) -> Source:
+    """Return what is known of a model by its Hub id or class name; see `source_of`."""
+    return _source(name, _card(name, online) if is_model_id(name) else None)
+
+
+def _source(name: str, card: Any) -> Source:
     if card is None:
         return Source(name)
     results = {

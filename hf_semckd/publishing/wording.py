@@ -5,12 +5,15 @@ import os
 from .facts import StudentFacts
 from .redaction import is_dataset_id, is_hub_id, is_plain_text
 
+LORA = "LORA"  # as PEFT spells it
+
 
 def summary(facts: StudentFacts) -> str:
     """Return what a student is, in one sentence without the name that it begins with."""
     adapter = facts.loader == "peft"
     base, data = model_link(facts.base_model), dataset_link(facts.dataset)
-    said = f"is {'a LoRA adapter' if adapter else 'a model'} with {facts.parameters:,} parameters"
+    kind = "a LoRA adapter" if facts.adapter_type == LORA else "an adapter" if adapter else "a model"
+    said = f"is {kind} with {facts.parameters:,} parameters"
     if base:
         said += f" for {base}" if adapter else f", initialized from {base} and"
     elif not adapter:

@@ -285,6 +285,7 @@ def test_an_adapter_says_what_it_needs():
     base = "google-bert/bert-base-uncased"
     content = card(
         loader="peft",
+        adapter_type="LORA",
         student_class="AutoModelForSequenceClassification",
         pipeline_tag="text-classification",
         processor="AutoTokenizer",
@@ -308,7 +309,8 @@ def test_an_adapter_says_what_it_needs():
     [(["LABEL_0", "LABEL_1", "LABEL_2"], "num_labels=3"), (['"); import os', "b"], "num_labels=2"), ([], None)],
 )
 def test_an_adapter_of_a_local_model_names_no_folder(labels, argument):
-    content = card(loader="peft", base_model="/home/mallory/base", labels=labels)
+    content = card(loader="peft", adapter_type="IA3", base_model="/home/mallory/base", labels=labels)
+    assert "is an adapter with 10 parameters for a local model" in content and "lora" not in metadata(content)["tags"]
     assert "mallory" not in content and "which is local and not in this repository" in content
     (code,) = re.findall(r"```python\n(.*?)```", content, re.DOTALL)
     call = f", {argument})" if argument else ")"

@@ -94,6 +94,7 @@ def test_a_card_is_made_of_what_is_there(folder):
     for part in (
         "# alice/x\n",
         "initialized from [alice/base-1]",
+        "The license of alice/base-1 and alice/teacher-2 is not known here",
         "distillation (SemCKD) from [alice/teacher-2]",
         'AutoModelForImageClassification.from_pretrained("alice/x")',
         "| learning rate | 0.01 |",
@@ -131,7 +132,7 @@ def test_a_saved_adapter_says_what_it_is(tmp_path):
     )
 
 
-def test_a_file_that_is_no_json_is_named(folder):
+def test_a_file_that_is_no_json_costs_only_what_it_tells(folder, caplog):
     (folder / "distillation_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"distillation_config\.json cannot be read"):
-        folder_facts(folder, "alice/x", None)
+    assert folder_facts(folder, "alice/x", None).student_class == "AutoModelForImageClassification"
+    assert "distillation_config.json cannot be read" in caplog.text

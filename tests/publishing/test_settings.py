@@ -52,6 +52,18 @@ def test_settings_that_do_not_apply_are_not(changes, method, gone):
     assert set(whole) - set(distillation_rows(SETTINGS | changes, method)) == gone
 
 
+def test_limits_are_told_where_there_is_something_to_limit():
+    settings = SETTINGS | {"max_tokens": 16, "max_grid": 4}
+    limits = {"max_tokens", "max_grid"}
+
+    def told(task=None, **changes):
+        return limits & set(distillation_rows(settings | changes, "SemCKD", task))
+
+    assert told() == told("image-classification") == limits
+    assert told("text-classification") == {"max_tokens"}
+    assert told(projector="convolutional") == {"max_grid"} and told(projector="pairwise") == set()
+
+
 TRAINING = {
     "learning_rate": 5e-5,
     "per_device_train_batch_size": 8,

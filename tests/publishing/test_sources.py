@@ -12,6 +12,7 @@ from hf_semckd.publishing.sources import (
     combined_license,
     dataset_source,
     hub_source,
+    named_source,
     source_of,
     warn_of_license,
 )
@@ -75,6 +76,11 @@ def test_the_card_of_a_name_on_the_hub_comes_from_the_cache_unless_online(tmp_pa
     assert source_of(model, online=True).license == "cc-by-nc-4.0"
     assert asked == [("alice/vit-1", "README.md", True), ("alice/vit-1", "README.md", False)]
     assert hub_source(model) == "alice/vit-1"
+
+
+def test_a_class_is_no_name_on_the_hub(monkeypatch):
+    monkeypatch.setattr(sources, "hf_hub_download", pytest.fail)
+    assert named_source("BertForSequenceClassification", online=True) == Source("BertForSequenceClassification")
 
 
 def test_a_model_from_a_folder_has_the_base_model_of_its_card(tmp_path):
