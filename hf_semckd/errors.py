@@ -19,6 +19,10 @@ class InputError(SemCKDError, ValueError):
     """Models, datasets or batches that do not fit together; raised before the first optimizer step where possible."""
 
 
+class SourceError(InputError):
+    """A model or a data set that cannot be found or read where it was said to be."""
+
+
 class LayerNotFoundError(InputError):
     """A layer index or module name that the model does not have."""
 

@@ -13,6 +13,7 @@ from ..version import __version__
 COMMANDS = {
     "distill": "distill",
     "inspect": "inspect",
+    "plan": "plan",
     "make-student": "make_student",
     "cache": "cache",
     "evaluate": "evaluate",
@@ -23,6 +24,7 @@ USAGE = """\
 usage: hf-semckd COMMAND [options]
 
   distill        from a recipe to a student, its deploy table and its report
+  plan           hours and bytes of a training, with and without a teacher cache
   inspect        show two models' layers, and how they would be compared
   make-student   cut a smaller student out of a fine-tuned teacher
   cache          run the teacher once per sample, ahead of training
@@ -71,7 +73,10 @@ def _run(command: str, words: list[str]) -> int:
         meant = f"; did you mean {near[0]}?" if near else ""
         raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
     try:
-        importlib.import_module(f".{COMMANDS[command]}", __name__).run(words)
+        chosen = importlib.import_module(f".{COMMANDS[command]}", __name__)
+        # Bars of loading and writing, which are for notebooks.
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        chosen.run(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as `head` does. Python would complain once more at its end.

@@ -7,9 +7,8 @@ from typing import Any
 
 import datasets
 import torch
-from transformers.utils import logging
 
-from ..errors import SemCKDError
+from ..errors import SourceError
 from ..files import json_text
 from ..recipes.preview import preview
 from ..recipes.progress import Voice
@@ -37,19 +36,18 @@ def run(words: Sequence[str]) -> None:
     flags = list(words)
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
     reading = read_recipe(parser, path, flags, defaults(path))
-    args, for_machines = reading.args, "--json" in flags
+    args, for_machines = reading.args, reading.extra.json
     voice = Voice(args.process_index == 0, sys.stderr if for_machines else None)
-    _quieten(args)
+    quieten(args)
     try:
-        if "--dry-run" in flags:
+        if reading.extra.dry_run:
             preview(reading, voice)
             return
         outcome = run_recipe(reading, voice)
-    except SemCKDError as error:
-        if reading.recipe.head:
-            # Its first comments tell what it needs.
-            raise type(error)(f"{error}\n\n{path} says:\n{reading.recipe.head}") from error
-        raise
+    except SourceError as error:
+        # The comments at the top of a recipe tell where to get what it needs.
+        said = f"\n\n{path} says:\n{reading.recipe.head}" if reading.recipe.head else ""
+        raise SourceError(f"{error}{said}") from error
     except KeyboardInterrupt:
         voice.text(f"\nInterrupted. The same command goes on from the last checkpoint in {args.output_dir}.")
         raise
@@ -76,9 +74,8 @@ def defaults(path: str | None) -> dict[str, Any]:
     }
 
 
-def _quieten(args: Any) -> None:
-    """Leave the screen to what is said here: no bars of loading and writing, and none at all in a log."""
-    logging.disable_progress_bar()
+def quieten(args: Any) -> None:
+    """Leave a log to the lines that are printed here."""
     if args.disable_tqdm or args.process_index > 0:
         datasets.disable_progress_bars()
 

@@ -20,11 +20,12 @@ NEEDS_ONE_TOKENIZER = ("question-answering", "text-generation")
 
 @dataclass(frozen=True)
 class Samples:
-    """Splits that are ready for a trainer, and what makes batches of them."""
+    """Splits that are ready for a trainer, what makes batches of them, and the longest one (tokens, or seconds)."""
 
     splits: Splits
     collator: Callable[[list[Any]], Mapping[str, Any]]
     processor: Any
+    length: int
 
 
 def chosen_rows(splits: Splits, columns: Columns) -> tuple[Splits, int]:
@@ -101,7 +102,7 @@ def make_samples(task: Task, splits: Splits, model: Any, processor: Any, teacher
             )
         return made
 
-    return Samples(splits.map(change), collator, processor)
+    return Samples(splits.map(change), collator, processor, task.length)
 
 
 def _whole(row: Sequence[Any], named: bool) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import InputError, SemCKDError
+from ..errors import InputError, SemCKDError, SourceError
 from ..models.loading import load_model
 from ..models.students import make_student
 from .classes import Classes
@@ -23,11 +23,11 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 def read_config(source: str, role: str) -> Any:
-    """Return the configuration of a model by name, folder or file; `InputError` where there is none."""
+    """Return the configuration of a model by name, folder or file; `SourceError` where there is none."""
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
+        raise SourceError(
             f"The {role} could not be loaded",
             received=f"{source} ({' '.join(str(error).split())[:300]})",
             expected="a Hub name, or a folder with config.json and safetensors weights",

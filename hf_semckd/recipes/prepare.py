@@ -1,98 +1,42 @@
-"""Everything before the training of a student: rows, classes, teachers, the student and its samples."""
+"""Everything between the rows of a recipe and the training of its student: teachers, the student, samples."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 
 from ..config import SemCKDConfig
 from ..data.samples import collate
 from ..errors import InputError
 from ..models.sizes import count_parameters
-from ..training.trainer import DistillationTrainer
-from .classes import Classes, as_by_teacher, find_classes
-from .data import Samples, chosen_rows, flat_translations, make_samples
+from .data import make_samples
 from .folder import START, TEACHER, RunFolder
-from .models import (
-    cut_student,
-    has_head,
-    head_of,
-    load_teacher,
-    needs_batch,
-    new_model,
-    own_names,
-    read_config,
-)
+from .models import cut_student, head_of, load_teacher, needs_batch, new_model
 from .processors import load_processor, longest_input
 from .progress import Voice, use_progress
-from .schema import DataOptions, Recipe
-from .scores import training_metrics
-from .sources import Splits, load_splits
-from .tasks import find_task, task_columns
-from .tasks.base import Columns, Task
+from .rows import Rows
+from .schema import Recipe
+from .tasks.base import Task
+from .training import Prepared, teacher_trainer
 
 CALIBRATION_SAMPLES = 32
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a recipe and what they are about."""
+def prepare(
+    recipe: Recipe, args: SemCKDConfig, folder: RunFolder, rows: Rows, voice: Voice, *, trial: bool = False
+) -> Prepared:
+    """Load or fine-tune the teacher, load or make the student, and make its samples.
 
-    kind: type[Task]
-    columns: Columns
-    classes: Classes | None
-    splits: Splits
-
-    def task(self, options: DataOptions, length: int) -> Task:
-        """Return what makes samples of the rows."""
-        return self.kind(self.columns, self.classes, options, length)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a trainer of the student is made of."""
-
-    rows: Rows
-    teachers: list[nn.Module]
-    student: nn.Module
-    samples: Samples
-
-
-def read_rows(recipe: Recipe, voice: Voice) -> Rows:
-    """Load the rows, find out what they are about, and number their classes as the teacher does."""
-    options, source = recipe.data, (recipe.models.teacher or [""])[0]
-    config = read_config(source, "teacher")
-    splits = flat_translations(load_splits(options))
-    features = splits.train.features
-    kind = find_task(getattr(config, "architectures", None) or (), features, options)
-    columns = task_columns(kind, features, options)
-    splits, dropped = chosen_rows(splits, columns)
-    classes = None
-    if kind.classifies:
-        assert columns.label is not None
-        classes = find_classes(splits, columns.label, tokens=kind.labels_tokens)
-        if not recipe.models.teacher_epochs and has_head(config, kind):
-            classes = as_by_teacher(classes, own_names(config), config.num_labels, options.class_names)
-    counts = f"{len(splits.train):,} to train on, {len(splits.test):,} of {splits.test_name} for the table"
-    if splits.validation is not splits.test:
-        counts += f", {len(splits.validation):,} to evaluate on while training"
-    voice("data", f"{options.dataset}: {counts}")
-    about = f"{kind.name}: {columns}" + (f", {classes}" if classes is not None else "")
-    voice("", about + (f"; {dropped:,} rows without an input or a label were left out" if dropped else ""))
-    return Rows(kind, columns, classes, splits)
-
-
-def prepare(recipe: Recipe, args: SemCKDConfig, folder: RunFolder, rows: Rows, voice: Voice) -> Prepared:
-    """Load or fine-tune the teacher, load or make the student, and make its samples."""
+    In a `trial` a teacher that is to be fine-tuned stays as it is.
+    """
     sources, kind = recipe.models.teacher or [], rows.kind
     processor = load_processor(sources[0], kind)
     if recipe.models.teacher_epochs:
-        teachers = [_fine_tuned(recipe, args, folder, rows, processor, voice)]
+        teachers = [_own_teacher(recipe, args, folder, rows, processor, voice, trial=trial)]
     else:
         teachers = [load_teacher(source, kind) for source in sources]
     for source, teacher in zip(sources, teachers, strict=True):
@@ -106,8 +50,8 @@ def prepare(recipe: Recipe, args: SemCKDConfig, folder: RunFolder, rows: Rows, v
     return Prepared(rows, teachers, student, samples)
 
 
-def _fine_tuned(
-    recipe: Recipe, args: SemCKDConfig, folder: RunFolder, rows: Rows, processor: Any, voice: Voice
+def _own_teacher(
+    recipe: Recipe, args: SemCKDConfig, folder: RunFolder, rows: Rows, processor: Any, voice: Voice, *, trial: bool
 ) -> nn.Module:
     """Return the teacher after its own training, or as an earlier run has left it."""
     done = folder.ready(TEACHER)
@@ -116,24 +60,17 @@ def _fine_tuned(
     options = recipe.models
     assert options.teacher is not None
     model = new_model(options.teacher[0], "teacher", rows.kind, head_of(None, rows.classes))
+    if trial:
+        return model
     _share_padding(model, processor)
     length = longest_input(rows.kind, recipe.data.max_length, [processor], [model])
     with args.main_process_first(desc="preparing the data"):
         samples = make_samples(rows.task(recipe.data, length), rows.splits, model, processor, processor)
     place = folder.path / TEACHER
-    changes = {
-        "output_dir": str(place),
-        "num_train_epochs": options.teacher_epochs,
-        "learning_rate": options.teacher_learning_rate,
-        "max_steps": -1,
-        "logit_weight": 0.0,
-        "feature_weight": 0.0,
-        "task_weight": 1.0,
-        "push_to_hub": False,
-        "report_to": [],
-        "gradient_checkpointing": args.gradient_checkpointing,
-    }
-    trainer = make_trainer(DistillationTrainer, model, replace(args, **changes), rows, samples)
+    rate, epochs = options.teacher_learning_rate, options.teacher_epochs
+    own: dict[str, Any] = {"output_dir": str(place), "num_train_epochs": epochs, "learning_rate": rate}
+    own |= {"max_steps": -1, "push_to_hub": False, "report_to": []}
+    trainer = teacher_trainer(replace(args, **own), model, rows, samples)
     use_progress(trainer, "teacher", voice)
     trainer.train(resume_from_checkpoint=RunFolder(str(place)).newest_checkpoint())
     trainer.save_model(str(place))
@@ -155,6 +92,10 @@ def _student(
 ) -> tuple[nn.Module, Any]:
     """Return the student that training starts from, and its processor."""
     options = recipe.models
+    if folder.trained:
+        student = new_model(str(folder.path), "student", rows.kind, {})
+        voice("student", f"{count_parameters(student):,} parameters, trained by an earlier run")
+        return student, _own_processor(str(folder.path), rows.kind, processor)
     if options.student is not None:
         student = new_model(options.student, "student", rows.kind, head_of(teachers[0], rows.classes))
         voice("student", f"{options.student}: {type(student).__name__}, {count_parameters(student):,} parameters")
@@ -183,29 +124,6 @@ def _calibration(recipe: Recipe, rows: Rows, teacher: nn.Module, processor: Any)
     names = list(made)
     samples = [dict(zip(names, cells, strict=True)) for cells in zip(*made.values(), strict=True)]
     return collate(task.collator(processor, teacher), samples[:count])
-
-
-def make_trainer(
-    kind: Any, student: nn.Module, args: SemCKDConfig, rows: Rows, samples: Samples, **parts: Any
-) -> DistillationTrainer:
-    """Return a trainer for these samples; `parts` are the teacher and the method."""
-    changes: dict[str, Any] = {}
-    if rows.kind.lazy:
-        changes["remove_unused_columns"] = False  # what a transform makes is all needed
-    scores = training_metrics(rows.kind, rows.classes)
-    if not scores:
-        changes["prediction_loss_only"] = True  # the logits of a vocabulary would fill the memory
-    evaluated: Dataset | None = samples.splits.validation if str(args.eval_strategy.value) != "no" else None
-    return kind(
-        model=student,
-        args=replace(args, **changes),
-        train_dataset=samples.splits.train,
-        eval_dataset=evaluated,
-        data_collator=samples.collator,
-        processing_class=samples.processor,
-        **scores,
-        **parts,
-    )
 
 
 def _own_processor(source: str, kind: type[Task], teachers: Any) -> Any:

@@ -1,8 +1,126 @@
-"""What a recipe will do."""
+"""Tells what a recipe will do, and what it will take: `--dry-run` and `hf-semckd plan`."""
 
-from .progress import Voice
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+from ..data.samples import collate, first_samples
+from ..models.tables import aligned_lines
+from ..training.report import inspect_models
+from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, total_steps, weight_bytes
+from .folder import RunFolder
+from .prepare import prepare
+from .progress import Voice, duration
 from .reading import Reading
+from .rows import read_rows
+from .training import Prepared
+
+GIGABYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes with the teacher run in every step, and with its outputs cached.
+
+    Attributes:
+        samples, epochs, steps: Of the training.
+        step: Cost of a step with the teacher.
+        cache: Cost with a cache; None where nothing can be cached.
+        teacher: Cost of a step of fine-tuning the teacher, and how many there are; None where it is fine-tuned.
+    """
+
+    samples: int
+    epochs: float
+    steps: int
+    step: Cost
+    cache: CacheCost | None
+    teacher: tuple[Cost, int] | None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The time of the student's training, live and cached."""
+        found = {"live": self.steps * self.step.seconds}
+        if self.cache is not None:
+            found["cached"] = self.samples * self.cache.seconds + self.steps * self.cache.step.seconds
+        return found
+
+    @property
+    def advice(self) -> str:
+        """Which of both to choose."""
+        if self.cache is None:
+            return "Run the teacher in every step: its outputs cannot be cached here."
+        live, cached = self.seconds["live"], self.seconds["cached"]
+        disk = f"{self.samples * self.cache.bytes / GIGABYTE:.2f} GB"
+        if cached < live:
+            return f"Set teacher_cache_dir: {duration(live - cached)} are saved, for {disk} of disk."
+        return f"Leave teacher_cache_dir out: a cache of {disk} saves no time in so few epochs."
 
 
 def preview(reading: Reading, voice: Voice) -> None:
-    """Tell."""
+    """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = _prepared(reading, folder, voice)
+        batch = collate(prepared.samples.collator, first_samples(prepared.samples.splits.train))
+        names = prepared.teachers if len(prepared.teachers) > 1 else prepared.teachers[0]
+        args = reading.args
+        layers = {"student_layers": args.student_layers, "teacher_layers": args.teacher_layers}
+        found = inspect_models(prepared.student, names, batch, processing_class=prepared.samples.processor, **layers)
+        voice.text(f"\n{found}\n")
+        made = make_plan(reading, prepared, cached=False)
+    _tell_cost(made, prepared, voice)
+    voice("files", f"will be in {args.output_dir}; nothing was written now")
+
+
+def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voice) -> Plan:
+    """Measure a few steps, with and without a teacher cache, and print what training on so much data takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = _prepared(reading, folder, voice)
+        if tokens is not None:
+            samples = max(1, round(tokens / prepared.samples.length))
+        made = make_plan(reading, prepared, cached=True, samples=samples)
+    voice.text("")
+    rows = [("teacher", "time", "a step", "disk")]
+    for name, seconds in made.seconds.items():
+        step = made.step if name == "live" or made.cache is None else made.cache.step
+        disk = f"{made.samples * made.cache.bytes / GIGABYTE:.2f} GB" if made.cache and name == "cached" else "-"
+        rows.append((name, duration(seconds), f"{1000 * step.seconds:,.0f} ms", disk))
+    voice.text("\n".join(aligned_lines(rows)) + "\n")
+    _tell_cost(made, prepared, voice)
+    voice("advice", made.advice)
+    return made
+
+
+def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: int | None = None) -> Plan:
+    """Measure what a training over so many samples takes; None means those of the data."""
+    recipe, args = reading.recipe, reading.args
+    count = samples or len(prepared.samples.splits.train)
+    epochs = args.num_train_epochs
+    own = None
+    if recipe.models.teacher_epochs:
+        own = teacher_cost(args, prepared), total_steps(args, count, recipe.models.teacher_epochs)
+    return Plan(
+        samples=count,
+        epochs=epochs,
+        steps=total_steps(args, count, epochs),
+        step=student_cost(recipe, args, prepared),
+        cache=cache_cost(recipe, args, prepared) if cached else None,
+        teacher=own,
+    )
+
+
+def _prepared(reading: Reading, folder: str, voice: Voice) -> Prepared:
+    rows = read_rows(reading.recipe, voice)
+    return prepare(reading.recipe, reading.args, RunFolder(folder), rows, voice, trial=True)
+
+
+def _tell_cost(made: Plan, prepared: Prepared, voice: Voice) -> None:
+    own, theirs = weight_bytes(prepared)
+    peak = "" if made.step.peak_bytes is None else f", {made.step.peak_bytes / GIGABYTE:.2f} GB at most in these steps"
+    voice("memory", f"student with gradients and Adam {own / 1e6:,.0f} MB, teacher {theirs / 1e6:,.0f} MB{peak}")
+    seconds = made.steps * made.step.seconds
+    voice("time", f"{duration(seconds)}: {made.steps:,} steps of {1000 * made.step.seconds:,.0f} ms on this machine")
+    if made.teacher is not None:
+        cost, steps = made.teacher
+        before = f"{duration(steps * cost.seconds)} before that: {steps:,} steps of {1000 * cost.seconds:,.0f} ms"
+        voice("", f"{before} to fine-tune the teacher")

@@ -22,11 +22,12 @@ STUDENT_KEYS = (*BUDGETS, "importance", "init", "calibration_samples")
 
 @dataclass(frozen=True)
 class Reading:
-    """A recipe, the arguments of the training, and the names of all options that were given."""
+    """A recipe, the arguments of the training, the names of all options that were given, and a command's own."""
 
     recipe: Recipe
     args: SemCKDConfig
     given: tuple[str, ...]
+    extra: Namespace
 
 
 class RecipeParser(HfArgumentParser):
@@ -73,7 +74,7 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     given = tuple(dict.fromkeys([*content, *(name for name in names if name in parser.options)]))
     recipe = Recipe(_part(ModelOptions, found), _part(DataOptions, found), _part(ResultOptions, found), head)
     recipe.check()
-    return Reading(recipe, _part(SemCKDConfig, found), given)
+    return Reading(recipe, _part(SemCKDConfig, found), given, found)
 
 
 def _chosen_fields(name: str, chosen: set[str], title: str) -> Any:

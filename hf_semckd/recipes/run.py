@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from ..config import SemCKDConfig
 from ..errors import SemCKDError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
 from ..evaluation.table import Evaluation
-from ..models.loading import load_model
 from ..training.trainer import DistillationTrainer
 from .folder import ONNX, RunFolder
-from .prepare import Prepared, make_trainer, prepare, read_rows
+from .prepare import prepare
 from .progress import Voice, use_progress
 from .reading import Reading
+from .rows import read_rows
 from .schema import Recipe
+from .training import Prepared, student_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +45,11 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     folder.claim(_options(reading), is_main=args.process_index == 0)
     rows = read_rows(recipe, voice)
     prepared = prepare(recipe, args, folder, rows, voice)
-    trainer = make_student_trainer(recipe, args, prepared)
+    trainer = student_trainer(recipe, args, prepared)
     use_progress(trainer, "training", voice)
-    if folder.trained:
-        voice("training", "done by an earlier run")
-        trainer.model = trainer.model_wrapped = load_model(args.output_dir, "student", like=prepared.student)
-    else:
+    if not folder.trained:
         _train(trainer, folder, voice)
     return _results(recipe, args, folder, prepared, trainer, voice)
-
-
-def make_student_trainer(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> DistillationTrainer:
-    """Return the trainer of a recipe."""
-    teachers = prepared.teachers
-    return make_trainer(
-        DistillationTrainer,
-        prepared.student,
-        args,
-        prepared.rows,
-        prepared.samples,
-        teacher_model=teachers[0] if len(teachers) == 1 else teachers,
-        feature_loss=recipe.models.method,
-    )
 
 
 def _train(trainer: DistillationTrainer, folder: RunFolder, voice: Voice) -> None:
@@ -102,7 +84,7 @@ def _results(
             logger.error("The student is saved, but not all results: %s", error)
     return Outcome(
         student=str(folder.path),
-        auto_class=_auto_class(trainer.student),
+        auto_class=f"AutoModelFor{prepared.rows.kind.heads[0]}",
         evaluation=found,
         report=None,
         onnx=files,
@@ -124,11 +106,6 @@ def _evaluate(recipe: Recipe, prepared: Prepared, trainer: Any) -> Evaluation:
         onnx=recipe.results.onnx,
         batch_size=trainer.args.per_device_eval_batch_size,
     )
-
-
-def _auto_class(model: Any) -> str:
-    head = type(model).__name__.rpartition("For")[2]
-    return f"AutoModelFor{head}" if hasattr(transformers, f"AutoModelFor{head}") else type(model).__name__
 
 
 def _options(reading: Reading) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from ..errors import ConfigurationError, InputError, nearest
+from ..errors import ConfigurationError, InputError, SourceError, nearest
 from .schema import DataOptions
 
 # How a file is read, by its suffix.
@@ -111,14 +111,14 @@ def _builder(path: Path) -> str:
     return builder
 
 
-def _not_loaded(source: str, path: Path, error: Exception) -> InputError:
+def _not_loaded(source: str, path: Path, error: Exception) -> SourceError:
     said = " ".join(str(error).split())
     looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or path.parent.is_dir()
     if looks_local and not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings, 1)
         said = "no such file or folder here" + (f" (is it {path.parent / near[0]}?)" if near else "") + f"; {said}"
-    return InputError(
+    return SourceError(
         "The data set could not be loaded",
         received=f"{source} ({said[:300]})",
         expected="a Hub name, a file, or a folder: of images by class, of csv, json or parquet files, of save_to_disk",
