@@ -132,7 +132,8 @@ Mean association weights at the end of training: how much each student layer (ro
 
 ## Limits
 
-- Trained on [AI-Lab-Makerere/beans]({ADDRESS}/datasets/AI-Lab-Makerere/beans) alone: other kinds of data were not tested.
+- Trained on [AI-Lab-Makerere/beans]({ADDRESS}/datasets/AI-Lab-Makerere/beans) alone: other kinds of data were not \
+tested.
 - It imitates its teacher, mistakes and biases included.
 - Its confidence is off by 4.4 percentage points on average (expected calibration error; first row of the table: 3.1).
 - Latencies hold for the machine named above and no other.
