@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-matrix test-text test-minimum quality style docs clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-hub test-matrix test-text test-minimum quality style docs clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: $(VENV)/.dev ## Run the tests, without the slow ones
 
 test-slow: $(VENV)/.dev ## Run the slow tests
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix" $(ARGS)
+
+test-hub: $(VENV)/.dev ## Prove pushes and cards against a Hub on this machine, the slow tests included
+	$(PYTEST) $(BIN)/python -m pytest -v -m "" tests/publishing tests/cli/test_push.py tests/training/test_student_trainer.py $(ARGS)
 
 test-matrix: $(VENV)/.dev ## Run all families, heads and pairs, and write docs/support.md
 	SUPPORT_TABLE=docs/support.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "matrix or not slow" tests/matrix tests/models $(ARGS)

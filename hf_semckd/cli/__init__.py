@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": "cache",
     "evaluate": "evaluate",
     "export": "export",
+    "push": "push",
 }
 USAGE = """\
 usage: hf-semckd COMMAND [options]
@@ -29,6 +30,7 @@ usage: hf-semckd COMMAND [options]
   cache          run the teacher once per sample, ahead of training
   evaluate       compare models: quality kept, size, memory, latency
   export         write a model as an ONNX file, in float32 and int8
+  push           upload a saved student to the Hub
 
 Options of a command:  hf-semckd COMMAND --help
 Several processes:     accelerate launch -m hf_semckd distill recipe.yaml

@@ -2,13 +2,18 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from torch import nn
 
 from ..evaluation.variants import LabeledData, usual_collator
+from ..files import write_atomic
 from ..models.loading import load_model
 from ..models.students import make_student
+from ..publishing.folder import CARD
+from ..publishing.sources import Source, hub_source, source_of
 from .data import load_processor, load_split, new_folder, positive
 
 IMPORTANCE, INIT = ("even", "change", "loss"), ("teacher", "random")
@@ -54,7 +59,16 @@ def run(words: Sequence[str]) -> None:
     student.save_pretrained(options.folder)
     if processor is not None:
         processor.save_pretrained(options.folder)
+    _keep_source(options.folder, student, source_of(teacher))
     print(f"\nSaved in {options.folder}. Train it: SemCKDTrainer(model={options.folder!r}, teacher_model=...)")
+
+
+def _keep_source(folder: str, student: nn.Module, teacher: Source) -> None:
+    """Write a card with what the student starts from, which its configuration does not keep."""
+    base = hub_source(student)
+    if base is not None:
+        data = ModelCardData(base_model=base, license=teacher.license)
+        write_atomic(Path(folder, CARD), f"---\n{data.to_yaml()}\n---\n\nCut out of {base}, not trained.\n".encode())
 
 
 def _batch(options: argparse.Namespace, teacher: nn.Module, processor: Any) -> Mapping[str, Any]:

@@ -60,7 +60,7 @@ def make_student(
     search = SizeSearch(model, plans, hidden_size, budget)
     size, bound = search.choose() if budget else (Size(plans[0], hidden_size), "")
     cut = fitting_cut(model, size.cut)
-    student = new_model(model, search.config(size)) if init == "random" else cut_blocks(model, cut)
+    student = _unnamed(new_model(model, search.config(size))) if init == "random" else cut_blocks(model, cut)
     if init == "teacher" and size.width is not None:
         student = narrow(student, size.width, batch)
     if report:
@@ -80,6 +80,12 @@ def _check(num_layers: Any, hidden_size: Any, init: str) -> None:
             expected="an int, or several for num_layers; init='teacher' or 'random'",
             todo="convert the numbers with int(...)" if wrong else "choose one of both",
         )
+
+
+def _unnamed(student: PreTrainedModel) -> PreTrainedModel:
+    """Return a new model that is not said to start from the weights of the one whose configuration it has."""
+    student.config._name_or_path = student.name_or_path = ""
+    return student
 
 
 def _plain_teacher(model: nn.Module) -> PreTrainedModel:

@@ -13,29 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..models.sizes import count_parameters
-from .redaction import is_hub_id
+from .heads import class_names_of, head_of, processor_class
+from .sources import Source, hub_source, source_of
 
-# Heads for which the Hub has a pipeline, by the end of the class name.
-PIPELINES = {
-    "ImageClassification": "image-classification",
-    "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification",
-    "CausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "MaskedLM": "fill-mask",
-    "QuestionAnswering": "question-answering",
-    "SemanticSegmentation": "image-segmentation",
-}
-PROCESSORS = (
-    (PreTrainedTokenizerBase, "AutoTokenizer"),
-    (ProcessorMixin, "AutoProcessor"),
-    (BaseImageProcessor, "AutoImageProcessor"),
-    (FeatureExtractionMixin, "AutoFeatureExtractor"),
-)
+# How a student is loaded: by transformers, as an adapter of PEFT, or from its weights by code of one's own.
+LOADERS = ("transformers", "peft", "torch")
 CPU_INFORMATION = Path("/proc/cpuinfo")
 # Trainer.evaluate returns these beside the metrics.
 _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
@@ -45,16 +31,25 @@ _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "s
 class StudentFacts:
     """A student, its teachers and its training, before redaction; None or empty where unknown.
 
-    Raises `InputError` when a class is not a Python name, a number of parameters is below 1, or a metric not a number.
+    Raises `InputError` when a class is not a Python name, a loader is not known, a number of parameters is below 1, or
+    a metric not a number.
 
     Attributes:
         repo_name: Hub id under which the student is loaded ("user/name"), or its folder.
         student_class, processor: The auto classes that load the student and the processor saved beside it.
+        parameters: Of the student; of an adapter (PEFT), of what is saved of it.
+        loader: One of `LOADERS`.
+        adapter_type: As PEFT calls it, such as "LORA".
+        labels: Names of the classes, which an adapter does not keep.
         base_model, teacher: Hub id or class name; a list of several teachers.
         teacher_parameters: Of all teachers together.
+        sources: The models that it was made from, for the license.
         dataset: Hub id, or a description in words.
         method: Name of the feature loss, or of several joined by " + ".
+        settings, training, versions: As in `distillation_config.json`.
         metrics: Evaluation metrics, their names with or without "eval_"; run times among them are left out.
+        evaluation: In the form of `evaluation.json`.
+        files: Names of those beside the card that it may link to, of `PICTURES`.
     """
 
     repo_name: str
@@ -62,13 +57,21 @@ class StudentFacts:
     parameters: int
     pipeline_tag: str | None = None
     processor: str | None = None
+    loader: str = "transformers"
+    adapter_type: str | None = None
+    labels: Sequence[str] = ()
     base_model: str | None = None
     teacher: str | Sequence[str] | None = None
     teacher_parameters: int | None = None
+    sources: Sequence[Source] = ()
     dataset: str | None = None
     method: str = "SemCKD"
     settings: Mapping[str, object] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    files: Sequence[str] = ()
     license: str | None = None
     language: str | Sequence[str] | None = None
     tags: str | Sequence[str] | None = None
@@ -77,6 +80,8 @@ class StudentFacts:
         for name, auto in {"student_class": self.student_class, "processor": self.processor}.items():
             if auto is not None and not auto.isidentifier():
                 raise _invalid(name, repr(auto), "an auto class, such as 'AutoModelForImageClassification'")
+        if self.loader not in LOADERS:
+            raise _invalid("loader", repr(self.loader), " or ".join(map(repr, LOADERS)))
         for name, count in {"parameters": self.parameters, "teacher_parameters": self.teacher_parameters}.items():
             if count is not None and count < 1:
                 raise _invalid(name, count, "a number of parameters >= 1")
@@ -92,20 +97,37 @@ class StudentFacts:
 
 
 def model_facts(
-    repo_name: str, student: nn.Module, teachers: Sequence[nn.Module], processing_class: Any
+    repo_name: str, student: nn.Module, teachers: Sequence[nn.Module], processing_class: Any, *, online: bool = False
 ) -> StudentFacts:
-    """Return the facts that the models tell; teachers may be on the meta device."""
-    student_class, pipeline_tag = _auto_class(student)
+    """Return the facts that the models tell; teachers may be on the meta device. `online`: see `source_of`."""
+    head, base = head_of(class_names_of(student)), hub_source(student)
+    adapts, plain = hasattr(student, "peft_config"), not isinstance(student, PreTrainedModel)
+    saved = [entry.numel() for entry in student.parameters() if entry.requires_grad] if adapts else []
     return StudentFacts(
         repo_name=repo_name,
-        student_class=student_class,
-        parameters=count_parameters(student),
-        pipeline_tag=pipeline_tag,
-        processor=next((name for kind, name in PROCESSORS if isinstance(processing_class, kind)), None),
-        base_model=_hub_source(student),
-        teacher=[_hub_source(teacher) or type(teacher).__name__ for teacher in teachers],
+        student_class=head.auto_class,
+        parameters=sum(saved) or count_parameters(student),
+        pipeline_tag=head.pipeline_tag,
+        processor=processor_class(processing_class),
+        loader="peft" if adapts else "torch" if plain else "transformers",
+        adapter_type=_adapter_type(student),
+        labels=labels_of_config(student.config) if adapts else (),
+        base_model=base,
+        teacher=[source_of(teacher).name for teacher in teachers],
         teacher_parameters=sum(map(count_parameters, teachers)) or None,
+        sources=[source_of(model, online=online) for model in ([student] if base else []) + list(teachers)],
     )
+
+
+def labels_of_config(config: Any) -> list[str]:
+    """Return the names of a model's classes in order, or [] where it has none."""
+    names = getattr(config, "id2label", None) or {}
+    return [str(names[key]) for key in sorted(names)]
+
+
+def _adapter_type(student: Any) -> str | None:
+    found = next(iter(getattr(student, "peft_config", {}).values()), None)
+    return None if found is None else str(getattr(found.peft_type, "value", found.peft_type))
 
 
 def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -144,21 +166,6 @@ def processor() -> str:
         if found:
             return found.group(1).strip()
     return platform.processor() or platform.machine()
-
-
-def _auto_class(model: nn.Module) -> tuple[str, str | None]:
-    """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
-    name = type(model).__name__
-    for head, pipeline in PIPELINES.items():
-        if name.endswith(head):
-            return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline
-    return "AutoModel", None
-
-
-def _hub_source(model: nn.Module) -> str | None:
-    """Return the Hub id that a model was loaded from; None for a folder or a new model."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if name and is_hub_id(name) else None
 
 
 def _invalid(name: str, received: object, expected: str) -> InputError:

@@ -15,13 +15,14 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..errors import HubPushError, SemCKDError
+from ..errors import HubPushError
 from ..files import write_atomic
-from .card import create_model_card
+from .card import create_model_card, linked_files, renamed_card
 from .facts import StudentFacts
+from .folder import ADAPTER_FILE, CARD, published_content
+from .push import make_branch, push_command, push_errors
 
 logger = logging.getLogger(__name__)
-CARD = "README.md"
 
 
 class Publisher:
@@ -47,24 +48,20 @@ class Publisher:
         """The repository's id, or the name that it is created under."""
         return self.repo_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-    def create_repository(self, token: str | None = None, private: bool | None = None) -> None:
+    def create_repository(self, token: str | None = None, private: bool | None = None, *, saved: bool = False) -> None:
         """Create the repository, or find it; raises `HubPushError` when the Hub refuses or cannot be reached.
 
         None means `args.hub_token` for the token, and `args.hub_private_repo` for whether a new one is private.
+        `saved` tells that the student is in the output folder.
         """
         if not self._is_main:
             return
         private = self.args.hub_private_repo if private is None else private
-        try:
+        todo = "log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and push after training"
+        if saved:
+            todo = f"log in with `hf auth login`, then run: {self._command(private, self.args.hub_revision)}"
+        with push_errors("The Hub repository could not be created or found", self.name, todo):
             url = self._api.create_repo(self.name, token=token or self.args.hub_token, private=private, exist_ok=True)
-        except Exception as error:  # the client raises many kinds, and all mean the same here
-            raise HubPushError(
-                "The Hub repository could not be created or found",
-                received=f"{self.name} ({type(error).__name__}: {error})",
-                expected="a repository that your token may write, and a connection to the Hub",
-                todo="log in with `hf auth login`, check hub_model_id, or set push_to_hub=False and call "
-                "trainer.push_to_hub() after training",
-            ) from error
         self.repo_id = url.repo_id
 
     def push(
@@ -81,23 +78,24 @@ class Publisher:
         """Save the student to the output folder and upload it with its processor and a model card.
 
         Returns the commit, or its future when not blocking; None on other processes than the main one. When the upload
-        fails, with `HubPushError`, the student is in the output folder.
+        fails, with `HubPushError`, student and card are in the output folder, and the message says how to push them.
 
         Args:
             save_student: Saves the plain student and its processor to a folder; called on every process.
-            write_card: Writes the model card to the output folder; called once `repo_id` is known.
+            write_card: Writes the model card to the output folder.
             token, private: As in `create_repository`.
             revision: Branch to commit to; None: `args.hub_revision`.
         """
         save_student(self.args.output_dir)
+        has_card = self._is_main and _succeeds(write_card)
         if self.repo_id is None:
-            self.create_repository(token, private)
+            self.create_repository(token, private, saved=True)
         with ExitStack() as staged:
             folder = _staging_folder(staged)
             save_student(str(folder))
             if not self._is_main:
                 return None
-            self._add_card(write_card, folder)
+            self._stage_card(folder, has_card)
             self.wait()
             upload = partial(self._upload, staged.pop_all(), folder, commit_message, token, revision)
             return upload() if blocking else self._api.run_as_future(upload)
@@ -117,8 +115,8 @@ class Publisher:
             folder = _staging_folder(staged)
             try:
                 self._stage_checkpoint(checkpoint, folder)
-                self._add_card(write_card, folder)
-            except (OSError, SemCKDError) as error:
+                self._stage_card(folder, _succeeds(write_card))
+            except OSError as error:
                 logger.error("A checkpoint could not be prepared for the Hub, and training goes on. %s", error)
                 return
             message = f"Training in progress, {moment}"
@@ -138,7 +136,7 @@ class Publisher:
         shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*self._training_state), dirs_exist_ok=True)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            shutil.copytree(checkpoint, folder / name)
+            shutil.copytree(checkpoint, folder / name, ignore=shutil.ignore_patterns(CARD))
             # The one path in a trainer's state is that of the best checkpoint: its last part must do.
             state_file = folder / name / "trainer_state.json"
             state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -146,38 +144,53 @@ class Publisher:
                 state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
                 state_file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def _add_card(self, write_card: Callable[[], None], folder: Path) -> None:
-        write_card()
-        shutil.copy(Path(self.args.output_dir) / CARD, folder)
+    def _stage_card(self, folder: Path, has_card: bool) -> None:
+        """Take local paths out of a folder, and copy the card, under the repository's id, and what it shows to it."""
+        for path in folder.rglob(ADAPTER_FILE):
+            content = published_content(path)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+        if not has_card:
+            (folder / CARD).unlink(missing_ok=True)
+            return
+        written = Path(self.args.output_dir)
+        card = (written / CARD).read_text(encoding="utf-8")
+        renamed = renamed_card(card, self.name)
+        if renamed != card:
+            write_atomic(written / CARD, renamed.encode())
+        for name in (CARD, *linked_files(card)):
+            shutil.copy(written / name, folder)
 
     def _upload(
         self, staged: ExitStack, folder: Path, message: str, token: str | None = None, revision: str | None = None
     ) -> CommitInfo:
         """Upload a staging folder, and remove it whatever happens."""
-        with staged:
-            try:
-                return self._api.upload_folder(
-                    repo_id=self.name,
-                    folder_path=folder,
-                    commit_message=message,
-                    token=token or self.args.hub_token,
-                    revision=revision or self.args.hub_revision,
-                )
-            except Exception as error:  # any failure of the network or the server
-                raise HubPushError(
-                    "The upload to the Hub failed; nothing is lost",
-                    received=f"{type(error).__name__}: {error}",
-                    expected=f"that {self.name} can be written with your token",
-                    todo="check the connection and `hf auth whoami`, then call trainer.push_to_hub() again, or later "
-                    "AutoModelFor...from_pretrained(<output_dir>).push_to_hub(repo_id) with the student that was "
-                    "saved there",
-                ) from error
+        branch, token = revision or self.args.hub_revision, token or self.args.hub_token
+        todo = f"check the connection and `hf auth whoami`, then run: {self._command(None, branch)}"
+        with staged, push_errors("The upload to the Hub failed; nothing is lost", self.name, todo):
+            make_branch(self._api, self.name, branch, token)
+            return self._api.upload_folder(
+                repo_id=self.name, folder_path=folder, commit_message=message, token=token, revision=branch
+            )
+
+    def _command(self, private: bool | None, revision: str | None) -> str:
+        return push_command(self.args.output_dir, self.name, private, revision)
 
     def _upload_or_log(self, staged: ExitStack, folder: Path, message: str) -> None:
         try:
             self._upload(staged, folder, message)
         except HubPushError as error:
             logger.error("A push during training failed, and training goes on. %s", error)
+
+
+def _succeeds(write_card: Callable[[], None]) -> bool:
+    """Write the card; one that cannot be written costs only itself."""
+    try:
+        write_card()
+    except Exception as error:  # of whatever it is made from
+        logger.warning("The model card could not be written, and the student is pushed without one. %s", error)
+        return False
+    return True
 
 
 def _staging_folder(staged: ExitStack) -> Path:

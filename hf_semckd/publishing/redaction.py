@@ -9,6 +9,8 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .. import choices
 
@@ -16,7 +18,7 @@ HIDDEN = "(not shown)"
 # The only words that a setting may have as its value, apart from the layers' names.
 CHOICES = frozenset(
     word for alias in vars(choices).values() if get_origin(alias) is Literal for word in get_args(alias)
-)
+) | {str(entry.value) for kind in (SchedulerType, OptimizerNames) for entry in kind}
 LAYER_SETTINGS = frozenset({"student_layers", "teacher_layers"})
 # No slash, backslash or control character, and nothing that Markdown or HTML treats as markup.
 _PLAIN_TEXT = re.compile(r"[\w .,:%+()-]+")

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..publishing.card import ASSOCIATION_PICTURE
 from ..publishing.plots import figure_to_array, plot_association, save_association_plot
 from ..teacher.cached import CachedTeacher
 from .attachment import StudentAttachment
@@ -17,7 +18,6 @@ from .distillation import Distillation
 from .monitor import Monitor
 
 logger = logging.getLogger(__name__)
-ASSOCIATION_PICTURE = "association.png"
 
 
 class DistillationCallback(TrainerCallback):

@@ -16,10 +16,11 @@ from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.facts import environment
+from ..publishing.folder import SETTINGS_FILE
+from ..publishing.sources import dataset_source, hub_source, source_of
 
 logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"
-SETTINGS_FILE = "distillation_config.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 OPTIMIZER_FILE = "optimizer.pt"
 # A checkpoint's files that only resuming needs; they are not published.
@@ -113,19 +114,35 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
+def recorded_arguments(config: SemCKDConfig) -> dict[str, Any]:
+    """Return the arguments of a training that tell how to repeat it, ready for JSON; none of them is a path."""
+    arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
+    found = {name: getattr(value, "value", value) for name, value in arguments.items()}
+    found["total_train_batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return found
+
+
 def finish_folder(
-    folder: Path, config: SemCKDConfig, teachers: Sequence[nn.Module], settings: Mapping[str, Any]
+    folder: Path,
+    config: SemCKDConfig,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    settings: Mapping[str, Any],
+    method: str,
+    dataset: Any,
 ) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
     They take the place of Trainer's pickled arguments, which only this library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-    arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
-    names = [type(teacher).__name__ for teacher in teachers]
+    names = [source_of(teacher).name for teacher in teachers]
     written = {
+        "method": method,
         "distillation": dict(settings),
-        "training": {name: getattr(value, "value", value) for name, value in arguments.items()},
+        "training": recorded_arguments(config),
+        "base_model": hub_source(student),
+        "dataset": dataset_source(dataset),
         "teacher": names[0] if len(names) == 1 else names,
         "versions": environment(),
     }

@@ -1,7 +1,7 @@
 """A trainer whose student stays a plain model: in checkpoints, in what it saves, and on the Hub."""
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,22 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config import SemCKDConfig
 from ..data.samples import column_names
+from ..evaluation.table import Evaluation
 from ..losses import FeatureLoss
-from ..publishing.facts import last_evaluation, model_facts
+from ..publishing.card import ASSOCIATION_PICTURE, EVALUATION_FILE, EVALUATION_PICTURE
+from ..publishing.facts import StudentFacts, environment, last_evaluation, model_facts
 from ..publishing.hub import Publisher
+from ..publishing.sources import dataset_source, warn_of_license
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
-from .checkpoint import TRAINING_STATE, finish_folder, reload_student, resume_feature_loss, save_feature_loss
+from .checkpoint import (
+    TRAINING_STATE,
+    finish_folder,
+    recorded_arguments,
+    reload_student,
+    resume_feature_loss,
+    save_feature_loss,
+)
 from .distillation import Distillation
 from .pair import Pair
 
@@ -128,7 +138,8 @@ class StudentTrainer(Trainer):
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            finish_folder(folder, self.args, self.pair.teacher_models, self.distillation_settings())
+            models, settings = (self.student, self.pair.teacher_models), self.distillation_settings()
+            finish_folder(folder, self.args, *models, settings, self._method, self.train_dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
@@ -212,26 +223,59 @@ class StudentTrainer(Trainer):
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
-        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
+        """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`.
+
+        Args:
+            license: None: that of the models that the student was made from, where all are known.
+            tasks: Pipeline tag; None: that of the student's head.
+            dataset_tags, dataset: Hub id, or a description in words; None: the id that the training data came from.
+            evaluation: Of teacher and student, for the deploy table; it is saved beside the card.
+        """
         if not self.is_world_process_zero():
             return
-        name = model_name or self._publisher.name
-        teachers = [] if self.pair is None else self.pair.teacher_models
-        known = model_facts(name, self.student, teachers, self.processing_class)
-        data = dataset_tags or dataset
+        known, files = self._known_facts(model_name or self._publisher.name), self._card_files(evaluation)
+        if license is None and not self.is_in_train:
+            warn_of_license(known.sources)
         facts = replace(
             known,
             base_model=finetuned_from or known.base_model,
-            dataset=data[0] if isinstance(data, list) else data,
-            method="KD" if self.feature_loss is None else self.feature_loss.title,
+            pipeline_tag=_first(tasks) or known.pipeline_tag,
+            dataset=_first(dataset_tags) or _first(dataset) or dataset_source(self.train_dataset),
+            method=self._method,
             settings=self.distillation_settings(),
+            training=recorded_arguments(self.args),
+            versions=environment(),
             metrics=last_evaluation(self.state.log_history),
+            evaluation=None if evaluation is None else asdict(evaluation),
+            files=files,
             license=license,
             language=language,
             tags=tags,
         )
         self._publisher.write_card(facts)
+
+    def _known_facts(self, name: str) -> StudentFacts:
+        """Return what the models tell; once training has ended, the cards of the Hub as well."""
+        teachers = [] if self.pair is None else self.pair.teacher_models
+        online = self._publisher.repo_id is not None and not self.is_in_train
+        with self._plain_student():
+            return model_facts(name, self.student, teachers, self.processing_class, online=online)
+
+    def _card_files(self, evaluation: Evaluation | None) -> list[str]:
+        """Save an evaluation, and return the files that the card may show: none that an earlier run left behind."""
+        folder, found = Path(self.args.output_dir), list[str]()
+        if evaluation is not None:
+            evaluation.save(folder)
+            found += [EVALUATION_PICTURE, EVALUATION_FILE]
+        if self.association() is not None and not self.is_in_train:
+            found.append(ASSOCIATION_PICTURE)
+        return [name for name in found if (folder / name).is_file()]
+
+    @property
+    def _method(self) -> str:
+        return "KD" if self.feature_loss is None else self.feature_loss.title
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         by_step = self.args.save_strategy == SaveStrategy.STEPS
@@ -240,3 +284,7 @@ class StudentTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self._publisher.wait()
+
+
+def _first(given: str | list[str] | None) -> str | None:
+    return given[0] if isinstance(given, list) and given else given or None  # type: ignore[return-value]

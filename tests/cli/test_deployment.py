@@ -8,6 +8,7 @@ from makers import images, vit
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_semckd.cli import main
+from hf_semckd.publishing.sources import hub_source, source_of
 
 
 @pytest.fixture
@@ -38,6 +39,18 @@ def test_a_student_is_made_and_evaluated(folder, capsys):
     assert "5 samples" in capsys.readouterr().out and (folder / "report" / "evaluation.json").is_file()
     assert run(*words, "--json") == 0
     assert [row["model"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["teacher", "student"]
+
+
+def test_a_student_s_folder_tells_what_it_starts_from(folder):
+    def made(*words):
+        target = folder / f"student{len(words)}"
+        assert run("make-student", folder / "teacher", target, "--num-layers", 1, *words) == 0
+        return AutoModelForImageClassification.from_pretrained(target)
+
+    (folder / "teacher" / "README.md").write_text("---\nbase_model: google/vit-1\nlicense: gemma\n---\n")
+    student = made()
+    assert hub_source(student) == "google/vit-1" and source_of(student).license == "gemma"
+    assert hub_source(made("--init", "random")) is None
 
 
 def test_a_budget_of_time_takes_samples_from_the_data(folder, capsys):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+RELATIONS = ("adapter", "merge", "quantized", "finetune")
+
 
 def check_card(content: str) -> tuple[list[str], list[str]]:
     """Return the errors and the warnings about the metadata at the top of a README."""
@@ -21,7 +23,14 @@ def check_card(content: str) -> tuple[list[str], list[str]]:
     for name in ("license", "library_name", "pipeline_tag", "tags", "datasets", "metrics", "base_model"):
         if not all(isinstance(value, str) for value in items(data.get(name))):
             errors.append(f'"{name}" must be a string or a list of strings')
+    if data.get("base_model_relation") not in (None, *RELATIONS):
+        errors.append(f'"base_model_relation" must be one of {", ".join(RELATIONS)}')
+    errors += [f'"base_model": not a model id: {name}' for name in items(data.get("base_model")) if not is_id(name)]
     return errors + _check_model_index(data.get("model-index")), []
+
+
+def is_id(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None
 
 
 def _front_matter(content: str) -> Any:

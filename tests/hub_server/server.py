@@ -40,6 +40,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.errors: list[str] = []
+        self.closed = False
         self.tickets: dict[str, tuple[Repo, str, int]] = {}  # the LFS uploads that may be sent: repo, sha256, size
         self._failures: list[list[Any]] = []
         self._lock = threading.RLock()
@@ -57,6 +58,7 @@ class HubServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop, and give the port back."""
+        self.closed = True
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -189,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         try:
+            if self.server.hub.closed:  # connections that are kept open must not outlive it
+                self.close_connection = True
+                return
             body = self._read_body()  # always, also for a request that is refused: the next one follows on the line
             url = urlsplit(self.path)
             query = parse_qs(url.query, keep_blank_values=True)

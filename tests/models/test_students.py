@@ -118,7 +118,10 @@ def test_blocks_that_change_nothing_go_first():
 
 def test_a_random_start_shares_nothing_but_the_size():
     teacher = vit(4)
+    teacher.config._name_or_path = "alice/teacher-1"
     student = make_student(teacher, num_layers=2, init="random", report=False)
+    assert student.name_or_path == student.config._name_or_path == ""
+    assert make_student(teacher, num_layers=2, report=False).config._name_or_path == "alice/teacher-1"
     assert student.config.num_hidden_layers == 2
     assert not torch.equal(student.classifier.weight, teacher.classifier.weight)
 

@@ -14,15 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from hub_clients import error_of, files, image_processor, run, same, tokenizer
 from hub_server import HubServer, Repo, check_card
 from huggingface_hub import ModelCard
-from launching import python
 from makers import (
     IMAGE,
-    VOCABULARY,
     assert_same_weights,
     bert,
     config,
@@ -35,8 +33,7 @@ from makers import (
     weights,
 )
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, ViTImageProcessor
+from transformers import Trainer, TrainerCallback
 
 TOKEN = "hf_" + "kLmNoPqRsTuVwXyZ" + "0123456789"
 SAVED = {"config.json", "model.safetensors", "distillation_config.json"}
@@ -44,19 +41,6 @@ TRAINING_STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_stat
 
 
 # --- What both processes need ---------------------------------------------------------------------------------------
-
-
-def tokenizer() -> Any:
-    """Return a tokenizer whose words are numbers."""
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    made = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0")
-
-
-def image_processor() -> Any:
-    """Return an image processor for the size of the tiny pictures."""
-    return ViTImageProcessor(size={"height": IMAGE, "width": IMAGE})
 
 
 def bert_teacher() -> Any:
@@ -109,11 +93,6 @@ def some_logits(kind: str, model: Any) -> list[list[float]]:
         return model.eval()(**some_inputs(kind)).logits.tolist()
 
 
-def files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Return the files right in a folder."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-
-
 def plainly_saved(kind: str, state: dict[str, Any], folder: Path) -> dict[str, bytes]:
     """Return the files that a plain `Trainer` writes for a model with these weights, but for its pickled arguments."""
     data = {"train_dataset": images(), **PARTS[kind]()}
@@ -154,14 +133,6 @@ def pushing(folder: str, kind: str, name: str, strategy: str = "end", parts: Any
     }
     parts = {**PARTS[kind](), "compute_metrics": accuracy, **(parts or {})}
     return distiller(Path(folder) / name, args=args, **parts)
-
-
-def error_of(call: Any) -> dict[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return {"type": type(error).__name__, "text": str(error), "cause": type(error.__cause__).__name__}
-    return {}
 
 
 def client_push(folder: str) -> dict[str, Any]:
@@ -234,13 +205,6 @@ except OSError as error:
     seen["anonymous"] = str(error)
 print(json.dumps(seen))
 """
-
-
-def run(arguments: list[str], env: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Run a fresh process and return what it prints last."""
-    done = python(*arguments, env=env, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "output": done.stdout + done.stderr}
 
 
 if __name__ == "__main__":
@@ -331,7 +295,8 @@ def test_the_settings_tell_no_path_and_no_token(tmp_path: Path) -> None:
             assert secret.encode() not in content, path
     settings = json.loads((tmp_path / "saved" / "distillation_config.json").read_text())
     assert settings["distillation"]["temperature"] == 3.0
-    assert settings["training"]["per_device_train_batch_size"] == 4
+    assert settings["training"]["per_device_train_batch_size"] == settings["training"]["total_train_batch_size"] == 4
+    assert settings["method"] == "SemCKD" and settings["dataset"] is None and settings["base_model"] is None
     assert settings["teacher"] == "BertForSequenceClassification"
     assert settings["versions"]["transformers"] and settings["versions"]["torch"]
 
@@ -376,6 +341,8 @@ class Hub:
         return self.server.repos[f"tester/{name}"]
 
 
+# Those that were pushed when training had ended.
+SHOWN = {"every", "private", "later", "fails"}
 # What is on the Hub in the end, with the kind of model and of processor.
 REPOSITORIES = {
     "every": ("bert", "tokenizer"),
@@ -393,10 +360,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with HubServer(token=TOKEN) as server:
         yield Hub(server, tmp_path_factory.mktemp("hub"))
         assert server.errors == []
-
-
-def same(first: Any, second: Any) -> bool:
-    return bool(np.allclose(first, second, rtol=1e-5, atol=1e-6))
 
 
 def test_every_pushed_student_loads_without_this_library(hub: Hub) -> None:
@@ -417,6 +380,8 @@ def test_a_saved_student_and_a_checkpoint_load_without_this_library(hub: Hub) ->
 def test_the_server_holds_exactly_the_student(hub: Hub, tmp_path: Path) -> None:
     for name, (kind, _) in REPOSITORIES.items():
         expected = {*plainly_saved(kind, PLAIN[kind]().state_dict(), tmp_path / name), *SAVED, "README.md"}
+        if name in SHOWN:
+            expected.add("association.png")
         if name == "checkpoint":
             inside = expected - {"README.md"} | TRAINING_STATE
             expected |= {f"last-checkpoint/{file}" for file in inside}
@@ -490,8 +455,7 @@ def test_a_failing_push_loses_nothing(hub: Hub) -> None:
         "403",
         "tester/fails",
         "what to do:",
-        "trainer.push_to_hub()",
-        "push_to_hub(repo_id)",
+        f"hf-semckd push {hub.folder / 'fails'} --repo-id tester/fails",
     ):
         assert part in fails["error"]["text"], part
     assert TOKEN not in fails["error"]["text"]

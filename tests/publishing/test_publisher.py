@@ -1,6 +1,7 @@
 """`Publisher` alone: no trainer, no network; a recording client stands in for the Hub's."""
 
 import ast
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ class Client:
     """Records what is uploaded; one background job at a time, as the real client."""
 
     def __init__(self):
-        self.created, self.uploads, self.errors = [], [], []
+        self.created, self.branches, self.uploads, self.errors = [], [], [], []
         self.go_on = threading.Event()
         self.go_on.set()
         self.pool = ThreadPoolExecutor(max_workers=1)
@@ -31,6 +32,10 @@ class Client:
         if self.errors:
             raise self.errors.pop(0)
         return SimpleNamespace(repo_id=f"alice/{name.split('/')[-1]}")
+
+    def create_branch(self, name, *, branch, **options):
+        assert options["exist_ok"]
+        self.branches.append((name, branch))
 
     def upload_folder(self, *, folder_path, **options):
         self.go_on.wait()
@@ -98,6 +103,34 @@ def test_a_push_creates_the_repository_and_uploads_the_student_with_a_card(make,
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def test_what_the_card_shows_is_uploaded_with_it(make, client, tmp_path):
+    publisher = make()
+    (tmp_path / "run").mkdir()
+    for name in ("association.png", "evaluation.png", "evaluation.json"):
+        (tmp_path / "run" / name).write_text("x")
+    shown = StudentFacts("run", "AutoModel", 10, files=["association.png", "evaluation.png"])
+    publisher.push(save, lambda: publisher.write_card(shown))
+    # Without an evaluation its picture is that of another run.
+    assert client.uploads[0][1] == {"model.safetensors", "README.md", "association.png"}
+
+
+def test_no_local_path_of_an_adapter_is_uploaded(make, client, checkpoint, monkeypatch):
+    def read(*, folder_path, **options):
+        paths = sorted(Path(folder_path).rglob("*"))
+        seen.append({str(path.relative_to(folder_path)): path.read_text() for path in paths if path.is_file()})
+
+    seen = []
+    monkeypatch.setattr(client, "upload_folder", read)
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/mallory/base", "r": 2}')
+    (checkpoint / "README.md").write_text("base_model: /home/mallory/base")
+    publisher = make(hub_strategy="checkpoint")
+    publisher.push_checkpoint(checkpoint, "step 2", card_of(publisher))
+    publisher.wait()
+    assert not any("mallory" in content for content in seen[0].values())
+    assert json.loads(seen[0]["adapter_config.json"]) == {"base_model_name_or_path": None, "r": 2}
+    assert "last-checkpoint/README.md" not in seen[0]
+
+
 def test_a_push_without_waiting_gives_a_future(make, client):
     publisher = make()
     client.go_on.clear()
@@ -105,6 +138,7 @@ def test_a_push_without_waiting_gives_a_future(make, client):
     assert not future.done() and not client.uploads
     client.go_on.set()
     assert future.result() == "End of training" and client.uploads[0][2]["revision"] == "branch"
+    assert client.branches == [("alice/run", "branch")]
 
 
 def test_other_processes_save_and_upload_nothing(make, client, checkpoint):
@@ -116,11 +150,21 @@ def test_other_processes_save_and_upload_nothing(make, client, checkpoint):
 
 
 def test_a_refused_repository_comes_after_saving(make, client, tmp_path):
-    client.errors.append(OSError("403"))
-    publisher = make(hub_model_id="alice/x")
-    with pytest.raises(HubPushError, match=r"received: alice/x \(OSError: 403\)(.|\n)*what to do: .*hf auth login"):
-        publisher.push(save, pytest.fail)
+    client.errors.append(OSError("403\n\nyou may not"))
+    publisher = make(hub_model_id="alice/x", hub_revision="v1")
+    with pytest.raises(HubPushError, match=r"received: alice/x \(OSError: 403 you may not\)") as raised:
+        publisher.push(save, card_of(publisher), private=True)
     assert (tmp_path / "run" / "model.safetensors").is_file() and publisher.repo_id is None
+    assert "# alice/x\n" in (tmp_path / "run" / "README.md").read_text()
+    command = f"hf-semckd push {tmp_path / 'run'} --repo-id alice/x --private --revision v1"
+    assert str(raised.value).endswith(f"log in with `hf auth login`, then run: {command}")
+
+
+def test_a_repository_that_is_refused_before_training_names_no_command(make, client):
+    client.errors.append(OSError("403"))
+    with pytest.raises(HubPushError, match="what to do: .*hf auth login") as raised:
+        make().create_repository()
+    assert "hf-semckd push" not in str(raised.value)
 
 
 @pytest.mark.parametrize("blocking", [True, False])
@@ -128,18 +172,29 @@ def test_a_failing_upload_says_that_nothing_is_lost(make, client, blocking):
     publisher = make()
     publisher.create_repository()
     client.errors.append(ConnectionError("down"))
-    with pytest.raises(HubPushError, match="nothing is lost(.|\n)*ConnectionError: down"):
+    with pytest.raises(HubPushError, match="nothing is lost(.|\n)*ConnectionError: down(.|\n)*hf-semckd push /"):
         result = publisher.push(save, card_of(publisher), blocking=blocking)
         assert not blocking and result.result()
 
 
-def test_a_failing_card_or_save_leaves_no_staging_folder(make, tmp_path):
+def test_a_failing_card_costs_only_itself(make, client, checkpoint, caplog):
+    def fail():
+        raise RuntimeError("broken")
+
+    publisher = make(hub_strategy="every_save")
+    (checkpoint / "README.md").write_text("the card of PEFT")
+    publisher.push(save, fail)
+    publisher.push_checkpoint(checkpoint, "step 2", fail)
+    publisher.wait()
+    assert [files for _, files, _ in client.uploads] == [{"model.safetensors"}] * 2
+    assert caplog.text.count("The model card could not be written") == 2 and "broken" in caplog.text
+
+
+def test_a_failing_save_leaves_no_staging_folder(make):
     def fail(*_):
         raise RuntimeError("broken")
 
     publisher = make()
-    with pytest.raises(RuntimeError, match="broken"):
-        publisher.push(save, fail)
     with pytest.raises(RuntimeError, match="broken"):
         publisher.push(lambda folder: save(folder) if Path(folder).name == "run" else fail(), fail)
 
