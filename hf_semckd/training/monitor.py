@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..losses import FeatureLoss
 from ..losses.positions import entropy
+from ..publishing.report.history import ASSOCIATION, LAYER_ERRORS
 from .pair import Pair
 from .plan import Plan, Services
 
@@ -33,11 +35,15 @@ JUDGED_STEPS = 20
 
 @dataclass(frozen=True)
 class WindowAverages:
-    """Unweighted loss terms with `association/entropy` in nats; mean and standard deviation (S, T) of the weights."""
+    """Unweighted loss terms with `association/entropy` in nats; mean and standard deviation (S, T) of the weights.
+
+    `errors` are the association-weighted errors of the student layers (S), NaN where one is not compared.
+    """
 
     terms: dict[str, float]
     association: np.ndarray | None
     spread: np.ndarray | None
+    errors: np.ndarray | None = None
 
     def collapsed(self, upper_bound: float | None) -> bool:
         """Whether every student layer leans on one same teacher layer, to the bound, for every sample alike."""
@@ -61,12 +67,14 @@ class LossMeter:
         share = _widened(share.detach())
         self._terms[name] = self._terms[name] + share if name in self._terms else share
 
-    def add_association(self, weights: Tensor) -> None:
-        """Add the association weights (B, S, T) of a micro-batch."""
+    def add_association(self, weights: Tensor, errors: Tensor | None = None) -> None:
+        """Add the association weights (B, S, T) of a micro-batch, and the errors of its pairs, if there are any."""
         weights = _widened(weights.detach())
         sums = torch.stack([weights.sum(0), weights.square().sum(0)]).flatten()
         extra = torch.stack([weights.new_full((), float(len(weights))), entropy(weights).mean(1).sum()])
-        packed = torch.cat([sums, extra])
+        # Packed with the weights, so that a window stays one reduction.
+        weighted = [] if errors is None else [(weights * errors.detach()).sum((0, 2))]
+        packed = torch.cat([sums, extra, *weighted])
         self._shape = tuple(weights.shape[1:])
         self._association = packed if self._association is None else self._association + packed
 
@@ -83,16 +91,20 @@ class LossMeter:
             parts.append(self._association)
         sums = reduce_sum(torch.cat(parts)).cpu().double().numpy()
         terms = {name: float(sums[index]) / max(steps, 1) for index, name in enumerate(names)}
-        association = spread = None
+        found = WindowAverages(terms, None, None)
         if self._association is not None:
-            association, spread, terms["association/entropy"] = self._unpack(sums[len(names) :])
+            found = self._unpack(terms, sums[len(names) :])
         self._terms, self._association = {}, None
-        return WindowAverages(terms, association, spread)
+        return found
 
-    def _unpack(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        samples = max(sums[-2], 1.0)
-        mean, square = (part.reshape(self._shape) / samples for part in np.split(sums[:-2], 2))
-        return mean, np.sqrt(np.clip(square - mean**2, 0, None)), float(sums[-1] / samples)
+    def _unpack(self, terms: dict[str, float], sums: np.ndarray) -> WindowAverages:
+        pairs = math.prod(self._shape)
+        first, second, rest = np.split(sums, [pairs, 2 * pairs])
+        samples = max(rest[0], 1.0)
+        mean, square = (part.reshape(self._shape) / samples for part in (first, second))
+        terms["association/entropy"] = float(rest[1] / samples)
+        errors = rest[2:] / samples if len(rest) > 2 else None
+        return WindowAverages(terms, mean, np.sqrt(np.clip(square - mean**2, 0, None)), errors)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -116,6 +128,7 @@ class Monitor:
         learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0
         self.judges_student = classifies and learns_features and services.custom_loss is None
         self.last_association: np.ndarray | None = None
+        self.last_errors: np.ndarray | None = None
         self._warned_of_collapse = self._warned_of_size = False
         self.start(0)
 
@@ -130,7 +143,7 @@ class Monitor:
         for name, value in terms.items():
             self._meter.add_term(name, value)
         if features is not None and "association" in features:
-            self._meter.add_association(features["association"])
+            self._meter.add_association(features["association"], features.get("errors"))
 
     def finish(self, step: int) -> dict[str, float]:
         """End the logging window on all processes at once; return its terms and keep its association."""
@@ -153,10 +166,19 @@ class Monitor:
                 *next(iter(large.items())),
             )
         if averages.association is not None:
-            self.last_association = averages.association
+            self.last_association, self.last_errors = averages.association, averages.errors
             if averages.collapsed(self.upper_bound):
                 self._warn_of_collapse(averages.association)
         return averages.terms
+
+    def history_entries(self) -> dict[str, Any]:
+        """Return what a trainer's history keeps of the last window besides the terms, ready for JSON."""
+        if self.last_association is None:
+            return {}
+        entries: dict[str, Any] = {ASSOCIATION: self.last_association.tolist()}
+        if self.last_errors is not None:
+            entries[LAYER_ERRORS] = [None if math.isnan(error) else error for error in self.last_errors.tolist()]
+        return entries
 
     def warn_of_idle_student(self, step: int, learning_rate: float) -> None:
         """Warn when a classifier ends as it began, at chance: too strong a feature term can do that to a student.
