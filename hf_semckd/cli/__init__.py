@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from ..errors import SemCKDError, nearest
 
 # Imported when they are run: the help needs neither torch nor transformers.
-COMMANDS = {"make-student": "make_student", "cache": "cache", "evaluate": "evaluate", "export": "export"}
+COMMANDS = {
+    "make-student": "make_student",
+    "cache": "cache",
+    "evaluate": "evaluate",
+    "report": "report",
+    "export": "export",
+}
 USAGE = """\
 usage: hf-semckd COMMAND [options]
 
   make-student   cut a smaller student out of a fine-tuned teacher
   cache          run the teacher once per sample, ahead of training
   evaluate       compare models: quality kept, size, memory, latency
+  report         show what a training learned, as a page
   export         write a model as an ONNX file, in float32 and int8
 
 Options of a command:      hf-semckd COMMAND --help

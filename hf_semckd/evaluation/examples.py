@@ -120,8 +120,8 @@ class _Run:
             for collector, logits in zip(collectors, (own, theirs), strict=True):
                 collector.add(logits, labels)
             differences.append(_differences(own, theirs, labels.to(own.device), labeling).cpu())
-        decided = [collector.decisions() for collector in collectors]
-        return cls(labeling, *decided, torch.cat(differences).numpy())
+        own_decisions, their_decisions = (collector.decisions() for collector in collectors)
+        return cls(labeling, own_decisions, their_decisions, torch.cat(differences).numpy())
 
 
 def _mean_logits(given: Sequence[Tensor], weights: Sequence[float], labeling: Labeling) -> Tensor:
@@ -162,17 +162,14 @@ def _differences(own: Tensor, theirs: Tensor, labels: Tensor, labeling: Labeling
 def _example(found: _Run, n: int, index: int, names: Mapping[Any, Any], row: Any, processing_class: Any) -> Example:
     """Return a sample with what both predict, by name."""
     at = np.flatnonzero(found.student.samples == n)
-    made = (found.student, found.teacher)
-    own, other = (_predicted(entry, at, found.labeling, names) for entry in made)
-    single = len(at) == 1 and found.labeling.kind not in ("regression", "multi_label")
-    sure = [float(entry.confidence[at[0]]) if single and entry.confidence is not None else None for entry in made]
     return Example(
         index,
         float(found.differences[n]),
-        own,
-        other,
-        _label(found.student, at, found.labeling, names),
-        *sure,
+        student=_predicted(found.student, at, found.labeling, names),
+        teacher=_predicted(found.teacher, at, found.labeling, names),
+        label=_label(found.student, at, found.labeling, names),
+        student_confidence=_confidence(found.student, at, found.labeling),
+        teacher_confidence=_confidence(found.teacher, at, found.labeling),
         text=shown_text(row, processing_class),
         picture=shown_picture(row, processing_class),
     )
@@ -183,6 +180,11 @@ def _predicted(made: Decisions, at: np.ndarray, labeling: Labeling, names: Mappi
     if labeling.kind in ("regression", "multi_label") or len(at) == 1:
         return _text(made.predicted[at], labeling, names)
     return f"{int((made.predicted[at] == made.labels[at]).sum())} of {len(at)} positions right"
+
+
+def _confidence(made: Decisions, at: np.ndarray, labeling: Labeling) -> float | None:
+    single = len(at) == 1 and labeling.kind != "multi_label"
+    return float(made.confidence[at[0]]) if single and made.confidence is not None else None
 
 
 def _label(made: Decisions, at: np.ndarray, labeling: Labeling, names: Mapping[Any, Any]) -> str | None:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .facts import StudentFacts
 from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, repository_name, shown_setting
+from .usage import loading_code
 
 
 def create_model_card(facts: StudentFacts) -> str:
@@ -46,9 +47,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
     return {
         "metadata": _metadata(facts, repo, results).to_yaml(),
         "repo": repo,
-        "student_class": facts.student_class,
-        "processor": facts.processor,
-        "classes": sorted({facts.student_class, facts.processor or facts.student_class}),
+        "usage": loading_code(repo, facts.student_class, facts.processor),
         "parameters": facts.parameters,
         "base_model": _model_link(facts.base_model),
         "teacher": " and ".join(filter(None, map(_model_link, teachers))),

@@ -36,6 +36,12 @@ PROCESSORS = (
     (BaseImageProcessor, "AutoImageProcessor"),
     (FeatureExtractionMixin, "AutoFeatureExtractor"),
 )
+# The auto class that reads a file of a processor.
+PROCESSOR_FILES = {
+    "processor_config.json": "AutoProcessor",
+    "preprocessor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+}
 CPU_INFORMATION = Path("/proc/cpuinfo")
 # Trainer.evaluate returns these beside the metrics.
 _BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
@@ -95,7 +101,7 @@ def model_facts(
     repo_name: str, student: nn.Module, teachers: Sequence[nn.Module], processing_class: Any
 ) -> StudentFacts:
     """Return the facts that the models tell; teachers may be on the meta device."""
-    student_class, pipeline_tag = _auto_class(student)
+    student_class, pipeline_tag = auto_class(type(student).__name__)
     return StudentFacts(
         repo_name=repo_name,
         student_class=student_class,
@@ -146,9 +152,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _auto_class(model: nn.Module) -> tuple[str, str | None]:
-    """Return the auto class that loads a model's head, and the Hub's pipeline tag for it."""
-    name = type(model).__name__
+def auto_class(name: str) -> tuple[str, str | None]:
+    """Return the auto class that loads models of a class, and the Hub's pipeline tag for its head."""
     for head, pipeline in PIPELINES.items():
         if name.endswith(head):
             return f"AutoModelFor{'CausalLM' if head == 'LMHeadModel' else head}", pipeline

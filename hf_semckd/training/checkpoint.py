@@ -113,20 +113,31 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
+def recorded_arguments(config: SemCKDConfig) -> dict[str, Any]:
+    """Return the `RECORDED_ARGUMENTS` of a training, ready for JSON."""
+    values = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
+    return {name: getattr(value, "value", value) for name, value in values.items()}
+
+
 def finish_folder(
-    folder: Path, config: SemCKDConfig, teachers: Sequence[nn.Module], settings: Mapping[str, Any]
+    folder: Path,
+    config: SemCKDConfig,
+    teachers: Sequence[nn.Module],
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
-    They take the place of Trainer's pickled arguments, which only this library could read back.
+    `record` is what a report needs besides. The file takes the place of Trainer's pickled arguments, which only this
+    library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-    arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
     names = [type(teacher).__name__ for teacher in teachers]
     written = {
         "distillation": dict(settings),
-        "training": {name: getattr(value, "value", value) for name, value in arguments.items()},
+        "training": recorded_arguments(config),
         "teacher": names[0] if len(names) == 1 else names,
+        **record,
         "versions": environment(),
     }
     write_json(folder / SETTINGS_FILE, written)

@@ -13,14 +13,25 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config import SemCKDConfig
 from ..data.samples import column_names
+from ..evaluation.table import Evaluation
 from ..losses import FeatureLoss
-from ..publishing.facts import last_evaluation, model_facts
+from ..publishing.facts import StudentFacts, last_evaluation, model_facts
 from ..publishing.hub import Publisher
+from ..publishing.report.report import DistillationReport
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
-from .checkpoint import TRAINING_STATE, finish_folder, reload_student, resume_feature_loss, save_feature_loss
+from .checkpoint import (
+    TRAINING_STATE,
+    finish_folder,
+    recorded_arguments,
+    reload_student,
+    resume_feature_loss,
+    save_feature_loss,
+)
 from .distillation import Distillation
 from .pair import Pair
+from .reasons import used_settings
+from .run_report import assemble_report, check_trained, compare_or_say_why, deploy_table, trained_run
 
 
 class StudentTrainer(Trainer):
@@ -83,6 +94,40 @@ class StudentTrainer(Trainer):
         """Return the settings of the distillation, with what is used where they were left open, ready for JSON."""
         return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
 
+    def distillation_report(self, evaluation: Evaluation | None = None, dataset: Any = None) -> DistillationReport:
+        """Return what was learned and what the student is worth; `report.save(folder)` writes it as a page.
+
+        Student and teacher run on up to 512 labeled samples, for which a cached teacher is loaded.
+
+        Args:
+            evaluation: What `evaluate` found of teacher and student; without it the report has no deploy table.
+            dataset: The labeled samples, prepared as `eval_dataset`, which is the default.
+
+        Raises:
+            InputError: Before any training, and without distillation.
+        """
+        check_trained(self.distillation is not None, self.state.log_history)
+        assert self.pair is not None
+        with self._finished_student():
+            comparison, why = compare_or_say_why(
+                self.student,
+                lambda: list(self.teacher) if isinstance(self.teacher, nn.ModuleList) else [self.teacher],
+                self.eval_dataset if dataset is None else dataset,
+                weights=self.pair.weights,
+                processing_class=self.processing_class,
+                data_collator=self.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+        facts, rows = self._student_facts(self._publisher.name), self.state.log_history
+        settings = used_settings(self.args, self.distillation_settings(), self._layer_names, self.feature_loss)
+        run = trained_run(facts, recorded_arguments(self.args), rows, settings, type(self.student).__name__)
+        deploy = deploy_table(evaluation)
+        return assemble_report(run, rows, self._layer_names, deploy=deploy, comparison=comparison, why=why)
+
+    @property
+    def _layer_names(self) -> dict[str, list[str]]:
+        return {"student_layers": self.student_layer_names, "teacher_layers": self.teacher_layer_names}
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
         first = self._signature_columns is None
@@ -128,7 +173,10 @@ class StudentTrainer(Trainer):
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            finish_folder(folder, self.args, self.pair.teacher_models, self.distillation_settings())
+            settings, layers = self.distillation_settings(), self._layer_names
+            reasons = used_settings(self.args, settings, layers, self.feature_loss)
+            record = {"method": self._method, "layers": layers, "settings": reasons}
+            finish_folder(folder, self.args, self.pair.teacher_models, settings, record)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
@@ -216,15 +264,12 @@ class StudentTrainer(Trainer):
         """Write the student's card to the output folder; arguments as in `Trainer.create_model_card`."""
         if not self.is_world_process_zero():
             return
-        name = model_name or self._publisher.name
-        teachers = [] if self.pair is None else self.pair.teacher_models
-        known = model_facts(name, self.student, teachers, self.processing_class)
+        known = self._student_facts(model_name or self._publisher.name)
         data = dataset_tags or dataset
         facts = replace(
             known,
             base_model=finetuned_from or known.base_model,
             dataset=data[0] if isinstance(data, list) else data,
-            method="KD" if self.feature_loss is None else self.feature_loss.title,
             settings=self.distillation_settings(),
             metrics=last_evaluation(self.state.log_history),
             license=license,
@@ -232,6 +277,14 @@ class StudentTrainer(Trainer):
             tags=tags,
         )
         self._publisher.write_card(facts)
+
+    def _student_facts(self, name: str) -> StudentFacts:
+        teachers = [] if self.pair is None else self.pair.teacher_models
+        return replace(model_facts(name, self.student, teachers, self.processing_class), method=self._method)
+
+    @property
+    def _method(self) -> str:
+        return "KD" if self.feature_loss is None else self.feature_loss.title
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         by_step = self.args.save_strategy == SaveStrategy.STEPS

@@ -11,8 +11,9 @@ from .parts import AssociationHistory, AssociationMap, Curve, LayerError, Reliab
 
 # More columns have no room for numbers.
 MOST_NUMBERED = 16
-# From this share of the strongest color on, dark text cannot be read on it.
-STRONG = 0.55
+# From these shares of the strongest color on, the usual ink is harder to read on it than its opposite, on a dark page
+# and on a light one (relative luminance as WCAG 2 defines it).
+STRONG = (0.6, 0.78)
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a heat map: its number, the share of the strongest color in percent, and its full name."""
+    """A cell of a heat map: its number, the share of the strongest color in percent, and its full name.
+
+    `strong` tells on how many of a dark and a light page its ink is turned.
+    """
 
     text: str
     share: float
-    strong: bool
+    strong: int
     title: str
 
 
@@ -173,7 +177,7 @@ def _heat_map(
         share = min(weight / top, 1.0)
         text = f"{100 * weight:.0f}" if len(order) <= MOST_NUMBERED else ""
         names = f"student {association.student_layers[s]}, teacher {association.teacher_layers[t]}"
-        return Cell(text, round(100 * share, 1), share > STRONG, f"{names}: {weight:.1%}")
+        return Cell(text, round(100 * share, 1), sum(share > level for level in STRONG), f"{names}: {weight:.1%}")
 
     rows = zip(short_names([association.student_layers[s] for s in own.places]), own.places, strict=True)
     return HeatMap(

@@ -8,11 +8,10 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ...errors import InputError
 
-Kind = TypeVar("Kind")
 # Larger counts overflow floats and formats, and nothing here has them.
 LARGEST = 2**63
 
@@ -30,7 +29,7 @@ def load_json(path: Path) -> Any:
         ) from error
 
 
-def read(kind: type[Kind], value: Any, place: str) -> Kind:
+def read(kind: Any, value: Any, place: str) -> Any:
     """Return JSON as a dataclass, or as a field of one; `InputError` names the place that does not fit.
 
     Keys that the dataclass does not have are ignored. A null is NaN where a float is expected: JSON has none.
@@ -90,10 +89,10 @@ def _read_count(kind: Any, value: Any, place: str) -> int:
 
 
 def _read_plain(kind: Any, value: Any, place: str) -> Any:
-    if type(value) is not kind:
+    if kind is not Any and type(value) is not kind:
         raise _unfit(place, value, {str: "a text", bool: "true or false"}.get(kind, kind.__name__))
     # Half a surrogate pair cannot be written again.
-    return value.encode("utf-8", "replace").decode() if kind is str else value
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _unfit(place: str, value: Any, expected: str) -> InputError:
