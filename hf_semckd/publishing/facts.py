@@ -44,7 +44,7 @@ PROCESSOR_FILES = {
 }
 CPU_INFORMATION = Path("/proc/cpuinfo")
 # Trainer.evaluate returns these beside the metrics.
-_BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
+BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class StudentFacts:
     def results(self) -> dict[str, float]:
         """The metrics that tell the student's quality, as Python floats."""
         named = {name.removeprefix("eval_"): float(value) for name, value in self.metrics.items()}
-        return {name: value for name, value in named.items() if name not in _BOOKKEEPING}
+        return {name: value for name, value in named.items() if name not in BOOKKEEPING}
 
 
 def model_facts(

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import InputError
 from ..evaluation.examples import compare_predictions
 from ..evaluation.table import Evaluation
-from ..publishing.facts import StudentFacts, environment, last_evaluation
+from ..publishing.facts import BOOKKEEPING, StudentFacts, environment, last_evaluation
 from ..publishing.redaction import repository_name
 from ..publishing.report.history import Rows, association_history, layer_errors, loss_curves
 from ..publishing.report.parts import Comparison, DeployTable, Run, UsedSetting
@@ -112,7 +112,8 @@ def deploy_table(evaluation: Evaluation | None) -> DeployTable | None:
 
 def told(training: Mapping[str, Any], rows: Rows) -> dict[str, str]:
     """Return what a report tells of a training: its arguments, and the results of the last evaluation."""
-    results = {name: f"{value:.4g}" for name, value in last_evaluation(rows).items()}
+    measured = last_evaluation(rows).items()
+    results = {name: f"{value:.4g}" for name, value in measured if name.removeprefix("eval_") not in BOOKKEEPING}
     return {**texts(training), **results}
 
 

@@ -24,19 +24,20 @@ STATE_FILE, EVALUATION_FILE = "trainer_state.json", "evaluation.json"
 def report_of_folder(folder: str | os.PathLike[str]) -> DistillationReport:
     """Return the report of a training from its output folder, without running a model.
 
-    From `report.json` where it is; else from the newest trainer_state.json, distillation_config.json and
-    evaluation.json. Raises `InputError` for a folder without a training, or with files that do not fit.
+    From `report.json` where it is, else from the newest trainer_state.json and distillation_config.json; a deploy
+    table that the report lacks is taken from evaluation.json. Raises `InputError` for a folder without a training, or with files that do not fit.
     """
     target = Path(folder)
+    evaluation = _first_json([target], EVALUATION_FILE)
+    deploy = read(DeployTable, evaluation, EVALUATION_FILE) if evaluation else None
     if (target / DATA).is_file():
-        return DistillationReport.load(target / DATA)
+        report = DistillationReport.load(target / DATA)
+        return report if report.deploy is not None or deploy is None else report.with_deploy(deploy)
     state, place = _newest_state(target)
     rows: Any = read(tuple[Mapping[str, Any], ...], state.get("log_history"), f"{STATE_FILE}.log_history")
     record = _first_json([target, place], SETTINGS_FILE)
     settings = read(tuple[UsedSetting, ...], record.get("settings", []), f"{SETTINGS_FILE}.settings")
     layers = read(Mapping[str, tuple[str, ...]], record.get("layers", {}), f"{SETTINGS_FILE}.layers")
-    evaluation = _first_json([target], EVALUATION_FILE)
-    deploy = read(DeployTable, evaluation, EVALUATION_FILE) if evaluation else None
     run = _run_of_files(record, settings, rows, [target, place])
     return assemble_report(run, rows, layers, deploy=deploy)
 

@@ -68,18 +68,20 @@ def tiles(deploy: DeployTable | None) -> list[Tile]:
 def deploy_rows(deploy: DeployTable) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the deploy table, as text."""
     counts = [latency.samples for latency in deploy.rows[0].latency]
-    head = ["model", "run by", deploy.metric, "kept (95 %)", "agrees", "calibration error", "parameters", "disk"]
+    head = ["model", "run by", deploy.metric, "kept (95%)", "agrees", "calibration error", "parameters", "disk"]
     head += ["peak memory", *(f"ms, batch of {count}" for count in counts)]
-    return head, [_deploy_row(row) for row in deploy.rows]
+    return head, [_deploy_row(row, deploy.rows[0]) for row in deploy.rows]
 
 
-def _deploy_row(row: Row) -> list[str]:
-    kept = row.kept
+def _deploy_row(row: Row, reference: Row) -> list[str]:
+    kept, text = row.kept, "reference" if row is reference else "-"
+    if row is not reference and math.isfinite(kept.value):
+        text = f"{kept.value:.1%} ({kept.low:.1%} - {kept.high:.1%})"
     return [
         row.model,
         row.runtime if row.device == "cpu" else f"{row.runtime}, GPU",
         f"{row.quality:.4g}",
-        f"{kept.value:.1%} ({kept.low:.1%} - {kept.high:.1%})" if math.isfinite(kept.value) else "-",
+        text,
         f"{row.agreement:.1%}" if math.isfinite(row.agreement) else "-",
         "-" if row.calibration_error is None else f"{row.calibration_error:.3f}",
         f"{row.parameters:,}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from ...files import write_atomic, write_json
@@ -42,6 +42,11 @@ class DistillationReport:
     def load(cls, path: str | os.PathLike[str]) -> DistillationReport:
         """Read `report.json`; `InputError` where it holds something else."""
         return read(cls, load_json(Path(path)), "report")
+
+    def with_deploy(self, deploy: DeployTable) -> DistillationReport:
+        """Return the report with a deploy table."""
+        missing = {name: why for name, why in self.missing.items() if name != "deploy"}
+        return replace(self, deploy=deploy, missing=missing)
 
     def page(self) -> str:
         """Return the page, HTML that needs nothing else."""

@@ -62,9 +62,9 @@ def headline(deploy: DeployTable | None) -> str | None:
     if not math.isfinite(kept.value):
         quality = f"{student.quality:.4g}, and the teacher {teacher.quality:.4g}"
         return f"The student reaches a {deploy.metric} of {quality}, {costs}."  # type: ignore[union-attr]
-    interval = f"95 %: {100 * kept.low:.1f} - {100 * kept.high:.1f} %"
+    interval = f"95%: {100 * kept.low:.1f} - {100 * kept.high:.1f}%"
     metric = deploy.metric  # type: ignore[union-attr]
-    return f"The student keeps {100 * kept.value:.1f} % ({interval}) of the teacher's {metric} {costs}."
+    return f"The student keeps {kept.value:.1%} ({interval}) of the teacher's {metric} {costs}."
 
 
 def association_words(association: AssociationHistory) -> list[str]:
@@ -112,6 +112,6 @@ def error_words(errors: Sequence[LayerError]) -> str:
     changes = [entry.last / entry.first - 1 for entry in errors if entry.first > 0]
     if len(changes) < len(errors) or not errors:
         return ""
-    return (
-        f"From the first to the last logging window the errors changed by {min(changes):+.0%} to {max(changes):+.0%}."
-    )
+    least, most = f"{min(changes):+.0%}", f"{max(changes):+.0%}"
+    between = least if least == most else f"{least} to {most}"
+    return f"From the first to the last logging window the errors changed by {between}."
