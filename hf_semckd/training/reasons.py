@@ -20,7 +20,9 @@ def used_settings(
     `settings` are those of `Distillation`, `layers` the names by `student_layers` and `teacher_layers`, which are used
     where none were chosen.
     """
-    found, kind = [], kind_of_layers(loss)
+    found = []
+    # What the feature loss decided by the layers at hand.
+    by_layers = {"feature_weight", *loss.settings} if loss is not None and loss.student_specs else set()
     for name in distillation_fields():
         if name not in settings:
             continue
@@ -29,19 +31,18 @@ def used_settings(
         rule = field.metadata["help"].partition(OPEN)[2]
         if given is not None and given != field.default:
             why = "given"
-        elif given is not None or value is None:
-            why = "default" if value is not None else f"left open: {rule}"
+        elif given is not None:
+            why = "default"
         else:
-            why = f"left open{kind and f', and the layers are {kind}'}. The rule: {rule}"
+            why = f"chosen for {kind_of_layers(loss)}: {rule}" if loss and name in by_layers else f"left open: {rule}"
         found.append(UsedSetting(name, "not set" if value is None else shown_setting(name, value), why))
     return tuple(found)
 
 
-def kind_of_layers(loss: FeatureLoss | None) -> str:
-    """Return what the defaults depend on: what the compared layers are; nothing where features are not compared."""
-    specs = () if loss is None else (*loss.student_specs, *loss.teacher_specs)
-    if not specs:
-        return ""
+def kind_of_layers(loss: FeatureLoss) -> str:
+    """Return what the compared layers are, on which defaults depend."""
+    specs = (*loss.student_specs, *loss.teacher_specs)
     if all(spec.kind == "map" for spec in specs):
         return "feature maps, as between CNNs"
-    return "those of image models" if all(spec.grid is not None for spec in specs) else "without a pixel grid"
+    grids = all(spec.grid is not None for spec in specs)
+    return "image models with a transformer" if grids else "layers without a pixel grid"
