@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -82,6 +83,7 @@ class DistillationCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Save the heat map, and send it to the trackers; a failure costs the picture alone."""
         self.monitor.finish(state.global_step)
+        self._tell_cache_use(args, state)
         self.monitor.warn_of_idle_student(state.global_step, args.learning_rate)
         association = self.monitor.last_association
         if association is None or not state.is_world_process_zero:
@@ -95,6 +97,18 @@ class DistillationCallback(TrainerCallback):
             logger.warning("The picture of the association was not saved (training is not affected): %s", error)
             return
         self._send_picture(state)
+
+    def _tell_cache_use(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Say how much came from the cache, where the progress bar is read; elsewhere it is a line for information.
+
+        A warning would be wrong, and information is not shown by default. Its rate is in the logs besides.
+        """
+        if not self.teachers or not state.is_world_process_zero:
+            return
+        said = f"Teacher cache {str(self.teachers[0].folder)!r}: {self.monitor.cache_use}."
+        logger.info(said)
+        if not args.disable_tqdm:
+            tqdm.write(said)
 
     def _send_picture(self, state: TrainerState) -> None:
         """Send the heat map to every tracker that records; a failure costs the picture alone."""

@@ -24,9 +24,9 @@ STATE_FILE, EVALUATION_FILE = "trainer_state.json", "evaluation.json"
 def report_of_folder(folder: str | os.PathLike[str]) -> DistillationReport:
     """Return the report of a training from its output folder, without running a model.
 
-    From `report.json` where it is, else from the newest trainer_state.json and distillation_config.json; a deploy table
-    that the report lacks is taken from evaluation.json. Raises `InputError` for a folder without a training, or with
-    files that do not fit.
+    From `report.json` where it is, else from the newest trainer_state.json and distillation_config.json; a deploy
+    table that the report lacks is taken from evaluation.json. Raises `InputError` for a folder without a training,
+    or with files that do not fit.
     """
     target = Path(folder)
     evaluation = _first_json([target], EVALUATION_FILE)

@@ -51,19 +51,17 @@ def deploy_pair(deploy: DeployTable) -> tuple[Row, Row] | None:
 def headline(deploy: DeployTable | None) -> str | None:
     """Return what the student keeps and costs in a sentence, or None where it was not evaluated beside another."""
     pair = None if deploy is None else deploy_pair(deploy)
-    if pair is None:
+    if deploy is None or pair is None:
         return None
-    teacher, student = pair
+    (teacher, student), metric = pair, deploy.metric
     kept, latency = student.kept, student.latency[0]
     size = student.parameters / teacher.parameters
     speed = teacher.latency[0].p50 / latency.p50
     of = "single samples" if latency.samples == 1 else f"batches of {latency.samples}"
     costs = f"with {size:.2g} times the parameters, {speed:.2g} times as fast for {of}"
     if not math.isfinite(kept.value):
-        quality = f"{student.quality:.4g}, and the teacher {teacher.quality:.4g}"
-        return f"The student reaches a {deploy.metric} of {quality}, {costs}."  # type: ignore[union-attr]
+        return f"The student's {metric} is {student.quality:.4g} (the teacher's {teacher.quality:.4g}), {costs}."
     interval = f"95%: {100 * kept.low:.1f} - {100 * kept.high:.1f}%"
-    metric = deploy.metric  # type: ignore[union-attr]
     return f"The student keeps {kept.value:.1%} ({interval}) of the teacher's {metric} {costs}."
 
 
