@@ -59,8 +59,8 @@ def compare_predictions(
     places = [n * len(dataset) // min(samples, len(dataset)) for n in range(min(samples, len(dataset)))]
     chosen = dataset.select(places) if isinstance(dataset, Dataset) else Subset(dataset, places)
     data = LabeledData(chosen, data_collator or usual_collator(processing_class), (*teachers, student))
-    variants = [_variant(model, student) for model in (*teachers, student)]
     with evaluating(*teachers, student), torch.inference_mode(), preserved_random_state(0):
+        variants = [_variant(model, student) for model in (*teachers, student)]
         found = _Run.over(data, variants, weights, batch_size)
     metric = find_metric(None, found.labeling)
     made = {"teacher": found.teacher, "student": found.student}
