@@ -15,7 +15,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 # the refusals that go with them take (some 1,900 lines), students made from teachers (1,450), the room that evaluates
 # and exports them (1,450 with its commands), several teachers for one student (370), and the report of a training with
 # pictures for trackers (1,750) came later.
-LARGEST_PACKAGE = 16_900
+LARGEST_PACKAGE = 16_910
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 

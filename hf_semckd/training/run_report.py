@@ -81,11 +81,13 @@ def check_trained(distills: bool, rows: Rows) -> None:
 
 
 def compare_or_say_why(
-    student: nn.Module, teachers: Callable[[], Sequence[nn.Module]], dataset: Any, **options: Any
+    student: nn.Module, teachers: Callable[[], Sequence[nn.Module]], dataset: Any, *, sharded: bool, **options: Any
 ) -> tuple[Comparison | None, dict[str, str]]:
     """Return `compare_predictions` on a data set (the first of several), or why there is none, by the part's name."""
     if isinstance(dataset, Mapping) and dataset:
         dataset = next(iter(dataset.values()))
+    if sharded:
+        return None, {"comparison": "Not compared: the student is sharded over processes. Load the saved one for it."}
     if dataset is None:
         return None, {"comparison": "There was no eval_dataset: call trainer.distillation_report(dataset=data)."}
     try:

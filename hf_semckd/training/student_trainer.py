@@ -113,6 +113,7 @@ class StudentTrainer(Trainer):
                 self.student,
                 lambda: list(self.teacher) if isinstance(self.teacher, nn.ModuleList) else [self.teacher],
                 self.eval_dataset if dataset is None else dataset,
+                sharded=not self._reloads_here,
                 weights=self.pair.weights,
                 processing_class=self.processing_class,
                 data_collator=self.data_collator,

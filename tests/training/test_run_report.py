@@ -14,6 +14,7 @@ from hf_semckd.errors import InputError
 from hf_semckd.evaluation.table import Evaluation
 from hf_semckd.publishing.facts import environment
 from hf_semckd.publishing.report.report import DistillationReport
+from hf_semckd.training.run_report import compare_or_say_why
 from hf_semckd.training.saved_report import report_of_folder
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
@@ -86,6 +87,11 @@ def test_data_that_cannot_be_compared_costs_its_section_alone(trained):
     assert report.comparison is None and "has no labels" in report.missing["comparison"]
     first = trained[0].distillation_report(dataset={"one": images(3), "two": images(4)})
     assert first.comparison.samples == 3
+
+
+def test_a_sharded_student_is_not_run_for_the_report():
+    compared = compare_or_say_why(vit(), lambda: [vit(3, 24, seed=9)], images(3), sharded=True)
+    assert compared[0] is None and "sharded" in compared[1]["comparison"]
 
 
 def test_what_cannot_be_reported_is_refused(trained, tmp_path):
