@@ -17,6 +17,7 @@ COMMANDS = {
     "make-student": "make_student",
     "cache": "cache",
     "evaluate": "evaluate",
+    "report": "report",
     "export": "export",
     "push": "push",
 }
@@ -29,6 +30,7 @@ usage: hf-semckd COMMAND [options]
   make-student   cut a smaller student out of a fine-tuned teacher
   cache          run the teacher once per sample, ahead of training
   evaluate       compare models: quality kept, size, memory, latency
+  report         show what a training learned, as a page
   export         write a model as an ONNX file, in float32 and int8
   push           upload a saved student to the Hub
 

@@ -100,7 +100,7 @@ class DecisionCollector:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Take the logits of a batch and its labels, see `labels_of`; `InputError` where they do not correspond."""
         logits = logits.float()
-        scores, targets = _positions(logits, labels.to(logits.device), self._labeling)
+        scores, targets = positions(logits, labels.to(logits.device), self._labeling)
         wild = scores.isnan() | (scores == float("inf"))  # -inf rules a class out
         if wild.any():
             raise InputError(
@@ -141,7 +141,7 @@ class DecisionCollector:
         return Decisions(self._count, samples, predicted, truth, *rest)
 
 
-def _positions(logits: Tensor, labels: Tensor, labeling: Labeling) -> tuple[Tensor, Tensor]:
+def positions(logits: Tensor, labels: Tensor, labeling: Labeling) -> tuple[Tensor, Tensor]:
     """Return logits with the classes last, and the labels along the other axes."""
     if labeling.kind == "spans":
         # An answer that was cut off counts for nothing, as in training.

@@ -17,10 +17,10 @@ from ..models.latency import interleaved_times
 from ..models.loading import ModelSource, load_model
 from ..models.sizes import count_parameters
 from ..publishing.facts import environment
+from ..publishing.rows import Latency, Row
 from .decisions import DecisionCollector, Decisions, Labeling, find_labeling, labels_of
 from .export import check_installed
 from .metrics import Metric, agreement, calibration_error, find_metric, resample, share_kept
-from .rows import Latency, Row
 from .table import Evaluation
 from .variants import LabeledData, Variant, make_variants, usual_collator
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError, MissingDependencyError
+from ..publishing.report.parts import Bin
+from ..publishing.rows import Share
 from .decisions import Decisions, Labeling
 
 RESAMPLES = 1000
@@ -146,15 +148,6 @@ def _from_scikit_learn(name: str, settings: dict[str, Any]) -> Callable[[np.ndar
     return lambda predicted, labels: float(function(labels, predicted, **settings))
 
 
-@dataclass(frozen=True)
-class Share:
-    """The share of a reference's quality that is kept, with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def resample(metric: Metric, decisions: Decisions, seed: int = 0) -> np.ndarray:
     """Return the quality of all samples, and of 1000 draws with replacement, which are the same for equal seeds."""
     generator, count = np.random.default_rng(seed), decisions.count
@@ -189,9 +182,18 @@ def calibration_error(decisions: Decisions) -> float | None:
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3.
     """
-    if decisions.confidence is None:
+    bins = confidence_bins(decisions)
+    if not bins:
         return None
-    right, sure = _is_right(decisions), decisions.confidence
-    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, right - sure.astype(float), BINS)
-    return float(np.abs(gaps).sum() / len(sure))
+    total = sum(entry.count for entry in bins)
+    return sum(entry.count * abs(entry.right - entry.confidence) for entry in bins) / total
+
+
+def confidence_bins(decisions: Decisions) -> tuple[Bin, ...]:
+    """Return the decisions in 15 bins of equal width by their confidence, without empty ones; none in regression."""
+    if decisions.confidence is None:
+        return ()
+    right, sure = _is_right(decisions), decisions.confidence.astype(float)
+    places = np.minimum((sure * BINS).astype(int), BINS - 1)
+    sums = (np.bincount(places, minlength=BINS), np.bincount(places, sure, BINS), np.bincount(places, right, BINS))
+    return tuple(Bin(int(n), float(s / n), float(r / n)) for n, s, r in zip(*sums, strict=True) if n)

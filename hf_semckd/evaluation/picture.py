@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import replacing
 from ..publishing.plots import DOTS_PER_INCH, INK, load_matplotlib
-from .rows import Row
+from ..publishing.rows import Row
 
 MARKERS = ("o", "s", "D", "^")
 # Okabe and Ito's colors, which differ for any color vision.

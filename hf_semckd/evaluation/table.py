@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import MissingDependencyError
 from ..files import write_atomic, write_json
 from ..models.tables import aligned_lines
+from ..publishing.rows import Row
 from .picture import save_picture, way_of
-from .rows import Row
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def make_variants(
     for place, (name, model) in enumerate(models.items()):
         pytorch = PyTorch(model, torch.device("cpu"))
         saved = _save(model, folder / f"model{place}")
-        order = _class_order(model, last)
+        order = class_order(model, last)
         plain = Variant(name, pytorch, pytorch, saved, _size(saved), place == 0, order)
         found.append(plain)
         if torch.cuda.is_available():
@@ -148,7 +148,7 @@ def make_variants(
     return found, notes
 
 
-def _class_order(model: nn.Module, last: nn.Module) -> Tensor | None:
+def class_order(model: nn.Module, last: nn.Module) -> Tensor | None:
     """Return where a model has the classes of another one, by name; None where they are in the same order."""
     own, wanted = label_names(model), label_names(last)
     if own is None or wanted is None or own == wanted:

@@ -18,6 +18,7 @@ from .heads import EXAMPLES
 from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, repository_name
 from .settings import distillation_rows, training_rows, version_rows
 from .sources import LicenseTerms, combined_license
+from .usage import loading_code
 from .wording import LORA, dataset_link, summary
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
         "student_class": facts.student_class,
         "processor": facts.processor,
         "classes": ", ".join(sorted({facts.student_class, facts.processor or facts.student_class})),
+        "usage": loading_code(repo, facts.student_class, facts.processor),
         "labels": _labels(facts.labels),
         "base_id": _kept(facts.base_model, is_hub_id),
         "task": tag,

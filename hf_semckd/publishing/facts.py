@@ -22,9 +22,15 @@ from .sources import Source, hub_source, source_of
 
 # How a student is loaded: by transformers, as an adapter of PEFT, or from its weights by code of one's own.
 LOADERS = ("transformers", "peft", "torch")
+# The auto class that reads a file of a processor.
+PROCESSOR_FILES = {
+    "processor_config.json": "AutoProcessor",
+    "preprocessor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+}
 CPU_INFORMATION = Path("/proc/cpuinfo")
 # Trainer.evaluate returns these beside the metrics.
-_BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
+BOOKKEEPING = {"runtime", "samples_per_second", "steps_per_second", "epoch", "step", "model_preparation_time"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class StudentFacts:
     def results(self) -> dict[str, float]:
         """The metrics that tell the student's quality, as Python floats."""
         named = {name.removeprefix("eval_"): float(value) for name, value in self.metrics.items()}
-        return {name: value for name, value in named.items() if name not in _BOOKKEEPING}
+        return {name: value for name, value in named.items() if name not in BOOKKEEPING}
 
 
 def model_facts(

@@ -37,7 +37,8 @@ class CachedTeacher:
 
     All caches live in `folder`; `dtype` is that of `TeacherCache`, `limit_bytes` that of its store. With `load`, which
     loads it when needed, the teacher has no weights until then, and `note` is what is known of it. `digest` is that of
-    the files it comes from; None where they are unknown, and nothing is noted.
+    the files it comes from; None where they are unknown, and nothing is noted. `computed` counts the samples that it
+    ran on.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CachedTeacher:
         self.folder, self.dtype, self.limit_bytes = folder, dtype, limit_bytes
         self.request, self.digest = request, digest
         self.note: TeacherNote | None = None
+        self.computed = 0
         self._teacher, self._load = teacher, load
         self._device: torch.device | None = None
         self._cache: TeacherCache | None = None
@@ -183,6 +185,7 @@ class CachedTeacher:
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         missing = [index for index, present in enumerate(lookup.present) if not present]
         if missing:
+            self.computed += len(missing)
             outputs = self.load().run(batch, logits=logits, features=features, loss=loss, samples=missing)
             computed = cache.rows(outputs, inputs, missing)
             cache.store.write([lookup.keys[index] for index in missing], computed)

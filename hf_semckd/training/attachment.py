@@ -173,8 +173,8 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_places)
         result = loss(features, targets.features, masks)
         losses = {"per_sample": result.per_sample}
-        if result.association is not None:
-            losses["association"] = result.association
+        shown = {"association": result.association, "errors": result.errors}
+        losses |= {name: value for name, value in shown.items() if value is not None}
         return without_hidden_states(outputs), losses
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

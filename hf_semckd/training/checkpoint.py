@@ -127,23 +127,24 @@ def finish_folder(
     config: SemCKDConfig,
     student: nn.Module,
     teachers: Sequence[nn.Module],
-    settings: Mapping[str, Any],
-    method: str,
+    distillation: Mapping[str, Any],
+    record: Mapping[str, Any],
     dataset: Any,
 ) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
-    They take the place of Trainer's pickled arguments, which only this library could read back.
+    `record` is what a report needs besides. The file takes the place of Trainer's pickled arguments, which only this
+    library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     names = [source_of(teacher).name for teacher in teachers]
     written = {
-        "method": method,
-        "distillation": dict(settings),
+        "distillation": dict(distillation),
         "training": recorded_arguments(config),
         "base_model": hub_source(student),
         "dataset": dataset_source(dataset),
         "teacher": names[0] if len(names) == 1 else names,
+        **record,
         "versions": environment(),
     }
     write_json(folder / SETTINGS_FILE, written)

@@ -1,10 +1,13 @@
 """What is shown of a training: loss terms and the association, averaged over logging windows, and two warnings."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from ..losses import FeatureLoss
 from ..losses.positions import entropy
+from ..publishing.report.history import ASSOCIATION, LAYER_ERRORS
 from .pair import Pair
 from .plan import Plan, Services
 
@@ -25,6 +29,7 @@ COLLAPSE_SPREAD = 0.01
 IDLE_SHARES = (0.99, 1.05)
 # Above it a mean loss term is a mistake of units.
 LARGE_LOSS = 1e6
+HIT_RATE = "teacher_cache/hit_rate"
 # In fewer steps nobody expects one to have learned much.
 IDLE_STEPS = 50
 # The loss that tells is the mean over at least so many of the last steps: a window may be a single batch.
@@ -33,11 +38,17 @@ JUDGED_STEPS = 20
 
 @dataclass(frozen=True)
 class WindowAverages:
-    """Unweighted loss terms with `association/entropy` in nats; mean and standard deviation (S, T) of the weights."""
+    """Unweighted loss terms with `association/entropy` in nats; mean and standard deviation (S, T) of the weights.
+
+    `errors` are the association-weighted errors of the student layers (S), NaN where one is not compared; `counts` are
+    sums over processes.
+    """
 
     terms: dict[str, float]
     association: np.ndarray | None
     spread: np.ndarray | None
+    errors: np.ndarray | None = None
+    counts: tuple[int, ...] = ()
 
     def collapsed(self, upper_bound: float | None) -> bool:
         """Whether every student layer leans on one same teacher layer, to the bound, for every sample alike."""
@@ -46,6 +57,26 @@ class WindowAverages:
         winners = self.association.argmax(1)
         at_bound = self.association.max(1) >= COLLAPSE_SHARE * upper_bound
         return bool(at_bound.all() and (self.spread < COLLAPSE_SPREAD).all() and (winners == winners[0]).all())
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """Samples for which cached teachers were asked, and those that they had to run on."""
+
+    samples: int = 0
+    computed: int = 0
+
+    def __add__(self, other: CacheUse) -> CacheUse:
+        return CacheUse(self.samples + other.samples, self.computed + other.computed)
+
+    @property
+    def hit_rate(self) -> float:
+        """The share that came from the cache; samples that a training step runs twice count once."""
+        return max(1 - self.computed / self.samples, 0.0) if self.samples else 0.0
+
+    def __str__(self) -> str:
+        stored = max(self.samples - self.computed, 0)
+        return f"{stored:,} of {self.samples:,} samples came from it, and the teacher ran on {self.computed:,}"
 
 
 class LossMeter:
@@ -61,12 +92,14 @@ class LossMeter:
         share = _widened(share.detach())
         self._terms[name] = self._terms[name] + share if name in self._terms else share
 
-    def add_association(self, weights: Tensor) -> None:
-        """Add the association weights (B, S, T) of a micro-batch."""
+    def add_association(self, weights: Tensor, errors: Tensor | None = None) -> None:
+        """Add the association weights (B, S, T) of a micro-batch, and the errors of its pairs, if there are any."""
         weights = _widened(weights.detach())
         sums = torch.stack([weights.sum(0), weights.square().sum(0)]).flatten()
         extra = torch.stack([weights.new_full((), float(len(weights))), entropy(weights).mean(1).sum()])
-        packed = torch.cat([sums, extra])
+        # Packed with the weights, so that a window stays one reduction.
+        weighted = [] if errors is None else [(weights * errors.detach()).sum((0, 2))]
+        packed = torch.cat([sums, extra, *weighted])
         self._shape = tuple(weights.shape[1:])
         self._association = packed if self._association is None else self._association + packed
 
@@ -75,24 +108,35 @@ class LossMeter:
         """Whether nothing was added since the last `average`."""
         return not self._terms and self._association is None
 
-    def average(self, steps: int, reduce_sum: Callable[[Tensor], Tensor]) -> WindowAverages:
-        """Return the averages over the optimizer steps since the last call, on all processes, and start anew."""
+    def average(
+        self, steps: int, reduce_sum: Callable[[Tensor], Tensor], counts: Sequence[int] = ()
+    ) -> WindowAverages:
+        """Return the averages over the optimizer steps since the last call, on all processes, and start anew.
+
+        `counts` of this process are added over all of them on the way.
+        """
         names = [name for name in TERMS if name in self._terms]
         parts = [self._terms[name].reshape(1) for name in names]
         if self._association is not None:
             parts.append(self._association)
+        parts.append(torch.tensor(counts, dtype=parts[0].dtype, device=parts[0].device))
         sums = reduce_sum(torch.cat(parts)).cpu().double().numpy()
+        sums, totals = np.split(sums, [len(sums) - len(counts)])
         terms = {name: float(sums[index]) / max(steps, 1) for index, name in enumerate(names)}
-        association = spread = None
+        found = WindowAverages(terms, None, None)
         if self._association is not None:
-            association, spread, terms["association/entropy"] = self._unpack(sums[len(names) :])
+            found = self._unpack(terms, sums[len(names) :])
         self._terms, self._association = {}, None
-        return WindowAverages(terms, association, spread)
+        return replace(found, counts=tuple(map(int, totals)))
 
-    def _unpack(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        samples = max(sums[-2], 1.0)
-        mean, square = (part.reshape(self._shape) / samples for part in np.split(sums[:-2], 2))
-        return mean, np.sqrt(np.clip(square - mean**2, 0, None)), float(sums[-1] / samples)
+    def _unpack(self, terms: dict[str, float], sums: np.ndarray) -> WindowAverages:
+        pairs = math.prod(self._shape)
+        first, second, rest = np.split(sums, [pairs, 2 * pairs])
+        samples = max(rest[0], 1.0)
+        mean, square = (part.reshape(self._shape) / samples for part in (first, second))
+        terms["association/entropy"] = float(rest[1] / samples)
+        errors = rest[2:] / samples if len(rest) > 2 else None
+        return WindowAverages(terms, mean, np.sqrt(np.clip(square - mean**2, 0, None)), errors)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -116,7 +160,9 @@ class Monitor:
         learns_features = loss is not None and not loss.reuses_teacher_head and plan.feature_weight > 0
         self.judges_student = classifies and learns_features and services.custom_loss is None
         self.last_association: np.ndarray | None = None
+        self.last_errors: np.ndarray | None = None
         self._warned_of_collapse = self._warned_of_size = False
+        self._cached_teachers = pair.cached_teachers
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -124,21 +170,28 @@ class Monitor:
         self._meter = LossMeter()
         self.task_losses: deque[tuple[int, float]] = deque()
         self._started_at = self._averaged_to = step
+        self.cache_use = CacheUse()
+        self._samples, self._computed = 0, sum(teacher.computed for teacher in self._cached_teachers)
 
-    def record(self, terms: Mapping[str, Tensor], features: Mapping[str, Tensor] | None) -> None:
-        """Add a micro-batch's shares of the terms, and the association weights among its features."""
+    def record(self, terms: Mapping[str, Tensor], features: Mapping[str, Tensor] | None, samples: int) -> None:
+        """Add a micro-batch's shares of the terms, the association weights among its features, and its samples."""
+        self._samples += samples * len(self._cached_teachers)
         for name, value in terms.items():
             self._meter.add_term(name, value)
         if features is not None and "association" in features:
-            self._meter.add_association(features["association"])
+            self._meter.add_association(features["association"], features.get("errors"))
 
     def finish(self, step: int) -> dict[str, float]:
         """End the logging window on all processes at once; return its terms and keep its association."""
         if self._meter.empty:
             return {}
         steps = step - self._averaged_to
-        averages = self._meter.average(steps, self.services.reduce_sum)
+        averages = self._meter.average(steps, self.services.reduce_sum, self._cache_counts())
         self._averaged_to = step
+        if averages.counts:
+            window = CacheUse(*averages.counts)
+            self.cache_use = self.cache_use + window
+            averages.terms[HIT_RATE] = window.hit_rate
         if "task_loss" in averages.terms:
             self.task_losses.append((steps, averages.terms["task_loss"]))
             # Only the last windows, which make up `JUDGED_STEPS` steps.
@@ -153,10 +206,27 @@ class Monitor:
                 *next(iter(large.items())),
             )
         if averages.association is not None:
-            self.last_association = averages.association
+            self.last_association, self.last_errors = averages.association, averages.errors
             if averages.collapsed(self.upper_bound):
                 self._warn_of_collapse(averages.association)
         return averages.terms
+
+    def _cache_counts(self) -> list[int]:
+        """Return how many samples the cached teachers were asked for since the last call, and ran on."""
+        if not self._cached_teachers:
+            return []
+        before, self._computed = self._computed, sum(teacher.computed for teacher in self._cached_teachers)
+        samples, self._samples = self._samples, 0
+        return [samples, self._computed - before]
+
+    def history_entries(self) -> dict[str, Any]:
+        """Return what a trainer's history keeps of the last window besides the terms, ready for JSON."""
+        if self.last_association is None:
+            return {}
+        entries: dict[str, Any] = {ASSOCIATION: self.last_association.tolist()}
+        if self.last_errors is not None:
+            entries[LAYER_ERRORS] = [None if math.isnan(error) else error for error in self.last_errors.tolist()]
+        return entries
 
     def warn_of_idle_student(self, step: int, learning_rate: float) -> None:
         """Warn when a classifier ends as it began, at chance: too strong a feature term can do that to a student.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..losses.logits import logit_loss_sum
-from ..models.outputs import logits_of
+from ..models.outputs import batch_size, logits_of
 from ..teacher.cached import TeacherRunner
 from ..teacher.outputs import TeacherOutputs
 from .attachment import DistillationTargets
@@ -70,7 +70,8 @@ class Objective:
             # The head learns nothing then, but a wrapper may wait for its gradient.
             loss = loss + _zero(outputs)
         self.guard.check(loss, terms, batch, step)
-        self.monitor.record({name: term / counts.processes for name, term in terms.items()}, features)
+        shares = {name: term / counts.processes for name, term in terms.items()}
+        self.monitor.record(shares, features, batch_size(batch))
         return (loss, outputs) if return_outputs else loss
 
     def _run_student(

@@ -18,6 +18,7 @@ from ..losses import FeatureLoss
 from ..publishing.card import ASSOCIATION_PICTURE, EVALUATION_FILE, EVALUATION_PICTURE
 from ..publishing.facts import StudentFacts, environment, last_evaluation, model_facts
 from ..publishing.hub import Publisher
+from ..publishing.report.report import DistillationReport
 from ..publishing.sources import dataset_source, warn_of_license
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
@@ -31,6 +32,8 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .pair import Pair
+from .reasons import used_settings
+from .run_report import assemble_report, check_trained, compare_or_say_why, deploy_table, trained_run
 
 
 class StudentTrainer(Trainer):
@@ -93,6 +96,41 @@ class StudentTrainer(Trainer):
         """Return the settings of the distillation, with what is used where they were left open, ready for JSON."""
         return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
 
+    def distillation_report(self, evaluation: Evaluation | None = None, dataset: Any = None) -> DistillationReport:
+        """Return what was learned and what the student is worth; `report.save(folder)` writes it as a page.
+
+        Student and teacher run on up to 512 labeled samples, for which a cached teacher is loaded.
+
+        Args:
+            evaluation: What `evaluate` found of teacher and student; without it the report has no deploy table.
+            dataset: The labeled samples, prepared as `eval_dataset`, which is the default.
+
+        Raises:
+            InputError: Before any training, and without distillation.
+        """
+        check_trained(self.distillation is not None, self.state.log_history)
+        assert self.pair is not None
+        with self._finished_student():
+            comparison, why = compare_or_say_why(
+                self.student,
+                lambda: list(self.teacher) if isinstance(self.teacher, nn.ModuleList) else [self.teacher],
+                self.eval_dataset if dataset is None else dataset,
+                sharded=not self._reloads_here,
+                weights=self.pair.weights,
+                processing_class=self.processing_class,
+                data_collator=self.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+        facts, rows = self._student_facts(self._publisher.name), self.state.log_history
+        settings = used_settings(self.args, self.distillation_settings(), self._layer_names, self.feature_loss)
+        run = trained_run(facts, recorded_arguments(self.args), rows, settings, type(self.student).__name__)
+        deploy = deploy_table(evaluation)
+        return assemble_report(run, rows, self._layer_names, deploy=deploy, comparison=comparison, why=why)
+
+    @property
+    def _layer_names(self) -> dict[str, list[str]]:
+        return {"student_layers": self.student_layer_names, "teacher_layers": self.teacher_layer_names}
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what the teacher takes besides what the student takes; `_prepare_inputs` tells them apart."""
         first = self._signature_columns is None
@@ -138,8 +176,11 @@ class StudentTrainer(Trainer):
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save and self.pair is not None:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            models, settings = (self.student, self.pair.teacher_models), self.distillation_settings()
-            finish_folder(folder, self.args, *models, settings, self._method, self.train_dataset)
+            settings, layers = self.distillation_settings(), self._layer_names
+            reasons = used_settings(self.args, settings, layers, self.feature_loss)
+            record = {"method": self._method, "layers": layers, "settings": reasons}
+            models = self.student, self.pair.teacher_models
+            finish_folder(folder, self.args, *models, settings, record, self.train_dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
@@ -235,7 +276,7 @@ class StudentTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        known, files = self._known_facts(model_name or self._publisher.name), self._card_files(evaluation)
+        known, files = self._student_facts(model_name or self._publisher.name), self._card_files(evaluation)
         if license is None and not self.is_in_train:
             warn_of_license(known.sources)
         facts = replace(
@@ -243,7 +284,6 @@ class StudentTrainer(Trainer):
             base_model=finetuned_from or known.base_model,
             pipeline_tag=_first(tasks) or known.pipeline_tag,
             dataset=_first(dataset_tags) or _first(dataset) or dataset_source(self.train_dataset),
-            method=self._method,
             settings=self.distillation_settings(),
             training=recorded_arguments(self.args),
             versions=environment(),
@@ -256,12 +296,13 @@ class StudentTrainer(Trainer):
         )
         self._publisher.write_card(facts)
 
-    def _known_facts(self, name: str) -> StudentFacts:
+    def _student_facts(self, name: str) -> StudentFacts:
         """Return what the models tell; once training has ended, the cards of the Hub as well."""
         teachers = [] if self.pair is None else self.pair.teacher_models
         online = self._publisher.repo_id is not None and not self.is_in_train
         with self._plain_student():
-            return model_facts(name, self.student, teachers, self.processing_class, online=online)
+            known = model_facts(name, self.student, teachers, self.processing_class, online=online)
+        return replace(known, method=self._method)
 
     def _card_files(self, evaluation: Evaluation | None) -> list[str]:
         """Save an evaluation, and return the files that the card may show: none that an earlier run left behind."""

@@ -315,9 +315,8 @@ class DistillationTrainer(StudentTrainer):
             distillation.guard.check_pending(self.state.global_step)
         terms = distillation.monitor.finish(self.state.global_step)
         super().log({**logs, **terms}, start_time)
-        if distillation.monitor.last_association is not None:
-            # Kept in the history, not printed: S * T numbers would bury the others.
-            self.state.log_history[-1]["association"] = distillation.monitor.last_association.tolist()
+        # Kept in the history, not printed: S * T numbers would bury the others.
+        self.state.log_history[-1].update(distillation.monitor.history_entries())
 
     def _attach(self, distillation: Distillation) -> None:
         distillation.attach()

@@ -57,6 +57,7 @@ from hf_semckd.losses.base import FeatureLossOutput
 from hf_semckd.teacher.cache.cache import CachingCollator
 
 SAMPLES = 14
+RATE = "teacher_cache/hit_rate"
 # Two epochs of seven batches, shuffled anew in each.
 QUICK = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_tokens": 5}
 
@@ -266,6 +267,29 @@ def test_only_the_missing_samples_are_given_to_the_teacher(tmp_path):
     assert sum(given) == SAMPLES // 2
     assert max(given) < 4, "batches of both kinds"
     assert_same(outcome(trainer), train("vit", tmp_path, target_norm="none", num_train_epochs=1))
+
+
+@pytest.mark.parametrize("norm", ["channel", "none"])
+def test_the_log_tells_the_share_that_came_from_the_cache(norm, tmp_path, caplog, capsys):
+    """Of two epochs the first runs the teacher on every sample; statistics of teachers read the first step twice."""
+    caplog.set_level("INFO", "hf_semckd")
+    shown = {"logging_strategy": "epoch", "disable_tqdm": False, "max_steps": -1, "num_train_epochs": 2}
+    trainer = make("vit", tmp_path, teacher_cache_dir=str(tmp_path / "cache"), target_norm=norm, **shown)
+    fit(trainer)
+    assert [row[RATE] for row in trainer.state.log_history if RATE in row] == [0.0, 1.0]
+    said = f"Teacher cache {str(tmp_path / 'cache')!r}: {SAMPLES} of {2 * SAMPLES} samples came from it, "
+    said += f"and the teacher ran on {SAMPLES}."
+    assert said in [entry.getMessage() for entry in caplog.records]
+    assert said in capsys.readouterr().out
+    fit(trainer)
+    assert [row[RATE] for row in trainer.state.log_history if RATE in row] == [1.0, 1.0], "counted anew"
+
+
+def test_without_a_cache_nothing_is_said_of_it(tmp_path, caplog):
+    caplog.set_level("INFO", "hf_semckd")
+    trainer = make("vit", tmp_path)
+    fit(trainer)
+    assert not any(RATE in row for row in trainer.state.log_history) and "cache" not in caplog.text
 
 
 def test_training_again_with_the_same_trainer_runs_no_teacher(tmp_path):

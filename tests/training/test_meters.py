@@ -58,6 +58,31 @@ def test_entropy_is_in_nats_and_averaged_over_samples_and_layers():
     assert meter.average(1, same).terms["association/entropy"] == pytest.approx(sum(rows) / 4, rel=1e-6)
 
 
+def test_errors_are_weighted_by_the_association_and_averaged_over_samples():
+    batches, generator = [random_weights(4), random_weights(2, seed=1)], torch.Generator().manual_seed(3)
+    errors = [torch.rand(weights.shape, generator=generator) for weights in batches]
+    for entry in errors:
+        entry[:, 1] = math.nan  # a layer that is left to the logits
+    meter = LossMeter()
+    for weights, entry in zip(batches, errors, strict=True):
+        meter.add_association(weights, entry)
+    found = meter.average(2, same)
+    by_hand = [
+        sum(float(w) * float(e) for w, e in zip(weights[i, 0], entry[i, 0], strict=True))
+        for weights, entry in zip(batches, errors, strict=True)
+        for i in range(len(weights))
+    ]
+    assert found.errors[0] == pytest.approx(sum(by_hand) / 6, rel=1e-6) and math.isnan(found.errors[1])
+    assert np.isfinite(found.association).all() and math.isfinite(found.terms["association/entropy"])
+
+
+def test_counts_are_added_in_the_same_reduction():
+    meter, seen = LossMeter(), []
+    meter.add_term("task_loss", torch.tensor(1.0))
+    found = meter.average(1, lambda sums: seen.append(sums) or 2 * sums, [7, 3])
+    assert len(seen) == 1 and found.counts == (14, 6) and found.terms == {"task_loss": 2.0}
+
+
 def test_processes_are_added_in_one_reduction():
     """Two processes that saw the same: terms (shares) double, means over samples stay."""
     calls = []

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .metrics import Share
+
+@dataclass(frozen=True)
+class Share:
+    """The share of a reference's quality that is kept, with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
