@@ -78,9 +78,10 @@ def _run(command: str, words: list[str]) -> int:
         chosen = importlib.import_module(f".{COMMANDS[command]}", __name__)
         # Bars of loading and writing, which are for notebooks.
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        chosen.run(words)
+        status = chosen.run(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as `head` does. Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status or 0

@@ -28,8 +28,8 @@ Run again, it goes on where it stopped. Recipes to start from: examples/recipes.
 """
 
 
-def run(words: Sequence[str]) -> None:
-    """Distill as the words after `hf-semckd distill` say."""
+def run(words: Sequence[str]) -> int:
+    """Distill as the words after `hf-semckd distill` say; 1 means that the student is trained but something failed."""
     parser = RecipeParser("hf-semckd distill", "Distill a teacher into a smaller student.", EPILOG)
     parser.add_argument("--dry-run", action="store_true", help="tell what will be done, and train a few steps only")
     parser.add_argument("--json", action="store_true", help="print the results as JSON; all else goes to stderr")
@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> None:
     try:
         if reading.extra.dry_run:
             preview(reading, voice)
-            return
+            return 0
         outcome = run_recipe(reading, voice)
     except SourceError as error:
         # The comments at the top of a recipe tell where to get what it needs.
@@ -55,6 +55,7 @@ def run(words: Sequence[str]) -> None:
         if for_machines:
             print(json_text(outcome))
         _tell(outcome, voice)
+    return 1 if outcome.problems else 0
 
 
 def defaults(path: str | None) -> dict[str, Any]:

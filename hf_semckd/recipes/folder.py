@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+
 from ..errors import ConfigurationError
 from ..files import write_json
 
@@ -66,6 +68,10 @@ class RunFolder:
         notes = self._notes() or {"options": {}}
         write_json(self.path / RECIPE, {**notes, "trained": True})
         shutil.rmtree(self.path / START, ignore_errors=True)
+
+    def state(self) -> TrainerState:
+        """Return the state of the finished training, with all that was logged."""
+        return TrainerState.load_from_json(str(self.path / "trainer_state.json"))
 
     def newest_checkpoint(self) -> str | None:
         """Return the newest checkpoint that is whole: its state is written last."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SemCKDConfig
 from ..errors import SemCKDError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
 from ..evaluation.table import Evaluation
-from ..training.trainer import DistillationTrainer
+from ..publishing.card import EVALUATION_FILE
+from ..publishing.report.report import PAGE
 from .folder import ONNX, RunFolder
 from .prepare import prepare
 from .progress import Voice, use_progress
@@ -23,18 +24,19 @@ from .schema import Recipe
 from .training import Prepared, student_trainer
 
 logger = logging.getLogger(__name__)
+TABLE = "evaluation.txt"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: the student's folder, the deploy table, and the pages and files beside them."""
+    """What a run leaves: the student's folder, the deploy table, the report's address, ONNX files, and what failed."""
 
     student: str
     auto_class: str
-    evaluation: Evaluation | None
+    evaluation: Any
     report: str | None
     onnx: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 def run_recipe(reading: Reading, voice: Voice) -> Outcome:
@@ -44,67 +46,102 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     folder = RunFolder(args.output_dir)
     folder.claim(_options(reading), is_main=args.process_index == 0)
     rows = read_rows(recipe, voice)
+    if folder.trained and _is_told(folder, recipe):
+        return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)
     trainer = student_trainer(recipe, args, prepared)
     use_progress(trainer, "training", voice)
-    if not folder.trained:
+    if folder.trained:
+        trainer.state = folder.state()
+    else:
         _train(trainer, folder, voice)
-    return _results(recipe, args, folder, prepared, trainer, voice)
+    return _Results(recipe, folder, prepared, trainer, voice).tell()
 
 
-def _train(trainer: DistillationTrainer, folder: RunFolder, voice: Voice) -> None:
+def _train(trainer: Any, folder: RunFolder, voice: Voice) -> None:
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
         voice("training", f"goes on from {Path(checkpoint).name}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    # Not yet to the Hub: the card is to have the table.
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)
     if trainer.args.should_save:
         trainer.save_state()
         folder.finish()
 
 
-def _results(
-    recipe: Recipe, args: SemCKDConfig, folder: RunFolder, prepared: Prepared, trainer: Any, voice: Voice
-) -> Outcome:
-    """Evaluate the student and write files; what fails here costs only itself, the student is saved."""
-    problems: list[str] = []
-    found: Evaluation | None = None
-    files: tuple[str, ...] = ()
-    if args.process_index == 0:
-        voice.text("")
+class _Results:
+    """Evaluates the student and writes files; what fails here costs only itself, the student is saved."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, prepared: Prepared, trainer: Any, voice: Voice):
+        self.recipe, self.folder, self.prepared, self.trainer, self.voice = recipe, folder, prepared, trainer, voice
+        self.problems: list[str] = []
+
+    def tell(self) -> Outcome:
+        found, report, files = None, None, ()
+        if self.trainer.is_world_process_zero():
+            self.voice.text("")
+            found = self._try("table", self._evaluate)
+            report = self._try("report", lambda: self._report(found))
+            files = self._try("ONNX files", self._export) if self.recipe.results.onnx else ()
+            self._try("card", lambda: self.trainer.create_model_card(evaluation=found))
+        if self.trainer.args.push_to_hub:
+            pushed = self._try("push", lambda: self.trainer.push_to_hub(evaluation=found))
+            if pushed is not None:
+                self.voice("hub", str(pushed.repo_url))
+        head = self.prepared.rows.kind.heads[0]
+        return Outcome(str(self.folder.path), f"AutoModelFor{head}", found, report, files or (), tuple(self.problems))
+
+    def _try(self, what: str, make: Callable[[], Any]) -> Any:
         try:
-            found = _evaluate(recipe, prepared, trainer)
-            found.save(folder.path)
-            voice.text(f"{found}\n")
-            if recipe.results.onnx:
-                batch = prepared.samples.collator([prepared.samples.splits.test[n] for n in range(2)])
-                files = tuple(map(str, export_onnx(trainer.student, folder.path / ONNX, batch, int8=True)))
-        except (SemCKDError, OSError) as error:
-            problems.append(str(error))
-            logger.error("The student is saved, but not all results: %s", error)
+            return make()
+        except (SemCKDError, OSError, RuntimeError) as error:
+            self.problems.append(f"{what}: {error}")
+            logger.error("The student is saved, but the %s failed. %s", what, error)
+            return None
+
+    def _evaluate(self) -> Evaluation:
+        teachers = self.prepared.teachers
+        names = ["teacher"] if len(teachers) == 1 else [f"teacher {place + 1}" for place in range(len(teachers))]
+        models = {**dict(zip(names, teachers, strict=True)), "student": self.trainer.student}
+        for model in models.values():
+            model.to("cpu")
+        found = evaluate(
+            models,
+            self.prepared.samples.splits.test,
+            data_collator=self.prepared.samples.collator,
+            metric=self.recipe.results.metric,
+            onnx=self.recipe.results.onnx,
+            batch_size=self.trainer.args.per_device_eval_batch_size,
+        )
+        found.save(self.folder.path)
+        self.voice.text(f"{found}\n")
+        return found
+
+    def _report(self, found: Evaluation | None) -> str:
+        report = self.trainer.distillation_report(evaluation=found, dataset=self.prepared.samples.splits.test)
+        return report.save(self.folder.path).absolute().as_uri()
+
+    def _export(self) -> tuple[str, ...]:
+        samples = self.prepared.samples
+        batch = samples.collator([samples.splits.test[place % len(samples.splits.test)] for place in range(2)])
+        return tuple(map(str, export_onnx(self.trainer.student, self.folder.path / ONNX, batch, int8=True)))
+
+
+def _is_told(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether an earlier run has written everything."""
+    files = [EVALUATION_FILE, TABLE, PAGE, *([f"{ONNX}/model_int8.onnx"] if recipe.results.onnx else [])]
+    return all((folder.path / name).is_file() for name in files)
+
+
+def _told_before(folder: RunFolder, head: str, voice: Voice) -> Outcome:
+    voice.text(f"\nAn earlier run has done all of this.\n\n{(folder.path / TABLE).read_text(encoding='utf-8')}")
     return Outcome(
         student=str(folder.path),
-        auto_class=f"AutoModelFor{prepared.rows.kind.heads[0]}",
-        evaluation=found,
-        report=None,
-        onnx=files,
-        problems=tuple(problems),
-    )
-
-
-def _evaluate(recipe: Recipe, prepared: Prepared, trainer: Any) -> Evaluation:
-    teachers = prepared.teachers
-    names = ["teacher"] if len(teachers) == 1 else [f"teacher {place + 1}" for place in range(len(teachers))]
-    models = {**dict(zip(names, teachers, strict=True)), "student": trainer.student}
-    for model in models.values():
-        model.to("cpu")
-    return evaluate(
-        models,
-        prepared.samples.splits.test,
-        data_collator=prepared.samples.collator,
-        metric=recipe.results.metric,
-        onnx=recipe.results.onnx,
-        batch_size=trainer.args.per_device_eval_batch_size,
+        auto_class=f"AutoModelFor{head}",
+        evaluation=json.loads((folder.path / EVALUATION_FILE).read_text(encoding="utf-8")),
+        report=(folder.path / PAGE).absolute().as_uri(),
+        onnx=tuple(map(str, sorted((folder.path / ONNX).glob("*.onnx")))),
     )
 
 

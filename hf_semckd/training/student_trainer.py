@@ -277,7 +277,8 @@ class StudentTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         known, files = self._student_facts(model_name or self._publisher.name), self._card_files(evaluation)
-        if license is None and not self.is_in_train:
+        # A card that stays here may wait.
+        if license is None and not self.is_in_train and self._publisher.repo_id is not None:
             warn_of_license(known.sources)
         facts = replace(
             known,

@@ -50,9 +50,9 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
 
 def test_it_runs_as_a_module(parts, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["hf-semckd", "cache", *parts])
-    monkeypatch.delitem(sys.modules, "hf_semckd.cli.__main__", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_semckd.__main__", raising=False)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("hf_semckd.cli", run_name="__main__")
+        runpy.run_module("hf_semckd", run_name="__main__")
     assert ended.value.code == 0
     assert "9 samples are cached" in capsys.readouterr().out
 
