@@ -41,7 +41,9 @@ def run(words: Sequence[str]) -> int:
     quieten(args)
     try:
         if reading.extra.dry_run:
-            preview(reading, voice)
+            made = preview(reading, voice)
+            if for_machines:
+                print(json_text(made.summary))
             return 0
         outcome = run_recipe(reading, voice)
     except SourceError as error:

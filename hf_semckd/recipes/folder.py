@@ -47,7 +47,11 @@ class RunFolder:
             return
         before = known["options"]
         changed = [name for name in {**before, **kept} if before.get(name) != kept.get(name)]
-        if changed:
+        if changed and not self._begun():
+            # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
+            if is_main:
+                write_json(self.path / RECIPE, {"options": kept, "trained": False})
+        elif changed:
             pairs = ((name, before.get(name, "not given"), kept.get(name, "not given")) for name in changed)
             listed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs)
             raise ConfigurationError(
@@ -87,6 +91,14 @@ class RunFolder:
     def mark_ready(self, name: str) -> None:
         """Write down that a model's folder is complete."""
         (self.path / name / "complete").touch()
+
+    def _begun(self) -> bool:
+        """Whether there is anything that was trained or cut with the options written down."""
+        return (
+            self.trained
+            or any((self.path / name).exists() for name in (START, TEACHER))
+            or bool(self.newest_checkpoint())
+        )
 
     def _notes(self) -> dict[str, Any] | None:
         try:
