@@ -50,6 +50,7 @@ class RunFolder:
         if changed and not self._begun():
             # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
             if is_main:
+                shutil.rmtree(self.path / START, ignore_errors=True)
                 write_json(self.path / RECIPE, {"options": kept, "trained": False})
         elif changed:
             pairs = ((name, before.get(name, "not given"), kept.get(name, "not given")) for name in changed)
@@ -93,12 +94,9 @@ class RunFolder:
         (self.path / name / "complete").touch()
 
     def _begun(self) -> bool:
-        """Whether there is anything that was trained or cut with the options written down."""
-        return (
-            self.trained
-            or any((self.path / name).exists() for name in (START, TEACHER))
-            or bool(self.newest_checkpoint())
-        )
+        """Whether there is anything that was trained with the options written down."""
+        own = RunFolder(str(self.path / TEACHER)).newest_checkpoint() or self.ready(TEACHER)
+        return self.trained or bool(own or self.newest_checkpoint())
 
     def _notes(self) -> dict[str, Any] | None:
         try:
