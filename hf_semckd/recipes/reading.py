@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import SemCKDConfig, distillation_fields
-from ..errors import ConfigurationError, nearest
+from ..errors import ConfigurationError, SemCKDError, nearest
 from .schema import PARTS, DataOptions, ModelOptions, Recipe, ResultOptions
 from .yaml_file import PLAIN, flag_words, read_file
 
@@ -109,7 +109,12 @@ def _arguments(found: Namespace) -> SemCKDConfig:
         elif dict in kinds and str not in kinds and isinstance(value, str):
             value = _mapping(entry.name, value)
         values[entry.name] = value
-    return SemCKDConfig(**values)
+    try:
+        return SemCKDConfig(**values)
+    except SemCKDError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:  # by `TrainingArguments`
+        raise ConfigurationError(f"These options cannot be used: {' '.join(str(error).split())}") from error
 
 
 def _mapping(name: str, text: str) -> Any:
