@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -44,11 +44,14 @@ def tokenizer(words: tuple[str, ...] = WORDS, length: int = 32, **changes: Any) 
     made = Tokenizer(models.WordPiece({word: place for place, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=length, **{**marks, **changes})
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    how = {"model_max_length": length, "model_input_names": names, **marks, **changes}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **how)
 
 
 def bert_config(names: Any = KINDS, layers: int = 2, width: int = 16, **changes: Any) -> BertConfig:
