@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_semckd.cli import main
 from hf_semckd.cli.distill import defaults
+from hf_semckd.evaluation.evaluate import evaluate
 from hf_semckd.recipes.progress import Voice
 from hf_semckd.recipes.reading import Reading, RecipeParser, read_recipe
 
@@ -114,6 +118,31 @@ def read(*words: object, path: object = None) -> Reading:
     """Return what `hf-semckd distill` reads in a recipe and flags."""
     file = None if path is None else str(path)
     return read_recipe(RecipeParser("hf-semckd distill", "", ""), file, [str(word) for word in words], defaults(file))
+
+
+quick_evaluate = partial(evaluate, memory=False, seconds=0.01, latency_batches=(1,))
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, step: int, how: Callable[[], None]):
+        self.step, self.how = step, how
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.how()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt_at(step: int, how: Callable[[], None] = _interrupt) -> Callable[..., None]:
+    """Return what takes the place of `use_progress`, and stops a training behind a step."""
+
+    def stop(trainer: Any, name: str, voice: Voice) -> None:
+        trainer.add_callback(_Stop(step, how))
+
+    return stop
 
 
 def command(*words: object) -> int:

@@ -124,7 +124,8 @@ def _student(
             batch = _calibration(recipe, rows, teachers[0], processor) if needs_batch(options) else None
             cut_student(teachers[0], options, batch).save_pretrained(folder.path / START)
             folder.mark_ready(START)
-    student = new_model(str(folder.path / START), "student", rows.kind, {})
+    # Its classes are named by the data where the teacher's are not.
+    student = new_model(str(folder.path / START), "student", rows.kind, head_of(teachers[0], rows.classes))
     share = count_parameters(student) / count_parameters(teachers[0])
     voice("student", f"cut out of the teacher, {count_parameters(student):,} parameters ({share:.0%})")
     return student, processor
