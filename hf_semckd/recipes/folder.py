@@ -47,7 +47,7 @@ class RunFolder:
             return
         before = known["options"]
         changed = [name for name in {**before, **kept} if before.get(name) != kept.get(name)]
-        if changed and not self._begun():
+        if changed and not self.begun:
             # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
             if is_main:
                 shutil.rmtree(self.path / START, ignore_errors=True)
@@ -93,7 +93,8 @@ class RunFolder:
         """Write down that a model's folder is complete."""
         (self.path / name / "complete").touch()
 
-    def _begun(self) -> bool:
+    @property
+    def begun(self) -> bool:
         """Whether there is anything that was trained with the options written down."""
         own = RunFolder(str(self.path / TEACHER)).newest_checkpoint() or self.ready(TEACHER)
         return self.trained or bool(own or self.newest_checkpoint())

@@ -95,6 +95,7 @@ def _own_teacher(
         for path in place.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         folder.mark_ready(TEACHER)
+    trainer.accelerator.wait_for_everyone()
     return load_teacher(str(place), rows.kind)
 
 

@@ -84,7 +84,16 @@ def test_a_teacher_is_fine_tuned_first_and_kept(ready, tmp_path):
     from transformers import BertModel
 
     bare = save_bert(tmp_path / "bare", head=BertModel, layers=2)
-    flags = ("--num_layers", 1, "--task", "text-classification", "--teacher_epochs", 2, "--teacher_learning_rate", "1e-2")
+    flags = (
+        "--num_layers",
+        1,
+        "--task",
+        "text-classification",
+        "--teacher_epochs",
+        2,
+        "--teacher_learning_rate",
+        "1e-2",
+    )
     made = ready(*flags, teacher=bare)
     kept = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher")
     assert_same_weights(weights(kept), weights(made.teachers[0]))

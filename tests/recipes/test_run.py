@@ -168,7 +168,9 @@ def test_an_interrupted_run_goes_on_to_the_same_student(recipe, tmp_path, monkey
         assert "goes on from checkpoint-2" in capsys.readouterr().out
 
 
-def test_a_new_student_is_the_same_whether_its_teacher_was_fine_tuned_before_or_just_now(recipe, tmp_path, monkeypatch):
+def test_a_new_student_is_the_same_whether_its_teacher_was_fine_tuned_before_or_just_now(
+    recipe, tmp_path, monkeypatch
+):
     """A run killed between both trainings: random numbers were drawn for the teacher's, and are not drawn again."""
     flags = (*LONGER, "--teacher_epochs", 1, "--init", "random")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -26,7 +26,11 @@ CLASSES = Classes(KINDS, "single", KINDS)
         ({"text": STRING, "stars": NUMBER}, {}, None),
         ({"text": STRING, "stars": NUMBER}, {"label_column": "stars"}, (("text",), "stars")),
         ({"id": STRING, "title": STRING, "label": NUMBER}, {"input_columns": ["title"]}, (("title",), "label")),
-        ({"a": STRING, "b": STRING, "c": NUMBER}, {"input_columns": ["b", "a"], "label_column": "c"}, (("b", "a"), "c")),
+        (
+            {"a": STRING, "b": STRING, "c": NUMBER},
+            {"input_columns": ["b", "a"], "label_column": "c"},
+            (("b", "a"), "c"),
+        ),
         ({"text": STRING, "labels": List(STRING)}, {}, (("text",), "labels")),
         ({"text": Value("large_string"), "label": NUMBER}, {}, (("text",), "label")),
     ],
