@@ -109,11 +109,8 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     epochs = args.num_train_epochs
     own = None
     if recipe.models.teacher_epochs:
-        # A number of steps is that of the student.
-        own = (
-            teacher_cost(args, prepared),
-            total_steps(replace(args, max_steps=-1), count, recipe.models.teacher_epochs),
-        )
+        alone: dict[str, Any] = {"max_steps": -1}  # a number of steps is that of the student
+        own = teacher_cost(args, prepared), total_steps(replace(args, **alone), count, recipe.models.teacher_epochs)
     return Plan(
         samples=count,
         epochs=epochs,

@@ -7,7 +7,6 @@ from datasets import Dataset
 from recipe_parts import command, save_bert, save_vit, sentences, tokenizer
 
 
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from makers import assert_same_weights, weights
+from PIL import Image
 from recipe_parts import (
     KINDS,
     QUICK,
@@ -17,7 +18,6 @@ from recipe_parts import (
     tokenizer,
     write_rows,
 )
-from PIL import Image
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, GPT2LMHeadModel
 
 from hf_semckd.errors import ConfigurationError, InputError
@@ -32,10 +32,9 @@ def ready(teacher, rows, tmp_path):
     """Prepares a recipe with more flags; `out` is its folder."""
 
     def go(*flags, teacher=teacher, dataset=rows, trains=False):
-        reading = read(
-            "--teacher", *([teacher] if not isinstance(teacher, tuple) else teacher), "--dataset", dataset, *QUICK, *flags,
-            "--output_dir", tmp_path / "out",
-        )  # fmt: skip
+        sources = teacher if isinstance(teacher, tuple) else (teacher,)
+        given = ("--teacher", *sources, "--dataset", dataset, "--output_dir", tmp_path / "out")
+        reading = read(*given, *QUICK, *flags)
         found = read_rows(reading.recipe, SILENT)
         made = prepare(reading.recipe, reading.args, RunFolder(str(tmp_path / "out")), found, SILENT)
         if trains:

@@ -21,7 +21,8 @@ def test_a_voice_prints_a_topic_and_its_lines(capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1 day, 1:01:01")]
+    ("seconds", "text"),
+    [(0.2, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1 day, 1:01:01")],
 )
 def test_times_are_hours_minutes_and_seconds(seconds, text):
     assert duration(seconds) == text

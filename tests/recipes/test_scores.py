@@ -41,7 +41,9 @@ def test_accuracy_counts_what_has_a_label(packed):
 def test_several_classes_are_decided_one_by_one():
     logits = torch.tensor([[1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]])
     labels = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    assert score(TextClassification, Classes(NAMES, "multi", NAMES), logits, labels) == {"accuracy": pytest.approx(5 / 6)}
+    assert score(TextClassification, Classes(NAMES, "multi", NAMES), logits, labels) == {
+        "accuracy": pytest.approx(5 / 6)
+    }
 
 
 def test_numbers_are_correlated():

@@ -32,7 +32,8 @@ def with_head(config, name=None):
         (with_head(GPT2Config(), "GPT2LMHeadModel"), TEXT, "text-generation"),
         (with_head(GPT2Config(), "GPT2ForSequenceClassification"), TEXT, "text-classification"),
         (with_head(GPT2Config()), {"text": STRING}, "text-generation"),
-        (with_head(T5Config(), "T5ForConditionalGeneration"), {"source": STRING, "target": STRING}, "text2text-generation"),
+        (with_head(T5Config(), "T5ForConditionalGeneration"), {"source": STRING, "target": STRING},
+         "text2text-generation"),
         (with_head(T5Config()), {"source": STRING, "target": STRING}, "text2text-generation"),
         (with_head(bert_config()), {"text": STRING, "target": STRING}, "text-classification"),
         # The same end of a name is that of sounds too: the columns tell.
