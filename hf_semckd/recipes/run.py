@@ -118,7 +118,7 @@ class _Results:
             batch_size=self.trainer.args.per_device_eval_batch_size,
         )
         found.save(self.folder.path)
-        self.voice.text(f"{found}\n")
+        self.voice.text(f"{found.text(self.voice.width)}\n")
         return found
 
     def _report(self, found: Evaluation | None) -> str:

@@ -23,7 +23,6 @@ from ..teacher.cached import teacher_prefix
 from .classes import check_same_tokens, match_teachers, vocabulary_size
 from .pair import layers_by_teacher
 
-
 COMPARED = {"tokens": "position by position", "grid": "as maps of the smaller size", "mean": "by their averages"}
 
 
@@ -98,7 +97,9 @@ class PairReport:
             parts.append(f"Compared: every student layer with every teacher layer, {COMPARED[kinds.pop()]}")
         else:
             pairs = [("", *(f"teacher {name}" for name in self.teacher.layers))]
-            pairs += [(f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)]
+            pairs += [
+                (f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)
+            ]
             parts += ["Compared", *aligned_lines(pairs, "  "), ""]
         return "\n".join([*parts, f"Logits: {self._logits()}"])
 
