@@ -47,7 +47,12 @@ class RunFolder:
             return
         before = known["options"]
         changed = [name for name in {**before, **kept} if before.get(name) != kept.get(name)]
-        if changed:
+        if changed and not self.begun:
+            # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
+            if is_main:
+                shutil.rmtree(self.path / START, ignore_errors=True)
+                write_json(self.path / RECIPE, {"options": kept, "trained": False})
+        elif changed:
             pairs = ((name, before.get(name, "not given"), kept.get(name, "not given")) for name in changed)
             listed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs)
             raise ConfigurationError(
@@ -85,6 +90,12 @@ class RunFolder:
     def mark_ready(self, name: str) -> None:
         """Write down that a model's folder is complete."""
         (self.path / name / "complete").touch()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything that was trained with the options written down."""
+        own = RunFolder(str(self.path / TEACHER)).newest_checkpoint() or self.ready(TEACHER)
+        return self.trained or bool(own or self.newest_checkpoint())
 
     def _notes(self) -> dict[str, Any] | None:
         try:
