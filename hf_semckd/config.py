@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -332,3 +333,16 @@ def distillation_fields() -> tuple[str, ...]:
     """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
     return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
+
+
+def _described(described: str) -> str:
+    """Return the docstring with the help of the fields, which stands at the fields alone."""
+    own = (SemCKDConfig.__dataclass_fields__[name] for name in distillation_fields())
+    entries = (f"{entry.name} ({entry.type}, {entry.default!r}): {entry.metadata['help']}" for entry in own)
+    wrapped = (textwrap.fill(entry, 115, initial_indent=" " * 8, subsequent_indent=" " * 12) for entry in entries)
+    return "\n".join([described.rstrip(), "", "    Attributes:", *wrapped, "    "])
+
+
+# python -OO leaves no docstring.
+if SemCKDConfig.__doc__:
+    SemCKDConfig.__doc__ = _described(SemCKDConfig.__doc__)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 
-from ..errors import InputError
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text
 from ..models.loading import load_model
@@ -44,13 +43,6 @@ def run(words: Sequence[str]) -> None:
         batch = data.first(2)
     else:
         batch = example_inputs(student)
-        if batch is None:
-            raise InputError(
-                "Inputs for this student could not be made up",
-                received=type(student).__name__,
-                expected="a model of text, images or sound",
-                todo="name prepared data with --dataset",
-            )
     layers = {"student_layers": options.student_layers, "teacher_layers": options.teacher_layers}
     found = inspect_models(
         student, teachers[0] if len(teachers) == 1 else teachers, batch, processing_class=processor, **layers

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
 from ..training.report import inspect_models
+from .check import check_teacher
 from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, total_steps, weight_bytes
 from .folder import RunFolder
 from .prepare import prepare
@@ -61,6 +62,8 @@ def preview(reading: Reading, voice: Voice) -> None:
     """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
     with tempfile.TemporaryDirectory() as folder:
         prepared = _prepared(reading, folder, voice)
+        if not reading.recipe.models.teacher_epochs:
+            check_teacher(prepared, reading.args.per_device_eval_batch_size, voice)
         batch = collate(prepared.samples.collator, first_samples(prepared.samples.splits.train))
         names = prepared.teachers if len(prepared.teachers) > 1 else prepared.teachers[0]
         args = reading.args

@@ -77,6 +77,20 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     return Reading(recipe, _part(SemCKDConfig, found), given, found)
 
 
+def check_names(where: str, content: Mapping[str, Any], options: Sequence[str], place: str = "") -> None:
+    """Raise `ConfigurationError` for a name that is no option, with the one that was probably meant."""
+    for name in content:
+        if name not in options:
+            close = nearest(str(name), options, 1)
+            meant = f"; did you mean {place}{close[0]}?" if close else ""
+            raise ConfigurationError(f"{where}: unknown option {place}{name}{meant} (see hf-semckd distill --help)")
+
+
+def training_options() -> list[str]:
+    """Return the names of the options of a training: the fields of `SemCKDConfig`."""
+    return [entry.name for entry in fields(SemCKDConfig) if entry.init]
+
+
 def _chosen_fields(name: str, chosen: set[str], title: str) -> Any:
     """Return a class with some of the fields of `SemCKDConfig`, for a group of options."""
     hints = get_type_hints(SemCKDConfig)
@@ -101,9 +115,9 @@ def _read_file(path: str, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
     content = {name: typed[name] if isinstance(value, dict) else value for name, value in content.items()}
     student = content.get("student")
     if isinstance(student, dict):
-        _check_names(path, student, STUDENT_KEYS, "student.")
+        check_names(path, student, STUDENT_KEYS, "student.")
         content = {**{name: value for name, value in content.items() if name != "student"}, **student}
-    _check_names(path, content, options)
+    check_names(path, content, options)
     head = [line.lstrip("# ").rstrip() for line in _leading_comments(text)]
     return "\n".join(head), content
 
@@ -113,14 +127,6 @@ def _leading_comments(text: str) -> Iterator[str]:
         if not line.startswith("#"):
             return
         yield line
-
-
-def _check_names(path: str, content: Mapping[str, Any], options: Sequence[str], place: str = "") -> None:
-    for name in content:
-        if name not in options:
-            close = nearest(str(name), options, 1)
-            meant = f"; did you mean {place}{close[0]}?" if close else ""
-            raise ConfigurationError(f"{path}: unknown option {place}{name}{meant} (see hf-semckd distill --help)")
 
 
 def _words(name: str, value: Any) -> list[str]:

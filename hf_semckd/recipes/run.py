@@ -15,6 +15,7 @@ from ..evaluation.export import export_onnx
 from ..evaluation.table import Evaluation
 from ..publishing.card import EVALUATION_FILE
 from ..publishing.report.report import PAGE
+from .check import check_teacher
 from .folder import ONNX, RunFolder
 from .prepare import prepare
 from .progress import Voice, use_progress
@@ -49,6 +50,8 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     if folder.trained and _is_told(folder, recipe):
         return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)
+    if not folder.trained and args.process_index == 0:
+        check_teacher(prepared, args.per_device_eval_batch_size, voice)
     trainer = student_trainer(recipe, args, prepared)
     use_progress(trainer, "training", voice)
     if folder.trained:
@@ -115,7 +118,7 @@ class _Results:
             batch_size=self.trainer.args.per_device_eval_batch_size,
         )
         found.save(self.folder.path)
-        self.voice.text(f"{found}\n")
+        self.voice.text(f"{found.text(self.voice.width)}\n")
         return found
 
     def _report(self, found: Evaluation | None) -> str:
