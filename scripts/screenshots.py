@@ -16,12 +16,13 @@ import html
 import io
 import itertools
 import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datasets import load_dataset
@@ -47,13 +48,14 @@ COMMANDS = {
 # Width and height of the page, and whether it is dark.
 REPORTS = {"report-light": (1100, 1500, False), "report-dark": (1100, 1500, True), "report-phone": (390, 1100, False)}
 CARD = (900, 1500)
+WIDTH = "100"
 SHARPNESS = 1.5
 RECTANGLE = "document.body.firstElementChild.getBoundingClientRect()"
 # Lines of progress that are kept of each training.
 FIRST, LAST = 3, 2
 STEP = re.compile(r"^(\w+) +step \d+/")
 
-TERMINAL = """<!doctype html><meta charset="utf-8"><style>
+TERMINAL = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
 body {{ margin: 0; background: #fff }}
 pre {{ margin: 0; width: max-content; padding: 18px 22px; border-radius: 8px; background: #1f2430; color: #d8dee9;
   font: 13px/1.45 "DejaVu Sans Mono", monospace }}
@@ -61,7 +63,8 @@ b {{ color: #8fbcbb; font-weight: 600 }}
 </style><pre><b>$ {command}</b>
 {text}</pre>"""
 
-PAGE = """<!doctype html><meta charset="utf-8"><base href="{base}"><style>
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<base href="{base}"><style>
 body {{ margin: 0; padding: 24px 32px; color: #1f2328; font: 15px/1.55 "DejaVu Sans", sans-serif }}
 h1, h2 {{ border-bottom: 1px solid #d0d7de; padding-bottom: 4px }}
 table {{ border-collapse: collapse; font-size: 13px }} td, th {{ border: 1px solid #d0d7de; padding: 4px 8px }}
@@ -77,17 +80,29 @@ def run_commands(folder: Path) -> None:
     for name in ("data", "examples"):
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(ROOT / name)
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": WIDTH}
     for name, command in COMMANDS.items():
         if name == "evaluate":
             prepare_digits(folder)
         if not (folder / f"{name}.txt").exists():
             print(f"$ {command}", flush=True)
             words = [sys.executable, "-m", "hf_semckd", *shlex.split(command)[1:]]
-            done = subprocess.run(
-                words, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=True
-            )
-            write_atomic(folder / f"{name}.txt", done.stdout.encode())
+            write_atomic(folder / f"{name}.txt", printed(words, folder, settings).encode())
+
+
+def printed(words: list[str], folder: Path, settings: Mapping[str, str]) -> str:
+    """Return what a command prints where its output is a terminal, to whose width tables are fitted."""
+    own, its = pty.openpty()
+    with subprocess.Popen(words, cwd=folder, env=settings, stdout=its, stdin=subprocess.DEVNULL) as process:
+        os.close(its)
+        parts = []
+        with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+            while part := os.read(own, 2**16):
+                parts.append(part)
+        os.close(own)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} failed with status {process.returncode}")
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def prepare_digits(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Tiny models and data on disk, which take the place of those that README.md and docs name on the Hub."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,11 +147,13 @@ def with_stand_ins(code: str, folder: Path) -> str:
 
 
 def recipe_with_stand_ins(code: str, folder: Path) -> str:
-    """Return a recipe in which every name is that of a folder or file that is made for it; none has a configuration."""
+    """Return a recipe in which every name is replaced by a folder or file that is made for it."""
     for name, make in {**STAND_INS, "reviews.csv": reviews, "photos": photos}.items():
-        if f": {name}\n" in code:
+        value = re.compile(rf"(?<=: ){re.escape(name)}(?=\s)")
+        if value.search(code):
             place = folder / "made" / name.replace("/", "--")
             place.parent.mkdir(exist_ok=True)
             make(place)
-            code = code.replace(f": {name}\n", f": {place}\n")
+            code = value.sub(str(place), code)
+    # What is made has no configurations.
     return "".join(line for line in code.splitlines(keepends=True) if not line.startswith("dataset_config:"))

@@ -33,7 +33,11 @@ def type_name(hint: Any) -> str:
         return f"Literal[{', '.join(map(repr, get_args(hint)))}]"
     if hint is type(None):
         return "None"
-    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("typing.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and get_origin(hint) is None
+        else str(hint).replace("typing.", "")
+    )
 
 
 def default_of(entry: Field[Any]) -> Any:
@@ -58,7 +62,9 @@ class RecipeFields(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the nodes that take the directive's place."""
         (part,) = (kind for kind in PARTS if kind._argument_group_name == self.arguments[0])
-        return self.parse_text_to_nodes(described(part, (entry.name for entry in fields(part))))
+        return self.parse_text_to_nodes(
+            described(part, (entry.name for entry in fields(part)))
+        )
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
