@@ -14,11 +14,11 @@ from sphinx.util.docutils import SphinxDirective
 from hf_semckd.cli import main
 
 # argparse wraps by the terminal, and colors its help from Python 3.14 on.
-TERMINAL = {"COLUMNS": "100", "NO_COLOR": "1"}
+TERMINAL = {"COLUMNS": "88", "NO_COLOR": "1"}
 
 
 def help_of(words: list[str]) -> str:
-    """Return what is printed for `hf-semckd WORDS --help`, 100 columns wide."""
+    """Return what is printed for `hf-semckd WORDS --help`, 88 columns wide."""
     printed = io.StringIO()
     with mock.patch.dict(os.environ, TERMINAL), contextlib.redirect_stdout(printed):
         with contextlib.suppress(SystemExit):

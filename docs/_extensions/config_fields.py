@@ -1,5 +1,6 @@
 """The directives `config-fields` and `recipe-fields`: options, from the metadata of the fields that hold them."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from types import UnionType
@@ -20,7 +21,8 @@ def described(kind: type, names: Iterable[str], prefix: str = "") -> str:
     return "\n".join(
         f":::{{py:attribute}} {prefix}{name}\n"
         f":type: {type_name(hints[name])}\n"
-        f":value: {default_of(known[name])!r}\n\n{known[name].metadata['help']}\n:::\n"
+        # Quoted twice: directives read their options as YAML.
+        f":value: {json.dumps(repr(default_of(known[name])))}\n\n{known[name].metadata['help']}\n:::\n"
         for name in names
     )
 
