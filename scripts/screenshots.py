@@ -46,7 +46,7 @@ COMMANDS = {
     "evaluate": f"hf-semckd evaluate teacher={RUN}/teacher student={RUN} --dataset prepared",
 }
 # Width and height of the page, and whether it is dark.
-REPORTS = {"report-light": (1100, 1500, False), "report-dark": (1100, 1500, True), "report-phone": (390, 1100, False)}
+REPORTS = {"report-light": (1060, 1500, False), "report-dark": (1060, 1500, True), "report-phone": (390, 1100, False)}
 CARD = (900, 1500)
 WIDTH = "100"
 SHARPNESS = 1.5
