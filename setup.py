@@ -52,7 +52,8 @@ TEST = [*DEMO, *AUDIO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=
 # Teachers in 8 or 4 bits.
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]
-DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"]
+# markdown-it-py comes with myst-parser; scripts/screenshots.py imports it by name.
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "markdown-it-py>=3.0", "furo>=2024.8.6"]
 
 EXTRAS = {
     "plots": PLOTS,
