@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -112,11 +112,7 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     epochs = args.num_train_epochs
     own = None
     if recipe.models.teacher_epochs:
-        # A number of steps is that of the student.
-        own = (
-            teacher_cost(args, prepared),
-            total_steps(replace(args, max_steps=-1), count, recipe.models.teacher_epochs),
-        )
+        own = teacher_cost(args, prepared), total_steps(args, count, recipe.models.teacher_epochs, limited=False)
     return Plan(
         samples=count,
         epochs=epochs,
