@@ -86,7 +86,7 @@ def cache_cost(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> CacheC
 
 
 def total_steps(args: SemCKDConfig, samples: int, epochs: float, *, limited: bool = True) -> int:
-    """Return the optimizer steps of a training over so many samples; `limited` by `max_steps`, which is the student's."""
+    """Return the optimizer steps of a training over so many samples; `limited`: by `max_steps`, the student's."""
     if limited and args.max_steps > 0:
         return args.max_steps
     batches = math.ceil(samples / (args.train_batch_size * args.world_size))
