@@ -10,6 +10,7 @@ import torch
 
 from ..errors import SourceError
 from ..files import json_text
+from ..recipes.folder import RunFolder
 from ..recipes.preview import preview
 from ..recipes.progress import Voice
 from ..recipes.reading import RecipeParser, read_recipe
@@ -41,7 +42,9 @@ def run(words: Sequence[str]) -> int:
     quieten(args)
     try:
         if reading.extra.dry_run:
-            preview(reading, voice)
+            made = preview(reading, voice)
+            if for_machines:
+                print(json_text(made.summary))
             return 0
         outcome = run_recipe(reading, voice)
     except SourceError as error:
@@ -49,7 +52,9 @@ def run(words: Sequence[str]) -> int:
         said = f"\n\n{path} says:\n{reading.recipe.head}" if reading.recipe.head else ""
         raise SourceError(f"{error}{said}") from error
     except KeyboardInterrupt:
-        voice.text(f"\nInterrupted. The same command goes on from the last checkpoint in {args.output_dir}.")
+        known = RunFolder(args.output_dir)
+        goes_on = "goes on from the last checkpoint" if known.begun and not reading.extra.dry_run else "starts anew"
+        voice.text(f"\nInterrupted. The same command {goes_on} in {args.output_dir}.")
         raise
     if args.process_index == 0:
         if for_machines:

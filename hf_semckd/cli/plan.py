@@ -33,4 +33,4 @@ def run(words: Sequence[str]) -> None:
     voice = Voice(stream=sys.stderr if options.json else None)
     made = plan(reading, options.samples, options.tokens, voice)
     if options.json:
-        print(json_text({**vars(made), "seconds": made.seconds, "advice": made.advice}))
+        print(json_text(made.summary))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from datasets import ClassLabel
+from datasets import ClassLabel, Value
 from datasets.features import LargeList, List
 
 from ..errors import ConfigurationError, InputError
@@ -37,9 +39,24 @@ class Classes:
         if self.kind == "regression":
             return float(value)
         if self.kind == "single":
-            return self.values.index(value)
-        found = {self.values.index(entry) for entry in value}
+            return self._place(value)
+        found = {self._place(entry) for entry in value}
         return [float(place in found) for place in range(len(self.names))]
+
+    def _place(self, value: Any) -> int:
+        try:
+            return self._places[value]
+        except (KeyError, TypeError):
+            raise InputError(
+                "A label is none of the classes",
+                received=repr(value),
+                expected=str(self),
+                todo="correct the column of labels, which is to hold the same in all splits",
+            ) from None
+
+    @cached_property
+    def _places(self) -> dict[Any, int]:
+        return {value: place for place, value in enumerate(self.values)}
 
     @property
     def outputs(self) -> int:
@@ -70,26 +87,31 @@ def find_classes(splits: Splits, column: str, *, tokens: bool = False) -> Classe
     kind: Kind = "multi" if listed and not tokens else "single"
     if isinstance(inner, ClassLabel):
         return Classes(tuple(inner.names), kind, tuple(range(inner.num_classes)))
+    if not isinstance(inner, Value):
+        raise _no_classes(f"{feature} in {column!r}")
     found: set[Any] = set()
     for split in dict.fromkeys((splits.train, splits.validation, splits.test)):
-        for cell in split.unique(column) if not listed else split[column]:
-            found |= set(cell) if listed else {cell}
-    if any(isinstance(value, float) for value in found):
-        if kind == "single" and not all(float(value).is_integer() for value in found):
-            return Classes((), "regression")
+        if kind == "multi":
+            _check_sets(column, split[column])
+        found |= set(itertools.chain.from_iterable(split[column])) if listed else set(split.unique(column))
+    numbers = all(isinstance(value, (bool, int, float)) for value in found)
+    whole = numbers and all(float(value).is_integer() for value in found)
+    if kind == "single" and numbers and not whole:
+        return Classes((), "regression")
     if len(found) > MOST_CLASSES or not found:
-        raise InputError(
-            "The column of labels does not hold classes",
-            received=f"{len(found)} different values in {column!r}",
-            expected=f"from 1 to {MOST_CLASSES} classes, or numbers",
-            todo="set label_column to the column of the labels",
-        )
-    values = tuple(sorted(found, key=lambda value: (isinstance(value, str), value)))
-    numbers = all(isinstance(value, (bool, int, float)) for value in values)
-    if numbers and all(float(value).is_integer() and value >= 0 for value in values):
+        raise _no_classes(f"{len(found)} different values in {column!r}")
+    if not numbers and len({type(value) for value in found}) > 1:
+        raise _no_classes(f"texts and numbers in {column!r}")
+    return _sorted_classes(found, kind, whole=whole)
+
+
+def _sorted_classes(found: set[Any], kind: Kind, *, whole: bool) -> Classes:
+    values = tuple(sorted(found))
+    if whole and values[0] == 0 and values[-1] < MOST_CLASSES:
         # Numbers are those of the classes, also where some of them do not occur.
-        values = tuple(range(int(max(values)) + 1))
-    return Classes(tuple(str(value) for value in values), kind, values, numbered=numbers)
+        values = tuple(range(int(values[-1]) + 1))
+        return Classes(tuple(map(str, values)), kind, values)
+    return Classes(tuple(str(int(v)) if whole else str(v) for v in values), kind, values, numbered=False)
 
 
 def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, given: Sequence[str] | None) -> Classes:
@@ -103,7 +125,7 @@ def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, giv
     Raises `ConfigurationError` where the order cannot be known: a wrong one would be learned without any sign.
     """
     if classes.kind == "regression" or (count == 1 and classes.kind == "single"):
-        if count == 1:
+        if count == 1 and all(isinstance(value, (bool, int, float)) for value in classes.values):
             return Classes((), "regression")
         raise _unmatched(classes, names, count)
     own = [name.lower() for name in classes.names]
@@ -122,6 +144,26 @@ def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, giv
         padded = (*named, *(f"LABEL_{place}" for place in range(len(named), count)))
         return replace(classes, names=padded[:count], values=_padded(classes.values, count))
     raise _unmatched(classes, names, count)
+
+
+def _no_classes(received: str) -> InputError:
+    return InputError(
+        "The column of labels does not hold classes",
+        received=received,
+        expected=f"from 1 to {MOST_CLASSES} classes, or numbers",
+        todo="set label_column to the column of the labels",
+    )
+
+
+def _check_sets(column: str, cells: Iterable[Sequence[Any]]) -> None:
+    wrong = next((cell for cell in cells if len(set(cell)) < len(cell)), None)
+    if wrong is not None:
+        raise InputError(
+            "A list of labels names a class twice",
+            received=f"{column}: {wrong}",
+            expected="the classes of a row, each once: [1, 4], and not 0 or 1 for every class",
+            todo="write the numbers of the classes in place of zeros and ones",
+        )
 
 
 def _ordered(classes: Classes, order: Sequence[str], names: tuple[str, ...]) -> Classes:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Audio, ClassLabel, Dataset, Translation
+from datasets import Audio, ClassLabel, Dataset, Image, Translation
 
 from ..data.columns import TEACHER_PREFIX, TeacherStudentCollator
 from ..errors import InputError
@@ -31,21 +31,25 @@ class Samples:
 def chosen_rows(splits: Splits, columns: Columns) -> tuple[Splits, int]:
     """Return the splits with these columns and the rows that lack none of them, and how many rows were left out."""
     label = columns.label
-    named = label is not None and isinstance(splits.train.features[label], ClassLabel)
     dropped = 0
 
     def change(split: Dataset) -> Dataset:
         nonlocal dropped
+        if missing := [name for name in columns.all if name not in split.column_names]:
+            raise InputError(
+                "A split lacks a column",
+                received=f"{', '.join(missing)} is not among {', '.join(split.column_names)}",
+                expected=f"the columns {columns}",
+                todo="name another eval_split or test_split",
+            )
         kept = split.select_columns(list(dict.fromkeys(columns.all)))
-        sounds = [name for name, feature in kept.features.items() if isinstance(feature, Audio)]
-        for name in sounds:
-            # Read by soundfile: decoding by `datasets` needs FFmpeg.
-            kept = kept.cast_column(name, Audio(decode=False))
-        cells = [name for name in columns.all if not hasattr(kept.features[name], "decode")]
-        if cells:
-            filled = kept.filter(lambda *row: _whole(row, named), input_columns=cells)
-            dropped += len(kept) - len(filled)
-            kept = filled
+        # Sounds are read by soundfile: decoding by `datasets` needs FFmpeg.
+        kept = _undecoded(kept, Audio)
+        filled = _without_gaps(_undecoded(kept, Image), label)
+        dropped += len(kept) - len(filled)
+        for name in [name for name, feature in kept.features.items() if isinstance(feature, Image)]:
+            filled = filled.cast_column(name, kept.features[name])
+        kept = filled
         if not len(kept):
             raise InputError(
                 "No row of a split can be used",
@@ -105,6 +109,25 @@ def make_samples(task: Task, splits: Splits, model: Any, processor: Any, teacher
     return Samples(splits.map(change), collator, processor, task.length)
 
 
-def _whole(row: Sequence[Any], named: bool) -> bool:
-    """Tell whether a row lacks nothing; a ClassLabel of -1 is a hidden label."""
-    return all(cell is not None for cell in row) and not (named and row[-1] == -1)
+def _undecoded(split: Dataset, kind: type) -> Dataset:
+    """Return a split whose columns of sounds or images are files, which are not opened."""
+    for name in [name for name, feature in split.features.items() if isinstance(feature, kind)]:
+        split = split.cast_column(name, kind(decode=False))
+    return split
+
+
+def _without_gaps(split: Dataset, label: str | None) -> Dataset:
+    """Return the rows that lack nothing: no cell is missing, no input is blank, no class is -1, a hidden one."""
+    hidden = -1 if label is not None and isinstance(split.features[label], ClassLabel) else None
+    blank: tuple[Any, ...] = ([], "", None)
+
+    def whole(*row: Any) -> bool:
+        cells = dict(zip(checked, row, strict=True))
+        target = cells.pop(label, 0)
+        inputs = (cell.strip() if isinstance(cell, str) else cell for cell in cells.values())
+        return target not in (None, hidden) and not any(cell in blank for cell in inputs)
+
+    # Pictures and sounds are not all read for this: the table knows whether one is missing.
+    files = [name for name, feature in split.features.items() if isinstance(feature, (Audio, Image))]
+    checked = [name for name in split.column_names if name not in files or split.data.column(name).null_count]
+    return split.filter(whole, input_columns=checked) if checked else split

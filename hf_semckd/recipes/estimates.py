@@ -90,7 +90,7 @@ def total_steps(args: SemCKDConfig, samples: int, epochs: float) -> int:
     if args.max_steps > 0:
         return args.max_steps
     batches = math.ceil(samples / (args.train_batch_size * args.world_size))
-    return math.ceil(max(1, batches // args.gradient_accumulation_steps) * epochs)
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * epochs)
 
 
 def weight_bytes(prepared: Prepared) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import TrainerState
 
 from ..errors import ConfigurationError
 from ..files import write_json
+from ..training.sealing import newest_whole
 
 RECIPE, TEACHER, START, ONNX = "recipe.json", "teacher", "start", "onnx"
 # Options that change neither the student nor what is told of it.
@@ -47,7 +47,12 @@ class RunFolder:
             return
         before = known["options"]
         changed = [name for name in {**before, **kept} if before.get(name) != kept.get(name)]
-        if changed:
+        if changed and not self.begun:
+            # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
+            if is_main:
+                shutil.rmtree(self.path / START, ignore_errors=True)
+                write_json(self.path / RECIPE, {"options": kept, "trained": False})
+        elif changed:
             pairs = ((name, before.get(name, "not given"), kept.get(name, "not given")) for name in changed)
             listed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs)
             raise ConfigurationError(
@@ -74,10 +79,8 @@ class RunFolder:
         return TrainerState.load_from_json(str(self.path / "trainer_state.json"))
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest checkpoint that is whole: its state is written last."""
-        found = [path for path in self.path.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-        numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return str(max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))) if numbered else None
+        """Return the newest whole checkpoint, or None where there is none yet."""
+        return newest_whole(self.path)
 
     def ready(self, name: str) -> str | None:
         """Return a model's folder within this one, where it is complete."""
@@ -87,6 +90,12 @@ class RunFolder:
     def mark_ready(self, name: str) -> None:
         """Write down that a model's folder is complete."""
         (self.path / name / "complete").touch()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything that was trained with the options written down."""
+        own = RunFolder(str(self.path / TEACHER)).newest_checkpoint() or self.ready(TEACHER)
+        return self.trained or bool(own or self.newest_checkpoint())
 
     def _notes(self) -> dict[str, Any] | None:
         try:

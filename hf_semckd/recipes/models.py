@@ -110,7 +110,8 @@ def head_of(teacher: nn.Module | None, classes: Classes | None) -> dict[str, Any
     config: Any = None if teacher is None else teacher.config
     head = classes.head()
     if config is not None and classes.kind != "regression" and own_names(config) is not None:
-        head |= {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
+        names = dict(config.id2label)  # a configuration may lack the other direction
+        head |= {"id2label": names, "label2id": {name: place for place, name in names.items()}}
     return head
 
 

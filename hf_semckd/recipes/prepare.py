@@ -11,12 +11,13 @@ from torch import nn
 
 from ..config import SemCKDConfig
 from ..data.samples import collate
+from ..data.views import preserved_random_state
 from ..errors import InputError
 from ..models.sizes import count_parameters
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
 from .models import cut_student, head_of, load_teacher, needs_batch, new_model
-from .processors import load_processor, longest_input
+from .processors import load_processor, longest_input, read_alike
 from .progress import Voice, use_progress
 from .rows import Rows
 from .schema import Recipe
@@ -39,15 +40,30 @@ def prepare(
         teachers = [_own_teacher(recipe, args, folder, rows, processor, voice, trial=trial)]
     else:
         teachers = [load_teacher(source, kind) for source in sources]
+        _check_read_alike(processor, sources, kind)
     for source, teacher in zip(sources, teachers, strict=True):
         voice("teacher", f"{source}: {type(teacher).__name__}, {count_parameters(teacher):,} parameters")
-    student, own = _student(recipe, args, folder, rows, teachers, processor, voice)
+    # Not from where other random numbers have led: a run that is repeated has not drawn those before.
+    with preserved_random_state(args.seed):
+        student, own = _student(recipe, args, folder, rows, teachers, processor, voice)
     for model in (*teachers, student):
         _share_padding(model, own if model is student else processor)
     length = longest_input(kind, recipe.data.max_length, [own, processor], [student, *teachers])
     with args.main_process_first(desc="preparing the data"):
         samples = make_samples(rows.task(recipe.data, length), rows.splits, student, own, processor)
     return Prepared(rows, teachers, student, samples)
+
+
+def _check_read_alike(processor: Any, sources: list[str], kind: type[Task]) -> None:
+    """Refuse several teachers that read a sample differently: all get what the first one's processor makes of it."""
+    for source in sources[1:]:
+        if not read_alike(processor, load_processor(source, kind)):
+            raise InputError(
+                "The teachers read their inputs differently",
+                received=f"{source} and {sources[0]}, with two processors",
+                expected="teachers with one tokenizer, image processor or feature extractor",
+                todo="leave one of them out",
+            )
 
 
 def _own_teacher(
@@ -59,7 +75,8 @@ def _own_teacher(
         return load_teacher(done, rows.kind)
     options = recipe.models
     assert options.teacher is not None
-    model = new_model(options.teacher[0], "teacher", rows.kind, head_of(None, rows.classes))
+    with preserved_random_state(args.seed):
+        model = new_model(options.teacher[0], "teacher", rows.kind, head_of(None, rows.classes))
     if trial:
         return model
     _share_padding(model, processor)
@@ -78,6 +95,7 @@ def _own_teacher(
         for path in place.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
         folder.mark_ready(TEACHER)
+    trainer.accelerator.wait_for_everyone()
     return load_teacher(str(place), rows.kind)
 
 
@@ -107,7 +125,8 @@ def _student(
             batch = _calibration(recipe, rows, teachers[0], processor) if needs_batch(options) else None
             cut_student(teachers[0], options, batch).save_pretrained(folder.path / START)
             folder.mark_ready(START)
-    student = new_model(str(folder.path / START), "student", rows.kind, {})
+    # Its classes are named by the data where the teacher's are not.
+    student = new_model(str(folder.path / START), "student", rows.kind, head_of(teachers[0], rows.classes))
     share = count_parameters(student) / count_parameters(teachers[0])
     voice("student", f"cut out of the teacher, {count_parameters(student):,} parameters ({share:.0%})")
     return student, processor

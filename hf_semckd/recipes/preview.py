@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
 
 from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
@@ -47,6 +52,11 @@ class Plan:
         return found
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """All of this, for JSON."""
+        return {**vars(self), "seconds": self.seconds, "advice": self.advice}
+
+    @property
     def advice(self) -> str:
         """Which of both to choose."""
         if self.cache is None:
@@ -58,9 +68,9 @@ class Plan:
         return f"Leave teacher_cache_dir out: a cache of {disk} saves no time in so few epochs."
 
 
-def preview(reading: Reading, voice: Voice) -> None:
+def preview(reading: Reading, voice: Voice) -> Plan:
     """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
-    with tempfile.TemporaryDirectory() as folder:
+    with _trial_folder() as folder:
         prepared = _prepared(reading, folder, voice)
         if not reading.recipe.models.teacher_epochs:
             check_teacher(prepared, reading.args.per_device_eval_batch_size, voice)
@@ -73,11 +83,12 @@ def preview(reading: Reading, voice: Voice) -> None:
         made = make_plan(reading, prepared, cached=False)
     _tell_cost(made, prepared, voice)
     voice("files", f"will be in {args.output_dir}; nothing was written now")
+    return made
 
 
 def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voice) -> Plan:
     """Measure a few steps, with and without a teacher cache, and print what training on so much data takes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with _trial_folder() as folder:
         prepared = _prepared(reading, folder, voice)
         if tokens is not None:
             samples = max(1, round(tokens / prepared.samples.length))
@@ -101,7 +112,11 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     epochs = args.num_train_epochs
     own = None
     if recipe.models.teacher_epochs:
-        own = teacher_cost(args, prepared), total_steps(args, count, recipe.models.teacher_epochs)
+        # A number of steps is that of the student.
+        own = (
+            teacher_cost(args, prepared),
+            total_steps(replace(args, max_steps=-1), count, recipe.models.teacher_epochs),
+        )
     return Plan(
         samples=count,
         epochs=epochs,
@@ -110,6 +125,19 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
         cache=cache_cost(recipe, args, prepared) if cached else None,
         teacher=own,
     )
+
+
+@contextmanager
+def _trial_folder() -> Iterator[str]:
+    """Give a folder that goes; samples, which `datasets` would keep beside the rows, go with the process."""
+    caches = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    finally:
+        if caches:
+            datasets.enable_caching()
 
 
 def _prepared(reading: Reading, folder: str, voice: Voice) -> Prepared:

@@ -17,6 +17,8 @@ KINDS = {
     "audio": (AutoFeatureExtractor, "a feature extractor (preprocessor_config.json)"),
 }
 LONGEST_TEXT, LONGEST_SOUND = 512, 10
+# Without a file transformers makes tokenizers that know special tokens, and this many others at most.
+FEW = 3
 
 
 def load_processor(source: str, task: type[Task]) -> Any:
@@ -27,6 +29,8 @@ def load_processor(source: str, task: type[Task]) -> Any:
     how = {"add_prefix_space": True} if task.labels_tokens else {}
     try:
         found = kind.from_pretrained(folder, trust_remote_code=False, **how)
+        if task.modality == "text" and len(found) <= len(found.all_special_ids) + FEW:
+            raise ValueError("a tokenizer without words")
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise InputError(
             f"There is no {name.partition(' ')[2]} for {source}",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import SemCKDConfig, distillation_fields
-from ..errors import ConfigurationError, nearest
-from .schema import BUDGETS, PARTS, DataOptions, ModelOptions, Recipe, ResultOptions
-
-# Where a file may say `student: {num_layers: 4}`.
-STUDENT_KEYS = (*BUDGETS, "importance", "init", "calibration_samples")
+from ..errors import ConfigurationError, SemCKDError, nearest
+from .schema import PARTS, DataOptions, ModelOptions, Recipe, ResultOptions
+from .yaml_file import PLAIN, flag_words, read_file
 
 
 @dataclass(frozen=True)
@@ -61,29 +59,24 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
 
     Raises `ConfigurationError` for a file that cannot be read, and for an option that is not known or wrong.
     """
-    head, content = ("", {}) if path is None else _read_file(path, parser.options)
-    words = [word for name, value in content.items() for word in _words(name, value)]
+    head, content = ("", {}) if path is None else read_file(path, parser.options)
+    words = [word for name, value in content.items() for word in flag_words(name, value)]
     parser.set_defaults(**defaults)
     found, unknown = parser.parse_known_args([*words, *flags])
+    for name, value in vars(found).items():
+        if isinstance(value, list):
+            setattr(found, name, [entry.removeprefix(PLAIN) if isinstance(entry, str) else entry for entry in value])
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         close = nearest(name, parser.options, 1) if word.startswith("-") else []
         meant = f"; did you mean --{close[0]}?" if close else ""
         raise ConfigurationError(f"unknown option {word!r}{meant} (see {parser.prog} --help)")
     names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in flags if word.startswith("--")]
+    names = [name if name in parser.options else name.removeprefix("no_") for name in names]
     given = tuple(dict.fromkeys([*content, *(name for name in names if name in parser.options)]))
     recipe = Recipe(_part(ModelOptions, found), _part(DataOptions, found), _part(ResultOptions, found), head)
     recipe.check()
-    return Reading(recipe, _part(SemCKDConfig, found), given, found)
-
-
-def check_names(where: str, content: Mapping[str, Any], options: Sequence[str], place: str = "") -> None:
-    """Raise `ConfigurationError` for a name that is no option, with the one that was probably meant."""
-    for name in content:
-        if name not in options:
-            close = nearest(str(name), options, 1)
-            meant = f"; did you mean {place}{close[0]}?" if close else ""
-            raise ConfigurationError(f"{where}: unknown option {place}{name}{meant} (see hf-semckd distill --help)")
+    return Reading(recipe, _arguments(found), given, found)
 
 
 def training_options() -> list[str]:
@@ -93,56 +86,50 @@ def training_options() -> list[str]:
 
 def _chosen_fields(name: str, chosen: set[str], title: str) -> Any:
     """Return a class with some of the fields of `SemCKDConfig`, for a group of options."""
-    hints = get_type_hints(SemCKDConfig)
-    taken = [(entry.name, hints[entry.name], entry) for entry in fields(SemCKDConfig) if entry.name in chosen]
+    taken = [(entry.name, _flag_type(hint), copy.copy(entry)) for entry, hint in _argument_fields(chosen)]
     return make_dataclass(name, taken, namespace={"_argument_group_name": title}, kw_only=True)
+
+
+def _argument_fields(chosen: set[str]) -> list[tuple[Any, Any]]:
+    hints = get_type_hints(SemCKDConfig)
+    return [(entry, hints[entry.name]) for entry in fields(SemCKDConfig) if entry.name in chosen]
+
+
+def _flag_type(hint: Any) -> Any:
+    """Return the type that an argument is parsed as: a text or several are a list, and a mapping is a text."""
+    kinds = {get_origin(kind) or kind for kind in get_args(hint)}
+    if {str, list} <= kinds:
+        return list[str] | None
+    return str | None if dict in kinds else hint
+
+
+def _arguments(found: Namespace) -> SemCKDConfig:
+    """Return the arguments of the training, with what was parsed as another type put right."""
+    known = set(vars(found))
+    values = {}
+    for entry, hint in _argument_fields(known):
+        value, kinds = getattr(found, entry.name), {get_origin(kind) or kind for kind in get_args(hint)}
+        if {str, list} <= kinds and isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        elif dict in kinds and str not in kinds and isinstance(value, str):
+            value = _mapping(entry.name, value)
+        values[entry.name] = value
+    try:
+        return SemCKDConfig(**values)
+    except SemCKDError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:  # by `TrainingArguments`
+        raise ConfigurationError(f"These options cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _mapping(name: str, text: str) -> Any:
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise ConfigurationError(
+        f"{name} is no mapping", received=text, expected='JSON, such as {"rope": true}', todo="correct it"
+    )
 
 
 def _part(kind: type, found: Namespace) -> Any:
     return kind(**{entry.name: getattr(found, entry.name) for entry in fields(kind) if entry.init})
-
-
-def _read_file(path: str, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the comments at the top of a recipe, and its options with a student's put beside the others."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        # As texts: typed, `no` were a truth value and 3e-4 a text. Mappings go on as JSON, which has types.
-        content, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _unreadable(path, " ".join(str(error).split()), "a YAML file") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise _unreadable(path, f"a {type(content).__name__}", "lines of the form `name: value`")
-    content = {name: typed[name] if isinstance(value, dict) else value for name, value in content.items()}
-    student = content.get("student")
-    if isinstance(student, dict):
-        check_names(path, student, STUDENT_KEYS, "student.")
-        content = {**{name: value for name, value in content.items() if name != "student"}, **student}
-    check_names(path, content, options)
-    head = [line.lstrip("# ").rstrip() for line in _leading_comments(text)]
-    return "\n".join(head), content
-
-
-def _leading_comments(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            return
-        yield line
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """Return an option of a file as flags, so that both are read alike: YAML takes 3e-4 for a text."""
-    if value in (None, "", "null", "~"):
-        return []
-    if isinstance(value, Mapping):
-        return [f"--{name}", json.dumps(value)]
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *map(str, values)] if len(values) != 1 else [f"--{name}={values[0]}"]
-
-
-def _unreadable(path: str, received: str, expected: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"The recipe {path} cannot be read",
-        received=received,
-        expected=expected,
-        todo="start from one of examples/recipes",
-    )

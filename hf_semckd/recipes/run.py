@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SemCKDError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
 from ..evaluation.table import Evaluation
 from ..publishing.card import EVALUATION_FILE
+from ..publishing.folder import CARD
 from ..publishing.report.report import PAGE
 from .check import check_teacher
 from .folder import ONNX, RunFolder
@@ -47,7 +47,7 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     folder = RunFolder(args.output_dir)
     folder.claim(_options(reading), is_main=args.process_index == 0)
     rows = read_rows(recipe, voice)
-    if folder.trained and _is_told(folder, recipe):
+    if folder.trained and not args.push_to_hub and _is_told(folder, recipe):
         return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)
     if not folder.trained and args.process_index == 0:
@@ -98,7 +98,7 @@ class _Results:
     def _try(self, what: str, make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except (SemCKDError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is: hours of training are done, and what follows can still work
             self.problems.append(f"{what}: {error}")
             logger.error("The student is saved, but the %s failed. %s", what, error)
             return None
@@ -132,9 +132,15 @@ class _Results:
 
 
 def _is_told(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether an earlier run has written everything."""
-    files = [EVALUATION_FILE, TABLE, PAGE, *([f"{ONNX}/model_int8.onnx"] if recipe.results.onnx else [])]
-    return all((folder.path / name).is_file() for name in files)
+    """Whether an earlier run has written everything, by the metric that is wanted now."""
+    files = [EVALUATION_FILE, TABLE, PAGE, CARD, *([f"{ONNX}/model_int8.onnx"] if recipe.results.onnx else [])]
+    if not all((folder.path / name).is_file() for name in files):
+        return False
+    return recipe.results.metric in (None, _table(folder)["metric"])
+
+
+def _table(folder: RunFolder) -> Any:
+    return json.loads((folder.path / EVALUATION_FILE).read_text(encoding="utf-8"))
 
 
 def _told_before(folder: RunFolder, head: str, voice: Voice) -> Outcome:
@@ -142,7 +148,7 @@ def _told_before(folder: RunFolder, head: str, voice: Voice) -> Outcome:
     return Outcome(
         student=str(folder.path),
         auto_class=f"AutoModelFor{head}",
-        evaluation=json.loads((folder.path / EVALUATION_FILE).read_text(encoding="utf-8")),
+        evaluation=_table(folder),
         report=(folder.path / PAGE).absolute().as_uri(),
         onnx=tuple(map(str, sorted((folder.path / ONNX).glob("*.onnx")))),
     )

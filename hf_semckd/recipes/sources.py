@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.features import LargeList, List
 
 from ..errors import ConfigurationError, InputError, SourceError, nearest
 from .schema import DataOptions
@@ -41,32 +44,33 @@ def load_splits(options: DataOptions) -> Splits:
     assert options.dataset is not None
     data = load_rows(options.dataset, options.dataset_config)
     train = _split(data, options.train_split, "train_split")
+    others = DatasetDict({name: split for name, split in data.items() if name != options.train_split})
     if options.eval_dataset is not None:
-        others = load_rows(options.eval_dataset, options.dataset_config)
+        data = load_rows(options.eval_dataset, options.dataset_config)
         # A file of its own is one split, whatever it is called.
-        data = DatasetDict({"test": next(iter(others.values()))}) if len(others) == 1 else others
+        data = DatasetDict({"test": next(iter(data.values()))}) if len(data) == 1 else data
+        data = others = DatasetDict({name: numbered_alike(train, split) for name, split in data.items()})
+    labeled = [name for name in (*VALIDATION, "test") if name in others and _labeled(others[name], train)]
     if options.eval_split is not None:
         validation, name = _split(data, options.eval_split, "eval_split"), options.eval_split
+    elif labeled:
+        validation, name = others[labeled[0]], labeled[0]
     else:
-        labeled = [name for name in (*VALIDATION, "test") if name in data and _labeled(data[name])]
-        name = labeled[0] if labeled else ""
-        if not labeled:
-            count = min(max(1, len(train) // HELD_OUT_SHARE), HELD_OUT_MOST)
-            if len(train) < 2:
-                raise _too_few(len(train))
-            held = train.train_test_split(test_size=count, seed=SEED)
-            train, validation, name = held["train"], held["test"], f"{options.train_split} (held out)"
-        else:
-            validation = data[name]
+        if options.eval_dataset is not None:
+            raise _no_labels(options.eval_dataset, data)
+        count = min(max(1, len(train) // HELD_OUT_SHARE), HELD_OUT_MOST)
+        if len(train) < 2:
+            raise _too_few(len(train))
+        held = train.train_test_split(test_size=count, seed=SEED)
+        train, validation, name = held["train"], held["test"], f"{options.train_split} (held out)"
     test = validation
     if options.test_split is not None:
         test, name = _split(data, options.test_split, "test_split"), options.test_split
-    elif options.eval_split is None and "test" in data and _labeled(data["test"]):
-        test, name = data["test"], "test"
-    found = Splits(some_rows(train, options.max_train_samples), validation, test, name)
-    most = options.max_eval_samples
-    validation = some_rows(validation, most)
-    return Splits(found.train, validation, validation if test is found.validation else some_rows(test, most), name)
+    elif options.eval_split is None and "test" in labeled:
+        test, name = others["test"], "test"
+    few = some_rows(validation, options.max_eval_samples)
+    table = few if test is validation else some_rows(test, options.max_eval_samples)
+    return Splits(some_rows(train, options.max_train_samples), few, table, name)
 
 
 def load_rows(source: str, config: str | None = None) -> DatasetDict:
@@ -143,13 +147,52 @@ def _split(data: DatasetDict, name: str, option: str) -> Dataset:
     return data[name]
 
 
-def _labeled(data: Dataset) -> bool:
-    """Tell whether a split has labels: on the Hub those of many test splits are -1."""
+def numbered_alike(train: Dataset, split: Dataset) -> Dataset:
+    """Return rows with their classes numbered as in `train`; `InputError` for a class that it lacks."""
+    for name, feature in train.features.items():
+        wanted, found = _class_names(feature), _class_names(split.features.get(name))
+        if wanted is None or found is None or wanted == found:
+            continue
+        if unknown := [entry for entry in found if entry not in wanted]:
+            raise InputError(
+                "The data to evaluate on have classes that those to train on lack",
+                received=", ".join(unknown[:5]),
+                expected=f"some of {', '.join(wanted[:10])}",
+                todo=f"correct the column {name}",
+            )
+        places = {**{place: wanted.index(entry) for place, entry in enumerate(found)}, -1: -1}
+        cells = [_renumbered(cell, places) for cell in split[name]]
+        split = split.remove_columns(name).add_column(name, cells, feature=feature)
+    return split
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+    return inner.names if isinstance(inner, ClassLabel) else None
+
+
+def _renumbered(cell: Any, places: Mapping[int, int]) -> Any:
+    return [_renumbered(entry, places) for entry in cell] if isinstance(cell, list) else places.get(cell)
+
+
+def _labeled(data: Dataset, train: Dataset) -> bool:
+    """Tell whether a split has labels: those of many test splits are -1 on the Hub, or the column is missing."""
+    if set(train.column_names) - set(data.column_names):
+        return False
     for name, feature in data.features.items():
         if isinstance(feature, ClassLabel) or name in ("label", "labels"):
             first = data.select(range(min(len(data), 50)))[name]
             return not len(first) or not all(value in (-1, None) for value in first)
     return True
+
+
+def _no_labels(source: str, data: DatasetDict) -> InputError:
+    return InputError(
+        "The data to evaluate on have no split that can be used",
+        received=f"{source} with {', '.join(map(str, data))}",
+        expected=f"one split, or a labeled one named {', '.join((*VALIDATION, 'test'))}, with the columns to train on",
+        todo="set eval_split",
+    )
 
 
 def _too_few(count: int) -> InputError:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from hf_semckd.errors import ConfigurationError, nearest
-from hf_semckd.recipes.reading import check_names, training_options
+from hf_semckd.recipes.reading import training_options
+from hf_semckd.recipes.yaml_file import check_names
 
 METHODS = Path(__file__).resolve().parents[1] / "protocols" / "methods.yaml"
 REQUIRED = ("data", "teacher", "student", "training", "methods")

@@ -42,12 +42,21 @@ class QuestionAnswering(Task):
                 expected="a fast tokenizer (tokenizer.json)",
                 todo="use models with a fast tokenizer",
             )
+        # Half of a sample is for the context, however long a question is.
+        room = self.length - self.length // 2 - processor.num_special_tokens_to_add(pair=True)
+        if room < 2:
+            raise InputError(
+                "Question and context do not fit into a sample",
+                received=f"max_length={self.length}",
+                expected="some hundred tokens",
+                todo="raise max_length",
+            )
         found = processor(
-            [question.strip() for question in self.texts(rows)],
+            _cut(processor, self.texts(rows), self.length // 2),
             list(rows[self.columns.inputs[1]]),
             truncation="only_second",
             max_length=self.length,
-            stride=self.length // STRIDE_SHARE,
+            stride=min(self.length // STRIDE_SHARE, room - 1),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
@@ -66,6 +75,14 @@ class QuestionAnswering(Task):
     def collator(self, processor: Any, model: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
         """Return one that pads to the longest text of a batch."""
         return DataCollatorWithPadding(processor)
+
+
+def _cut(processor: Any, questions: list[str], length: int) -> list[str]:
+    """Return questions of so many tokens at most."""
+    stripped = [question.strip() for question in questions]
+    how = {"add_special_tokens": False, "return_offsets_mapping": True, "truncation": True, "max_length": length}
+    ends = [offsets[-1][1] if offsets else 0 for offsets in processor(stripped, **how)["offset_mapping"]]
+    return [question[:end] for question, end in zip(stripped, ends, strict=True)]
 
 
 def _first(answer: Mapping[str, Any]) -> tuple[int, int] | None:

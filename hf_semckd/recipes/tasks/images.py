@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Features, Image
 from transformers import default_data_collator
 
@@ -31,10 +33,16 @@ class ImageClassification(Task):
 
     def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
         """Return pixels as the processor makes them."""
-        pictures = [picture.convert("RGB") for picture in rows[self.columns.inputs[0]]]
+        pictures = [_in_color(picture) for picture in rows[self.columns.inputs[0]]]
         pixels = processor(pictures, return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": self.labels(rows)}
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
         """Return one that stacks."""
         return default_data_collator
+
+
+def _in_color(picture: Any) -> Any:
+    if picture.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+        picture = PIL.Image.fromarray((np.asarray(picture) // 256).astype("uint8"))
+    return picture.convert("RGB")
