@@ -23,6 +23,8 @@ from .rows import read_rows
 from .training import Prepared
 
 GIGABYTE = 2**30
+# Times from a few steps differ by that much.
+NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class Plan:
             return "Run the teacher in every step: its outputs cannot be cached here."
         live, cached = self.seconds["live"], self.seconds["cached"]
         disk = f"{self.samples * self.cache.bytes / GIGABYTE:.2f} GB"
-        if cached < live:
+        if cached < (1 - NOISE) * live:
             return f"Set teacher_cache_dir: {duration(live - cached)} are saved, for {disk} of disk."
-        return f"Leave teacher_cache_dir out: a cache of {disk} saves no time in so few epochs."
+        return f"Leave teacher_cache_dir out: a cache of {disk} saves little time or none in so few epochs."
 
 
 def preview(reading: Reading, voice: Voice) -> Plan:
