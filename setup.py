@@ -34,26 +34,31 @@ REQUIRED = [
     "huggingface-hub>=1.3",
     "safetensors>=0.4.3",
     "numpy>=2.0",
-    # Come with datasets and torch; imported by name.
+    # Come with datasets, torch and huggingface-hub; imported by name.
     "pyarrow>=16.1",
     "jinja2>=3.1",
+    "pyyaml>=6.0",
 ]
 
 PLOTS = ["matplotlib>=3.9"]
-DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pyyaml>=6.0", "pillow>=10.1"]
+DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pillow>=10.1"]
+# Recipes that learn from sounds.
+AUDIO = ["soundfile>=0.12", "scipy>=1.13"]
 # Reads the pretrained image model that scripts/fetch_image_parts.py fetches.
 IMAGES = ["onnx>=1.17"]
 # Models as ONNX files, and running them.
 ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.24.1"]
-TEST = [*DEMO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
+TEST = [*DEMO, *AUDIO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
 # Teachers in 8 or 4 bits.
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]
-DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6"]
+# markdown-it-py comes with myst-parser; scripts/screenshots.py imports it by name.
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "markdown-it-py>=3.0", "furo>=2024.8.6"]
 
 EXTRAS = {
     "plots": PLOTS,
     "demo": DEMO,
+    "audio": AUDIO,
     "images": IMAGES,
     "onnx": ONNX,
     "quantized": QUANTIZED,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -288,13 +290,15 @@ class SemCKDConfig(TrainingArguments):
             self.teacher_weights = list(given) if isinstance(given, (list, tuple)) else [given]
             for weight in self.teacher_weights:
                 require_number("teacher_weights", weight, positive=True)
-        if self.teacher_cache_dir is not None and not str(self.teacher_cache_dir).strip():
-            raise ConfigurationError(
-                "`teacher_cache_dir` is empty",
-                received=repr(self.teacher_cache_dir),
-                expected="a folder, or None for no cache",
-                todo="name a folder that can be written",
-            )
+        if self.teacher_cache_dir is not None:
+            self.teacher_cache_dir = os.path.expanduser(self.teacher_cache_dir)
+            if not self.teacher_cache_dir.strip():
+                raise ConfigurationError(
+                    "`teacher_cache_dir` is empty",
+                    received=repr(self.teacher_cache_dir),
+                    expected="a folder that can be written, or None for no cache",
+                    todo="name a folder",
+                )
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distills_logits:
@@ -332,3 +336,15 @@ def distillation_fields() -> tuple[str, ...]:
     """Return the names of the fields that `SemCKDConfig` adds to `TrainingArguments`, in order."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
     return tuple(entry.name for entry in fields(SemCKDConfig) if entry.name not in inherited)
+
+
+def _described(described: str) -> str:
+    """Return the docstring with the help of the fields, which stands at the fields alone."""
+    own = (SemCKDConfig.__dataclass_fields__[name] for name in distillation_fields())
+    texts = (f"{' ' * 8}{entry.name} ({entry.type}, {entry.default!r}): {entry.metadata['help']}" for entry in own)
+    wrapped = (textwrap.fill(text, 115, subsequent_indent=" " * 12) for text in texts)
+    return "\n".join([described.rstrip(), "", "    Attributes:", *wrapped, "    "])
+
+
+if SemCKDConfig.__doc__:  # python -OO leaves none
+    SemCKDConfig.__doc__ = _described(SemCKDConfig.__doc__)

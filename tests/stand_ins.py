@@ -1,6 +1,7 @@
 """Tiny models and data on disk, which take the place of those that README.md and docs name on the Hub."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,11 +96,36 @@ def pictures(folder: Path) -> None:
     Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
 
 
+def reviews(path: Path) -> None:
+    """Write a table of texts."""
+    rows = [f"a {'good' if index % 2 else 'bad'} film,{'yes' if index % 2 else 'no'}" for index in range(20)]
+    path.write_text("\n".join(["review,verdict", *rows]))
+
+
+def articles(folder: Path) -> None:
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("\n".join(["text", *["a good film a bad film" for _ in range(12)]]))
+
+
+def photos(folder: Path) -> None:
+    """Write images by class."""
+    generator = np.random.default_rng(0)
+    for index in range(20):
+        place = folder / ("cat" if index % 2 else "dog") / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Picture.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place)
+
+
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "textattack/bert-base-uncased-SST-2": bert,
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english": bert,
     "textattack/roberta-base-SST-2": other_bert,
     "stanfordnlp/sst2": sentences,
+    "google-bert/bert-base-uncased": bert,
+    "distilbert/distilbert-base-uncased": bert,
+    "google/vit-base-patch16-224-in21k": vit,
+    "Salesforce/wikitext": articles,
     "openai-community/gpt2": gpt2,
     "distilbert/distilgpt2": gpt2,
     "nateraw/vit-base-patch16-224-cifar10": vit,
@@ -118,3 +144,16 @@ def with_stand_ins(code: str, folder: Path) -> str:
                 make(place)
             code = code.replace(f'"{name}"', repr(str(place)))
     return code
+
+
+def recipe_with_stand_ins(code: str, folder: Path) -> str:
+    """Return a recipe in which every name is replaced by a folder or file that is made for it."""
+    for name, make in {**STAND_INS, "reviews.csv": reviews, "photos": photos}.items():
+        value = re.compile(rf"(?<=: ){re.escape(name)}(?=\s)")
+        if value.search(code):
+            place = folder / "made" / name.replace("/", "--")
+            place.parent.mkdir(exist_ok=True)
+            make(place)
+            code = value.sub(str(place), code)
+    # What is made has no configurations.
+    return "".join(line for line in code.splitlines(keepends=True) if not line.startswith("dataset_config:"))

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import pydoc
 from dataclasses import fields
 
 import pytest
@@ -477,3 +478,10 @@ def test_a_dictionary_or_json_file_can_be_parsed(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(values))
     (parsed,) = HfArgumentParser(SemCKDConfig).parse_json_file(tmp_path / "args.json")
     assert parsed.student_layers == [1, 2] and parsed.feature_weight == 3
+
+
+def test_its_help_in_python_is_that_of_the_fields():
+    text = " ".join(pydoc.render_doc(SemCKDConfig, renderer=pydoc.plaintext).replace("|", " ").split())
+    for name in distillation_fields():
+        entry = SemCKDConfig.__dataclass_fields__[name]
+        assert f"{name} (" in text and " ".join(entry.metadata["help"].split()) in text

@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..config import SemCKDConfig
+from ..files import json_text
 from ..training.trainer import SemCKDTrainer
 from .data import load_split, load_tokenizer
 
@@ -23,6 +24,7 @@ class CacheArguments:
     student: str = HfArg(help="Name or folder of the student. Its layers determine which teacher features are stored.")
     dataset: str = HfArg(help="Folder of a dataset (Dataset.save_to_disk) with the columns used in training.")
     split: str = HfArg(default="train", help="The split to run over, if the folder holds several.")
+    json: bool = HfArg(default=False, help="Print JSON instead of sentences.")
 
 
 def run(words: Sequence[str]) -> None:
@@ -49,5 +51,8 @@ def run(words: Sequence[str]) -> None:
         count = trainer.fill_teacher_cache()
     if args.process_index == 0:
         size = sum(path.stat().st_size for path in Path(args.teacher_cache_dir).rglob("*") if path.is_file())
+        if options.json:
+            print(json_text({"samples": count, "bytes": size}))
+            return
         print(f"{count} samples are cached; {args.teacher_cache_dir} holds {size / 2**30:.2f} GB.")
         print(f"Train with the same data and settings and teacher_cache_dir={args.teacher_cache_dir!r}.")

@@ -1,5 +1,7 @@
 """What commands read: a split of a saved data set, and the processor saved with a model."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError(text)
     return value
+
+
+def screen_width() -> int | None:
+    """Return the columns of the terminal; None where the output is none, and lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def load_processor(source: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate
 from ..files import json_text
-from .data import load_processor, load_split, new_folder, positive
+from .data import load_processor, load_split, new_folder, positive, screen_width
 
 EXAMPLE = """\
 example:
@@ -53,7 +53,7 @@ def run(words: Sequence[str]) -> None:
         onnx=False if options.no_onnx else None,
         memory=not options.no_memory,
     )
-    print(json_text(found) if options.json else found)
+    print(json_text(found) if options.json else found.text(screen_width()))
     if options.output is not None:
         found.save(options.output)
         if not options.json:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..evaluation.export import export_onnx
+from ..files import json_text
 from ..models.loading import load_model
 from ..models.proof import example_inputs
 from .data import new_folder
@@ -19,8 +20,14 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("model", help="Hub name or folder")
     parser.add_argument("folder", help="where model.onnx is written")
     parser.add_argument("--int8", action="store_true", help="also write model_int8.onnx, with weights in 8 bits")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options = parser.parse_args(list(words))
     new_folder(options.folder)
     model = load_model(options.model, "model")
-    for path in export_onnx(model, options.folder, example_inputs(model), int8=options.int8):
-        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    batch = example_inputs(model)
+    sizes = {path: path.stat().st_size for path in export_onnx(model, options.folder, batch, int8=options.int8)}
+    if options.json:
+        print(json_text({str(path): size for path, size in sizes.items()}))
+        return
+    for path, size in sizes.items():
+        print(f"{path}  {size / 1e6:,.1f} MB")

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 
 from ..choices import layer_list
-from ..errors import InputError
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text
 from ..models.loading import load_model
@@ -45,13 +44,6 @@ def run(words: Sequence[str]) -> None:
         batch = data.first(2)
     else:
         batch = example_inputs(student)
-        if batch is None:
-            raise InputError(
-                "Inputs for this student could not be made up",
-                received=type(student).__name__,
-                expected="a model of text, images or sound",
-                todo="name prepared data with --dataset",
-            )
     given = {"student_layers": options.student_layers, "teacher_layers": options.teacher_layers}
     layers = {name: layer_list(name, found) for name, found in given.items()}
     found = inspect_models(

@@ -9,8 +9,9 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from ..evaluation.variants import LabeledData, usual_collator
-from ..files import write_atomic
+from ..files import json_text, write_atomic
 from ..models.loading import load_model
+from ..models.sizes import count_parameters
 from ..models.students import make_student
 from ..publishing.folder import CARD
 from ..publishing.sources import Source, hub_source, source_of
@@ -42,6 +43,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--dataset", help="folder of Dataset.save_to_disk, for --latency-ms and --importance")
     parser.add_argument("--split", default="train", help="split of the data set (default: train)")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples of it that are used (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(words))
     new_folder(options.folder, options.teacher)
     teacher, processor = load_model(options.teacher, "teacher"), load_processor(options.teacher)
@@ -55,11 +57,15 @@ def run(words: Sequence[str]) -> None:
         importance=options.importance,
         init=options.init,
         batch=None if options.dataset is None else _batch(options, teacher, processor),
+        report=not options.json,
     )
     student.save_pretrained(options.folder)
     if processor is not None:
         processor.save_pretrained(options.folder)
     _keep_source(options.folder, student, source_of(teacher))
+    if options.json:
+        print(json_text({"student": options.folder, "parameters": count_parameters(student)}))
+        return
     print(f"\nSaved in {options.folder}. Train it: SemCKDTrainer(model={options.folder!r}, teacher_model=...)")
 
 

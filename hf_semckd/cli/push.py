@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import json_text
 from ..publishing.heads import processor_class
 from ..publishing.push import push_folder
 from .data import load_processor
@@ -22,6 +23,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch, made if it does not exist (default: main)")
     parser.add_argument("--message", default="Upload the student", help="title of the commit")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options = parser.parse_args(list(words))
     pushed = push_folder(
         options.folder,
@@ -31,6 +33,9 @@ def run(words: Sequence[str]) -> None:
         message=options.message,
         processor=processor_class(load_processor(str(options.folder))),
     )
+    if options.json:
+        print(json_text(pushed))
+        return
     print(f"Pushed to {pushed.url}")
     for name in pushed.files:
         print(f"  {name}")

@@ -45,10 +45,17 @@ class Evaluation:
         raise KeyError(f"{model!r} was not measured with {runtime} on {device}")
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """Return the table and where it was measured; wider than `width` characters, models are its columns."""
         counts = [latency.samples for latency in self.rows[0].latency]
-        head = ["model", "run by", self.metric, "kept (95 %)", "agrees", "calibration", "parameters", "disk"]
+        head = ["model", "run by", self.metric, "kept (95%)", "agrees", "calibration", "parameters", "disk"]
         head += ["memory", *(f"ms for {count}" for count in counts), "samples/s"]
-        lines = aligned_lines([head, *(_cells(row) for row in self.rows)])
+        cells = [head, *(_cells(row, row is self.rows[0]) for row in self.rows)]
+        lines = aligned_lines(cells)
+        if width is not None and max(map(len, lines)) > width:
+            lines = aligned_lines(list(zip(*cells, strict=True)))
         machine = self.machine
         where = f"{machine['processor']}, {machine['torch_threads']} thread{'s' * (machine['torch_threads'] > 1)}"
         if machine["accelerator"] is not None:
@@ -66,8 +73,9 @@ class Evaluation:
         return target
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, is_reference: bool) -> list[str]:
     kept = f"{row.kept.value:.1%}  {row.kept.low:.1%} - {row.kept.high:.1%}" if isfinite(row.kept.value) else "-"
+    kept = "reference" if is_reference else kept
     error = "-" if row.calibration_error is None else f"{row.calibration_error:.3f}"
     cells = [row.model, way_of(row), f"{row.quality:.4g}", kept]
     cells += [f"{row.agreement:.1%}", error, f"{row.parameters:,}", _megabytes(row.disk_bytes)]

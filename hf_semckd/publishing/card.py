@@ -12,7 +12,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import InputError
-from .deploy import DeployTable, deploy_table
+from .deploy import CardTable, card_table
 from .facts import StudentFacts
 from .heads import EXAMPLES
 from .redaction import is_dataset_id, is_hub_id, is_model_id, is_plain_text, repository_name
@@ -113,7 +113,7 @@ def _context(facts: StudentFacts) -> dict[str, Any]:
 
 
 def _metadata(
-    facts: StudentFacts, repo: str, results: Mapping[str, float], table: DeployTable | None, terms: LicenseTerms
+    facts: StudentFacts, repo: str, results: Mapping[str, float], table: CardTable | None, terms: LicenseTerms
 ) -> ModelCardData:
     """Return the YAML block's content; unknown entries are left out, not guessed."""
     dataset, task = _kept(facts.dataset, is_dataset_id), _kept(facts.pipeline_tag)
@@ -144,10 +144,10 @@ def _metadata(
     )
 
 
-def _table(facts: StudentFacts) -> DeployTable | None:
+def _table(facts: StudentFacts) -> CardTable | None:
     """Return the deploy table; one that cannot be read costs only itself."""
     try:
-        return None if facts.evaluation is None else deploy_table(facts.evaluation)
+        return None if facts.evaluation is None else card_table(facts.evaluation)
     except InputError as error:
         logger.warning("The model card has no deploy table. %s", error)
         return None

@@ -13,7 +13,7 @@ STUDENT = "student"
 
 
 @dataclass(frozen=True)
-class DeployTable:
+class CardTable:
     """Cells of a table in Markdown, the heading first, and what was measured.
 
     Attributes:
@@ -31,7 +31,7 @@ class DeployTable:
     footnote: str
 
 
-def deploy_table(evaluation: Mapping[str, Any]) -> DeployTable | None:
+def card_table(evaluation: Mapping[str, Any]) -> CardTable | None:
     """Return the table of an evaluation in the form of `evaluation.json`; None where names of its are no plain words.
 
     Raises `InputError` for another form.
@@ -45,9 +45,9 @@ def deploy_table(evaluation: Mapping[str, Any]) -> DeployTable | None:
         student = next(row for row in rows if row["model"] == name)
         counts = [int(entry["samples"]) for entry in rows[0]["latency"]]
         metric = str(evaluation["metric"])
-        head = ("model", "run by", metric, "kept (95 % interval)", "parameters", "size")
+        head = ("model", "run by", metric, "kept (95% interval)", "parameters", "size")
         errors = student["calibration_error"], rows[0]["calibration_error"]
-        return DeployTable(
+        return CardTable(
             rows=((*head, *(f"ms, batch of {count}" for count in counts)), *(_cells(row) for row in rows)),
             metric=metric,
             quality=_number(student["quality"]),

@@ -85,9 +85,9 @@ def cache_cost(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> CacheC
         return CacheCost(seconds, size, _measured(trainer))
 
 
-def total_steps(args: SemCKDConfig, samples: int, epochs: float) -> int:
-    """Return the optimizer steps of a training over so many samples."""
-    if args.max_steps > 0:
+def total_steps(args: SemCKDConfig, samples: int, epochs: float, *, limited: bool = True) -> int:
+    """Return the optimizer steps of a training over so many samples; `limited`: by `max_steps`, the student's."""
+    if limited and args.max_steps > 0:
         return args.max_steps
     batches = math.ceil(samples / (args.train_batch_size * args.world_size))
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * epochs)

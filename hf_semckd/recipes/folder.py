@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import TrainerState
 
 from ..errors import ConfigurationError
 from ..files import write_json
+from ..training.sealing import newest_whole
 
 RECIPE, TEACHER, START, ONNX = "recipe.json", "teacher", "start", "onnx"
 # Options that change neither the student nor what is told of it.
@@ -79,10 +79,8 @@ class RunFolder:
         return TrainerState.load_from_json(str(self.path / "trainer_state.json"))
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest checkpoint that is whole: its state is written last."""
-        found = [path for path in self.path.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-        numbered = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return str(max(numbered, key=lambda path: int(path.name.rpartition("-")[2]))) if numbered else None
+        """Return the newest whole checkpoint, or None where there is none yet."""
+        return newest_whole(self.path)
 
     def ready(self, name: str) -> str | None:
         """Return a model's folder within this one, where it is complete."""

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models.sizes import count_parameters
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
+from .interrupts import saved_when_terminated
 from .models import cut_student, head_of, load_teacher, needs_batch, new_model
 from .processors import load_processor, longest_input, read_alike
 from .progress import Voice, use_progress
@@ -89,7 +90,8 @@ def _own_teacher(
     own |= {"max_steps": -1, "push_to_hub": False, "report_to": []}
     trainer = teacher_trainer(replace(args, **own), model, rows, samples)
     use_progress(trainer, "teacher", voice)
-    trainer.train(resume_from_checkpoint=RunFolder(str(place)).newest_checkpoint())
+    with saved_when_terminated(trainer):
+        trainer.train(resume_from_checkpoint=RunFolder(str(place)).newest_checkpoint())
     trainer.save_model(str(place))
     if args.should_save:
         for path in place.glob("checkpoint-*"):

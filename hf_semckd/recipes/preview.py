@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -13,6 +13,7 @@ import datasets
 from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
 from ..training.report import inspect_models
+from .check import check_teacher
 from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, total_steps, weight_bytes
 from .folder import RunFolder
 from .prepare import prepare
@@ -22,6 +23,8 @@ from .rows import read_rows
 from .training import Prepared
 
 GIGABYTE = 2**30
+# Times from a few steps differ by that much.
+NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,17 @@ class Plan:
             return "Run the teacher in every step: its outputs cannot be cached here."
         live, cached = self.seconds["live"], self.seconds["cached"]
         disk = f"{self.samples * self.cache.bytes / GIGABYTE:.2f} GB"
-        if cached < live:
+        if cached < (1 - NOISE) * live:
             return f"Set teacher_cache_dir: {duration(live - cached)} are saved, for {disk} of disk."
-        return f"Leave teacher_cache_dir out: a cache of {disk} saves no time in so few epochs."
+        return f"Leave teacher_cache_dir out: a cache of {disk} saves little time or none in so few epochs."
 
 
 def preview(reading: Reading, voice: Voice) -> Plan:
     """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
     with _trial_folder() as folder:
         prepared = _prepared(reading, folder, voice)
+        if not reading.recipe.models.teacher_epochs:
+            check_teacher(prepared, reading.args.per_device_eval_batch_size, voice)
         batch = collate(prepared.samples.collator, first_samples(prepared.samples.splits.train))
         names = prepared.teachers if len(prepared.teachers) > 1 else prepared.teachers[0]
         args = reading.args
@@ -109,8 +114,7 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     epochs = args.num_train_epochs
     own = None
     if recipe.models.teacher_epochs:
-        alone: dict[str, Any] = {"max_steps": -1}  # a number of steps is that of the student
-        own = teacher_cost(args, prepared), total_steps(replace(args, **alone), count, recipe.models.teacher_epochs)
+        own = teacher_cost(args, prepared), total_steps(args, count, recipe.models.teacher_epochs, limited=False)
     return Plan(
         samples=count,
         epochs=epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ class Voice:
 
     speaks: bool = True
     stream: TextIO | None = None
+
+    @property
+    def width(self) -> int | None:
+        """The columns of the terminal; None where there is none, and lines may be of any length."""
+        stream = self.stream or sys.stdout
+        return shutil.get_terminal_size().columns if stream.isatty() else None
 
     def __call__(self, topic: str, text: str) -> None:
         """Print a line, or several, beside their topic."""

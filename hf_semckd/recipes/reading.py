@@ -79,6 +79,11 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     return Reading(recipe, _arguments(found), given, found)
 
 
+def training_options() -> list[str]:
+    """Return the names of the options of a training: the fields of `SemCKDConfig`."""
+    return [entry.name for entry in fields(SemCKDConfig) if entry.init]
+
+
 def _chosen_fields(name: str, chosen: set[str], title: str) -> Any:
     """Return a class with some of the fields of `SemCKDConfig`, for a group of options."""
     taken = [(entry.name, _flag_type(hint), copy.copy(entry)) for entry, hint in _argument_fields(chosen)]

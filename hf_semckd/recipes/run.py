@@ -15,7 +15,9 @@ from ..evaluation.table import Evaluation
 from ..publishing.card import EVALUATION_FILE
 from ..publishing.folder import CARD
 from ..publishing.report.report import PAGE
+from .check import check_teacher
 from .folder import ONNX, RunFolder
+from .interrupts import saved_when_terminated
 from .prepare import prepare
 from .progress import Voice, use_progress
 from .reading import Reading
@@ -49,6 +51,8 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     if folder.trained and not args.push_to_hub and _is_told(folder, recipe):
         return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)
+    if not folder.trained and args.process_index == 0:
+        check_teacher(prepared, args.per_device_eval_batch_size, voice)
     trainer = student_trainer(recipe, args, prepared)
     use_progress(trainer, "training", voice)
     if folder.trained:
@@ -62,7 +66,8 @@ def _train(trainer: Any, folder: RunFolder, voice: Voice) -> None:
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
         voice("training", f"goes on from {Path(checkpoint).name}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with saved_when_terminated(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
     # Not yet to the Hub: the card is to have the table.
     trainer.save_model(trainer.args.output_dir, _internal_call=True)
     if trainer.args.should_save:
@@ -115,7 +120,7 @@ class _Results:
             batch_size=self.trainer.args.per_device_eval_batch_size,
         )
         found.save(self.folder.path)
-        self.voice.text(f"{found}\n")
+        self.voice.text(f"{found.text(self.voice.width)}\n")
         return found
 
     def _report(self, found: Evaluation | None) -> str:

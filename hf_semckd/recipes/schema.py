@@ -80,7 +80,8 @@ class DataOptions:
         "at most), which are not trained on.",
     )
     test_split: str | None = option(
-        None, "Split for the table at the end. None: test where it is labeled, else eval_split."
+        None,
+        "Split for the table at the end. None: eval_split where it is named; else test where it is labeled.",
     )
     input_columns: list[str] | None = option(
         None,

@@ -35,12 +35,12 @@ def read_file(path: str, options: Sequence[str]) -> tuple[str, dict[str, Any]]:
         raise _unreadable(path, received, "lines of the form `name: value`")
     if isinstance(content.get("student"), dict):
         own = content.pop("student")
-        _check_names(path, own, STUDENT_KEYS, "student.")
+        check_names(path, own, STUDENT_KEYS, "student.")
         twice = next((name for name in own if name in content), None)
         if twice is not None:
             raise _unreadable(path, f"{twice} beside student and below it", "each option once")
         content, typed = {**content, **own}, {**typed, **typed["student"]}
-    _check_names(path, content, options)
+    check_names(path, content, options)
     head = [line.lstrip("# ").rstrip() for line in _leading_comments(text)]
     # What is null is not given.
     given = {name: value for name, value in content.items() if typed[name] is not None}
@@ -81,7 +81,8 @@ def _leading_comments(text: str) -> Iterator[str]:
         yield line
 
 
-def _check_names(path: str, content: Mapping[str, Any], options: Sequence[str], place: str = "") -> None:
+def check_names(path: str, content: Mapping[str, Any], options: Sequence[str], place: str = "") -> None:
+    """Raise `ConfigurationError` for a name that is no option, with the one that was probably meant."""
     for name in content:
         if name not in options:
             close = nearest(str(name), options, 1)

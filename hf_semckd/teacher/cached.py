@@ -25,7 +25,7 @@ from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import to_batch, to_outputs
 from .cache.store import TensorStore
-from .notes import TeacherNote, TeacherRequest, read_note, write_note
+from .notes import TeacherNote, TeacherRequest, is_plausible, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
 from .teacher import Teacher
 
@@ -123,6 +123,9 @@ class CachedTeacher:
         if self._load is not None:
             assert self.digest is not None
             self.note = read_note(self.folder, self.digest, self.request.key(inputs))
+            if self.note is not None and not is_plausible(self.note, self.model):
+                logger.warning("What is noted of the teacher in %s cannot be true, and is not used.", self.folder)
+                self.note = None
         if self.note is None:
             return self.load().describe(batch, logits=logits, features=features)
         if features:
@@ -187,6 +190,8 @@ class CachedTeacher:
         if missing:
             self.computed += len(missing)
             outputs = self.load().run(batch, logits=logits, features=features, loss=loss, samples=missing)
+            # Stored, it would break later runs too.
+            check_finite(outputs, self.layer_names, samples=missing)
             computed = cache.rows(outputs, inputs, missing)
             cache.store.write([lookup.keys[index] for index in missing], computed)
             # As stored, in the stored precision: a sample is the same when it is met again.

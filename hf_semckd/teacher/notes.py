@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from ..features.layers import FeatureSpec
 from ..files import write_json
@@ -18,6 +20,8 @@ from .cache.cache import token_count
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 2**22
+# No layer has more positions, and no vocabulary more entries.
+LONGEST = 2**24
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,26 @@ class TeacherNote:
             else spec
             for spec in self.specs
         ]
+
+
+def is_plausible(note: TeacherNote, model: nn.Module) -> bool:
+    """Whether what a note says can be true of a model, whose weights need not be there.
+
+    A damaged or made-up note would otherwise decide how much memory the projections take.
+    """
+    sizes = {size for entry in model.parameters() for size in entry.shape}
+    layers, numbers = note.layers, [note.tokens if note.tokens is not None else 1, *(note.logits or ())]
+    for spec in note.specs:
+        numbers += [spec.length, spec.prefix + 1, *(spec.grid or ())]
+    return (
+        isinstance(note.weights, str)
+        and isinstance(layers, list)
+        and all(type(layer) in (int, str) for layer in layers)
+        and all(type(number) is int and 0 < number <= LONGEST for number in numbers)
+        and all(type(spec.channels) is int and spec.channels in sizes for spec in note.specs)
+        and all(spec.grid is None or math.prod(spec.grid) + spec.prefix <= spec.length for spec in note.specs)
+        and all(spec.kind in ("map", "tokens") and isinstance(spec.name, str) for spec in note.specs)
+    )
 
 
 def source_digest(source: object) -> str | None:

@@ -47,10 +47,12 @@ class TeacherDescription:
     features: list[Tensor]
 
 
-def check_finite(outputs: TeacherOutputs, layers: Sequence[str], prefix: str = "") -> None:
+def check_finite(
+    outputs: TeacherOutputs, layers: Sequence[str], prefix: str = "", samples: Sequence[int] | None = None
+) -> None:
     """Raise `TeacherOutputError`, naming layer and sample, for NaN and infinity outside the padding.
 
-    `prefix` names the teacher where there are several.
+    `prefix` names the teacher where there are several; `samples` are those of the batch that it ran on, None for all.
     """
     # The first broken layer is the cause, logits follow.
     found = sorted(outputs.features.values(), key=itemgetter(0))
@@ -61,11 +63,12 @@ def check_finite(outputs: TeacherOutputs, layers: Sequence[str], prefix: str = "
         bad = ~torch.isfinite(values)
         if mask is not None and values.dim() == 3 and values.shape[1] == mask.shape[1]:
             bad &= mask.bool().unsqueeze(-1)
-        samples = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
-        if samples:
+        places = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist()
+        if places:
+            numbers = [place if samples is None else samples[place] for place in places]
             raise TeacherOutputError(
                 f"The teacher's {name} not finite",
-                received=f"NaN or infinity in batch index {', '.join(map(str, samples))}",
+                received=f"NaN or infinity in batch index {', '.join(map(str, numbers))}",
                 expected="finite values",
                 todo="check the teacher's weights and these samples; train with bf16 instead of fp16, in "
                 "which the teacher runs too, and load it in float32 or bfloat16 when it is in float16",

@@ -18,6 +18,7 @@ from ..losses import FeatureLoss
 from ..publishing.facts import environment
 from ..publishing.folder import SETTINGS_FILE
 from ..publishing.sources import dataset_source, hub_source, source_of
+from .sealing import SEAL, STATE_FILE
 
 logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"
@@ -29,7 +30,8 @@ TRAINING_STATE = (
     "scheduler.pt",
     "scaler.pt",
     "rng_state*",
-    "trainer_state.json",
+    STATE_FILE,
+    SEAL,
     PICKLED_ARGUMENTS,
     FEATURE_LOSS_FILE,
     "pytorch_model_fsdp*",

@@ -23,6 +23,8 @@ from ..teacher.cached import teacher_prefix
 from .classes import check_same_tokens, match_teachers, vocabulary_size
 from .pair import layers_by_teacher
 
+COMPARED = {"tokens": "position by position", "grid": "as maps of the smaller size", "mean": "by their averages"}
+
 
 @dataclass(frozen=True)
 class ModelReport:
@@ -90,9 +92,16 @@ class PairReport:
         for role, model in (("Student", self.student), ("Teacher", self.teacher)):
             padding = "padding is left out" if model.masked else "no mask: all positions count"
             parts += [f"{role}: {model.name} ({padding})", *aligned_lines(model.rows(), "  "), ""]
-        pairs = [("", *(f"teacher {name}" for name in self.teacher.layers))]
-        pairs += [(f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)]
-        return "\n".join([*parts, "Compared", *aligned_lines(pairs, "  "), "", f"Logits: {self._logits()}"])
+        kinds = {kind for row in self.alignments for kind in row}
+        if len(kinds) == 1:
+            parts.append(f"Compared: every student layer with every teacher layer, {COMPARED[kinds.pop()]}")
+        else:
+            pairs = [("", *(f"teacher {name}" for name in self.teacher.layers))]
+            pairs += [
+                (f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)
+            ]
+            parts += ["Compared", *aligned_lines(pairs, "  "), ""]
+        return "\n".join([*parts, f"Logits: {self._logits()}"])
 
     def _logits(self) -> str:
         if self.match is None:

@@ -1,5 +1,6 @@
 """A trainer whose student stays a plain model: in checkpoints, in what it saves, and on the Hub."""
 
+import itertools
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -34,6 +35,7 @@ from .distillation import Distillation
 from .pair import Pair
 from .reasons import used_settings
 from .run_report import assemble_report, check_trained, compare_or_say_why, deploy_table, trained_run
+from .sealing import refuse_non_finite, seal
 
 
 class StudentTrainer(Trainer):
@@ -165,11 +167,17 @@ class StudentTrainer(Trainer):
     def _plain_student(self) -> AbstractContextManager[None]:
         return nullcontext() if self.distillation is None else self.distillation.plain_student()
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._finished_student():
             if self.distillation is not None:
                 self.distillation.guard.check_pending(self.state.global_step)
-            super()._save_checkpoint(*args, **kwargs)
+            if self._reloads_here:
+                named = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+                refuse_non_finite(named, self.state.global_step)
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._plain_student():

@@ -30,6 +30,7 @@ from .classes import vocabulary_size
 from .distillation import Distillation
 from .pair import Pair
 from .plan import Services
+from .sealing import checkpoint_to_resume
 from .student_trainer import StudentTrainer
 from .task_loss import plain_module_loss
 
@@ -234,8 +235,9 @@ class DistillationTrainer(StudentTrainer):
         Raises:
             NonFiniteLossError: When a loss term becomes NaN or infinite; the last checkpoint is intact.
             TeacherOutputError: When it is the teacher's doing.
-            CheckpointError: When a checkpoint to resume from is incomplete.
+            CheckpointError: When there is no whole checkpoint to resume from.
         """
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.pair is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from hf_semckd.errors import ConfigurationError, nearest
+from hf_semckd.recipes.reading import training_options
+from hf_semckd.recipes.yaml_file import check_names
 
 METHODS = Path(__file__).resolve().parents[1] / "protocols" / "methods.yaml"
 REQUIRED = ("data", "teacher", "student", "training", "methods")
@@ -110,6 +112,9 @@ def read_methods(entries: Sequence[str | Mapping[str, Any]], path: Path = METHOD
         if not fits or not all(isinstance(change, Mapping) and set(change) <= CHANGEABLE for change in given.values()):
             raise _refusal(path, f"method {entry!r}", f"a name, or one name with its {', '.join(sorted(CHANGEABLE))}")
         changes |= given
+    options = training_options()
+    for method, change in {**known, **changes}.items():
+        check_names(f"{path.name}, {method}", (change or {}).get("arguments") or {}, options)
     for name in changes:
         if name not in known and not PAIR.fullmatch(name):
             close = nearest(name, tuple(known), count=1)
@@ -149,6 +154,10 @@ def _protocol(path: Path, name: str, content: Mapping[str, Any]) -> Protocol:
     tuning, test = content.get("tuning_seeds", [100, 101]), content.get("test_seeds", list(range(10)))
     if set(tuning) & set(test):
         raise _refusal(path, f"seeds {sorted(set(tuning) & set(test))} in both", "tuning and test seeds apart")
+    # Trainings are described as in recipes.
+    options = training_options()
+    for given in (content["training"], content["teacher"].get("training") or {}):
+        check_names(path.name, given, options)
     tune = content.get("tune", True)
     if not isinstance(tune, bool):
         raise _refusal(path, f"tune: {tune!r}", "tune: true or tune: false")

@@ -1,5 +1,6 @@
 """README.md and docs are short where that was promised, up to date, and have links that lead somewhere."""
 
+import ast
 import importlib
 import re
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 from doc_pages import PAGES, ROOT, name
 
+from hf_semckd.cli.distill import defaults
 from hf_semckd.losses import FEATURE_LOSSES
 from hf_semckd.losses.semckd.defaults import IMAGE_DEFAULTS, MAP_DEFAULTS, SEQUENCE_DEFAULTS
 
@@ -14,6 +16,17 @@ README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?P<path>[^)#\s]*)(?:#(?P<anchor>[\w-]+))?\)")
 REGION = re.compile(r"<!-- ([\w-]+)(?: [\w.+-]+)* -->.*?<!-- /\1 -->", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]+`|\$[^$]+\$", re.DOTALL)
+
+
+def texts_of(path):
+    """Return the strings in a file of Python, with a mark for what is filled in."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    filled = [
+        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        for node in nodes
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return filled + [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +107,31 @@ def test_the_defaults_are_those_of_the_code():
         field = {"association_temperature": "similarity_temperature"}.get(option, option)
         values = [getattr(defaults, field) for defaults in (MAP_DEFAULTS, IMAGE_DEFAULTS, SEQUENCE_DEFAULTS)]
         assert cells == " | ".join(f'`"{value}"`' if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+def test_the_messages_that_are_quoted_are_those_of_the_code():
+    said = [text for path in (ROOT / "hf_semckd").rglob("*.py") for text in texts_of(path)]
+    quoted = re.findall(r"^> (.+)$", (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(), re.M)
+    assert len(quoted) > 15
+    for quote in quoted:
+        wanted = re.compile(".*".join(map(re.escape, quote.split("..."))), re.DOTALL)
+        assert any(map(wanted.search, said)), quote
+
+
+def test_the_defaults_of_recipes_are_those_of_the_code():
+    table = (ROOT / "docs" / "reference" / "recipe.md").read_text().split("## Other defaults than Trainer's")[1]
+    told = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, re.M))
+    found = defaults("NAME.yaml")
+    assert list(told) == list(found)
+    fixed = {name: value.strip("`") for name, value in told.items() if value.startswith("`")}
+    assert len(fixed) == 8
+    assert fixed == {name: str(found[name]) for name in fixed}
+
+
+PICTURES = sorted((ROOT / "docs" / "_static" / "pictures").glob("*"))
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
+def test_a_picture_is_small_and_shown(picture):
+    assert picture.stat().st_size <= 200_000
+    assert any(f"pictures/{picture.name})" in page.read_text() for page in PAGES)

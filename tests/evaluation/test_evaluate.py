@@ -77,7 +77,11 @@ def test_other_tasks_are_evaluated(name):
 def test_what_is_printed_and_saved(tmp_path):
     found = evaluate({"teacher": vit(3), "student": vit(1)}, images(9), **QUICK)
     said = str(found)
-    assert "kept (95 %)" in said and "9 samples" in said and "ms for 32" in said
+    assert "kept (95%)" in said and "9 samples" in said and "ms for 32" in said
+    narrow = found.text(80)
+    assert max(map(len, narrow.splitlines()[:12])) <= 80 < max(map(len, said.splitlines()))
+    assert narrow.splitlines()[0].split() == ["model", "teacher", "student"]
+    assert sorted(narrow.split()) == sorted(said.split())
     found.save(tmp_path)
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert [row["model"] for row in saved["rows"]] == ["teacher", "student"]

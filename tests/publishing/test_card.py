@@ -68,7 +68,7 @@ Compared with its teacher, it keeps 98.3% (95.5% – 101.0%) of the accuracy and
 
 ## Evaluation
 
-| model | run by | accuracy | kept (95 % interval) | parameters | size | ms, batch of 1 | ms, batch of 32 |
+| model | run by | accuracy | kept (95% interval) | parameters | size | ms, batch of 1 | ms, batch of 32 |
 |---|---|---:|---:|---:|---:|---:|---:|
 | teacher | PyTorch | 0.9219 | 100.0% | 85,800,963 | 343.3 MB | 61.2 | 1,650 |
 | student | PyTorch | 0.9063 | 98.3% (95.5% – 101.0%) | 5,526,346 | 22.2 MB | 6.8 | 141 |

@@ -1,5 +1,7 @@
 """A teacher that was cached is not loaded again: the same losses, and loading as soon as a sample is missing."""
 
+import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,6 +10,7 @@ from makers import LABELS, bert, config, gpt2, images, texts, vit
 from tiny import fit
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
+from hf_semckd.errors import TeacherOutputError
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.teacher.cached import CachedTeacher
 from hf_semckd.teacher.notes import TeacherNote, TeacherRequest, read_note, source_digest, write_note
@@ -55,6 +58,31 @@ def test_a_cached_teacher_is_not_loaded_and_gives_the_same_losses(tmp_path, sour
     assert not any(entry.is_meta for entry in trainer.teacher.parameters())
 
 
+def test_what_is_not_finite_is_never_stored(tmp_path):
+    broken = vit(3, 24, seed=9)
+    real = broken.forward
+
+    def sometimes(pixel_values, **kwargs):
+        outputs = real(pixel_values=pixel_values, **kwargs)
+        outputs.logits[pixel_values.mean((1, 2, 3)) == pixel_values.mean((1, 2, 3)).max()] = float("nan")
+        return outputs
+
+    settings = config(tmp_path / "out", teacher_cache_dir=str(tmp_path / "cache"), max_steps=3)
+    trainer = SemCKDTrainer(vit(), settings, teacher_model=broken, train_dataset=images(8))
+    broken.forward = sometimes
+    with pytest.raises(TeacherOutputError, match="logits are not finite"):
+        trainer.train()
+    broken.forward = real
+    healthy = SemCKDTrainer(vit(), settings, teacher_model=broken, train_dataset=images(8))
+    assert len(healthy.pair.teacher.cache.store) == 0
+    fit(healthy)
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(config(tmp_path, teacher_cache_dir="~/cache").teacher_cache_dir) == tmp_path / "cache"
+
+
 def test_a_missing_sample_loads_the_teacher(tmp_path, source, text):
     run(tmp_path, source, text=text)
     rows = texts(8, seed=77) if text else images(8, seed=77)
@@ -88,6 +116,38 @@ def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
     for damaged in (b'{"asked": {"specs": 3}}', b'{"layers": [', b"\xff\xfe", b"[1]", b""):
         path.write_bytes(damaged)
         assert read_note(tmp_path, "digest", "asked") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"specs": {"channels": 10**9}},
+        {"specs": {"channels": 25}},
+        {"specs": {"channels": "24"}},
+        {"specs": {"length": 2**40}},
+        {"specs": {"length": -1}},
+        {"specs": {"grid": [10**6, 10**6]}},
+        {"specs": {"prefix": -2}},
+        {"specs": {"kind": "cube"}},
+        {"logits": [2**40]},
+        {"layers": 7},
+        {"weights": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", [False], ids=["image"])
+def test_a_note_that_cannot_be_true_costs_a_loading_and_no_memory(change, tmp_path, source, text, caplog):
+    expected, _, _ = run(tmp_path, source)
+    (path,) = (tmp_path).rglob("manifest.json")
+    notes = json.loads(path.read_text())
+    for note in notes.values():
+        for spec in note["specs"]:
+            spec.update(change.get("specs", {}))
+        note.update({name: value for name, value in change.items() if name != "specs"})
+    path.write_text(json.dumps(notes))
+    loss, loads, _ = run(tmp_path, source)
+    assert loads == 1 and loss == expected
+    assert "cannot be true" in caplog.text
 
 
 def test_sequences_take_the_length_of_the_batch():

@@ -33,8 +33,7 @@ def test_the_table_is_what_a_training_finds(tmp_path):
         "4 x 4",
         "1 in front",
         "single_label",
-        "student 1",
-        "teacher 3",
+        "every student layer with every teacher layer, position by position",
     ):
         assert fact in text
 

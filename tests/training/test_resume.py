@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,51 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_be
     resumed = fit(trainer_of("vit", tmp_path / "twice"), True)
     assert resumed.state.global_step == WHOLE
     fit(trainer_of("vit", tmp_path / "once", save_steps=WHOLE))
+    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
+
+
+# What writes a part of a checkpoint, in the order in which it is written, and the seal.
+PARTS = (
+    "transformers.Trainer._save",
+    "hf_semckd.training.student_trainer.save_feature_loss",
+    "transformers.Trainer._save_optimizer_and_scheduler",
+    "transformers.Trainer._save_rng_state",
+    "transformers.trainer_callback.TrainerState.save_to_json",
+    "hf_semckd.training.student_trainer.seal",
+)
+
+
+def killed_saving(folder: str, part: str, before: bool) -> None:
+    """Die in the middle of saving the second checkpoint; runs in a process of its own."""
+    torch.set_num_threads(1)
+    where, _, name = part.rpartition(".")
+    owner = pkgutil.resolve_name(where)
+    real, times = getattr(owner, name), []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        times.append(part)
+        if len(times) == 2 and before:
+            os._exit(9)
+        result = real(*args, **kwargs)
+        if len(times) == 2:
+            os._exit(9)
+        return result
+
+    setattr(owner, name, dies)
+    fit(trainer_of("vit", Path(folder), save_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.rpartition(".")[2])
+def test_a_training_that_is_killed_while_it_saves_resumes_by_itself(part, before, tmp_path):
+    code = f"import test_resume; test_resume.killed_saving({str(tmp_path / 'twice')!r}, {part!r}, {before})"
+    done = python("-c", code, cwd=TESTS / "training")
+    assert done.returncode == 9
+    assert (tmp_path / "twice" / "checkpoint-4").is_dir() or (part, before) == (PARTS[0], True)
+    resumed = fit(trainer_of("vit", tmp_path / "twice", save_steps=2), True)
+    assert resumed.state.global_step == WHOLE
+    fit(trainer_of("vit", tmp_path / "once", save_steps=2))
     assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
 
 

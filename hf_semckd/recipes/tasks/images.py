@@ -26,7 +26,7 @@ class ImageClassification(Task):
     def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
         """Return the first column of images, and that of classes."""
         inputs, label = chosen(features, options)
-        images = inputs or columns_of(features, lambda entry: isinstance(entry, Image))
+        images = [name for name in inputs or features if isinstance(features[name], Image)]
         classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
         label = label or (classes[0] if len(classes) == 1 else first_named(list(features), LABELS))
         return Columns((images[0],), label) if images and label is not None else None

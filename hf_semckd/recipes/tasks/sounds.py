@@ -27,7 +27,7 @@ class AudioClassification(Task):
     def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
         """Return the first column of sounds, and that of classes."""
         inputs, label = chosen(features, options)
-        sounds = inputs or columns_of(features, lambda entry: isinstance(entry, Audio))
+        sounds = [name for name in inputs or features if isinstance(features[name], Audio)]
         classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
         label = label or (classes[0] if len(classes) == 1 else first_named(list(features), LABELS))
         return Columns((sounds[0],), label) if sounds and label is not None else None

@@ -59,7 +59,8 @@ class TokenClassification(Task):
         """Return lists of words and lists of their classes."""
         inputs, label = chosen(features, options)
         lists = columns_of(features, is_list)
-        word = inputs[0] if inputs else first_named([n for n in lists if is_text(features[n].feature)], WORDS)
+        words = [name for name in inputs or lists if name in lists and is_text(features[name].feature)]
+        word = first_named(words, WORDS) if inputs is None else next(iter(words), None)
         tags = [n for n in lists if n != word and isinstance(features[n].feature, (ClassLabel, Value))]
         label = label or first_named(tags, TAGS)
         return None if word is None or label is None else Columns((word,), label)

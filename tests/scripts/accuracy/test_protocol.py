@@ -130,6 +130,17 @@ def test_candidates_are_all_combinations():
     assert Method("m").candidates() == [{}]
 
 
+@pytest.mark.parametrize("place", ["training", "teacher", "methods"])
+def test_an_option_that_no_recipe_has_is_refused_with_the_near_one(place, tmp_path):
+    changes = {
+        "training": {"training": {"num_train_epoch": 1}},
+        "teacher": {"teacher": {"name": "t", "family": "vit", "training": {"num_train_epoch": 1}}},
+        "methods": {"methods": [{"kd": {"arguments": {"num_train_epoch": 1}}}]},
+    }
+    with pytest.raises(ConfigurationError, match="unknown option num_train_epoch; did you mean num_train_epochs"):
+        read_protocols(write_protocol(tmp_path, **changes[place]))
+
+
 def test_an_unknown_association_is_refused():
     with pytest.raises(ConfigurationError, match="Unknown association"):
         trainer_class(Method("m", "semckd", association="ckm"))

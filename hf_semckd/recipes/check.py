@@ -1,0 +1,53 @@
+"""Before a training: is the teacher right about the data at all?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..evaluation.examples import compare_predictions
+from .progress import Voice
+from .rows import Rows
+from .training import Prepared
+
+SAMPLES = 256
+# A teacher has learned something if it beats the most frequent class by more than this.
+MARGIN = 0.02
+
+
+def check_teacher(prepared: Prepared, batch_size: int, voice: Voice) -> None:
+    """Print how good the teacher is, and the student before its training; warn of a teacher that knows nothing.
+
+    Wrong columns, or classes in another order, show in nothing else: a student learns from such a teacher, too.
+    """
+    samples = prepared.samples
+    count = min(SAMPLES, len(samples.splits.validation))
+    found = compare_predictions(
+        prepared.student,
+        prepared.teachers,
+        samples.splits.validation,
+        weights=[1 / len(prepared.teachers)] * len(prepared.teachers),
+        processing_class=samples.processor,
+        data_collator=samples.collator,
+        batch_size=batch_size,
+        samples=count,
+    )
+    quality = found.quality
+    told = (
+        f"{found.metric} {quality['teacher']:.4g} on {count} samples; student before training {quality['student']:.4g}"
+    )
+    voice("", f"teacher {told}")
+    most = _most_frequent(prepared.rows)
+    if found.metric == "accuracy" and most is not None and quality["teacher"] <= most + MARGIN:
+        voice(
+            "warning",
+            f"the teacher is no better than the most frequent class ({most:.0%}): check the columns, class_names and "
+            "max_length, or fine-tune it with teacher_epochs",
+        )
+
+
+def _most_frequent(rows: Rows) -> float | None:
+    """Return the share of the most frequent class; None where samples have not one class each."""
+    if rows.classes is None or rows.classes.kind != "single" or rows.kind.labels_tokens:
+        return None
+    counts = Counter(rows.splits.validation[rows.columns.label])
+    return max(counts.values()) / sum(counts.values())

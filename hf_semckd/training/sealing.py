@@ -1,0 +1,140 @@
+"""Which checkpoints are whole: each is sealed, with a checksum of every file, when all of it is written."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, NonFiniteLossError
+from ..files import write_json
+
+logger = logging.getLogger(__name__)
+SEAL = "checkpoint_files.json"
+STATE_FILE = "trainer_state.json"
+CHUNK = 1 << 20
+
+
+def seal(folder: Path) -> None:
+    """Write size and checksum of every file of a checkpoint beside them."""
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _checksum(folder / name)} for name in _names(folder)
+    }
+    write_json(folder / SEAL, files)
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the checkpoint to go on from: the one that is asked for, or for True the newest whole one.
+
+    A run that was killed while it saved leaves half a checkpoint, which is passed over with a warning. Raises
+    `CheckpointError` where there is none, or where a file is not what was written.
+    """
+    if asked is None or asked is False:
+        return None
+    if asked is not True:
+        check_whole(Path(asked))
+        return os.fspath(asked)
+    faults: dict[str, str] = {}
+    for folder in _newest_first(Path(output_dir)):
+        fault = _fault(folder)
+        if fault is None:
+            for name, why in faults.items():
+                logger.warning("%s is passed over: %s. Training goes on from %s.", name, why, folder.name)
+            return str(folder)
+        faults[folder.name] = fault
+    raise CheckpointError(
+        "There is no checkpoint to resume from",
+        received="; ".join(f"{name}: {why}" for name, why in faults.items()) or "no checkpoint in output_dir",
+        expected="a checkpoint of this run that is whole",
+        todo="start with resume_from_checkpoint=None, or name another checkpoint",
+    )
+
+
+def newest_whole(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the newest whole checkpoint in a folder, or None where there is no checkpoint at all.
+
+    Raises `CheckpointError` where there are some, and none is whole.
+    """
+    return checkpoint_to_resume(True, output_dir) if _newest_first(Path(output_dir)) else None
+
+
+def check_whole(folder: Path) -> None:
+    """Raise `CheckpointError`, with the name of the file, where a checkpoint is not what was written."""
+    fault = _fault(folder) if folder.is_dir() else "there is no such folder"
+    if fault is not None:
+        raise CheckpointError(
+            "The checkpoint is not whole",
+            received=f"{folder.name}: {fault}",
+            expected="every file as it was written",
+            todo="resume from another checkpoint, or with True from the newest whole one",
+        )
+
+
+def refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: no checkpoint is written of them."""
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.detach().isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise NonFiniteLossError(
+            f"The student is not finite after step {step}; no checkpoint is written of it, and the last one is intact",
+            received=f"NaN or infinity in {', '.join(broken[:3])}{more}",
+            expected="finite weights and buffers",
+            todo="check the inputs, lower the learning rate, and go on with train(resume_from_checkpoint=True)",
+        )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def _fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint. One without a seal, of another version, must at least have its state."""
+    if not (folder / SEAL).is_file():
+        return (
+            None if _read(folder / STATE_FILE) is not None else f"it has no whole {STATE_FILE}, which is written last"
+        )
+    files = _read(folder / SEAL)
+    if files is None:
+        return f"{SEAL} cannot be read"
+    for name, known in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != known["bytes"]:
+            return f"{name} has {size:,} bytes, not {known['bytes']:,}"
+    changed = (name for name, known in files.items() if _checksum(folder / name) != known["sha256"])
+    return next((f"{name} was changed (another checksum)" for name in changed), None)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if path.name != SEAL:
+        return content if isinstance(content, dict) else None
+    whole = isinstance(content, dict) and all(
+        isinstance(known, dict) and isinstance(known.get("bytes"), int) and isinstance(known.get("sha256"), str)
+        for known in content.values()
+    )
+    return content if whole else None
+
+
+def _names(folder: Path) -> list[str]:
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != SEAL and not name.endswith(".partial"))
+
+
+def _checksum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            found.update(chunk)
+    return found.hexdigest()

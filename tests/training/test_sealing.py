@@ -1,0 +1,117 @@
+"""training/sealing.py: what is whole, what is passed over, and what is refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from makers import distiller, vit
+
+from hf_semckd.errors import CheckpointError, NonFiniteLossError
+from hf_semckd.training.sealing import SEAL, check_whole, checkpoint_to_resume, newest_whole
+
+EACH = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sealed")
+    distiller(folder, EACH).train()
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_every_file_of_a_checkpoint_is_under_its_seal(run):
+    for folder in run.glob("checkpoint-*"):
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert set(json.loads((folder / SEAL).read_text())) == files - {SEAL}
+        assert {"model.safetensors", "optimizer.pt", "feature_loss.safetensors", "trainer_state.json"} < files
+        check_whole(folder)
+    assert len(list(run.glob("checkpoint-*"))) == 3
+
+
+def damages(folder, name):
+    """Yield the file deleted, emptied, cut and with one other bit, and put it back each time."""
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    yield "deleted"
+    for kind, changed in {
+        "emptied": b"",
+        "cut": content[:-1],
+        "flipped": bytes([content[0] ^ 1]) + content[1:],
+        "flipped at the end": content[:-1] + bytes([content[-1] ^ 1]),
+    }.items():
+        path.write_bytes(changed)
+        yield kind
+    path.write_bytes(content)
+
+
+def test_any_damage_of_any_file_is_refused_by_its_name_and_passed_over_by_true(run, caplog):
+    newest = run / "checkpoint-3"
+    tried = 0
+    for name in json.loads((newest / SEAL).read_text()):
+        for kind in damages(newest, name):
+            with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+                checkpoint_to_resume(str(newest), run)
+            caplog.clear()
+            assert checkpoint_to_resume(True, run) == str(run / "checkpoint-2"), (name, kind)
+            assert "checkpoint-3 is passed over" in caplog.text and name in caplog.text
+            tried += 1
+    assert tried >= 5 * 6
+    check_whole(newest)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model.safetensors": 3}', '{"a": {"bytes": "1", "sha256": 2}}'])
+def test_a_broken_seal_is_no_seal(content, run):
+    (run / "checkpoint-3" / SEAL).write_text(content)
+    with pytest.raises(CheckpointError, match=SEAL):
+        check_whole(run / "checkpoint-3")
+    assert newest_whole(run) == str(run / "checkpoint-2")
+
+
+def test_what_was_killed_while_it_was_saved_is_passed_over(run, caplog):
+    half = run / "checkpoint-4"
+    half.mkdir()
+    shutil.copy(run / "checkpoint-3" / "model.safetensors", half)
+    assert newest_whole(run) == str(run / "checkpoint-3") and "checkpoint-4 is passed over" in caplog.text
+    # All but the seal: an earlier version wrote no more.
+    (run / "checkpoint-3" / SEAL).unlink()
+    assert newest_whole(run) == str(run / "checkpoint-3")
+
+
+def test_nothing_to_resume_from_is_said(tmp_path):
+    assert checkpoint_to_resume(None, tmp_path) is None and checkpoint_to_resume(False, tmp_path) is None
+    assert newest_whole(tmp_path) is None
+    for asked in (True, str(tmp_path / "checkpoint-7")):
+        with pytest.raises(CheckpointError, match="what to do"):
+            checkpoint_to_resume(asked, tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+def test_of_a_student_that_is_not_finite_no_checkpoint_is_written(kind, tmp_path):
+    student = vit()
+    student.register_buffer("counted", torch.zeros(3))
+    trainer = distiller(tmp_path, EACH, model=student)
+    step = trainer.training_step
+
+    def breaks(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            with torch.no_grad():
+                (student.counted if kind == "buffer" else student.classifier.bias).fill_(float("nan"))
+        return loss
+
+    trainer.training_step = breaks
+    with pytest.raises(NonFiniteLossError, match="counted" if kind == "buffer" else "classifier.bias|not finite"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    check_whole(tmp_path / "checkpoint-1")
