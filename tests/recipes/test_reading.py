@@ -100,7 +100,8 @@ def test_a_student_is_described_in_lines_of_its_own_or_below_its_name(recipe):
 # Values that only a few texts or numbers can be.
 SPECIAL = {
     "eval_strategy": "steps", "save_strategy": "epoch", "logging_strategy": "epoch", "lr_scheduler_type": "cosine",
-    "optim": "sgd", "hub_strategy": "end", "log_level": "info", "log_level_replica": "error", "debug": "underflow_overflow",
+    "optim": "sgd", "hub_strategy": "end", "log_level": "info", "log_level_replica": "error",
+    "debug": "underflow_overflow",
     "ddp_backend": "gloo", "report_to": "tensorboard", "save_steps": 500, "warmup_steps": 7, "logging_steps": 7,
     "teacher_weights": [1.0, 2.5], "trackio_static_space_id": "text",
 }  # fmt: skip
@@ -125,7 +126,7 @@ def other_value(entry, hint):
     return ["a", "b"] if list in kinds else {"key": True} if dict in kinds else "text"
 
 
-@pytest.mark.parametrize("way", ["flags", "file"])
+@pytest.mark.parametrize("way", ["flags", pytest.param("file", marks=pytest.mark.slow)])
 @mock.patch.dict(os.environ)  # where some arguments are written to
 def test_every_argument_can_be_given(recipe, way):
     hints, plain = get_type_hints(SemCKDConfig), SemCKDConfig(**defaults(None))

@@ -105,6 +105,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     assert times(folder) == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_again_without_training(recipe, tmp_path, monkeypatch):
     assert recipe() == 0
     before = student(tmp_path / "out")
@@ -118,6 +119,7 @@ def test_what_is_missing_is_made_again_without_training(recipe, tmp_path, monkey
     assert "loss" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_another_metric_makes_another_table_of_the_same_student(recipe, tmp_path):
     assert recipe() == 0
     before = student(tmp_path / "out")
@@ -149,7 +151,7 @@ LONGER = ("--max_steps", 6, "--save_steps", 2, "--logging_steps", 1)
     ("where", "flags"),
     [
         ("student", ()),
-        ("student", ("--init", "random", "--hidden_size", 8)),
+        pytest.param("student", ("--init", "random", "--hidden_size", 8), marks=pytest.mark.slow),
         ("teacher", ("--teacher_epochs", 1, "--save_steps", 0.2)),
     ],
 )
@@ -168,6 +170,7 @@ def test_an_interrupted_run_goes_on_to_the_same_student(recipe, tmp_path, monkey
         assert "goes on from checkpoint-2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_student_is_the_same_whether_its_teacher_was_fine_tuned_before_or_just_now(
     recipe, tmp_path, monkeypatch
 ):
@@ -197,9 +200,9 @@ def fail(*_, **__):
 @pytest.mark.parametrize(
     ("part", "missing", "name"),
     [
-        ("_evaluate", "evaluation.txt", "table"),
+        pytest.param("_evaluate", "evaluation.txt", "table", marks=pytest.mark.slow),
         ("_report", "report.html", "report"),
-        ("_export", "onnx/model.onnx", "ONNX files"),
+        pytest.param("_export", "onnx/model.onnx", "ONNX files", marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_costs_only_itself(recipe, tmp_path, monkeypatch, capsys, caplog, part, missing, name):
