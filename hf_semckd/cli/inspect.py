@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from ..choices import layer_list
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text
 from ..models.loading import load_model
@@ -43,7 +44,8 @@ def run(words: Sequence[str]) -> None:
         batch = data.first(2)
     else:
         batch = example_inputs(student)
-    layers = {"student_layers": options.student_layers, "teacher_layers": options.teacher_layers}
+    given = {"student_layers": options.student_layers, "teacher_layers": options.teacher_layers}
+    layers = {name: layer_list(name, found) for name, found in given.items()}
     found = inspect_models(
         student, teachers[0] if len(teachers) == 1 else teachers, batch, processing_class=processor, **layers
     )

@@ -32,10 +32,9 @@ def ready(teacher, rows, tmp_path):
     """Prepares a recipe with more flags; `out` is its folder."""
 
     def go(*flags, teacher=teacher, dataset=rows, trains=False):
-        reading = read(
-            "--teacher", *([teacher] if not isinstance(teacher, tuple) else teacher), "--dataset", dataset, *QUICK, *flags,
-            "--output_dir", tmp_path / "out",
-        )  # fmt: skip
+        sources = teacher if isinstance(teacher, tuple) else (teacher,)
+        given = ("--teacher", *sources, "--dataset", dataset, "--output_dir", tmp_path / "out")
+        reading = read(*given, *QUICK, *flags)
         found = read_rows(reading.recipe, SILENT)
         made = prepare(reading.recipe, reading.args, RunFolder(str(tmp_path / "out")), found, SILENT)
         if trains:

@@ -1,0 +1,85 @@
+"""Models by name, folder or file, with the head of the task and the names of its classes."""
+
+import pytest
+import torch
+from makers import assert_same_weights, weights
+from recipe_parts import bert_config, save_bert, save_gpt2
+from transformers import BertForSequenceClassification, BertModel, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from hf_semckd.errors import InputError, SourceError
+from hf_semckd.recipes.classes import Classes
+from hf_semckd.recipes.models import has_head, head_of, load_teacher, new_model, own_names, read_config
+from hf_semckd.recipes.tasks.generation import TextGeneration
+from hf_semckd.recipes.tasks.text import TextClassification, TokenClassification
+
+CLASSES = Classes(("x", "y"), "single", ("x", "y"))
+
+
+def test_a_teacher_is_loaded_as_it_is(tmp_path):
+    saved = BertForSequenceClassification.from_pretrained(save_bert(tmp_path))
+    assert_same_weights(weights(load_teacher(str(tmp_path), TextClassification)), weights(saved))
+
+
+@pytest.mark.parametrize("task", [TokenClassification, TextGeneration])
+def test_a_teacher_of_another_task_is_refused(tmp_path, task):
+    with pytest.raises(InputError, match=f"(?s)has not learned {task.name}.*teacher_epochs"):
+        load_teacher(str(save_bert(tmp_path)), task)
+
+
+def test_heads_are_known_by_their_names(tmp_path):
+    config = read_config(str(save_gpt2(tmp_path, GPT2LMHeadModel)), "teacher")
+    assert has_head(config, TextGeneration) and not has_head(config, TextClassification)
+
+
+def test_pretrained_weights_get_a_new_head_of_the_datas_classes(tmp_path):
+    bare = BertModel.from_pretrained(save_bert(tmp_path, head=BertModel))
+    made = new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+    assert made.config.id2label == {0: "x", 1: "y"} and made.classifier.out_features == 2
+    name = "encoder.layer.0.output.dense.weight"
+    assert torch.equal(made.bert.state_dict()[name], bare.state_dict()[name])
+
+
+def test_a_head_of_another_size_is_learned_anew(tmp_path):
+    made = new_model(str(save_bert(tmp_path)), "student", TextClassification, head_of(None, CLASSES))
+    assert made.classifier.out_features == 2 and made.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_a_configuration_alone_is_a_new_model(tmp_path, name):
+    bert_config(names=7).save_pretrained(tmp_path)
+    made = new_model(str(tmp_path / name), "student", TextClassification, head_of(None, CLASSES))
+    assert isinstance(made, BertForSequenceClassification) and made.config.id2label == {0: "x", 1: "y"}
+
+
+def test_what_has_no_such_head_is_refused(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="(?s)could not be loaded for text-generation.*AutoModelForCausalLM"):
+        new_model(str(tmp_path), "student", TextGeneration, {})
+    with pytest.raises(SourceError, match="student could not be loaded"):
+        read_config(str(tmp_path / "none"), "student")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("good", "bad"), {0: "good", 1: "bad"}), (2, {0: "x", 1: "y"})],
+    ids=["the teacher's", "the data's where it has none"],
+)
+def test_a_student_has_the_teachers_names(names, expected):
+    model = BertForSequenceClassification(bert_config(names))
+    found = head_of(model, CLASSES)
+    assert found["id2label"] == expected and found["label2id"] == {name: place for place, name in expected.items()}
+    assert own_names(model.config) == (None if names == 2 else [*names])
+
+
+def test_a_regression_and_a_language_model_have_no_names():
+    model = BertForSequenceClassification(bert_config(1))
+    assert head_of(model, Classes((), "regression")) == {"num_labels": 1, "problem_type": "regression"}
+    assert head_of(model, None) == {}
+
+
+def test_gpt2_is_a_classifier_too(tmp_path):
+    folder = save_gpt2(tmp_path, GPT2LMHeadModel)
+    made = new_model(str(folder), "teacher", TextClassification, head_of(None, CLASSES))
+    assert isinstance(made, GPT2ForSequenceClassification) and made.score.out_features == 2
