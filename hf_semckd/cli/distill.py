@@ -1,5 +1,6 @@
 """`hf-semckd distill`: from a recipe to a student, its deploy table and its report."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,4 +94,4 @@ def _tell(outcome: Outcome, voice: Voice) -> None:
         voice("onnx", path)
     if outcome.report is not None:
         voice("report", outcome.report)
-    voice("next", f"hf-semckd push {outcome.student}")
+    voice("next", f"hf-semckd push {shlex.quote(outcome.student)}")

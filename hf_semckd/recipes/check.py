@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..evaluation.decisions import Kind, Labeling
 from ..evaluation.examples import compare_predictions
+from ..evaluation.metrics import find_metric
 from .progress import Voice
 from .rows import Rows
 from .training import Prepared
@@ -43,6 +45,14 @@ def check_teacher(prepared: Prepared, batch_size: int, voice: Voice) -> None:
             f"the teacher is no better than the most frequent class ({most:.0%}): check the columns, class_names and "
             "max_length, or fine-tune it with teacher_epochs",
         )
+
+
+def check_metric(name: str | None, rows: Rows) -> None:
+    """Raise `ConfigurationError` for a metric that is not known, or of another task; before hours of training."""
+    kinds: dict[str, Kind] = {"single": "classes", "multi": "multi_label", "regression": "regression"}
+    spans = rows.kind.name == "question-answering"
+    kind: Kind = kinds[rows.classes.kind] if rows.classes is not None else "spans" if spans else "words"
+    find_metric(name, Labeling(kind))
 
 
 def _most_frequent(rows: Rows) -> float | None:

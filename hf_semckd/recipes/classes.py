@@ -27,12 +27,14 @@ class Classes:
         kind: One class for each sample (or token), any number of them, or a number.
         values: What stands in the column for each name: the same texts, or numbers.
         numbered: Whether the order is told by the data, and not merely that of the alphabet.
+        scores: Whether they are whole floats, which may be numbers to predict as well as classes.
     """
 
     names: tuple[str, ...]
     kind: Kind
     values: tuple[Any, ...] = ()
     numbered: bool = True
+    scores: bool = False
 
     def encode(self, value: Any) -> Any:
         """Return a cell of the column as a label: a number, or with several classes 0.0 or 1.0 for each."""
@@ -78,15 +80,20 @@ class Classes:
         return f"{len(self.names)} classes ({shown})" + (", any number of them" if self.kind == "multi" else "")
 
 
-def find_classes(splits: Splits, column: str, *, tokens: bool = False) -> Classes:
-    """Return what a column of labels holds, over all splits; with `tokens`, that of lists with one for each token."""
+def find_classes(splits: Splits, column: str, *, tokens: bool = False, regression: bool | None = None) -> Classes:
+    """Return what a column of labels holds, over all splits; with `tokens`, that of lists with one for each token.
+
+    `regression` tells whether they are numbers to predict; None: where floats are not whole.
+    """
     feature = splits.train.features[column]
     inner, listed = feature, isinstance(feature, (List, LargeList))
     if listed:
         inner = feature.feature
     kind: Kind = "multi" if listed and not tokens else "single"
     if isinstance(inner, ClassLabel):
-        return Classes(tuple(inner.names), kind, tuple(range(inner.num_classes)))
+        return _at_least_two(
+            _by_number(inner.names, range(inner.num_classes), kind, numbered=not splits.by_folder), column
+        )
     if not isinstance(inner, Value):
         raise _no_classes(f"{feature} in {column!r}")
     found: set[Any] = set()
@@ -96,13 +103,33 @@ def find_classes(splits: Splits, column: str, *, tokens: bool = False) -> Classe
         found |= set(itertools.chain.from_iterable(split[column])) if listed else set(split.unique(column))
     numbers = all(isinstance(value, (bool, int, float)) for value in found)
     whole = numbers and all(float(value).is_integer() for value in found)
-    if kind == "single" and numbers and not whole:
+    if kind == "single" and numbers and (regression or not whole) and regression is not False:
         return Classes((), "regression")
+    if regression or (numbers and not whole):
+        raise _no_classes(
+            f"{'other values than numbers' if regression else 'numbers that are not whole'} in {column!r}"
+        )
     if len(found) > MOST_CLASSES or not found:
         raise _no_classes(f"{len(found)} different values in {column!r}")
     if not numbers and len({type(value) for value in found}) > 1:
         raise _no_classes(f"texts and numbers in {column!r}")
-    return _sorted_classes(found, kind, whole=whole)
+    made = _sorted_classes(found, kind, whole=whole)
+    scores = kind == "single" and not tokens and all(isinstance(value, float) for value in found)
+    return _at_least_two(replace(made, scores=scores), column)
+
+
+def _at_least_two(classes: Classes, column: str) -> Classes:
+    if classes.kind == "single" and len(classes.names) < 2:
+        raise _no_classes(f"one class in {column!r}: {', '.join(classes.names)}")
+    return classes
+
+
+def _by_number(names: Sequence[str], values: Sequence[Any], kind: Kind, *, numbered: bool) -> Classes:
+    """Return classes of these names; in the order of their numbers where names are numbers and order says nothing."""
+    pairs = list(zip(names, values, strict=True))
+    if not numbered and all(name.isdigit() for name in names):
+        pairs.sort(key=lambda pair: int(pair[0]))
+    return Classes(tuple(name for name, _ in pairs), kind, tuple(value for _, value in pairs), numbered=numbered)
 
 
 def _sorted_classes(found: set[Any], kind: Kind, *, whole: bool) -> Classes:
@@ -111,7 +138,7 @@ def _sorted_classes(found: set[Any], kind: Kind, *, whole: bool) -> Classes:
         # Numbers are those of the classes, also where some of them do not occur.
         values = tuple(range(int(values[-1]) + 1))
         return Classes(tuple(map(str, values)), kind, values)
-    return Classes(tuple(str(int(v)) if whole else str(v) for v in values), kind, values, numbered=False)
+    return _by_number([str(int(v)) if whole else str(v) for v in values], values, kind, numbered=False)
 
 
 def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, given: Sequence[str] | None) -> Classes:
@@ -137,6 +164,11 @@ def as_by_teacher(classes: Classes, names: Sequence[str] | None, count: int, giv
     theirs = None if names is None else [name.lower() for name in names]
     if theirs is not None and set(own) <= set(theirs):
         return _ordered(classes, theirs, tuple(names or ()))
+    if not classes.numbered and all(name.isdigit() for name in own) and max(map(int, own)) < count:
+        # A text or a folder that is named by a number means the output of that number.
+        places = {int(name): value for name, value in zip(own, classes.values, strict=True)}
+        known = names if names is not None else [str(place) for place in range(count)]
+        return replace(classes, names=tuple(known), values=tuple(places.get(n, _Absent()) for n in range(count)))
     # Numbers, and the classes of a dataset that numbers them, mean the outputs of the same number.
     unnamed = theirs is None or all(name.isdigit() for name in own)
     if classes.numbered and unnamed and len(own) <= count:

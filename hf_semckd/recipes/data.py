@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Audio, ClassLabel, Dataset, Image, Translation
 
 from ..data.columns import TEACHER_PREFIX, TeacherStudentCollator
-from ..errors import InputError
+from ..errors import InputError, SemCKDError
 from .processors import read_alike
 from .sources import Splits
 from .tasks.base import Columns, Task
 
 # Tasks whose samples depend on the tokenizer: with two of them the models would not see the same ones.
-NEEDS_ONE_TOKENIZER = ("question-answering", "text-generation")
+NEEDS_ONE_TOKENIZER = ("question-answering", "text-generation", "text2text-generation")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def chosen_rows(splits: Splits, columns: Columns) -> tuple[Splits, int]:
         kept = split.select_columns(list(dict.fromkeys(columns.all)))
         # Sounds are read by soundfile: decoding by `datasets` needs FFmpeg.
         kept = _undecoded(kept, Audio)
-        filled = _without_gaps(_undecoded(kept, Image), label)
+        # Pictures are opened one by one, so that a broken one can be named.
+        kept = _undecoded(kept, Image)
+        filled = _without_gaps(kept, label)
         dropped += len(kept) - len(filled)
-        for name in [name for name, feature in kept.features.items() if isinstance(feature, Image)]:
-            filled = filled.cast_column(name, kept.features[name])
         kept = filled
         if not len(kept):
             raise InputError(
@@ -89,7 +89,7 @@ def make_samples(task: Task, splits: Splits, model: Any, processor: Any, teacher
     def encode(rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for prefix, reader in readers.items():
-            made = task.encode(reader, rows)
+            made = _encoded(task, reader, rows)
             found |= {f"{prefix}{name}": values for name, values in made.items() if not prefix or name != "labels"}
         return found
 
@@ -107,6 +107,22 @@ def make_samples(task: Task, splits: Splits, model: Any, processor: Any, teacher
         return made
 
     return Samples(splits.map(change), collator, processor, task.length)
+
+
+def _encoded(task: Task, reader: Any, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the samples of rows; whatever the reader raises becomes an `InputError` that shows a row."""
+    try:
+        return task.encode(reader, rows)
+    except SemCKDError:
+        raise
+    except Exception as error:  # of any tokenizer or processor
+        row = {name: " ".join(str(cells[0]).split())[:60] for name, cells in rows.items() if len(cells)}
+        raise InputError(
+            f"Rows cannot be read for {task.name}",
+            received=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; the first of them is {row}",
+            expected=f"columns {task.columns} of the kind that the task reads",
+            todo="correct the rows, or set input_columns and label_column",
+        ) from error
 
 
 def _undecoded(split: Dataset, kind: type) -> Dataset:

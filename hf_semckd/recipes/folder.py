@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,15 @@ FREE = frozenset(
 )
 
 
+def _plain(value: Any) -> str:
+    """Return an option as text, paths that mean the same alike."""
+    values = value if isinstance(value, list) else [value]
+    texts = [
+        os.path.normpath(entry) if isinstance(entry, str) and os.path.exists(entry) else entry for entry in values
+    ]
+    return str(texts if isinstance(value, list) else texts[0])
+
+
 class RunFolder:
     """The folder of one recipe; every process reads it, and the main one writes."""
 
@@ -32,35 +42,44 @@ class RunFolder:
 
     def claim(self, options: Mapping[str, Any], *, is_main: bool) -> None:
         """Write down the options of a recipe; `ConfigurationError` where the folder holds something else's results."""
-        known = self._notes()
-        kept = {name: str(value) for name, value in options.items() if name not in FREE}
+        kept = {name: _plain(value) for name, value in options.items() if name not in FREE}
+        if not self.check(options) and is_main:
+            shutil.rmtree(self.path / START, ignore_errors=True)
+            write_json(self.path / RECIPE, {"options": kept, "trained": False})
+
+    def check(self, options: Mapping[str, Any]) -> bool:
+        """Tell whether a run with these options has begun here; `ConfigurationError` where another one has.
+
+        A run that was refused before it trained anything, such as for a wrong name, binds the folder to nothing.
+        """
+        known, kept = self._notes(), {name: _plain(value) for name, value in options.items() if name not in FREE}
         if known is None:
-            if any((self.path / name).exists() for name in ("config.json", "model.safetensors", "trainer_state.json")):
+            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise ConfigurationError(
-                    "The output folder holds a model that no recipe made",
+                    "The output folder holds something that no recipe made",
                     received=str(self.path),
-                    expected="a new folder, or that of an earlier run of this recipe",
+                    expected="a new or empty folder, or that of an earlier run of this recipe",
                     todo="set output_dir to another folder",
                 )
-            if is_main:
-                write_json(self.path / RECIPE, {"options": kept, "trained": False})
-            return
+            return False
         before = known["options"]
         changed = [name for name in {**before, **kept} if before.get(name) != kept.get(name)]
         if changed and not self.begun:
-            # A run that was refused before it trained anything, such as for a wrong name, binds to nothing.
-            if is_main:
-                shutil.rmtree(self.path / START, ignore_errors=True)
-                write_json(self.path / RECIPE, {"options": kept, "trained": False})
-        elif changed:
+            return False
+        if changed:
             pairs = ((name, before.get(name, "not given"), kept.get(name, "not given")) for name in changed)
             listed = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs)
+            taught = self.ready(TEACHER)
+            more = (
+                "" if taught is None else f"; its teacher can be used there: teacher: {taught}, without teacher_epochs"
+            )
             raise ConfigurationError(
                 "The output folder holds a run with other options, so it cannot be continued",
                 received=listed,
                 expected="the same options, or another folder",
-                todo="set output_dir to a new folder, or remove this one to start anew",
+                todo=f"set output_dir to a new folder, or remove this one to start anew{more}",
             )
+        return True
 
     @property
     def trained(self) -> bool:
@@ -73,6 +92,15 @@ class RunFolder:
         notes = self._notes() or {"options": {}}
         write_json(self.path / RECIPE, {**notes, "trained": True})
         shutil.rmtree(self.path / START, ignore_errors=True)
+
+    def tell(self, by: Mapping[str, Any]) -> None:
+        """Write down what the results were made by: metric, samples."""
+        write_json(self.path / RECIPE, {**(self._notes() or {"options": {}}), "told": dict(by)})
+
+    def is_told(self, by: Mapping[str, Any]) -> bool:
+        """Whether results were made by the same."""
+        notes = self._notes()
+        return notes is not None and notes.get("told") == dict(by)
 
     def state(self) -> TrainerState:
         """Return the state of the finished training, with all that was logged."""
@@ -98,6 +126,14 @@ class RunFolder:
         return self.trained or bool(own or self.newest_checkpoint())
 
     def _notes(self) -> dict[str, Any] | None:
+        blocking = next((path for path in (self.path, *self.path.parents) if path.is_file()), None)
+        if blocking is not None:
+            raise ConfigurationError(
+                "The output folder cannot be made: a file is in its place",
+                received=str(blocking),
+                expected="a folder",
+                todo="set output_dir to another folder",
+            )
         try:
             notes = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -12,12 +12,12 @@ from torch import nn
 from ..config import SemCKDConfig
 from ..data.samples import collate
 from ..data.views import preserved_random_state
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..models.sizes import count_parameters
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
 from .interrupts import saved_when_terminated
-from .models import cut_student, head_of, load_teacher, needs_batch, new_model
+from .models import cut_student, has_head, head_of, load_teacher, needs_batch, new_model, own_names, read_config
 from .processors import load_processor, longest_input, read_alike
 from .progress import Voice, use_progress
 from .rows import Rows
@@ -117,6 +117,7 @@ def _student(
         voice("student", f"{count_parameters(student):,} parameters, trained by an earlier run")
         return student, _own_processor(str(folder.path), rows.kind, processor)
     if options.student is not None:
+        _check_order(options.student, rows)
         student = new_model(options.student, "student", rows.kind, head_of(teachers[0], rows.classes))
         voice("student", f"{options.student}: {type(student).__name__}, {count_parameters(student):,} parameters")
         return student, _own_processor(options.student, rows.kind, processor)
@@ -132,6 +133,21 @@ def _student(
     share = count_parameters(student) / count_parameters(teachers[0])
     voice("student", f"cut out of the teacher, {count_parameters(student):,} parameters ({share:.0%})")
     return student, processor
+
+
+def _check_order(source: str, rows: Rows) -> None:
+    """Refuse a student that was fine-tuned for the same classes in another order: its head would say others."""
+    config = read_config(source, "student")
+    names = own_names(config) if has_head(config, rows.kind) else None
+    wanted = [] if rows.classes is None else [name.lower() for name in rows.classes.names]
+    own = [name.lower() for name in names or wanted]
+    if own != wanted and sorted(own) == sorted(wanted):
+        raise ConfigurationError(
+            "The student was fine-tuned for the same classes in another order",
+            received=f"{', '.join(names or ())}; the teacher's are {', '.join(wanted)}",
+            expected="the teacher's order, or a student that has not learned these classes",
+            todo="start from the model that it was fine-tuned from",
+        )
 
 
 def _calibration(recipe: Recipe, rows: Rows, teacher: nn.Module, processor: Any) -> Mapping[str, Any]:

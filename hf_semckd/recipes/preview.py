@@ -72,6 +72,8 @@ class Plan:
 
 def preview(reading: Reading, voice: Voice) -> Plan:
     """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
+    assert reading.args.output_dir is not None
+    RunFolder(reading.args.output_dir).check(reading.options)
     with _trial_folder() as folder:
         prepared = _prepared(reading, folder, voice)
         if not reading.recipe.models.teacher_epochs:

@@ -17,6 +17,7 @@ KINDS = {
     "audio": (AutoFeatureExtractor, "a feature extractor (preprocessor_config.json)"),
 }
 LONGEST_TEXT, LONGEST_SOUND = 512, 10
+SHORTEST_TEXT = 4
 # Without a file transformers makes tokenizers that know special tokens, and this many others at most.
 FEW = 3
 
@@ -66,6 +67,13 @@ def longest_input(task: type[Task], asked: int | None, processors: list[Any], mo
     limits = [processor.model_max_length for processor in processors if hasattr(processor, "model_max_length")]
     limits += [limit for limit in map(_positions, models) if limit is not None]
     most = min(limits, default=LONGEST_TEXT)
+    if asked is not None and asked < SHORTEST_TEXT and task.modality == "text":
+        raise InputError(
+            "Texts of this length hold special tokens alone",
+            received=f"max_length={asked}",
+            expected=f"at least {SHORTEST_TEXT} tokens",
+            todo="raise max_length",
+        )
     if asked is not None and asked > most and task.modality == "text":
         raise InputError(
             "The models do not take texts of this length",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
@@ -26,6 +27,13 @@ class Reading:
     args: SemCKDConfig
     given: tuple[str, ...]
     extra: Namespace
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given, by name."""
+        recipe = self.recipe
+        known = {**vars(recipe.models), **vars(recipe.data), **vars(recipe.results), **vars(self.args)}
+        return {name: known[name] for name in self.given if name in known}
 
 
 class RecipeParser(HfArgumentParser):
@@ -66,6 +74,7 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     for name, value in vars(found).items():
         if isinstance(value, list):
             setattr(found, name, [entry.removeprefix(PLAIN) if isinstance(entry, str) else entry for entry in value])
+    _expand_home(found)
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         close = nearest(name, parser.options, 1) if word.startswith("-") else []
@@ -76,7 +85,36 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     given = tuple(dict.fromkeys([*content, *(name for name in names if name in parser.options)]))
     recipe = Recipe(_part(ModelOptions, found), _part(DataOptions, found), _part(ResultOptions, found), head)
     recipe.check()
-    return Reading(recipe, _arguments(found), given, found)
+    args = _arguments(found)
+    _check_training(args)
+    return Reading(recipe, args, given, found)
+
+
+def _expand_home(found: Namespace) -> None:
+    """Put the home folder in place of `~`, as a shell does for words that begin with it."""
+    for name in ("teacher", "student", "dataset", "eval_dataset", "output_dir"):
+        value = getattr(found, name)
+        if isinstance(value, str):
+            setattr(found, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(found, name, list(map(os.path.expanduser, value)))
+
+
+def _check_training(args: SemCKDConfig) -> None:
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        raise ConfigurationError(
+            "The student is not trained at all",
+            received=f"num_train_epochs={args.num_train_epochs:g}",
+            expected="a number above 0, or max_steps",
+            todo="raise num_train_epochs; `hf-semckd evaluate` compares models without training",
+        )
+    if args.resume_from_checkpoint:
+        raise ConfigurationError(
+            "A recipe resumes by itself",
+            received=f"resume_from_checkpoint={args.resume_from_checkpoint}",
+            expected="no such option",
+            todo="run the same command again: it goes on from the newest whole checkpoint in output_dir",
+        )
 
 
 def training_options() -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..errors import ConfigurationError
 from .classes import Classes, as_by_teacher, find_classes
 from .data import chosen_rows, flat_translations
 from .models import has_head, own_names, read_config
@@ -40,9 +43,12 @@ def read_rows(recipe: Recipe, voice: Voice) -> Rows:
     classes = None
     if kind.classifies:
         assert columns.label is not None
-        classes = find_classes(splits, columns.label, tokens=kind.labels_tokens)
-        if not recipe.models.teacher_epochs and has_head(config, kind):
+        classes = find_classes(splits, columns.label, tokens=kind.labels_tokens, regression=options.regression)
+        if recipe.models.teacher_epochs:
+            _check_kind(classes, options)
+        elif has_head(config, kind):
             classes = as_by_teacher(classes, own_names(config), config.num_labels, options.class_names)
+            _check_agreement(recipe.models.teacher or [], config)
     counts = f"{len(splits.train):,} to train on, {len(splits.test):,} of {splits.test_name} for the table"
     if splits.validation is not splits.test:
         counts += f", {len(splits.validation):,} to evaluate on while training"
@@ -50,3 +56,29 @@ def read_rows(recipe: Recipe, voice: Voice) -> Rows:
     about = f"{kind.name}: {columns}" + (f", {classes}" if classes is not None else "")
     voice("", about + (f"; {dropped:,} rows without an input or a label were left out" if dropped else ""))
     return Rows(kind, columns, classes, splits)
+
+
+def _check_kind(classes: Classes, options: DataOptions) -> None:
+    """Refuse whole floats where nothing tells whether they are classes."""
+    if classes.scores and options.regression is None:
+        raise ConfigurationError(
+            "Whether the labels are classes or numbers to predict is not known",
+            received=f"whole floats: {', '.join(classes.names[:5])}",
+            expected="regression: true, or regression: false",
+            todo="set regression",
+        )
+
+
+def _check_agreement(sources: Sequence[str], config: Any) -> None:
+    """Refuse several teachers whose outputs are not the same classes in the same order."""
+    first = own_names(config) or [str(config.num_labels)]
+    for source in sources[1:]:
+        other = read_config(source, "teacher")
+        names = own_names(other) or [str(other.num_labels)]
+        if [name.lower() for name in names] != [name.lower() for name in first]:
+            raise ConfigurationError(
+                "The teachers number their classes differently",
+                received=f"{', '.join(names)} ({source}) and {', '.join(first)} ({sources[0]})",
+                expected="the same classes in the same order",
+                todo="give them the same id2label, or leave one of them out",
+            )

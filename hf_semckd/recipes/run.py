@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from ..evaluation.table import Evaluation
 from ..publishing.card import EVALUATION_FILE
 from ..publishing.folder import CARD
 from ..publishing.report.report import PAGE
-from .check import check_teacher
+from ..training.checks import check_feature_loss
+from .check import check_metric, check_teacher
 from .folder import ONNX, RunFolder
 from .interrupts import saved_when_terminated
 from .prepare import prepare
@@ -46,8 +47,10 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     recipe, args = reading.recipe, reading.args
     assert args.output_dir is not None
     folder = RunFolder(args.output_dir)
-    folder.claim(_options(reading), is_main=args.process_index == 0)
+    folder.claim(reading.options, is_main=args.process_index == 0)
+    check_feature_loss(recipe.models.method)
     rows = read_rows(recipe, voice)
+    check_metric(recipe.results.metric, rows)
     if folder.trained and not args.push_to_hub and _is_told(folder, recipe):
         return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)
@@ -90,6 +93,8 @@ class _Results:
             report = self._try("report", lambda: self._report(found))
             files = self._try("ONNX files", self._export) if self.recipe.results.onnx else ()
             self._try("card", lambda: self.trainer.create_model_card(evaluation=found))
+            if not self.problems:
+                self.folder.tell(_told_by(self.recipe))
         if self.trainer.args.push_to_hub:
             pushed = self._try("push", lambda: self.trainer.push_to_hub(evaluation=found))
             if pushed is not None:
@@ -138,7 +143,11 @@ def _is_told(folder: RunFolder, recipe: Recipe) -> bool:
     files = [EVALUATION_FILE, TABLE, PAGE, CARD, *([f"{ONNX}/model_int8.onnx"] if recipe.results.onnx else [])]
     if not all((folder.path / name).is_file() for name in files):
         return False
-    return recipe.results.metric in (None, _table(folder)["metric"])
+    return folder.is_told(_told_by(recipe))
+
+
+def _told_by(recipe: Recipe) -> dict[str, Any]:
+    return {"metric": recipe.results.metric, "max_eval_samples": recipe.data.max_eval_samples}
 
 
 def _table(folder: RunFolder) -> Any:
@@ -154,10 +163,3 @@ def _told_before(folder: RunFolder, head: str, voice: Voice) -> Outcome:
         report=(folder.path / PAGE).absolute().as_uri(),
         onnx=tuple(map(str, sorted((folder.path / ONNX).glob("*.onnx")))),
     )
-
-
-def _options(reading: Reading) -> Mapping[str, Any]:
-    """Return the options that were given, by name."""
-    recipe, args = reading.recipe, reading.args
-    known = {**vars(recipe.models), **vars(recipe.data), **vars(recipe.results), **vars(args)}
-    return {name: known[name] for name in reading.given if name in known}

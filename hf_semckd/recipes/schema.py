@@ -92,6 +92,9 @@ class DataOptions:
     class_names: list[str] | None = option(
         None, "The data's labels in the order of the teacher's classes, where the two are named differently."
     )
+    regression: bool | None = option(
+        None, "Whether labels are numbers to predict. None: where they are floats that are not whole."
+    )
     prefix: str = option("", "Text in front of every input, such as 'summarize: ' for T5.")
     max_length: int | None = option(
         None,
@@ -153,6 +156,13 @@ class Recipe:
                 f"teacher_epochs={models.teacher_epochs:g} for {len(models.teacher or ())} teachers",
                 "one teacher, or teachers that are fine-tuned",
                 "fine-tune each of them first",
+            )
+        if data.class_names is not None and models.teacher_epochs:
+            raise _wrong(
+                "The order of classes is that of a teacher that is fine-tuned",
+                f"class_names, and teacher_epochs={models.teacher_epochs:g}",
+                "class_names where the teacher knows its classes already",
+                "leave one of them out",
             )
         numbers = {name: getattr(part, name) for part in (models, data) for name in COUNTS if hasattr(part, name)}
         wrong = [f"{name}={value}" for name, value in numbers.items() if value is not None and value < 1]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.features import LargeList, List
 
 from ..errors import ConfigurationError, InputError, SourceError, nearest
@@ -25,18 +25,22 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on, to evaluate on while training, and for the final table; `test_name` is the latter's split."""
+    """Rows to train on, to evaluate on while training, and for the final table; `test_name` is the latter's split.
+
+    `by_folder` tells whether classes are the names of folders, whose order is that of the alphabet.
+    """
 
     train: Dataset
     validation: Dataset
     test: Dataset
     test_name: str
+    by_folder: bool = False
 
     def map(self, change: object) -> Splits:
         """Return the splits with each of them changed; what is one split stays one."""
         train, validation = change(self.train), change(self.validation)  # type: ignore[operator]
         test = validation if self.test is self.validation else change(self.test)  # type: ignore[operator]
-        return Splits(train, validation, test, self.test_name)
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def load_splits(options: DataOptions) -> Splits:
@@ -50,7 +54,7 @@ def load_splits(options: DataOptions) -> Splits:
         # A file of its own is one split, whatever it is called.
         data = DatasetDict({"test": next(iter(data.values()))}) if len(data) == 1 else data
         data = others = DatasetDict({name: numbered_alike(train, split) for name, split in data.items()})
-    labeled = [name for name in (*VALIDATION, "test") if name in others and _labeled(others[name], train)]
+    labeled = [name for name in (*VALIDATION, "test") if name in others and _labeled(others[name], train, options)]
     if options.eval_split is not None:
         validation, name = _split(data, options.eval_split, "eval_split"), options.eval_split
     elif labeled:
@@ -70,7 +74,8 @@ def load_splits(options: DataOptions) -> Splits:
         test, name = others["test"], "test"
     few = some_rows(validation, options.max_eval_samples)
     table = few if test is validation else some_rows(test, options.max_eval_samples)
-    return Splits(some_rows(train, options.max_train_samples), few, table, name)
+    by_folder = _is_media_folder(Path(options.dataset).expanduser(), train)
+    return Splits(some_rows(train, options.max_train_samples), few, table, name, by_folder)
 
 
 def load_rows(source: str, config: str | None = None) -> DatasetDict:
@@ -99,6 +104,11 @@ def load_rows(source: str, config: str | None = None) -> DatasetDict:
 def some_rows(data: Dataset, most: int | None) -> Dataset:
     """Return so many rows at most, chosen at random, the same ones every time; all of them for None."""
     return data if most is None or most >= len(data) else data.shuffle(seed=SEED).select(range(most))
+
+
+def _is_media_folder(path: Path, data: Dataset) -> bool:
+    saved = (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    return path.is_dir() and not saved and any(isinstance(entry, (Audio, Image)) for entry in data.features.values())
 
 
 def _only_texts(folder: Path) -> bool:
@@ -175,12 +185,12 @@ def _renumbered(cell: Any, places: Mapping[int, int]) -> Any:
     return [_renumbered(entry, places) for entry in cell] if isinstance(cell, list) else places.get(cell)
 
 
-def _labeled(data: Dataset, train: Dataset) -> bool:
+def _labeled(data: Dataset, train: Dataset, options: DataOptions) -> bool:
     """Tell whether a split has labels: those of many test splits are -1 on the Hub, or the column is missing."""
     if set(train.column_names) - set(data.column_names):
         return False
     for name, feature in data.features.items():
-        if isinstance(feature, ClassLabel) or name in ("label", "labels"):
+        if isinstance(feature, ClassLabel) or name in ("label", "labels", options.label_column):
             first = data.select(range(min(len(data), 50)))[name]
             return not len(first) or not all(value in (-1, None) for value in first)
     return True

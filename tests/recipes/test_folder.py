@@ -70,7 +70,7 @@ def test_other_options_are_taken_where_nothing_is_trained_and_the_cut_student_go
 
 def test_a_folder_that_no_recipe_made_is_refused(folder):
     bert().save_pretrained(folder.path)
-    with pytest.raises(ConfigurationError, match="a model that no recipe made"):
+    with pytest.raises(ConfigurationError, match="something that no recipe made"):
         folder.claim({}, is_main=True)
 
 

@@ -107,6 +107,7 @@ SPECIAL = {
 }  # fmt: skip
 # What cannot be made for a moment alone, or is given by these tests already.
 ALONE = {"deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "tf32", "output_dir"}
+ALONE |= {"resume_from_checkpoint"}  # which a recipe does by itself
 
 
 def other_value(entry, hint):
