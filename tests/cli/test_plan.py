@@ -58,8 +58,9 @@ def test_what_cannot_be_planned_is_refused(flags, words, said, capsys):
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch", "accumulation", "epochs"), [(10, 4, 1, 3), (10, 4, 2, 3), (7, 2, 3, 1), (3, 8, 4, 2), (9, 3, 1, 0.5)]
-)  # fmt: skip
+    ("samples", "batch", "accumulation", "epochs"),
+    [(10, 4, 1, 3), (10, 4, 2, 3), (7, 2, 3, 1), (3, 8, 4, 2), (9, 3, 1, 0.5)],
+)
 def test_steps_are_those_that_trainer_takes(tmp_path, samples, batch, accumulation, epochs):
     import torch
 

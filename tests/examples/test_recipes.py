@@ -70,28 +70,26 @@ def test_all_are_covered_and_short():
         assert len(lines) <= 15 and max(map(len, lines)) <= 119 and lines[0].startswith("# ")
 
 
-@pytest.mark.parametrize("name", ["images", pytest.param("speech", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
 def test_a_recipe_runs_on_little_data(name, tmp_path, monkeypatch, capsys):
     prepare(PARTS[name], tmp_path)
     assert_plain(distill(name, tmp_path, monkeypatch, capsys, *LITTLE), tmp_path)
 
 
-# The least quality that no guess reaches: of ten digits, of three forms of words, of four sounds; of spans of some
-# hundred tokens, and of 259 bytes, the right ones by chance.
-BETTER_THAN_CHANCE = {"images": 0.6, "tokens": 0.8, "speech": 0.4, "questions": 0.1, "text-to-text": 0.1}
+def test_a_recipe_of_images_runs_in_the_default_suite_too(tmp_path, monkeypatch, capsys):
+    prepare(PARTS["images"], tmp_path)
+    told = distill("images", tmp_path, monkeypatch, capsys, *LITTLE)
+    assert told["auto_class"] == "AutoModelForImageClassification" and (tmp_path / told["student"]).is_dir()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["images", "tokens", "questions", "text-to-text", "language-model"])
-def test_a_recipe_teaches_more_than_chance(name, tmp_path, monkeypatch, capsys):
-    prepare(PARTS[name], tmp_path)
-    told = distill(name, tmp_path, monkeypatch, capsys, "--use_cpu", "True", "--max_eval_samples", 200)
-    assert_plain(told, tmp_path)
-    print(name, quality(told), quality(told, "teacher"))
-    if told["evaluation"]["higher_is_better"]:
-        assert quality(told) > BETTER_THAN_CHANCE[name]
-    else:  # perplexity, of 384 tokens that are all alike to who knows nothing
-        assert quality(told) < 100
+def test_a_recipe_teaches_more_than_chance(tmp_path, monkeypatch, capsys):
+    """Ten digits, of which a guess gets a tenth right."""
+    prepare("digits", tmp_path)
+    flags = ("--use_cpu", "True", "--teacher_epochs", 8, "--num_train_epochs", 4, "--max_eval_samples", 200)
+    told = distill("images", tmp_path, monkeypatch, capsys, *flags)
+    assert quality(told) > 0.5 and quality(told, "teacher") > 0.5
 
 
 @pytest.mark.network

@@ -114,23 +114,6 @@ def test_several_teachers_have_to_read_alike(ready, teacher, tmp_path):
         ready("--student", student, teacher=(teacher, other))
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ((), "A student is either given, or cut"),
-        (("--num_layers", 1, "--student", "s"), "A student is either given, or cut"),
-        (("--num_layers", 1, "--teacher", "a", "b"), "cut out of one teacher"),
-        (("--student", "s", "--teacher", "a", "b", "--teacher_epochs", 1), "Several teachers are fine-tuned"),
-        (("--num_layers", 1, "--max_train_samples", 0), "max_train_samples=0"),
-        (("--num_layers", 1, "--max_length", -3), "max_length=-3"),
-        (("--num_layers", 1, "--teacher_epochs", -1), "teacher_epochs=-1"),
-    ],
-)
-def test_contradictions_are_refused(ready, flags, said):
-    with pytest.raises(ConfigurationError, match=said):
-        ready(*flags)
-
-
 # ---- Students --------------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,8 @@ def test_a_student_is_described_in_lines_of_its_own_or_below_its_name(recipe):
 # Values that only a few texts or numbers can be.
 SPECIAL = {
     "eval_strategy": "steps", "save_strategy": "epoch", "logging_strategy": "epoch", "lr_scheduler_type": "cosine",
-    "optim": "sgd", "hub_strategy": "end", "log_level": "info", "log_level_replica": "error", "debug": "underflow_overflow",
+    "optim": "sgd", "hub_strategy": "end", "log_level": "info", "log_level_replica": "error",
+    "debug": "underflow_overflow",
     "ddp_backend": "gloo", "report_to": "tensorboard", "save_steps": 500, "warmup_steps": 7, "logging_steps": 7,
     "teacher_weights": [1.0, 2.5], "trackio_static_space_id": "text",
 }  # fmt: skip
@@ -126,7 +127,7 @@ def other_value(entry, hint):
     return ["a", "b"] if list in kinds else {"key": True} if dict in kinds else "text"
 
 
-@pytest.mark.parametrize("way", ["flags", "file"])
+@pytest.mark.parametrize("way", ["flags", pytest.param("file", marks=pytest.mark.slow)])
 @mock.patch.dict(os.environ)  # where some arguments are written to
 def test_every_argument_can_be_given(recipe, way):
     hints, plain = get_type_hints(SemCKDConfig), SemCKDConfig(**defaults(None))
@@ -173,54 +174,7 @@ def test_given_are_the_options_of_the_file_and_the_flags_and_no_others(recipe):
     assert found.args.remove_unused_columns is False
 
 
-def test_the_comments_at_the_top_are_kept(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text("# What it does.\n# Needs: this\nteacher: t\n# inside\ndataset: d\nstudent: s\n")
-    assert read(path=path).recipe.head == "What it does.\nNeeds: this"
-
-
-@pytest.mark.parametrize("mark", ["\ufeff", ""], ids=["with a byte order mark", "without"])
-def test_files_of_other_systems_are_read(tmp_path, mark):
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(f"{mark}# Windows\r\nteacher: t\r\ndataset: d\r\nstudent: s\r\n".encode())
-    found = read(path=path).recipe
-    assert (found.head, found.models.student) == ("Windows", "s")
-
-
 # ---- Refusals --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "received: nothing"),
-        (b"# only comments\n", "received: nothing"),
-        (b"- teacher: t\n", "received: a list"),
-        (b"just text\n", "received: a str"),
-        (b"teacher: [t\n", "YAML"),
-        (b"teacher:\n\tx: 1\n", "found character '\\\\t'"),
-        (b"teacher: t\n---\ndataset: d\n", "document"),
-        (b"? [a, b]\n: c\n", "unhashable"),
-        (b"seed: 1\nseed: 2\n", "seed is there twice"),
-        (b"student: {num_layers: 1, num_layers: 2}\n", "num_layers is there twice"),
-        (b"student: {num_layers: 1}\nnum_layers: 2\n", "num_layers beside student"),
-        (b"teacher: !!python/object/apply:os.getcwd []\n", "python/object"),
-        (b"teacher: \xff\xfe\n", "decode"),
-        (b"lr_scheduler_kwargs: &a {x: *a}\n", "anchor|Circular|recursive"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, content, said):
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=f"(?s)recipe.yaml.*{said}"):
-        read(path=path)
-
-
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="(?s)none.yaml cannot be read.*No such file"):
-        read(path=tmp_path / "none.yaml")
-    with pytest.raises(ConfigurationError, match="(?s)cannot be read.*directory"):
-        read(path=tmp_path)
 
 
 @pytest.mark.parametrize(

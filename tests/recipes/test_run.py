@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from makers import assert_same_weights, weights
-from recipe_parts import QUICK, command, interrupt_at, quick_evaluate, save_bert, save_gpt2, sentences, write_rows
+from recipe_parts import (
+    KINDS,
+    QUICK,
+    command,
+    interrupt_at,
+    quick_evaluate,
+    save_bert,
+    save_gpt2,
+    sentences,
+    write_rows,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
@@ -105,6 +115,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     assert times(folder) == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_again_without_training(recipe, tmp_path, monkeypatch):
     assert recipe() == 0
     before = student(tmp_path / "out")
@@ -118,6 +129,7 @@ def test_what_is_missing_is_made_again_without_training(recipe, tmp_path, monkey
     assert "loss" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_another_metric_makes_another_table_of_the_same_student(recipe, tmp_path):
     assert recipe() == 0
     before = student(tmp_path / "out")
@@ -149,7 +161,7 @@ LONGER = ("--max_steps", 6, "--save_steps", 2, "--logging_steps", 1)
     ("where", "flags"),
     [
         ("student", ()),
-        ("student", ("--init", "random", "--hidden_size", 8)),
+        pytest.param("student", ("--init", "random", "--hidden_size", 8), marks=pytest.mark.slow),
         ("teacher", ("--teacher_epochs", 1, "--save_steps", 0.2)),
     ],
 )
@@ -168,6 +180,7 @@ def test_an_interrupted_run_goes_on_to_the_same_student(recipe, tmp_path, monkey
         assert "goes on from checkpoint-2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_student_is_the_same_whether_its_teacher_was_fine_tuned_before_or_just_now(
     recipe, tmp_path, monkeypatch
 ):
@@ -197,9 +210,9 @@ def fail(*_, **__):
 @pytest.mark.parametrize(
     ("part", "missing", "name"),
     [
-        ("_evaluate", "evaluation.txt", "table"),
+        pytest.param("_evaluate", "evaluation.txt", "table", marks=pytest.mark.slow),
         ("_report", "report.html", "report"),
-        ("_export", "onnx/model.onnx", "ONNX files"),
+        pytest.param("_export", "onnx/model.onnx", "ONNX files", marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_costs_only_itself(recipe, tmp_path, monkeypatch, capsys, caplog, part, missing, name):
@@ -255,3 +268,43 @@ def test_two_teachers_teach_one_student(teacher, rows, tmp_path, quick_table):
     assert (tmp_path / "out" / "evaluation.txt").read_text().count("\nteacher 2") == 1
     start = weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "new"))
     assert not torch.equal(start["classifier.weight"], student(tmp_path / "out")["classifier.weight"])
+
+
+def labels_of(kind, place):
+    several = [KINDS[place % 3], KINDS[(place + 1) % 3]][: 1 + place % 2]
+    return {"number": place / 7, "several": several, "one": KINDS[place % 3]}[kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "problem", "metric"),
+    [
+        ("number", {"names": 1, "problem_type": "regression"}, "pearson"),
+        ("several", {"problem_type": "multi_label_classification"}, "accuracy"),
+        ("one", {}, "accuracy"),
+    ],
+)
+def test_labels_of_every_kind_are_distilled(tmp_path, quick_table, kind, problem, metric, epochs):
+    source = save_bert(tmp_path / "teacher", layers=2, **problem)
+    rows = [{"premise": row["text"], "hypothesis": "it was", "label": labels_of(kind, place)}
+            for place, row in enumerate(sentences(40))]  # fmt: skip
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    given = (
+        "--teacher",
+        source,
+        "--dataset",
+        data,
+        "--num_layers",
+        1,
+        "--output_dir",
+        out,
+        "--teacher_epochs",
+        epochs,
+    )
+    assert command("distill", *given, *QUICK) == 0
+    found = AutoModelForSequenceClassification.from_pretrained(out)
+    assert found.config.problem_type == problem.get("problem_type", found.config.problem_type)
+    assert found.config.num_labels == (1 if kind == "number" else 3)
+    told = json.loads((out / "evaluation.json").read_text())
+    assert told["metric"] == metric
