@@ -13,10 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 # Before the rooms were built the package had 11,346 lines. What other families, packed rows, images of other sizes and
 # the refusals that go with them take (some 1,900 lines), students made from teachers (1,450), the room that evaluates
-# and exports them (1,450 with its commands), several teachers for one student (370), recipes (2,250), cards and pushes
+# and exports them (1,450 with its commands), several teachers for one student (370), recipes (3,300), cards and pushes
 # that say and prove what a deployer needs (920), and the report of a training with pictures for trackers (1,750) came
 # later.
-LARGEST_PACKAGE = 21_420
+LARGEST_PACKAGE = 21_700
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..choices import layer_list
+from ..errors import InputError
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text
 from ..models.loading import load_model
@@ -43,7 +44,15 @@ def run(words: Sequence[str]) -> None:
         data = LabeledData(load_split(options.dataset, options.split), usual_collator(processor), (student, *teachers))
         batch = data.first(2)
     else:
-        batch = example_inputs(student)
+        try:
+            batch = example_inputs(student)
+        except InputError as error:
+            raise InputError(
+                "Inputs for this student cannot be made up",
+                received=type(student).__name__,
+                expected="a model of text, images or sound that takes a small batch",
+                todo="name prepared data with --dataset",
+            ) from error
     given = {"student_layers": options.student_layers, "teacher_layers": options.teacher_layers}
     layers = {name: layer_list(name, found) for name, found in given.items()}
     found = inspect_models(

@@ -55,6 +55,8 @@ def training_rows(training: Mapping[str, object]) -> dict[str, str]:
     else:
         given.pop("max_steps", None)
     rows = {words: shown_setting(name, given[name]) for name, words in TRAINING.items() if name in given}
+    if 0 < _number(given.get("warmup_steps")) < 1:
+        rows["warmup steps"] = f"{_number(given['warmup_steps']):.3g} of all"
     batch, steps = given.get("per_device_train_batch_size"), _number(given.get("gradient_accumulation_steps"))
     if "batch size" in rows and isinstance(batch, int):
         processes = _number(given["total_train_batch_size"]) / (batch * max(steps, 1))

@@ -47,7 +47,9 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     recipe, args = reading.recipe, reading.args
     assert args.output_dir is not None
     folder = RunFolder(args.output_dir)
-    folder.claim(reading.options, is_main=args.process_index == 0)
+    # The others would find a file that is being written, which no recipe made.
+    with args.main_process_first(desc="claiming the folder"):
+        folder.claim(reading.options, is_main=args.process_index == 0)
     check_feature_loss(recipe.models.method)
     rows = read_rows(recipe, voice)
     check_metric(recipe.results.metric, rows)

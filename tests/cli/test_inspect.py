@@ -1,10 +1,13 @@
 """`hf-semckd inspect`: the layers of saved models, on inputs that are made up or on prepared data."""
 
 import json
+from unittest import mock
 
 import pytest
 from datasets import Dataset
 from recipe_parts import command, save_bert, save_vit, sentences, tokenizer
+
+from hf_semckd.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,9 @@ def test_what_cannot_be_inspected_is_refused(models, tmp_path, words, said, caps
 def test_images_are_made_up_too(tmp_path, capsys):
     assert command("inspect", save_vit(tmp_path / "vit"), save_vit(tmp_path / "large", layers=3)) == 0
     assert "ViTForImageClassification" in capsys.readouterr().out
+
+
+def test_models_of_other_inputs_are_refused_with_a_way_out(models, monkeypatch, capsys):
+    unknown = mock.Mock(side_effect=InputError("not known"))
+    monkeypatch.setattr("hf_semckd.cli.inspect.example_inputs", unknown)
+    assert command("inspect", *models) == 2 and "--dataset" in capsys.readouterr().err
