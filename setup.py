@@ -38,10 +38,12 @@ REQUIRED = [
     "pyarrow>=16.1",
     "jinja2>=3.1",
     "pyyaml>=6.0",
+    # Reads the images of recipes.
+    "pillow>=10.1",
 ]
 
 PLOTS = ["matplotlib>=3.9"]
-DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13", "pillow>=10.1"]
+DEMO = [*PLOTS, "scikit-learn>=1.5", "scipy>=1.13"]
 # Recipes that learn from sounds.
 AUDIO = ["soundfile>=0.12", "scipy>=1.13"]
 # Reads the pretrained image model that scripts/fetch_image_parts.py fetches.

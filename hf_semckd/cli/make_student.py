@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from ..errors import InputError
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text, write_atomic
 from ..models.loading import load_model
@@ -45,7 +46,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=positive, default=1, help="samples of it that are used (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(list(words))
-    new_folder(options.folder, options.teacher)
+    _check(options)
     teacher, processor = load_model(options.teacher, "teacher"), load_processor(options.teacher)
     layers = options.num_layers
     student = make_student(
@@ -80,3 +81,22 @@ def _keep_source(folder: str, student: nn.Module, teacher: Source) -> None:
 def _batch(options: argparse.Namespace, teacher: nn.Module, processor: Any) -> Mapping[str, Any]:
     data = load_split(options.dataset, options.split)
     return LabeledData(data, usual_collator(processor), (teacher,)).first(options.batch_size)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse to write over a model, and sizes that need samples where there are none."""
+    folder = Path(new_folder(options.folder, options.teacher))
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        raise InputError(
+            "There is a model in this folder already",
+            received=str(folder),
+            expected="a new folder",
+            todo="choose another folder, or remove this one",
+        )
+    if options.dataset is None and (options.latency_ms is not None or options.importance != "even"):
+        raise InputError(
+            "Time and importance are measured on samples",
+            received="--latency-ms" if options.latency_ms is not None else f"--importance {options.importance}",
+            expected="prepared data",
+            todo="name them with --dataset, and their number with --batch-size",
+        )

@@ -21,6 +21,7 @@ class CardTable:
         headline: How the student compares with the first row, in a sentence; empty where it is the first row.
         calibration: Expected calibration errors of student and first row; None where not known.
         footnote: Number of samples and machine.
+        kept: What the share that is kept is a share of.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -29,6 +30,7 @@ class CardTable:
     headline: str
     calibration: tuple[float, float] | None
     footnote: str
+    kept: str
 
 
 def card_table(evaluation: Mapping[str, Any]) -> CardTable | None:
@@ -51,9 +53,12 @@ def card_table(evaluation: Mapping[str, Any]) -> CardTable | None:
             rows=((*head, *(f"ms, batch of {count}" for count in counts)), *(_cells(row) for row in rows)),
             metric=metric,
             quality=_number(student["quality"]),
-            headline="" if student is rows[0] else _headline(rows[0], student, metric),
+            headline="" if student is rows[0] else _headline(rows[0], student, evaluation),
             calibration=None if None in errors else (float(errors[0]), float(errors[1])),
             footnote=_footnote(evaluation),
+            kept=f"the share of the first row's {metric}"
+            if evaluation.get("higher_is_better", True)
+            else f"the first row's {metric} divided by the row's own",
         )
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise InputError(
@@ -89,11 +94,15 @@ def _time(milliseconds: float) -> str:
     return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
-def _headline(first: Mapping[str, Any], student: Mapping[str, Any], metric: str) -> str:
+def _headline(first: Mapping[str, Any], student: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    metric, kept = evaluation["metric"], _number(student["kept"]["value"])
     ratio = _number(first["latency"][0]["p50"]) / _number(student["latency"][0]["p50"])
     speed = f"runs {ratio:.2g} times as fast" if ratio >= 1 else f"takes {1 / ratio:.2g} times as long"
     who = "its teacher" if first["model"] == "teacher" else first["model"]
     batch = int(first["latency"][0]["samples"])
+    if not evaluation.get("higher_is_better", True):
+        change = f"{abs(1 / kept - 1):.1%} {'lower' if kept >= 1 else 'higher'}"
+        return f"Compared with {who}, its {metric} is {change}, and it {speed} (batch of {batch})."
     return f"Compared with {who}, it keeps {_kept(student)} of the {metric} and {speed} (batch of {batch})."
 
 
@@ -103,9 +112,14 @@ def _footnote(evaluation: Mapping[str, Any]) -> str:
     where = [version_rows({"processor": machine["processor"]}).get("hardware", "a CPU")]
     where += [f"{threads} thread" + "s" * (threads > 1)]
     where += [version_rows({"accelerator": machine["accelerator"]})["hardware"]] if machine["accelerator"] else []
+    less = (
+        ""
+        if evaluation.get("higher_is_better", True)
+        else f"; the lower its {evaluation['metric']}, the better a model"
+    )
     return (
         f"Quality on {int(evaluation['samples']):,} samples; latency is the median of a forward pass, on "
-        f"{', '.join(where)}."
+        f"{', '.join(where)}{less}."
     )
 
 

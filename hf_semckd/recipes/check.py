@@ -42,8 +42,8 @@ def check_teacher(prepared: Prepared, batch_size: int, voice: Voice) -> None:
     if found.metric == "accuracy" and most is not None and quality["teacher"] <= most + MARGIN:
         voice(
             "warning",
-            f"the teacher is no better than the most frequent class ({most:.0%}): check the columns, class_names and "
-            "max_length, or fine-tune it with teacher_epochs",
+            f"the teacher is no better than the most frequent class ({most:.0%}), and students imitate it: check the "
+            "columns, class_names and max_length, or fine-tune it longer (teacher_epochs, teacher_learning_rate)",
         )
 
 

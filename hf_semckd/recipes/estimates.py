@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -83,14 +82,6 @@ def cache_cost(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> CacheC
         seconds = (time.perf_counter() - started) / max(count, 1)
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / max(count, 1)
         return CacheCost(seconds, size, _measured(trainer))
-
-
-def total_steps(args: SemCKDConfig, samples: int, epochs: float, *, limited: bool = True) -> int:
-    """Return the optimizer steps of a training over so many samples; `limited`: by `max_steps`, the student's."""
-    if limited and args.max_steps > 0:
-        return args.max_steps
-    batches = math.ceil(samples / (args.train_batch_size * args.world_size))
-    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * epochs)
 
 
 def weight_bytes(prepared: Prepared) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from ..errors import ConfigurationError
 from ..files import write_json
-from ..training.sealing import newest_whole
+from ..training.sealing import checksum, newest_whole
 
 RECIPE, TEACHER, START, ONNX = "recipe.json", "teacher", "start", "onnx"
 # Options that change neither the student nor what is told of it.
@@ -90,8 +90,22 @@ class RunFolder:
     def finish(self) -> None:
         """Write down that the student is finished; what only resuming needs goes."""
         notes = self._notes() or {"options": {}}
-        write_json(self.path / RECIPE, {**notes, "trained": True})
+        write_json(self.path / RECIPE, {**notes, "trained": True, "weights": self._weights()})
         shutil.rmtree(self.path / START, ignore_errors=True)
+
+    def check_weights(self) -> None:
+        """Raise `ConfigurationError` where the student's weights are no longer those that were trained here."""
+        notes = self._notes()
+        if notes is not None and notes.get("weights") not in (None, self._weights()):
+            raise ConfigurationError(
+                "The student in the output folder is not the one that was trained there",
+                received=f"other weights in {self.path}",
+                expected="the files that the run wrote",
+                todo="set output_dir to another folder, or remove this one to start anew",
+            )
+
+    def _weights(self) -> dict[str, str]:
+        return {path.name: checksum(path) for path in sorted(self.path.glob("*.safetensors"))}
 
     def tell(self, by: Mapping[str, Any]) -> None:
         """Write down what the results were made by: metric, samples."""

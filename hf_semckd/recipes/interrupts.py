@@ -23,6 +23,10 @@ class _SaveWhenAsked(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:  # there may be seconds left only
+            control.should_evaluate = False
+
 
 @contextlib.contextmanager
 def saved_when_terminated(trainer: Any) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -90,8 +91,11 @@ def _own_teacher(
     own |= {"max_steps": -1, "push_to_hub": False, "report_to": []}
     trainer = teacher_trainer(replace(args, **own), model, rows, samples)
     use_progress(trainer, "teacher", voice)
+    checkpoint = RunFolder(str(place)).newest_checkpoint()
+    if checkpoint is not None:
+        voice("teacher", f"goes on from {Path(checkpoint).name}")
     with saved_when_terminated(trainer):
-        trainer.train(resume_from_checkpoint=RunFolder(str(place)).newest_checkpoint())
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(place))
     if args.should_save:
         for path in place.glob("checkpoint-*"):

@@ -14,13 +14,13 @@ from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
 from ..training.report import inspect_models
 from .check import check_teacher
-from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, total_steps, weight_bytes
+from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, weight_bytes
 from .folder import RunFolder
 from .prepare import prepare
 from .progress import Voice, duration
 from .reading import Reading
 from .rows import read_rows
-from .training import Prepared
+from .training import Prepared, total_steps
 
 GIGABYTE = 2**30
 # Times from a few steps differ by that much.

@@ -53,6 +53,8 @@ def run_recipe(reading: Reading, voice: Voice) -> Outcome:
     check_feature_loss(recipe.models.method)
     rows = read_rows(recipe, voice)
     check_metric(recipe.results.metric, rows)
+    if folder.trained:
+        folder.check_weights()
     if folder.trained and not args.push_to_hub and _is_told(folder, recipe):
         return _told_before(folder, rows.kind.heads[0], voice)
     prepared = prepare(recipe, args, folder, rows, voice)

@@ -81,6 +81,8 @@ def load_splits(options: DataOptions) -> Splits:
 def load_rows(source: str, config: str | None = None) -> DatasetDict:
     """Return all splits of what a recipe names as its data."""
     path = Path(source).expanduser()
+    if path.suffix.lower() in BUILDERS and not path.exists():
+        raise _not_loaded(source, path, FileNotFoundError("no data set of the Hub is named like a file"))
     try:
         if path.is_file():
             builder = _builder(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,10 +40,23 @@ def teacher_trainer(args: SemCKDConfig, model: nn.Module, rows: Rows, samples: S
     return _trainer(model, alone, rows, samples, {})
 
 
+def total_steps(args: SemCKDConfig, samples: int, epochs: float, *, limited: bool = True) -> int:
+    """Return the optimizer steps of a training over so many samples; `limited`: by `max_steps`, the student's."""
+    if limited and args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(samples / (args.train_batch_size * args.world_size))
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * epochs)
+
+
 def _trainer(
     model: nn.Module, args: SemCKDConfig, rows: Rows, samples: Samples, teaching: Mapping[str, Any]
 ) -> DistillationTrainer:
     changes: dict[str, Any] = {}
+    steps = total_steps(args, len(samples.splits.train), args.num_train_epochs)
+    for name in ("logging_steps", "save_steps"):
+        if 0 < getattr(args, name) < 1:
+            # As a share of all steps it would differ from the number in a checkpoint, of which Trainer warns.
+            changes[name] = max(1, math.ceil(getattr(args, name) * steps))
     if rows.kind.lazy:
         changes["remove_unused_columns"] = False  # what a transform makes is all needed
     scores: dict[str, Any] = training_metrics(rows.kind, rows.classes)

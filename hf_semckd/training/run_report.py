@@ -19,11 +19,12 @@ from ..publishing.usage import loading_code
 from .checkpoint import SETTINGS_FILE
 
 EVALUATE = 'evaluation=evaluate({"teacher": teacher, "student": trainer.student}, data)'
+NO_WINDOW = "No window was logged: set logging_steps well below the number of optimizer steps."
 MISSING = {
     "deploy": f"Not measured yet: call trainer.distillation_report({EVALUATE}), or write evaluation.json into the "
     "folder of the training with hf-semckd evaluate --output, and run hf-semckd report again.",
-    "losses": "No loss was logged: set logging_steps below the number of optimizer steps.",
-    "association": "There is none: this feature loss has no association, or no window was logged.",
+    "losses": NO_WINDOW,
+    "association": "There is none: this feature loss has no association.",
     "comparison": "Needs the models: call trainer.distillation_report(dataset=data) after training.",
     "settings": f"The settings were not found: they are in {SETTINGS_FILE} beside a saved student.",
     "usage": "The student was not found: call trainer.save_model().",

@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 def seal(folder: Path) -> None:
     """Write size and checksum of every file of a checkpoint beside them."""
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _checksum(folder / name)} for name in _names(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)} for name in _names(folder)
     }
     write_json(folder / SEAL, files)
 
@@ -109,7 +109,7 @@ def _fault(folder: Path) -> str | None:
         size = path.stat().st_size
         if size != known["bytes"]:
             return f"{name} has {size:,} bytes, not {known['bytes']:,}"
-    changed = (name for name, known in files.items() if _checksum(folder / name) != known["sha256"])
+    changed = (name for name, known in files.items() if checksum(folder / name) != known["sha256"])
     return next((f"{name} was changed (another checksum)" for name in changed), None)
 
 
@@ -132,7 +132,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in found if name != SEAL and not name.endswith(".partial"))
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in iter(lambda: file.read(CHUNK), b""):

@@ -175,9 +175,13 @@ class StudentTrainer(Trainer):
                 named = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
                 refuse_non_finite(named, self.state.global_step)
             super()._save_checkpoint(model, trial)
+        if not self.args.push_to_hub:
+            self._seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _seal(self, checkpoint: Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            seal(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._plain_student():
@@ -328,6 +332,7 @@ class StudentTrainer(Trainer):
         return "KD" if self.feature_loss is None else self.feature_loss.title
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
         self._publisher.push_checkpoint(Path(checkpoint_folder), moment, self.create_model_card)

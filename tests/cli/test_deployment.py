@@ -53,6 +53,14 @@ def test_a_student_s_folder_tells_what_it_starts_from(folder):
     assert hub_source(made("--init", "random")) is None
 
 
+def test_a_model_is_not_written_over(folder, capsys):
+    vit(2, 16).save_pretrained(folder / "trained")
+    before = (folder / "trained" / "model.safetensors").read_bytes()
+    assert run("make-student", folder / "teacher", folder / "trained", "--num-layers", 2) == 2
+    assert "a model in this folder already" in capsys.readouterr().err
+    assert (folder / "trained" / "model.safetensors").read_bytes() == before
+
+
 def test_a_budget_of_time_takes_samples_from_the_data(folder, capsys):
     words = ("make-student", folder / "teacher", folder / "student", "--latency-ms", 1e6)
     assert run(*words) == 2

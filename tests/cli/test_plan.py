@@ -7,8 +7,9 @@ import pytest
 from recipe_parts import command, save_bert, save_gpt2, sentences, write_rows
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_semckd.recipes.estimates import CacheCost, Cost, total_steps
+from hf_semckd.recipes.estimates import CacheCost, Cost
 from hf_semckd.recipes.preview import Plan
+from hf_semckd.recipes.training import total_steps
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from stand_ins import recipe_with_stand_ins, with_stand_ins
 
 from hf_semckd.cli import COMMANDS, main
 from hf_semckd.cli.distill import defaults
+from hf_semckd.evaluation import variants
 from hf_semckd.recipes.reading import RecipeParser, read_recipe
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -19,13 +20,33 @@ def recipe_name(block):
     return block.code.partition("\n")[0].strip("# ").removesuffix(".yaml")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=name)
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+@pytest.fixture
+def quick_tables(monkeypatch):
+    """The tables that pages print measure PyTorch alone, and no memory."""
+    monkeypatch.setattr(variants, "is_installed", lambda name: False)
+    monkeypatch.setattr(variants, "peak_memory", lambda *parts: 10**8)
+
+
+def run_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in script(page):
         code = "\n" * (block.line - 1) + with_stand_ins(block.code, tmp_path)
         exec(compile(code, str(block.page), "exec"), namespace)
+
+
+# Its tables and files are those of ONNX.
+EXPORTING = ROOT / "docs" / "guides" / "deploy.md"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if script(page) and page != EXPORTING], ids=name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, quick_tables):
+    run_page(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_on_exporting_runs(tmp_path, monkeypatch):
+    run_page(EXPORTING, tmp_path, monkeypatch)
 
 
 def test_few_blocks_are_not_run_and_all_for_a_known_reason():

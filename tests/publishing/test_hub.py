@@ -38,6 +38,7 @@ from transformers import Trainer, TrainerCallback
 TOKEN = "hf_" + "kLmNoPqRsTuVwXyZ" + "0123456789"
 SAVED = {"config.json", "model.safetensors", "distillation_config.json"}
 TRAINING_STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "feature_loss.safetensors"}
+TRAINING_STATE |= {"checkpoint_files.json"}
 
 
 # --- What both processes need ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Whose an output folder is, and how far its training went."""
 
+import hashlib
 import json
 
 import pytest
@@ -102,8 +103,21 @@ def test_a_model_is_ready_when_it_is_marked(folder):
 def test_finished_is_what_is_noted_and_there(folder):
     folder.claim({"seed": 1}, is_main=True)
     (folder.path / START).mkdir()
+    (folder.path / "model.safetensors").write_bytes(b"weights")
     folder.finish()
     assert not folder.trained and not (folder.path / START).exists()
     (folder.path / "config.json").write_text("{}")
     assert folder.trained
-    assert json.loads((folder.path / RECIPE).read_text()) == {"options": {"seed": "1"}, "trained": True}
+    notes = json.loads((folder.path / RECIPE).read_text())
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert notes == {"options": {"seed": "1"}, "trained": True, "weights": {"model.safetensors": digest}}
+
+
+def test_other_weights_in_place_of_those_that_were_trained_are_noticed(folder):
+    folder.claim({}, is_main=True)
+    (folder.path / "model.safetensors").write_bytes(b"weights")
+    folder.finish()
+    folder.check_weights()
+    (folder.path / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(ConfigurationError, match="is not the one that was trained"):
+        folder.check_weights()

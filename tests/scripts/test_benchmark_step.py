@@ -18,6 +18,7 @@ def call(*arguments: str) -> None:
         benchmark_step.main()
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_variant(tmp_path, capsys):
     path = tmp_path / "quick.json"
     call("--quick", "--pairs", "bert-6x384", "resnet32x4-8x4", "--output", str(path))

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.evaluation.metrics import Share
-from hf_semckd.evaluation.rows import Latency, Row
 from hf_semckd.evaluation.table import Evaluation
 from hf_semckd.publishing.facts import environment
+from hf_semckd.publishing.rows import Latency, Row
 
 
 def card_of(trainer, **arguments):

@@ -10,8 +10,10 @@ from ..rows import Row
 from .groups import teacher_groups
 from .parts import AssociationHistory, Comparison, Curve, DeployTable, LayerError
 
-# A layer's largest weight counts as a preference from this many times the uniform level on.
+# A layer's largest weight counts as a preference from this many times the uniform level, and the next one, on.
 PREFERENCE = 1.25
+# An association this near to uniform says nothing.
+NEAR_UNIFORM = 0.02
 MOST_NAMED = 6
 
 
@@ -61,6 +63,9 @@ def headline(deploy: DeployTable | None) -> str | None:
     costs = f"with {size:.2g} times the parameters, {speed:.2g} times as fast for {of}"
     if not math.isfinite(kept.value):
         return f"The student's {metric} is {student.quality:.4g} (the teacher's {teacher.quality:.4g}), {costs}."
+    if not deploy.higher_is_better:
+        change = f"{abs(1 / kept.value - 1):.1%} {'below' if kept.value >= 1 else 'above'} the teacher's"
+        return f"The student's {metric} of {student.quality:.4g} is {change} ({teacher.quality:.4g}), {costs}."
     interval = f"95%: {100 * kept.low:.1f} - {100 * kept.high:.1f}%"
     return f"The student keeps {kept.value:.1%} ({interval}) of the teacher's {metric} {costs}."
 
@@ -74,7 +79,9 @@ def association_words(association: AssociationHistory) -> list[str]:
         for group in teacher_groups(association.teacher_layers):
             share = sum(row[t] for t in group.places)
             best = max(group.places, key=lambda t: row[t])
-            if share > 0 and len(group.places) > 1 and row[best] * len(group.places) >= PREFERENCE * share:
+            others = [row[t] for t in group.places if t != best]
+            level = max(share / len(group.places), *others, 0.0) if share > 0 else 0.0
+            if others and level and row[best] >= PREFERENCE * level:
                 preferred.append((row[best], name, association.teacher_layers[best]))
     if not preferred:
         return [*said, "No student layer clearly prefers one teacher layer."]
@@ -90,10 +97,9 @@ def _distance(entropy: Curve | None, levels: EntropyRange) -> list[str]:
     first, last = (levels.concentration(value) for value in (entropy.values[0], entropy.values[-1]))
     if first is None or last is None:
         return []
-    return [
-        f"On average the association ended {last:.0%} of the way from uniform to a single layer "
-        f"({first:.0%} in the first logging window)."
-    ]
+    said = f"On average the association ended {last:.0%} of the way from uniform to a single layer "
+    said += f"({first:.0%} in the first logging window)."
+    return [said + (' association="uniform" would teach much the same.' if last <= NEAR_UNIFORM else "")]
 
 
 def comparison_words(comparison: Comparison) -> str:
