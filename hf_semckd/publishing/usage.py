@@ -1,4 +1,18 @@
-"""How a published student is loaded."""
+"""How a student is loaded."""
+
+from pathlib import Path
+
+from .redaction import is_plain_text, repository_name
+
+
+def shown_source(folder: str) -> str:
+    """Return a relative path of plain words as it is, and of others a name made of the last part.
+
+    Where an absolute path lies is private.
+    """
+    path = Path(folder)
+    plain = not path.is_absolute() and ".." not in path.parts and all(map(is_plain_text, path.parts))
+    return path.as_posix() if plain else repository_name(path.name)
 
 
 def loading_code(name: str, student_class: str, processor: str | None) -> str:

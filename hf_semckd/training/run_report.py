@@ -11,7 +11,6 @@ from ..errors import InputError
 from ..evaluation.examples import compare_predictions
 from ..evaluation.table import Evaluation
 from ..publishing.facts import BOOKKEEPING, StudentFacts, environment, last_evaluation
-from ..publishing.redaction import repository_name
 from ..publishing.report.history import Rows, association_history, layer_errors, loss_curves
 from ..publishing.report.parts import Comparison, DeployTable, Run, UsedSetting
 from ..publishing.report.report import DistillationReport
@@ -52,7 +51,8 @@ def assemble_report(
         "comparison": comparison,
     }
     there = {**found, "settings": run.settings, "usage": run.usage}
-    missing = {name: text for name, text in {**MISSING, **(why or {})}.items() if not there[name]}
+    texts_of = MISSING if any("loss" in row for row in rows) else {**MISSING, "association": NO_WINDOW}
+    missing = {name: text for name, text in {**texts_of, **(why or {})}.items() if not there[name]}
     return DistillationReport(run, **found, layer_errors=layer_errors(rows, students), missing=missing)
 
 
@@ -64,7 +64,7 @@ def trained_run(
     counts = {"parameters of the student": f"{facts.parameters:,}"}
     if facts.teacher_parameters:
         counts["parameters of the teacher"] = f"{facts.teacher_parameters:,}"
-    code = loading_code(repository_name(facts.repo_name), facts.student_class, facts.processor)
+    code = loading_code(facts.repo_name, facts.student_class, facts.processor)
     all_told = {**counts, **told(training, rows)}
     return Run(facts.method, student, " and ".join(teachers), settings, all_told, texts(environment()), code)
 

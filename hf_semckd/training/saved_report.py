@@ -11,12 +11,11 @@ from ..errors import InputError
 from ..publishing.facts import PROCESSOR_FILES
 from ..publishing.folder import SETTINGS_FILE
 from ..publishing.heads import head_of
-from ..publishing.redaction import repository_name
 from ..publishing.report.history import Rows
 from ..publishing.report.parts import DeployTable, Run, UsedSetting
 from ..publishing.report.reading import load_json, read
 from ..publishing.report.report import DATA, DistillationReport
-from ..publishing.usage import loading_code
+from ..publishing.usage import loading_code, shown_source
 from .run_report import assemble_report, texts, told
 
 STATE_FILE, EVALUATION_FILE = "trainer_state.json", "evaluation.json"
@@ -57,8 +56,7 @@ def _run_of_files(
     processor = next(
         (auto for name, auto in PROCESSOR_FILES.items() if any((folder / name).is_file() for folder in folders)), None
     )
-    repo = repository_name(folders[0].absolute().name)
-    code = loading_code(repo, head_of(names).auto_class, processor) if names else ""
+    code = loading_code(shown_source(str(folders[0])), head_of(names).auto_class, processor) if names else ""
     student = names[0] if names else "a student"
     return Run(method, student, " and ".join(teachers), settings, told(kinds, rows), texts(versions), code)
 

@@ -21,6 +21,7 @@ from ..publishing.facts import StudentFacts, environment, last_evaluation, model
 from ..publishing.hub import Publisher
 from ..publishing.report.report import DistillationReport
 from ..publishing.sources import dataset_source, warn_of_license
+from ..publishing.usage import shown_source
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
 from .checkpoint import (
@@ -123,7 +124,8 @@ class StudentTrainer(Trainer):
                 data_collator=self.data_collator,
                 batch_size=self.args.per_device_eval_batch_size,
             )
-        facts, rows = self._student_facts(self._publisher.name), self.state.log_history
+        source = self._publisher.repo_id or shown_source(self.args.output_dir)
+        facts, rows = self._student_facts(source), self.state.log_history
         settings = used_settings(self.args, self.distillation_settings(), self._layer_names, self.feature_loss)
         run = trained_run(facts, recorded_arguments(self.args), rows, settings, type(self.student).__name__)
         deploy = deploy_table(evaluation)

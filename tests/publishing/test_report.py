@@ -28,6 +28,27 @@ def test_a_quality_without_a_share_is_told_beside_the_teachers():
     assert headline(table).startswith("The student's accuracy is -0.1 (the teacher's 0.92), with 0.5 times")
 
 
+@pytest.mark.parametrize(("own", "words"), [(12.375, "1.0% below"), (13.75, "10.0% above")])
+def test_of_perplexities_the_lower_is_told_as_the_better(own, words):
+    """The share that is kept is the teacher's over the student's."""
+    rows = row("teacher", 12.5, (1.0,) * 3, 500, 6.2), row("student", own, (12.5 / own,) * 3, 500, 6.2)
+    table = replace(deploy(), rows=rows, metric="perplexity", higher_is_better=False)
+    assert headline(table).startswith(f"The student's perplexity of {own:.4g} is {words} the teacher's (12.5)")
+    page = " ".join(replace(whole(), deploy=table).page().split())
+    assert "the first model&#39;s perplexity divided by the model&#39;s own" in page.replace("'", "&#39;")
+
+
+def test_a_layer_that_is_hardly_ahead_of_the_next_is_no_preference():
+    history = replace(association(), maps=(AssociationMap(1, 9, ((0.05, 0.46, 0.49), (0.3, 0.3, 0.4))),))
+    assert association_words(history)[-1] == "No student layer clearly prefers one teacher layer."
+
+
+def test_an_association_that_is_as_good_as_uniform_is_told_so():
+    near = association(entropy=(math.log(3), 0.99 * math.log(3)))
+    assert 'association="uniform" would teach much the same' in association_words(near)[0]
+    assert "would teach" not in association_words(association(entropy=(1.0, 0.5)))[0]
+
+
 @pytest.mark.parametrize(("entropy", "share"), [(math.log(4), 0), (0.5 * math.log(4), 50), (0.0, 100)])
 def test_the_distance_from_uniform_is_one_minus_the_share_of_log_t(entropy, share):
     history = association(teachers="1234", entropy=(math.log(4), entropy))

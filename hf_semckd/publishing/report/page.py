@@ -94,7 +94,7 @@ def _deploy_row(row: Row, reference: Row) -> list[str]:
 def loss_charts(curves: Sequence[Curve]) -> list[Chart]:
     """Return a chart for the loss and each of its terms; the evaluation's is the task loss."""
     named = {curve.name: curve for curve in curves}
-    beside = "task_loss" if "task_loss" in named else "loss"
+    beside = "loss" if "loss" in named and "task_loss" not in named else "task_loss"
     charts = []
     for name, title in TERMS.items():
         lines = [("training", "train", named[name])] if name in named else []
