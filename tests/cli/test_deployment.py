@@ -68,6 +68,7 @@ def test_a_budget_of_time_takes_samples_from_the_data(folder, capsys):
     assert run(*words, "--dataset", folder / "data", "--batch-size", 2) == 0
 
 
+@pytest.mark.slow
 def test_a_model_is_exported(folder, capsys):
     assert run("export", folder / "teacher", folder / "onnx", "--int8") == 0
     out = capsys.readouterr().out

@@ -55,6 +55,7 @@ def test_an_image_model_takes_any_number_of_images(make, tmp_path):
             torch.testing.assert_close(run(path, inputs)[0], model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_weights_are_smaller(tmp_path):
     paths = export_onnx(bert(2, 64), tmp_path, words(2, 6), int8=True)
     sizes = [path.stat().st_size for path in paths]
@@ -79,6 +80,7 @@ def test_spans_have_a_start_and_an_end(tmp_path):
     assert [entry.name for entry in session.get_outputs()] == ["start_logits", "end_logits"]
 
 
+@pytest.mark.slow
 def test_files_of_another_model_do_not_stay(tmp_path):
     export_onnx(bert(1), tmp_path, words(2, 4), int8=True)
     export_onnx(bert(1, labels=5), tmp_path, words(2, 4))

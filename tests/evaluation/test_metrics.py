@@ -97,7 +97,7 @@ def test_a_share_of_a_negative_quality_is_none():
     assert math.isnan(share.value) and math.isnan(share.low)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "f1", "perplexity"])
+@pytest.mark.parametrize("name", ["accuracy", pytest.param("f1", marks=pytest.mark.slow), "perplexity"])
 def test_the_interval_is_that_of_a_loop_over_draws_of_samples(name):
     teacher, student = decisions(1, right=0.9, per_sample=2), decisions(2, right=0.6, per_sample=2)
     metric = find_metric(name, CLASSES)

@@ -36,8 +36,6 @@ QUICK_RESUMES = {
     ("SEQUENCE_CLASSIFICATION", "albert"),
     ("CAUSAL_LM", "mamba"),
     ("SEQ_TO_SEQ_CAUSAL_LM", "bart"),
-    ("IMAGE_CLASSIFICATION", "swiftformer"),
-    ("CTC", "hubert"),
 }
 VISION = sorted(FAMILIES["IMAGE_CLASSIFICATION"])
 # Tokenized alike here; all classify sequences.

@@ -71,6 +71,7 @@ def test_the_advice_for_a_latency_can_be_followed(monkeypatch):
     make_student(teacher, latency_ms=advised(error, "latency_ms"), batch=WORDS, report=False)
 
 
+@pytest.mark.slow
 def test_a_latency_takes_blocks_then_channels_then_both(monkeypatch):
     """A clock that counts parameters: 1 ms for each thousand."""
     monkeypatch.setattr(budgets, "measure_latency", lambda model, batch: count(model) / 1000)

@@ -157,6 +157,7 @@ def test_a_run_that_was_refused_can_be_corrected_in_the_same_folder(recipe, caps
 LONGER = ("--max_steps", 6, "--save_steps", 2, "--logging_steps", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "flags"),
     [

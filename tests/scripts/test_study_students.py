@@ -29,7 +29,7 @@ def test_a_line_by_hand():
     assert list(even.values()) == cells
 
 
-@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize("tune", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_start_is_trained_once(tune, tmp_path, monkeypatch):
     splits = load_splits("digits", (("validation", 20), ("test", 30)))
     protocol = replace(

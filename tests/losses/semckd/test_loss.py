@@ -754,7 +754,7 @@ def train_on_planted_problem(build, seed, steps=150):
     return weights.double().numpy(), errors.double().numpy()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_published_weights_leave_the_signal_for_the_layer_of_smallest_variance(seed):
     weights, errors = train_on_planted_problem(lambda: SemCKDLoss.published(*PLANTED, 32), seed)
     assert weights.argmax(1).tolist() == [SMALL_NOISE, SMALL_NOISE] == errors.argmin(1).tolist()
