@@ -28,6 +28,7 @@ def with_large_embeddings(layers=6):
     return bert(layers, 32, num_attention_heads=4, vocab_size=2000)
 
 
+@pytest.mark.slow
 def test_channels_go_where_a_third_of_the_blocks_is_too_much():
     teacher = with_large_embeddings()
     tried = {}
