@@ -262,7 +262,7 @@ def test_a_gpt2_without_a_padding_token_is_distilled(tmp_path, quick_table):
 
 @pytest.mark.slow
 def test_two_teachers_teach_one_student(teacher, rows, tmp_path, quick_table):
-    other = save_bert(tmp_path / "other", names=("odd", "good", "bad"), layers=2)
+    other = save_bert(tmp_path / "other", names=("GOOD", "BAD", "ODD"), layers=2)
     new = Path(save_bert(tmp_path / "new", layers=1)) / "config.json"
     given = ("--teacher", teacher, other, "--dataset", rows, "--student", new, "--output_dir", tmp_path / "out")
     assert command("distill", *given, *QUICK) == 0
