@@ -1,14 +1,13 @@
 """What commands read: a split of a saved data set, and the processor saved with a model."""
 
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..models.loading import has_words
 
 
 def load_split(folder: str, split: str) -> Dataset:
@@ -38,9 +37,10 @@ def load_split(folder: str, split: str) -> Dataset:
 def load_tokenizer(source: str) -> Any:
     """Return the tokenizer saved with a model, which pads the samples, or None if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        found = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
+    return found if has_words(found) else None
 
 
 def new_folder(folder: str, *kept: str) -> str:
@@ -64,14 +64,10 @@ def positive(text: str) -> int:
     return value
 
 
-def screen_width() -> int | None:
-    """Return the columns of the terminal; None where the output is none, and lines may be of any length."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
 def load_processor(source: str) -> Any:
     """Return the processor saved with a model (tokenizer, image processor, ...), or None if there is none."""
     try:
-        return AutoProcessor.from_pretrained(source)
+        found = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return load_tokenizer(source)
+    return None if isinstance(found, PreTrainedTokenizerBase) and not has_words(found) else found

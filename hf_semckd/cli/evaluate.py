@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate
 from ..files import json_text
-from .data import load_processor, load_split, new_folder, positive, screen_width
+from ..recipes.progress import Voice
+from .data import load_processor, load_split, new_folder, positive
 
 EXAMPLE = """\
 example:
@@ -53,7 +54,7 @@ def run(words: Sequence[str]) -> None:
         onnx=False if options.no_onnx else None,
         memory=not options.no_memory,
     )
-    print(json_text(found) if options.json else found.text(screen_width()))
+    print(json_text(found) if options.json else found.text(Voice().width))
     if options.output is not None:
         found.save(options.output)
         if not options.json:

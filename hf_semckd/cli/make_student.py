@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import ModelCardData
 from torch import nn
@@ -11,14 +11,17 @@ from torch import nn
 from ..errors import InputError
 from ..evaluation.variants import LabeledData, usual_collator
 from ..files import json_text, write_atomic
+from ..models.importance import Importance
 from ..models.loading import load_model
 from ..models.sizes import count_parameters
-from ..models.students import make_student
 from ..publishing.folder import CARD
 from ..publishing.sources import Source, hub_source, source_of
+from ..recipes.models import cut_student
+from ..recipes.schema import BUDGETS, ModelOptions
 from .data import load_processor, load_split, new_folder, positive
 
-IMPORTANCE, INIT = ("even", "change", "loss"), ("teacher", "random")
+# What both a recipe and this command say of a student that is cut out.
+CUTTING = (*BUDGETS, "importance", "init")
 
 
 def run(words: Sequence[str]) -> None:
@@ -37,10 +40,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument(
         "--importance",
         default="even",
-        choices=("even", "change", "loss"),
+        choices=get_args(Importance),
         help="which blocks are kept (default: even)",
     )
-    parser.add_argument("--init", default="teacher", choices=INIT, help="weights to start from (default: teacher)")
+    parser.add_argument(
+        "--init", default="teacher", choices=("teacher", "random"), help="weights to start from (default: teacher)"
+    )
     parser.add_argument("--dataset", help="folder of Dataset.save_to_disk, for --latency-ms and --importance")
     parser.add_argument("--split", default="train", help="split of the data set (default: train)")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples of it that are used (default: 1)")
@@ -48,18 +53,9 @@ def run(words: Sequence[str]) -> None:
     options = parser.parse_args(list(words))
     _check(options)
     teacher, processor = load_model(options.teacher, "teacher"), load_processor(options.teacher)
-    layers = options.num_layers
-    student = make_student(
-        teacher,
-        num_layers=layers[0] if layers is not None and len(layers) == 1 else layers,
-        hidden_size=options.hidden_size,
-        parameters=options.parameters,
-        latency_ms=options.latency_ms,
-        importance=options.importance,
-        init=options.init,
-        batch=None if options.dataset is None else _batch(options, teacher, processor),
-        report=not options.json,
-    )
+    sizes = ModelOptions(**{name: getattr(options, name) for name in CUTTING})
+    batch = None if options.dataset is None else _batch(options, teacher, processor)
+    student = cut_student(teacher, sizes, batch, report=not options.json)
     student.save_pretrained(options.folder)
     if processor is not None:
         processor.save_pretrained(options.folder)

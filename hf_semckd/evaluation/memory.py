@@ -32,6 +32,15 @@ def peak_memory(model: Path, inputs: Mapping[str, np.ndarray], kind: str | None 
     return int(found.group(1)) if found else None
 
 
+def own_peak() -> int | None:
+    """Return the peak resident memory of this process in bytes; None where it cannot be told.
+
+    Not by getrusage, whose peak is inherited from the process that started this one.
+    """
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    return None if found is None else 1024 * int(found.group(1))
+
+
 def _run(model: str, arrays: str, kind: str | None = None) -> None:
     inputs = load_file(arrays)
     if kind is None:
@@ -47,8 +56,7 @@ def _run(model: str, arrays: str, kind: str | None = None) -> None:
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
         with torch.inference_mode():
             student(**{name: v.to(student.dtype) if v.is_floating_point() else v for name, v in tensors.items()})
-    # Not getrusage: its peak is inherited from the process that started this one.
-    print("peak", 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()).group(1)))  # type: ignore[union-attr]
+    print("peak", own_peak())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from transformers import AutoConfig
 from ..errors import InputError
 
 ModelSource = nn.Module | str | os.PathLike[str]
+# What a tokenizer without words may know besides its special tokens.
+FEW = 3
 # One teacher or several.
 TeacherSource = ModelSource | Sequence[ModelSource]
 
@@ -56,6 +58,11 @@ def load_model(
             todo=f"fine-tune the {role} on the task first, or pass the model object if this is what you want",
         )
     return model
+
+
+def has_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows words: without its files transformers makes one of special tokens alone."""
+    return len(tokenizer) > len(tokenizer.all_special_ids) + FEW
 
 
 def teacher_list(source: TeacherSource) -> list[ModelSource]:

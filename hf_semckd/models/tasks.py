@@ -97,7 +97,13 @@ def label_order(names: Sequence[str], wanted: Sequence[str]) -> Tensor | None:
 
 def label_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes in order, in lower case; None where it has none of its own."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
+    names = class_names(getattr(model, "config", None))
+    return None if names is None else [name.lower() for name in names]
+
+
+def class_names(config: Any) -> list[str] | None:
+    """Return the names of the classes in a configuration, in order; None where they were never named."""
+    names = getattr(config, "id2label", None)
     if not names or all(str(name).startswith("LABEL_") for name in names.values()):
         return None
-    return [str(names[key]).lower() for key in sorted(names)]
+    return [str(names[key]) for key in sorted(names)]

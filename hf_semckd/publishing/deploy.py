@@ -56,9 +56,9 @@ def card_table(evaluation: Mapping[str, Any]) -> CardTable | None:
             headline="" if student is rows[0] else _headline(rows[0], student, evaluation),
             calibration=None if None in errors else (float(errors[0]), float(errors[1])),
             footnote=_footnote(evaluation),
-            kept=f"the share of the first row's {metric}"
-            if evaluation.get("higher_is_better", True)
-            else f"the first row's {metric} divided by the row's own",
+            kept=f"the first row's {metric} divided by the row's own"
+            if _less_is_better(evaluation)
+            else f"the share of the first row's {metric}",
         )
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise InputError(
@@ -100,7 +100,7 @@ def _headline(first: Mapping[str, Any], student: Mapping[str, Any], evaluation: 
     speed = f"runs {ratio:.2g} times as fast" if ratio >= 1 else f"takes {1 / ratio:.2g} times as long"
     who = "its teacher" if first["model"] == "teacher" else first["model"]
     batch = int(first["latency"][0]["samples"])
-    if not evaluation.get("higher_is_better", True):
+    if _less_is_better(evaluation):
         change = f"{abs(1 / kept - 1):.1%} {'lower' if kept >= 1 else 'higher'}"
         return f"Compared with {who}, its {metric} is {change}, and it {speed} (batch of {batch})."
     return f"Compared with {who}, it keeps {_kept(student)} of the {metric} and {speed} (batch of {batch})."
@@ -112,15 +112,15 @@ def _footnote(evaluation: Mapping[str, Any]) -> str:
     where = [version_rows({"processor": machine["processor"]}).get("hardware", "a CPU")]
     where += [f"{threads} thread" + "s" * (threads > 1)]
     where += [version_rows({"accelerator": machine["accelerator"]})["hardware"]] if machine["accelerator"] else []
-    less = (
-        ""
-        if evaluation.get("higher_is_better", True)
-        else f"; the lower its {evaluation['metric']}, the better a model"
-    )
+    less = f"; the lower its {evaluation['metric']}, the better a model" if _less_is_better(evaluation) else ""
     return (
         f"Quality on {int(evaluation['samples']):,} samples; latency is the median of a forward pass, on "
         f"{', '.join(where)}{less}."
     )
+
+
+def _less_is_better(evaluation: Mapping[str, Any]) -> bool:
+    return not evaluation.get("higher_is_better", True)
 
 
 def _number(value: Any) -> float:

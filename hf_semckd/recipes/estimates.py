@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..config import SemCKDConfig
 from ..errors import InputError
+from ..evaluation.memory import own_peak
 from .progress import Voice, use_progress
 from .schema import Recipe
 from .training import Prepared, student_trainer, teacher_trainer
@@ -21,7 +22,6 @@ from .training import Prepared, student_trainer, teacher_trainer
 WARM_UP, MEASURED = 2, 4
 # Samples of which a cache is filled, to learn how large it will be.
 CACHED_SAMPLES = 64
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,4 @@ def _measured(trainer: Any) -> Cost:
 
 
 def _peak_bytes() -> int | None:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not STATUS.exists():
-        return None
-    lines = STATUS.read_text(encoding="utf-8").splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else own_peak()

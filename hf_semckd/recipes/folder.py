@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from ..errors import ConfigurationError
 from ..files import write_json
+from ..publishing.folder import STATE_FILE
 from ..training.sealing import checksum, newest_whole
 
 RECIPE, TEACHER, START, ONNX = "recipe.json", "teacher", "start", "onnx"
@@ -34,6 +35,11 @@ def _plain(value: Any) -> str:
     return str(texts if isinstance(value, list) else texts[0])
 
 
+def _binding(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options that a run here must keep, as texts."""
+    return {name: _plain(value) for name, value in options.items() if name not in FREE}
+
+
 class RunFolder:
     """The folder of one recipe; every process reads it, and the main one writes."""
 
@@ -42,17 +48,16 @@ class RunFolder:
 
     def claim(self, options: Mapping[str, Any], *, is_main: bool) -> None:
         """Write down the options of a recipe; `ConfigurationError` where the folder holds something else's results."""
-        kept = {name: _plain(value) for name, value in options.items() if name not in FREE}
         if not self.check(options) and is_main:
             shutil.rmtree(self.path / START, ignore_errors=True)
-            write_json(self.path / RECIPE, {"options": kept, "trained": False})
+            write_json(self.path / RECIPE, {"options": _binding(options), "trained": False})
 
     def check(self, options: Mapping[str, Any]) -> bool:
         """Tell whether a run with these options has begun here; `ConfigurationError` where another one has.
 
         A run that was refused before it trained anything, such as for a wrong name, binds the folder to nothing.
         """
-        known, kept = self._notes(), {name: _plain(value) for name, value in options.items() if name not in FREE}
+        known, kept = self._notes(), _binding(options)
         if known is None:
             if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise ConfigurationError(
@@ -118,7 +123,7 @@ class RunFolder:
 
     def state(self) -> TrainerState:
         """Return the state of the finished training, with all that was logged."""
-        return TrainerState.load_from_json(str(self.path / "trainer_state.json"))
+        return TrainerState.load_from_json(str(self.path / STATE_FILE))
 
     def newest_checkpoint(self) -> str | None:
         """Return the newest whole checkpoint, or None where there is none yet."""

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..errors import InputError, SemCKDError, SourceError
 from ..models.loading import load_model
 from ..models.students import make_student
+from ..models.tasks import class_names
 from .classes import Classes
 from .schema import ModelOptions
 from .tasks.base import Task
@@ -38,12 +39,6 @@ def read_config(source: str, role: str) -> Any:
 def has_head(config: Any, task: type[Task]) -> bool:
     """Whether a configuration is that of a model with the head of a task."""
     return any(name.endswith(task.heads) for name in getattr(config, "architectures", None) or ())
-
-
-def own_names(config: Any) -> list[str] | None:
-    """Return the names of a model's classes in their order; None where they were never named."""
-    names = [str(config.id2label[place]) for place in sorted(config.id2label)]
-    return None if all(name.startswith("LABEL_") for name in names) else names
 
 
 def load_teacher(source: str, task: type[Task]) -> nn.Module:
@@ -82,8 +77,10 @@ def new_model(source: str, role: str, task: type[Task], head: Mapping[str, Any])
         ) from error
 
 
-def cut_student(teacher: nn.Module, options: ModelOptions, batch: Mapping[str, Any] | None) -> PreTrainedModel:
-    """Return the student that the sizes of a recipe ask for."""
+def cut_student(
+    teacher: nn.Module, options: ModelOptions, batch: Mapping[str, Any] | None, *, report: bool = False
+) -> PreTrainedModel:
+    """Return the student that the sizes of a recipe ask for; `report` prints what was kept."""
     layers = options.num_layers
     return make_student(
         teacher,
@@ -94,7 +91,7 @@ def cut_student(teacher: nn.Module, options: ModelOptions, batch: Mapping[str, A
         importance=options.importance,
         init=options.init,
         batch=batch,
-        report=False,
+        report=report,
     )
 
 
@@ -109,7 +106,7 @@ def head_of(teacher: nn.Module | None, classes: Classes | None) -> dict[str, Any
         return {}
     config: Any = None if teacher is None else teacher.config
     head = classes.head()
-    if config is not None and classes.kind != "regression" and own_names(config) is not None:
+    if config is not None and classes.kind != "regression" and class_names(config) is not None:
         names = dict(config.id2label)  # a configuration may lack the other direction
         head |= {"id2label": names, "label2id": {name: place for place, name in names.items()}}
     return head

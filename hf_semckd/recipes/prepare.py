@@ -15,10 +15,11 @@ from ..data.samples import collate
 from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..models.sizes import count_parameters
+from ..models.tasks import class_names
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
 from .interrupts import saved_when_terminated
-from .models import cut_student, has_head, head_of, load_teacher, needs_batch, new_model, own_names, read_config
+from .models import cut_student, has_head, head_of, load_teacher, needs_batch, new_model, read_config
 from .processors import load_processor, longest_input, read_alike
 from .progress import Voice, use_progress
 from .rows import Rows
@@ -142,7 +143,7 @@ def _student(
 def _check_order(source: str, rows: Rows) -> None:
     """Refuse a student that was fine-tuned for the same classes in another order: its head would say others."""
     config = read_config(source, "student")
-    names = own_names(config) if has_head(config, rows.kind) else None
+    names = class_names(config) if has_head(config, rows.kind) else None
     wanted = [] if rows.classes is None else [name.lower() for name in rows.classes.names]
     own = [name.lower() for name in names or wanted]
     if own != wanted and sorted(own) == sorted(wanted):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from ..errors import InputError
+from ..models.loading import has_words
 from .tasks.base import Task
 
 KINDS = {
@@ -18,8 +19,6 @@ KINDS = {
 }
 LONGEST_TEXT, LONGEST_SOUND = 512, 10
 SHORTEST_TEXT = 4
-# Without a file transformers makes tokenizers that know special tokens, and this many others at most.
-FEW = 3
 
 
 def load_processor(source: str, task: type[Task]) -> Any:
@@ -30,7 +29,7 @@ def load_processor(source: str, task: type[Task]) -> Any:
     how = {"add_prefix_space": True} if task.labels_tokens else {}
     try:
         found = kind.from_pretrained(folder, trust_remote_code=False, **how)
-        if task.modality == "text" and len(found) <= len(found.all_special_ids) + FEW:
+        if task.modality == "text" and not has_words(found):
             raise ValueError("a tokenizer without words")
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise InputError(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..models.tasks import class_names
 from .classes import Classes, as_by_teacher, find_classes
 from .data import chosen_rows, flat_translations
-from .models import has_head, own_names, read_config
+from .models import has_head, read_config
 from .progress import Voice
 from .schema import DataOptions, Recipe
 from .sources import Splits, load_splits
@@ -47,7 +48,7 @@ def read_rows(recipe: Recipe, voice: Voice) -> Rows:
         if recipe.models.teacher_epochs:
             _check_kind(classes, options)
         elif has_head(config, kind):
-            classes = as_by_teacher(classes, own_names(config), config.num_labels, options.class_names)
+            classes = as_by_teacher(classes, class_names(config), config.num_labels, options.class_names)
             _check_agreement(recipe.models.teacher or [], config)
     counts = f"{len(splits.train):,} to train on, {len(splits.test):,} of {splits.test_name} for the table"
     if splits.validation is not splits.test:
@@ -71,10 +72,10 @@ def _check_kind(classes: Classes, options: DataOptions) -> None:
 
 def _check_agreement(sources: Sequence[str], config: Any) -> None:
     """Refuse several teachers whose outputs are not the same classes in the same order."""
-    first = own_names(config) or [str(config.num_labels)]
+    first = class_names(config) or [str(config.num_labels)]
     for source in sources[1:]:
         other = read_config(source, "teacher")
-        names = own_names(other) or [str(other.num_labels)]
+        names = class_names(other) or [str(other.num_labels)]
         if [name.lower() for name in names] != [name.lower() for name in first]:
             raise ConfigurationError(
                 "The teachers number their classes differently",

@@ -90,6 +90,7 @@ class _Results:
         self.problems: list[str] = []
 
     def tell(self) -> Outcome:
+        """Write and push what there is to tell, and return it with what failed."""
         found, report, files = None, None, ()
         if self.trainer.is_world_process_zero():
             self.voice.text("")

@@ -16,9 +16,9 @@ from ..errors import CheckpointError
 from ..files import write_json
 from ..losses import FeatureLoss
 from ..publishing.facts import environment
-from ..publishing.folder import SETTINGS_FILE
+from ..publishing.folder import SETTINGS_FILE, STATE_FILE
 from ..publishing.sources import dataset_source, hub_source, source_of
-from .sealing import SEAL, STATE_FILE
+from .sealing import SEAL
 
 logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"

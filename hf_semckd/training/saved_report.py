@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..publishing.card import EVALUATION_FILE
 from ..publishing.facts import PROCESSOR_FILES
-from ..publishing.folder import SETTINGS_FILE
+from ..publishing.folder import SETTINGS_FILE, STATE_FILE
 from ..publishing.heads import head_of
 from ..publishing.report.history import Rows
 from ..publishing.report.parts import DeployTable, Run, UsedSetting
@@ -17,8 +18,6 @@ from ..publishing.report.reading import load_json, read
 from ..publishing.report.report import DATA, DistillationReport
 from ..publishing.usage import loading_code, shown_source
 from .run_report import assemble_report, texts, told
-
-STATE_FILE, EVALUATION_FILE = "trainer_state.json", "evaluation.json"
 
 
 def report_of_folder(folder: str | os.PathLike[str]) -> DistillationReport:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NonFiniteLossError
 from ..files import write_json
+from ..publishing.folder import STATE_FILE
 
 logger = logging.getLogger(__name__)
 SEAL = "checkpoint_files.json"
-STATE_FILE = "trainer_state.json"
 CHUNK = 1 << 20
 
 

@@ -7,8 +7,9 @@ from recipe_parts import bert_config, save_bert, save_gpt2
 from transformers import BertForSequenceClassification, BertModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from hf_semckd.errors import InputError, SourceError
+from hf_semckd.models.tasks import class_names
 from hf_semckd.recipes.classes import Classes
-from hf_semckd.recipes.models import has_head, head_of, load_teacher, new_model, own_names, read_config
+from hf_semckd.recipes.models import has_head, head_of, load_teacher, new_model, read_config
 from hf_semckd.recipes.tasks.generation import TextGeneration
 from hf_semckd.recipes.tasks.text import TextClassification, TokenClassification
 
@@ -70,7 +71,7 @@ def test_a_student_has_the_teachers_names(names, expected):
     model = BertForSequenceClassification(bert_config(names))
     found = head_of(model, CLASSES)
     assert found["id2label"] == expected and found["label2id"] == {name: place for place, name in expected.items()}
-    assert own_names(model.config) == (None if names == 2 else [*names])
+    assert class_names(model.config) == (None if names == 2 else [*names])
 
 
 def test_a_regression_and_a_language_model_have_no_names():

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding
 
 from ...errors import InputError
 from ..schema import DataOptions
-from .base import Columns, Rows, Task, chosen
+from .base import Columns, Rows, Task, chosen, require_offsets
 
 # Tokens that two windows of a long text share.
 STRIDE_SHARE = 3
@@ -35,13 +35,7 @@ class QuestionAnswering(Task):
 
     def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
         """Return tokens of question and context, and where the answer begins and ends."""
-        if not getattr(processor, "is_fast", False):
-            raise InputError(
-                "This tokenizer does not tell where a token stands in the text",
-                received=type(processor).__name__,
-                expected="a fast tokenizer (tokenizer.json)",
-                todo="use models with a fast tokenizer",
-            )
+        require_offsets(processor, "where a token stands in the text")
         # Half of a sample is for the context, however long a question is.
         room = self.length - self.length // 2 - processor.num_special_tokens_to_add(pair=True)
         if room < 2:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datasets import Features, Value
+from datasets import ClassLabel, Features, Value
 from datasets.features import LargeList, List
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, InputError
 from ..classes import Classes
 from ..schema import DataOptions, TaskName
 
@@ -97,6 +97,31 @@ def chosen(features: Features, options: DataOptions) -> tuple[list[str] | None, 
 def columns_of(features: Features, kind: Callable[[Any], bool]) -> list[str]:
     """Return the names of the columns of a kind."""
     return [name for name, feature in features.items() if kind(feature)]
+
+
+def label_of(features: Features) -> str | None:
+    """Return the one column of classes, or else the first with a usual name."""
+    classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
+    return classes[0] if len(classes) == 1 else first_named(list(features), LABELS)
+
+
+def media_columns(features: Features, options: DataOptions, kind: type) -> Columns | None:
+    """Return the first column of images or sounds, and that of their classes."""
+    inputs, label = chosen(features, options)
+    found = [name for name in inputs or features if isinstance(features[name], kind)]
+    label = label or label_of(features)
+    return Columns((found[0],), label) if found and label is not None else None
+
+
+def require_offsets(tokenizer: Any, tells: str) -> None:
+    """Refuse a tokenizer that does not tell where its tokens come from, as slow ones do not."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"This tokenizer does not tell {tells}",
+            received=type(tokenizer).__name__,
+            expected="a fast tokenizer (tokenizer.json)",
+            todo="use models with a fast tokenizer",
+        )
 
 
 def is_text(feature: Any) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Features, Image
+from datasets import Features, Image
 from transformers import default_data_collator
 
 from ...errors import InputError
 from ..schema import DataOptions
-from .base import LABELS, Columns, Rows, Task, chosen, columns_of, first_named
+from .base import Columns, Rows, Task, media_columns
 
 
 class ImageClassification(Task):
@@ -27,11 +27,7 @@ class ImageClassification(Task):
     @classmethod
     def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
         """Return the first column of images, and that of classes."""
-        inputs, label = chosen(features, options)
-        images = [name for name in inputs or features if isinstance(features[name], Image)]
-        classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
-        label = label or (classes[0] if len(classes) == 1 else first_named(list(features), LABELS))
-        return Columns((images[0],), label) if images and label is not None else None
+        return media_columns(features, options, Image)
 
     def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
         """Return pixels as the processor makes them."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Audio, ClassLabel, Features
+from datasets import Audio, Features
 from transformers import DataCollatorWithPadding
 
 from ...errors import InputError, MissingDependencyError
 from ..schema import DataOptions
-from .base import LABELS, Columns, Rows, Task, chosen, columns_of, first_named
+from .base import Columns, Rows, Task, media_columns
 
 
 class AudioClassification(Task):
@@ -26,11 +26,7 @@ class AudioClassification(Task):
     @classmethod
     def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
         """Return the first column of sounds, and that of classes."""
-        inputs, label = chosen(features, options)
-        sounds = [name for name in inputs or features if isinstance(features[name], Audio)]
-        classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
-        label = label or (classes[0] if len(classes) == 1 else first_named(list(features), LABELS))
-        return Columns((sounds[0],), label) if sounds and label is not None else None
+        return media_columns(features, options, Audio)
 
     def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
         """Return sounds as the processor makes them, at its sampling rate."""

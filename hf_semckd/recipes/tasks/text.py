@@ -10,7 +10,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 
 from ...errors import InputError
 from ..schema import DataOptions
-from .base import LABELS, Columns, Rows, Task, chosen, columns_of, first_named, is_list, is_text
+from .base import Columns, Rows, Task, chosen, columns_of, first_named, is_list, is_text, label_of, require_offsets
 
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
 TEXTS = ("text", "sentence", "content", "review", "tweet", "utterance", "question")
@@ -27,9 +27,7 @@ class TextClassification(Task):
     def find_columns(cls, features: Features, options: DataOptions) -> Columns | None:
         """Return one text or a known pair, and the column of classes."""
         inputs, label = chosen(features, options)
-        if label is None:
-            classes = columns_of(features, lambda entry: isinstance(entry, ClassLabel))
-            label = classes[0] if len(classes) == 1 else first_named(list(features), LABELS)
+        label = label or label_of(features)
         texts = [name for name in columns_of(features, is_text) if name != label]
         if inputs is None:
             pair = next((pair for pair in PAIRS if set(pair) <= set(texts)), None)
@@ -67,13 +65,7 @@ class TokenClassification(Task):
 
     def encode(self, processor: Any, rows: Rows) -> dict[str, Any]:
         """Return tokens, and for each of them a label or -100."""
-        if not getattr(processor, "is_fast", False):
-            raise InputError(
-                "This tokenizer does not tell which word a token belongs to",
-                received=type(processor).__name__,
-                expected="a fast tokenizer (tokenizer.json)",
-                todo="use models with a fast tokenizer",
-            )
+        require_offsets(processor, "which word a token belongs to")
         words = rows[self.columns.inputs[0]]
         found = processor(words, is_split_into_words=True, truncation=True, max_length=self.length)
         assert self.columns.label is not None and self.classes is not None
