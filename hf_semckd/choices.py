@@ -3,7 +3,7 @@
 import math
 import re
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError, nearest
 
@@ -13,6 +13,24 @@ Projector = Literal["shared", "convolutional", "pairwise"]
 ProjectionInit = Literal["zero", "random"]
 CacheDtype = Literal["auto", "float16", "bfloat16"]
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
+TeacherPlacement = Literal["device", "device_map", "shard", "offload"]
+
+POSITIVE = ("temperature", "association_temperature", "projection_learning_rate", "teacher_cache_limit_gb")
+NOT_NEGATIVE = ("task_weight", "logit_weight", "feature_weight", "relation_weight")
+LIMITS = {
+    "max_tokens": ("tokens", "no limit"),
+    "max_grid": ("rows and columns", "no limit"),
+    "association_bank": ("samples", "the other samples of the micro-batch"),
+}
+CHOICES = {
+    "association": Association,
+    "target_norm": TargetNorm,
+    "projector": Projector,
+    "projection_init": ProjectionInit,
+    "teacher_dtype": TeacherDtype,
+    "teacher_placement": TeacherPlacement,
+    "teacher_cache_dtype": CacheDtype,
+}
 
 
 def check_projection_init(projector: Projector | None, projection_init: ProjectionInit | None) -> None:
@@ -24,6 +42,16 @@ def check_projection_init(projector: Projector | None, projection_init: Projecti
             expected="linear projections, or the published start",
             todo="leave projection_init out, or use projector='shared'",
         )
+
+
+def require_value(name: str, value: object, default: object) -> None:
+    """Refuse a value that the setting of this name cannot take, with a `ConfigurationError`."""
+    if name in POSITIVE or name in NOT_NEGATIVE:
+        require_number(name, value, positive=name in POSITIVE)
+    elif name in CHOICES:
+        require_choice(name, value, get_args(CHOICES[name]))
+    elif name in LIMITS:
+        require_limit(name, value, *LIMITS[name], default)
 
 
 def require_number(name: str, value: object, *, positive: bool) -> None:

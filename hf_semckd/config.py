@@ -7,7 +7,7 @@ import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -19,31 +19,16 @@ from .choices import (
     Projector,
     TargetNorm,
     TeacherDtype,
+    TeacherPlacement,
     check_projection_init,
     layer_list,
-    require_choice,
-    require_limit,
     require_number,
+    require_value,
 )
 from .errors import ConfigurationError
 
 # New projections learn from nothing, a pretrained student does not: a fine-tuning rate would leave them random.
 MINIMUM_PROJECTION_LEARNING_RATE = 1e-3
-POSITIVE = ("temperature", "association_temperature", "projection_learning_rate", "teacher_cache_limit_gb")
-NOT_NEGATIVE = ("task_weight", "logit_weight", "feature_weight", "relation_weight")
-LIMITS = {
-    "max_tokens": ("tokens", "no limit"),
-    "max_grid": ("rows and columns", "no limit"),
-    "association_bank": ("samples", "the other samples of the micro-batch"),
-}
-CHOICES = {
-    "association": Association,
-    "target_norm": TargetNorm,
-    "projector": Projector,
-    "projection_init": ProjectionInit,
-    "teacher_dtype": TeacherDtype,
-    "teacher_cache_dtype": CacheDtype,
-}
 
 
 def option(default: Any, help: str) -> Any:
@@ -124,6 +109,13 @@ class SemCKDConfig(TrainingArguments):
         "auto",
         "Precision of the teacher's weights. auto: as given or saved. float32, bfloat16, float16: loaded in it; a "
         "model object with another one is copied. With bf16 or fp16 it still runs in the student's mixed precision.",
+    )
+    teacher_placement: TeacherPlacement = option(
+        "device",
+        "Where the teacher's weights are. device: whole on each process's device. device_map: divided among all "
+        "devices of the process, and the host. shard: divided among the processes (FSDP2), a block together while it "
+        "runs. offload: in the host's memory, a layer on the device while it runs. A teacher that is quantized, "
+        "dispatched or sharded already stays as it is.",
     )
     teacher_compile: bool = option(
         False,
@@ -277,12 +269,7 @@ class SemCKDConfig(TrainingArguments):
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value is None and default is None:
                 continue
-            if name in POSITIVE or name in NOT_NEGATIVE:
-                require_number(name, value, positive=name in POSITIVE)
-            elif name in CHOICES:
-                require_choice(name, value, get_args(CHOICES[name]))
-            elif name in LIMITS:
-                require_limit(name, value, *LIMITS[name], default)
+            require_value(name, value, default)
         self.student_layers = layer_list("student_layers", self.student_layers)
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_weights is not None:

@@ -208,7 +208,8 @@ def make(
     problem = PROBLEMS[problem] if isinstance(problem, str) else problem
     parts = {key: args.pop(key) for key in ("model", "model_init", "train_dataset", "optimizers") if key in args}
     defaults = {} if "model_init" in parts else {"model": problem.student().to(dtype)}
-    defaults["train_dataset"] = Samples([_cast(row, dtype) for row in problem.rows(samples).rows])
+    rows = [_cast(row, dtype) for row in problem.rows(samples).rows]
+    defaults["train_dataset"], defaults["eval_dataset"] = Samples(rows), Samples(rows[:8])
     return OrderedTrainer(
         teacher_model=problem.teacher().to(dtype),
         data_collator=problem.collator,

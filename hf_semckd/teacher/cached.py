@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choices import TeacherPlacement
 from ..data.columns import teacher_entries
 from ..errors import ConfigurationError, InputError
 from ..features.targets import TeacherTargets
@@ -57,7 +58,7 @@ class CachedTeacher:
         self.note: TeacherNote | None = None
         self.computed = 0
         self._teacher, self._load = teacher, load
-        self._device: torch.device | None = None
+        self._placement: tuple[torch.device, TeacherPlacement] | None = None
         self._cache: TeacherCache | None = None
 
     @property
@@ -90,11 +91,18 @@ class CachedTeacher:
         assert self._cache is not None
         return self._cache
 
-    def to(self, device: torch.device) -> None:
-        """Move the teacher; see `Teacher.to`."""
-        self._device = device
+    def to(self, device: torch.device, placement: TeacherPlacement = "device") -> None:
+        """Place the teacher, now or when it is loaded; see `Teacher.to`."""
+        self._placement = device, placement
         if self._load is None:
-            self._teacher.to(device)
+            self._place()
+
+    def _place(self) -> None:
+        if self._placement is not None:
+            if self._placement[1] != "device":
+                # Digested while the weights are together.
+                _ = self._teacher.weights
+            self._teacher.to(*self._placement)
 
     def load(self) -> Teacher:
         """Return the teacher with its weights; `InputError` if they are not those that the cache was opened for."""
@@ -106,8 +114,7 @@ class CachedTeacher:
         layers, images = self._teacher.capture.layers, self._teacher.images
         self._teacher = load()
         self._teacher.capture.layers, self._teacher.images = layers, images
-        if self._device is not None:
-            self._teacher.to(self._device)
+        self._place()
         if known is not None and self._cache is not None and known.weights != self._teacher.weights:
             raise InputError(
                 "The teacher's files are not those that the cache knows",

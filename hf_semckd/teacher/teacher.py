@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choices import TeacherPlacement
 from ..data.columns import TEACHER_PREFIX, teacher_entries
 from ..features.capture import FeatureCapture, remove_capturing_traces
 from ..features.targets import TeacherTargets
@@ -20,6 +21,7 @@ from ..models.outputs import holds_images, layer_masks, logits_of, token_attenti
 from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
+from .placement import is_placed, place
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +79,11 @@ class Teacher:
         """The chosen layers as text."""
         return self.capture.names()
 
-    def to(self, device: torch.device) -> None:
-        """Move the teacher, unless it was dispatched or quantized and looks after its own placement."""
-        if getattr(self.model, "hf_device_map", None) is None and not getattr(self.model, "is_quantized", False):
-            self.model.to(device)
+    def to(self, device: torch.device, placement: TeacherPlacement = "device") -> None:
+        """Bring the teacher to the device, or where `placement` says; see `place`."""
+        place(self.model, device, placement)
         # A teacher that is spread over several devices, offloaded or sharded has to wait for others.
-        alone = device.type == "cuda" and runs_by_itself(self.model)
+        alone = device.type == "cuda" and not is_placed(self.model)
         self.stream = torch.cuda.Stream(device) if alone else None
 
     @functools.cached_property
@@ -207,11 +208,3 @@ class Teacher:
             # Multiple choice: a row of features for each of a sample's choices.
             content, mask = content.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
         return content_phase(content, mask)
-
-
-def runs_by_itself(model: nn.Module) -> bool:
-    """Whether a model is on one device, whole: not dispatched over several, offloaded, or sharded."""
-    wrapped = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
-    # DTensor (FSDP2, tensor parallelism) and ZeRO-3 mark the parameters that they shard.
-    sharded = any(hasattr(entry, "placements") or hasattr(entry, "ds_id") for entry in model.parameters())
-    return getattr(model, "hf_device_map", None) is None and not wrapped and not sharded

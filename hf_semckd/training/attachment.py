@@ -1,6 +1,5 @@
 """The student and the feature loss as one module while training, so that one wrapped forward holds all that learns."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,8 +66,8 @@ class StudentAttachment:
 
     @property
     def removable(self) -> bool:
-        """Whether the loss is attached, and the student's class the one set here: FSDP2 puts its own on top."""
-        return type(self.student) is self._training_class
+        """Whether the loss is attached, and the student's class the one set here, or an engine's on top of it."""
+        return isinstance(self.student, self._training_class)
 
     def attach(self) -> None:
         """Make the loss part of the student; nothing happens when it already is."""
@@ -104,9 +103,11 @@ class StudentAttachment:
 
         For callbacks: what they average, save or push of it is the student's alone.
         """
-        view = copy.copy(self.student)
+        plain = _rebased(type(self.student), self._training_class, self._plain_class)
+        # Not `copy.copy`: the class that FSDP2 puts on top makes another object when it is asked for one.
+        view: nn.Module = object.__new__(plain)
+        view.__dict__.update(self.student.__dict__)
         view._modules = {name: part for name, part in view._modules.items() if name != FEATURE_LOSS_NAME}
-        view.__class__ = self._plain_class
         # What accelerate bound to the student would run the feature loss; the copy of a copy must run itself.
         for name in (*PREPARATION, "forward"):
             view.__dict__.pop(name, None)
@@ -114,11 +115,11 @@ class StudentAttachment:
 
     def _put_on(self) -> None:
         setattr(self.student, FEATURE_LOSS_NAME, self.loss)
-        self.student.__class__ = self._training_class
+        self.student.__class__ = _rebased(type(self.student), self._plain_class, self._training_class)
 
     def _take_off(self) -> None:
         delattr(self.student, FEATURE_LOSS_NAME)
-        self.student.__class__ = self._plain_class
+        self.student.__class__ = _rebased(type(self.student), self._training_class, self._plain_class)
 
     def _plain_forward(self, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._bound_forward is not None:
@@ -151,6 +152,15 @@ def forget_wrappers(accelerator: Accelerator, model: nn.Module) -> None:
 def without_feature_loss(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without the entries of the feature loss."""
     return {key: value for key, value in state_dict.items() if FEATURE_LOSS_NAME not in key.split(".")}
+
+
+def _rebased(current: type, old: type, new: type) -> type:
+    """Return `new` in place of `old`: as the class itself, or below the one that an engine (FSDP2) has put on top."""
+    if current is old:
+        return new
+    bases = tuple(new if entry is old else entry for entry in current.__bases__)
+    kept = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
+    return type(current.__name__, bases, kept)
 
 
 def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forward: Callable[..., Any]) -> type:

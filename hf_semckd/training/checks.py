@@ -17,7 +17,7 @@ from ..data.samples import column_names, label_range
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.logits import IGNORED_PIXEL
-from ..losses.registry import FEATURE_LOSSES, LossSource, is_known
+from ..losses.registry import FEATURE_LOSSES, LossSource, is_known, reuses_teacher_head
 from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
 from ..models.outputs import IGNORED, base_model, is_encoder_decoder
@@ -55,14 +55,14 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
         )
 
 
-def check_parallelism(config: SemCKDConfig) -> None:
-    """Refuse torch's DataParallel: its replicas share no running statistics and lose gradients of the projections."""
-    if config.n_gpu > 1:
-        raise InputError(
-            "One process would drive several GPUs (DataParallel), which distillation does not support",
-            received=f"{config.n_gpu} GPUs in one process",
-            expected="one process a GPU",
-            todo="start with `accelerate launch script.py` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU",
+def check_placement(config: SemCKDConfig, source: LossSource | None) -> None:
+    """Refuse to read the classifier of a teacher whose weights are not together."""
+    if config.teacher_placement != "device" and reuses_teacher_head(source):
+        raise ConfigurationError(
+            "The student would end with the teacher's classifier, whose weights are not together",
+            received=f"teacher_placement={config.teacher_placement!r}",
+            expected="teacher_placement='device'",
+            todo="leave teacher_placement out, or use another feature loss",
         )
 
 

@@ -30,6 +30,7 @@ from .options import loss_options
 from .pair import Pair
 from .plan import Plan, Services
 from .task_loss import TaskLoss
+from .whole_weights import gathered
 
 # Of the logit distillation, where the configuration leaves it open: of language models, and elsewhere.
 LANGUAGE_TEMPERATURE, TEMPERATURE = 1.0, 4.0
@@ -84,7 +85,8 @@ class Distillation:
             check_lengths(longest, pair.student, pair.teacher_models)
         try:
             logits, features = args.distills_logits, pair.source is not None
-            found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
+            with gathered([pair.student]):
+                found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
             if found.student_logits is not None and plan.task_weight > 0 and services.custom_loss is None:

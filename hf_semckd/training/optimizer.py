@@ -1,8 +1,10 @@
 """The feature loss's parameters in the student's optimizer, for the time of training."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import DummyOptim
 from torch import nn
 
 # Lists that a scheduler keeps in step with the optimizer's groups.
@@ -10,20 +12,26 @@ _SCHEDULER_LISTS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr")
 
 
 def add_feature_loss_groups(
-    optimizer: torch.optim.Optimizer, loss: nn.Module, *, learning_rate: float, weight_decay: float
+    optimizer: torch.optim.Optimizer | DummyOptim, loss: nn.Module, *, learning_rate: float, weight_decay: float
 ) -> None:
     """Append the feature loss's parameters to the student's optimizer, unless they are in it already.
+
+    Where DeepSpeed's configuration names the optimizer, there is only a list of parameters yet: it becomes groups.
 
     Args:
         learning_rate: Peak learning rate of the new groups; the schedule multiplies it as it does the student's.
         weight_decay: For matrices; vectors and scalars have none, as usual.
     """
-    missing = _missing_parameters(optimizer, loss)
-    matrices = [parameter for parameter in missing if parameter.dim() > 1]
-    others = [parameter for parameter in missing if parameter.dim() <= 1]
-    for members, decay in ((matrices, weight_decay), (others, 0.0)):
-        if members:
-            optimizer.add_param_group({"params": members, "lr": learning_rate, "weight_decay": decay})
+    if not isinstance(optimizer, DummyOptim):
+        for group in _groups(_missing_parameters(optimizer, loss), learning_rate, weight_decay):
+            optimizer.add_param_group(group)
+        return
+    if any(isinstance(entry, dict) for entry in optimizer.params):
+        return
+    own = {id(parameter) for parameter in loss.parameters()}
+    students = [parameter for parameter in optimizer.params if id(parameter) not in own]
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    optimizer.params = [{"params": students}, *_groups(trained, learning_rate, weight_decay)]
 
 
 class BorrowedOptimizer:
@@ -65,3 +73,13 @@ class BorrowedOptimizer:
 def _missing_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [entry for entry in module.parameters() if entry.requires_grad and id(entry) not in known]
+
+
+def _groups(members: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in members if parameter.dim() > 1]
+    others = [parameter for parameter in members if parameter.dim() <= 1]
+    return [
+        {"params": entries, "lr": learning_rate, "weight_decay": decay}
+        for entries, decay in ((matrices, weight_decay), (others, 0.0))
+        if entries
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,11 +27,13 @@ from .checks import (
     check_encoder_decoder,
     check_models,
     check_own_inputs,
+    check_placement,
     check_reload,
     check_tokenizers,
     check_trainable,
     pixel_normalization,
 )
+from .whole_weights import check_same_teacher, complete_weights, whole_loading
 
 GIGABYTE = 2**30
 
@@ -148,18 +151,29 @@ class Pair:
         return cls(student, tuple(teachers), weights, tuple(files), capture, router, source)
 
     @classmethod
-    def open(cls, student: nn.Module, teacher: TeacherSource, args: SemCKDConfig, source: LossSource | None) -> Pair:
-        """Load the teacher, or several, and check that they can teach this student."""
+    def open(
+        cls,
+        student: nn.Module,
+        teacher: TeacherSource,
+        args: SemCKDConfig,
+        source: LossSource | None,
+        accelerator: Accelerator,
+    ) -> Pair:
+        """Load the teacher, or several, check that they can teach this student, and bring them to their place."""
         given = teacher_list(teacher)
+        objects = [entry for entry in given if isinstance(entry, nn.Module)]
+        complete_weights([student, *objects], accelerator)
+        check_same_teacher(objects, accelerator)
         # Before anything is loaded.
         shared_weights(args.teacher_weights, len(given))
         shares = layers_by_teacher(args.teacher_layers, len(given))
         opened = [_open_teacher(student, *entry, args, source) for entry in zip(given, shares, strict=True)]
+        check_placement(args, source)
         check_trainable(student)
         check_reload(student)
         check_encoder_decoder((student, *(entry.model for entry in opened)), args)
         for entry in opened:
-            entry.to(args.device)
+            entry.to(args.device, args.teacher_placement)
         files = [None if isinstance(entry, nn.Module) else entry for entry in given]
         return cls.of(student, opened, files, args, source)
 
@@ -205,7 +219,9 @@ def _open_teacher(
     """Load the teacher, unless it was cached before and may stay where it is."""
 
     def load() -> Teacher:
-        return make(load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype()))
+        # A cached teacher is loaded when it is needed.
+        with whole_loading(args):
+            return make(load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype()))
 
     def make(model: nn.Module) -> Teacher:
         # Before it is frozen, and with it whatever it shares.

@@ -198,11 +198,11 @@ class StudentTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
-        if distillation is not None and loss is not None and distillation.attached and self._reloads_here:
-            # What the last step observed belongs to this checkpoint, on every process.
+        if distillation is not None and loss is not None and distillation.attached:
+            # What the last step observed belongs to this checkpoint, on every process and with every engine.
             services = distillation.objective.services
             loss.synchronize(services.reduce_sum, rank=services.rank, world=services.processes)
-            if self.args.should_save:
+            if self.args.should_save and self._reloads_here:
                 save_feature_loss(loss, output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
 

@@ -23,11 +23,11 @@ from .checks import (
     check_dataset,
     check_feature_loss,
     check_labels,
-    check_parallelism,
     check_teacher_given,
 )
 from .classes import vocabulary_size
 from .distillation import Distillation
+from .engines import Engine, check_engine, check_parallelism
 from .pair import Pair
 from .plan import Services
 from .sealing import checkpoint_to_resume
@@ -138,12 +138,12 @@ class DistillationTrainer(StudentTrainer):
 
     def _open_pair(self, teacher_model: TeacherSource | None) -> None:
         check_teacher_given(teacher_model, self.args)
-        check_parallelism(self.args)
+        check_parallelism(self.accelerator, self.args)
         # The terms are scaled for accumulation and processes; Trainer must not do it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
         assert teacher_model is not None
-        self.pair = Pair.open(self.student, teacher_model, self.args, self._feature_source)
+        self.pair = Pair.open(self.student, teacher_model, self.args, self._feature_source, self.accelerator)
         if self.train_dataset is not None:
             with preserved_random_state(self.args.seed):
                 models = (self.student, *self.pair.teacher_models)
@@ -238,6 +238,7 @@ class DistillationTrainer(StudentTrainer):
             CheckpointError: When there is no whole checkpoint to resume from.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        check_engine(resume_from_checkpoint, Engine.of_trainer(self))
         if self.pair is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.

@@ -1,0 +1,110 @@
+"""Where a teacher's weights are: on the device, on several, divided among processes, or in the host's memory."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+from torch import nn
+
+from ..choices import TeacherPlacement
+from ..errors import InputError
+
+Placer = Callable[[nn.Module, torch.device], None]
+
+
+def place(model: nn.Module, device: torch.device, placement: TeacherPlacement) -> None:
+    """Bring a teacher to where it is to be; one that looks after its own placement stays where it is.
+
+    Raises:
+        InputError: For a placement of a model that is quantized, dispatched or sharded already.
+    """
+    if is_placed(model):
+        if placement != "device":
+            raise InputError(
+                "The teacher has a placement of its own already",
+                received=f"teacher_placement={placement!r} and a {type(model).__name__} that is quantized, "
+                "dispatched, offloaded or sharded",
+                expected="one of them",
+                todo="leave teacher_placement out, or pass the teacher as from_pretrained gives it",
+            )
+        _run_partitioned(model)
+        return
+    if placement == "device":
+        model.to(device)
+        return
+    _PLACERS[placement](model, device)
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether a model looks after its own placement: dispatched, quantized, offloaded or sharded."""
+    kept = getattr(model, "hf_device_map", None) is not None or bool(getattr(model, "is_quantized", False))
+    return kept or is_hooked(model) or any(is_sharded(entry) for entry in model.parameters())
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether accelerate's hooks or FSDP move a model's weights."""
+    return any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a process holds a part of a parameter: a DTensor (FSDP2, tensor parallelism), or of ZeRO-3."""
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
+
+
+def _shard(model: nn.Module, device: torch.device) -> None:
+    """Divide a model among all processes with FSDP2: a block's weights are together only while it runs."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        model.to(device)
+        return
+    # Not part of torch on every system.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    # What is outside of the blocks would stay together after a forward, by default.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost repeated modules of a model, whose weights are gathered one after the other."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1:
+                found.extend(entry for entry in child if any(True for _ in entry.parameters()))
+            else:
+                visit(child)
+
+    visit(model)
+    return found
+
+
+def _offload(model: nn.Module, device: torch.device) -> None:
+    """Keep a model's weights in the host's memory, and bring each layer's to the device while it runs."""
+    cpu_offload(model, device, offload_buffers=True)
+
+
+def _dispatch(model: nn.Module, device: torch.device) -> None:
+    """Divide a model's layers among all devices of this process, and the host where they do not fit."""
+    kept = getattr(model, "_no_split_modules", None)
+    devices = infer_auto_device_map(model, no_split_module_classes=kept)
+    dispatch_model(model, device_map=devices)
+    model.hf_device_map = devices
+
+
+def _run_partitioned(model: nn.Module) -> None:
+    """Let a model that ZeRO-3 partitioned as it was made gather its layers while they run."""
+    if not any(hasattr(entry, "ds_id") for entry in model.parameters()):
+        return
+    import deepspeed
+
+    config: Mapping[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    deepspeed.initialize(model=model, config=config)
+
+
+_PLACERS: dict[str, Placer] = {"shard": _shard, "offload": _offload, "device_map": _dispatch}

@@ -1,0 +1,104 @@
+"""Which engine a training runs on, which one wrote a checkpoint, and which checkpoints it can go on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from accelerate import Accelerator
+from transformers import Trainer
+
+from ..config import SemCKDConfig
+from ..errors import CheckpointError, ConfigurationError, InputError
+
+EngineName = Literal["one process or DDP", "FSDP", "DeepSpeed"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is held by several processes.
+
+    Attributes:
+        name: DDP gives each process all of it; a checkpoint of a single process is the same.
+        processes: Their number; None where a checkpoint does not tell.
+        stage: ZeRO's, 0 for other engines.
+    """
+
+    name: EngineName
+    processes: int | None
+    stage: int = 0
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> Engine:
+        """Return the engine that a trainer trains on."""
+        accelerator = trainer.accelerator
+        processes = accelerator.num_processes
+        if trainer.is_deepspeed_enabled:
+            return cls("DeepSpeed", processes, int(accelerator.state.deepspeed_plugin.zero_stage))
+        return cls("FSDP" if trainer.is_fsdp_enabled else "one process or DDP", processes)
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Engine:
+        """Return the engine that wrote a checkpoint, by its files."""
+        states = len(list(folder.glob("rng_state_*.pth"))) or 1
+        if (folder / "latest").is_file():
+            # ZeRO-3 has the weights of every process beside its optimizer; the others have one file of weights.
+            whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
+            return cls("DeepSpeed", states, 0 if whole else 3)
+        if any(folder.glob("pytorch_model_fsdp*")):
+            return cls("FSDP", states)
+        return cls("one process or DDP", states)
+
+    @property
+    def described(self) -> str:
+        """The engine in words."""
+        name = f"{self.name} ZeRO-{self.stage}" if self.stage else self.name
+        return f"{name}, {self.processes} process{'es' * (self.processes != 1)}"
+
+
+def check_engine(checkpoint: str | None, engine: Engine) -> None:
+    """Refuse (`CheckpointError`) a checkpoint whose optimizer state another engine cannot read.
+
+    FSDP and DDP go on with another number of processes, DeepSpeed divides its state by it.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    written = Engine.of_checkpoint(folder)
+    same = written.name == engine.name
+    if same and engine.name == "DeepSpeed":
+        same = written.processes == engine.processes and (written.stage == 3) == (engine.stage == 3)
+    if same:
+        return
+    raise CheckpointError(
+        "The checkpoint was written by another engine",
+        received=f"{folder.name} of {written.described}; this training runs on {engine.described}",
+        expected="the same engine" + (", ZeRO stage and number of processes" * (engine.name == "DeepSpeed")),
+        todo="resume as the checkpoint was written, or start a new training whose student is the one that "
+        "save_model or the checkpoint's model.safetensors holds",
+    )
+
+
+def check_parallelism(accelerator: Accelerator, config: SemCKDConfig) -> None:
+    """Refuse torch's DataParallel, and a DeepSpeed scheduler that would overrule the projections' learning rate.
+
+    The replicas of DataParallel share no running statistics and lose gradients of the projections.
+    """
+    if config.n_gpu > 1:
+        raise InputError(
+            "One process would drive several GPUs (DataParallel), which distillation does not support",
+            received=f"{config.n_gpu} GPUs in one process",
+            expected="one process a GPU",
+            todo="start with `accelerate launch script.py` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU",
+        )
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    rate, projection_rate = config.learning_rate, config.resolved_projection_learning_rate()
+    if plugin is not None and "scheduler" in plugin.deepspeed_config and rate != projection_rate:
+        raise ConfigurationError(
+            "DeepSpeed's scheduler gives all parameters one learning rate",
+            received=f"learning_rate={rate:g}, projection_learning_rate={projection_rate:g}, and a scheduler in "
+            "DeepSpeed's configuration",
+            expected="one learning rate, or Trainer's own schedule (lr_scheduler_type)",
+            todo=f"take the scheduler out of DeepSpeed's configuration, or set projection_learning_rate={rate:g}",
+        )

@@ -1,0 +1,109 @@
+"""One of two processes that train on an engine, and write what came out; `test_engines.py` compares it with DDP.
+
+Usage: accelerate launch --config_file FILE engine_worker.py FOLDER [CHANGES], or torchrun with CHANGES that name the
+engine. CHANGES are arguments of the training, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from launching import WORLD
+from safetensors.torch import save_file
+from tiny import fit, make
+from torch import Tensor, nn
+
+STEPS, MIDDLE = 5, 3
+ARGUMENTS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "max_grad_norm": 0.5,
+    "learning_rate": 0.02,
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": False,
+}
+
+
+def put_fsdp_on_cpus() -> None:
+    """Let accelerate shard models with FSDP2 on CPUs, which it does on GPUs alone; torch itself can."""
+    initialize = PartialState.__init__
+
+    def patched(self: PartialState, *args: Any, **keywords: Any) -> None:
+        initialize(self, *args, **keywords)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state, gathered from all processes."""
+    parts = [entry for entry in module.parameters() if hasattr(entry, "ds_id")]
+    context: Any = nullcontext()
+    if parts:
+        from deepspeed.zero import GatheredParameters
+
+        context = GatheredParameters(parts)
+    with context:
+        # ZeRO-3 leaves its parameters out of a state dict.
+        state = dict(module.state_dict()) | dict(module.named_parameters())
+        plain = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+        return {name: value.detach().clone().contiguous() for name, value in plain.items()}
+
+
+def write(trainer: Any, folder: Path, name: str) -> None:
+    """Write the loadable student, the feature loss and the log of a training, from the first process."""
+    trainer.save_model(str(folder / name))
+    loss = {} if trainer.feature_loss is None else whole(trainer.feature_loss)
+    predicted = torch.as_tensor(trainer.predict(trainer.eval_dataset).predictions)
+    if trainer.is_world_process_zero():
+        save_file({**loss, "predicted": predicted.contiguous()}, folder / name / "outcome.safetensors")
+        names = ("loss", "task_loss", "logit_loss", "feature_loss", "grad_norm", "eval_loss")
+        rows = [{key: row[key] for key in names if key in row} for row in trainer.state.log_history]
+        (folder / name / "log.json").write_text(json.dumps([row for row in rows if row]))
+
+
+def train(folder: Path, name: str, problem: str, changes: dict[str, Any], checkpoint: str | None = None) -> None:
+    """Train a problem, or go on from a checkpoint; write what comes out."""
+    arguments = {**ARGUMENTS, **PLACES.get(name, {}), **changes}
+    samples = STEPS * WORLD * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    trainer = make(problem, folder / "run", samples=samples, dtype=torch.float32, **arguments)
+    fit(trainer, resume_from_checkpoint=checkpoint)
+    student = trainer.student
+    assert not hasattr(student, "distillation_feature_loss") and not trainer.distillation.attached
+    write(trainer, folder, name)
+
+
+PLACES: dict[str, dict[str, Any]] = {"placed": {"teacher_placement": "shard"}}
+
+
+def main(folder: Path, changes: dict[str, Any]) -> None:
+    """Run all jobs in turn."""
+    torch.set_num_threads(1)
+    problem = changes.pop("problem")
+    if changes.pop("fsdp_on_cpus", False):
+        put_fsdp_on_cpus()
+    run = partial(train, folder, problem=problem, changes=changes)
+    run("trained")
+    run("resumed", checkpoint=str(folder / "run" / f"checkpoint-{MIDDLE}"))
+    if problem == "vit":
+        run("placed")
+    print(f"world size {torch.distributed.get_world_size()}", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
