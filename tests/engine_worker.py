@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from launching import WORLD
 from safetensors.torch import save_file
-from tiny import fit, make
+from makers import Samples
+from tiny import PROBLEMS, OrderedTrainer, cast, fit, make
+from tiny import arguments as training_arguments
 from torch import Tensor, nn
 
 STEPS, MIDDLE = 5, 3
@@ -54,9 +55,9 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
     parts = [entry for entry in module.parameters() if hasattr(entry, "ds_id")]
     context: Any = nullcontext()
     if parts:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        context = GatheredParameters(parts)
+        context = deepspeed.zero.GatheredParameters(parts)
     with context:
         # ZeRO-3 leaves its parameters out of a state dict.
         state = dict(module.state_dict()) | dict(module.named_parameters())
@@ -76,18 +77,43 @@ def write(trainer: Any, folder: Path, name: str) -> None:
         (folder / name / "log.json").write_text(json.dumps([row for row in rows if row]))
 
 
+def settings(changes: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the arguments of a training, and the number of its samples."""
+    arguments = {**ARGUMENTS, **changes}
+    step = WORLD * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    return arguments, STEPS * step
+
+
 def train(folder: Path, name: str, problem: str, changes: dict[str, Any], checkpoint: str | None = None) -> None:
     """Train a problem, or go on from a checkpoint; write what comes out."""
-    arguments = {**ARGUMENTS, **PLACES.get(name, {}), **changes}
-    samples = STEPS * WORLD * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    arguments, samples = settings(changes)
     trainer = make(problem, folder / "run", samples=samples, dtype=torch.float32, **arguments)
+    finish(trainer, folder, name, checkpoint)
+
+
+def train_loaded(folder: Path, name: str, problem: str, changes: dict[str, Any], by_name: bool) -> None:
+    """Train models that are loaded when the engine is known, so that transformers divides their weights."""
+    whole_models = {"student": PROBLEMS[problem].student(), "teacher": PROBLEMS[problem].teacher()}
+    for role, model in whole_models.items():
+        if PartialState().is_main_process:
+            model.save_pretrained(folder / role)
+    PartialState().wait_for_everyone()
+    arguments, samples = settings(changes)
+    args = training_arguments(folder / "run", max_tokens=3, **arguments)
+    loaded: dict[str, Any] = {role: folder / role for role in whole_models}
+    if not by_name:
+        loaded = {role: type(model).from_pretrained(folder / role) for role, model in whole_models.items()}
+    parts = {"model": loaded["student"], "teacher_model": loaded["teacher"]}
+    rows = [cast(row, torch.float32) for row in PROBLEMS[problem].rows(samples).rows]
+    data = {"train_dataset": Samples(rows), "eval_dataset": Samples(rows[:8])}
+    finish(OrderedTrainer(args=args, data_collator=PROBLEMS[problem].collator, **parts, **data), folder, name)
+
+
+def finish(trainer: Any, folder: Path, name: str, checkpoint: str | None = None) -> None:
+    """Train; the student must be the plain model afterwards."""
     fit(trainer, resume_from_checkpoint=checkpoint)
-    student = trainer.student
-    assert not hasattr(student, "distillation_feature_loss") and not trainer.distillation.attached
+    assert not hasattr(trainer.student, "distillation_feature_loss") and not trainer.distillation.attached
     write(trainer, folder, name)
-
-
-PLACES: dict[str, dict[str, Any]] = {"placed": {"teacher_placement": "shard"}}
 
 
 def main(folder: Path, changes: dict[str, Any]) -> None:
@@ -96,11 +122,12 @@ def main(folder: Path, changes: dict[str, Any]) -> None:
     problem = changes.pop("problem")
     if changes.pop("fsdp_on_cpus", False):
         put_fsdp_on_cpus()
-    run = partial(train, folder, problem=problem, changes=changes)
-    run("trained")
-    run("resumed", checkpoint=str(folder / "run" / f"checkpoint-{MIDDLE}"))
+    train(folder, "trained", problem, changes)
+    train(folder, "resumed", problem, changes, str(folder / "run" / f"checkpoint-{MIDDLE}"))
     if problem == "vit":
-        run("placed")
+        train(folder, "placed", problem, {**changes, "teacher_placement": "shard"})
+        train_loaded(folder, "loaded", problem, changes, by_name=False)
+        train_loaded(folder, "named", problem, changes, by_name=True)
     print(f"world size {torch.distributed.get_world_size()}", flush=True)
     torch.distributed.destroy_process_group()
 

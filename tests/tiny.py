@@ -208,7 +208,7 @@ def make(
     problem = PROBLEMS[problem] if isinstance(problem, str) else problem
     parts = {key: args.pop(key) for key in ("model", "model_init", "train_dataset", "optimizers") if key in args}
     defaults = {} if "model_init" in parts else {"model": problem.student().to(dtype)}
-    rows = [_cast(row, dtype) for row in problem.rows(samples).rows]
+    rows = [cast(row, dtype) for row in problem.rows(samples).rows]
     defaults["train_dataset"], defaults["eval_dataset"] = Samples(rows), Samples(rows[:8])
     return OrderedTrainer(
         teacher_model=problem.teacher().to(dtype),
@@ -220,7 +220,8 @@ def make(
     )
 
 
-def _cast(row: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast(row: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return a row with its floating-point tensors in a precision."""
     floating = {key: value for key, value in row.items() if isinstance(value, Tensor) and value.is_floating_point()}
     return {**row, **{key: value.to(dtype) for key, value in floating.items()}}
 

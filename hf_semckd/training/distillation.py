@@ -87,7 +87,7 @@ class Distillation:
             logits, features = args.distills_logits, pair.source is not None
             with gathered([pair.student]):
                 found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
-            loss = None if pair.source is None else _make_loss(pair, found, data, args)
+                loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
             if found.student_logits is not None and plan.task_weight > 0 and services.custom_loss is None:
                 dataset = None if data is None else data.dataset

@@ -45,9 +45,9 @@ def gathered(models: Sequence[nn.Module]) -> Iterator[None]:
     if not parts:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parts):
+    with deepspeed.zero.GatheredParameters(parts):
         yield
 
 
@@ -57,7 +57,14 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def complete_weights(models: Sequence[nn.Module], accelerator: Accelerator) -> None:
-    """Send the first process's weights to those that loaded none (FSDP's efficient loading): they are on `meta`."""
+    """Send the first process's weights to those that loaded none (FSDP's efficient loading): they are on `meta`.
+
+    Each process needs the student whole for a moment, to look at its layers. FSDP then divides what it has.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        # Its other way sends parameters alone, and fails on buffers, which the feature loss has (accelerate 1.15).
+        plugin.cpu_ram_efficient_loading = False
     missing = any(entry.is_meta for model in models for _, entry in _tensors(model))
     flag = torch.tensor(float(missing), device=accelerator.device)
     if accelerator.num_processes == 1 or not accelerator.reduce(flag, reduction="sum"):
@@ -79,7 +86,7 @@ def complete_weights(models: Sequence[nn.Module], accelerator: Accelerator) -> N
 
 def check_same_teacher(models: Sequence[nn.Module], accelerator: Accelerator) -> None:
     """Refuse (`InputError`) teachers that are not the same in every process: each would teach something else."""
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not models:
         return
     sums = torch.stack([_checksum(model) for model in models]).to(accelerator.device)
     of_all = accelerator.gather(sums.unsqueeze(0))
