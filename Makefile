@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-hub test-matrix test-text test-minimum quality style docs clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-distributed test-hub test-matrix test-text test-minimum quality style docs clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,11 @@ test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the slow tests
-	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix" $(ARGS)
+	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix and not engines" $(ARGS)
+
+test-distributed: $(VENV)/.engines ## Train on every engine in two processes, and write docs/results/engines.md
+	ENGINES_PAGE=docs/results/engines.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "engines or slow" \
+		tests/engines tests/training/test_distributed.py tests/training/test_sharded.py $(ARGS)
 
 test-hub: $(VENV)/.dev ## Prove pushes and cards against a Hub on this machine, the slow tests included
 	$(PYTEST) $(BIN)/python -m pytest -v -m "" tests/publishing tests/cli/test_push.py tests/training/test_student_trainer.py $(ARGS)
@@ -119,6 +123,11 @@ $(VENV)/.dev: $(VENV)/.made $(METADATA) constraints.txt
 	@echo 'Installing what the tests and checks need into $(VENV) (minutes the first time) ...'
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
 	@touch $(VENV)/.demo $@
+
+# DeepSpeed is built against the torch that is there.
+$(VENV)/.engines: $(VENV)/.dev
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[engines]"
+	@touch $@
 
 $(MINIMUM_VENV)/.test: $(MINIMUM_VENV)/.made $(METADATA) constraints-minimum.txt
 	@echo 'Installing the oldest supported libraries into $(MINIMUM_VENV) (minutes the first time) ...'

@@ -50,6 +50,8 @@ AUDIO = ["soundfile>=0.12", "scipy>=1.13"]
 IMAGES = ["onnx>=1.17"]
 # Models as ONNX files, and running them.
 ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.24.1"]
+# ZeRO: gradients, optimizer and weights divided among processes.
+ENGINES = ["deepspeed>=0.19"]
 TEST = [*DEMO, *AUDIO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
 # Teachers in 8 or 4 bits.
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
@@ -63,6 +65,7 @@ EXTRAS = {
     "audio": AUDIO,
     "images": IMAGES,
     "onnx": ONNX,
+    "engines": ENGINES,
     "quantized": QUANTIZED,
     "test": TEST,
     "quality": QUALITY,

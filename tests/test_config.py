@@ -35,6 +35,7 @@ OWN = (
     "teacher_layers",
     "teacher_weights",
     "teacher_dtype",
+    "teacher_placement",
     "teacher_compile",
     "association_temperature",
     "association_bank",

@@ -63,13 +63,13 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mesh=mesh)
     # What is outside of the blocks would stay together after a forward, by default.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the outermost repeated modules of a model, whose weights are gathered one after the other."""
     found: list[nn.Module] = []
 

@@ -185,6 +185,14 @@ class StudentTrainer(Trainer):
         if self.args.should_save:
             seal(checkpoint)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._plain_student():
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
