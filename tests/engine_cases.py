@@ -20,6 +20,7 @@ CHECKS = (
     "clipped gradients",
     "projections",
     "saved student",
+    "best checkpoint",
     "resumed",
     "sharded teacher",
     "models loaded by the engine",

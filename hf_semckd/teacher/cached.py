@@ -81,6 +81,11 @@ class CachedTeacher:
         return self._teacher.stream
 
     @property
+    def runs_together(self) -> bool:
+        """Never: each process runs the teacher for what it lacks."""
+        return False
+
+    @property
     def layer_names(self) -> list[str]:
         """The chosen layers as text."""
         return self._teacher.layer_names
@@ -103,6 +108,13 @@ class CachedTeacher:
                 # Digested while the weights are together.
                 _ = self._teacher.weights
             self._teacher.to(*self._placement)
+        if self._teacher.runs_together:
+            raise ConfigurationError(
+                "A teacher that is divided among processes cannot be cached: they would run it for different samples",
+                received="teacher_cache_dir, and a sharded teacher",
+                expected="one of the two",
+                todo="fill the cache with teacher_placement='offload' or 'device_map', or leave teacher_cache_dir out",
+            )
 
     def load(self) -> Teacher:
         """Return the teacher with its weights; `InputError` if they are not those that the cache was opened for."""
@@ -310,6 +322,9 @@ class TeacherRunner:
         if isinstance(self.teacher, TeacherEnsemble):
             for runner in self.alone():
                 runner.check_finite(batch)
+            return
+        if isinstance(self.teacher, Teacher) and self.teacher.runs_together:
+            # The other processes would not take part.
             return
         outputs = self(batch)
         self.wait()

@@ -21,7 +21,7 @@ from ..models.outputs import holds_images, layer_masks, logits_of, token_attenti
 from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
-from .placement import is_placed, place
+from .placement import is_placed, is_sharded, place
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,11 @@ class Teacher:
         # A teacher that is spread over several devices, offloaded or sharded has to wait for others.
         alone = device.type == "cuda" and not is_placed(self.model)
         self.stream = torch.cuda.Stream(device) if alone else None
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether it is divided among processes, all of which have to run it at the same time."""
+        return any(is_sharded(entry) for entry in self.model.parameters())
 
     @functools.cached_property
     def weights(self) -> str:

@@ -57,6 +57,12 @@ class Engine:
         return f"{name}, {self.processes} process{'es' * (self.processes != 1)}"
 
 
+def saves_in_parts(accelerator: Accelerator) -> bool:
+    """Whether FSDP writes each process's part of the weights, which is nothing that `from_pretrained` reads."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and "FULL" not in str(plugin.state_dict_type)
+
+
 def check_engine(checkpoint: str | None, engine: Engine) -> None:
     """Refuse (`CheckpointError`) a checkpoint whose optimizer state another engine cannot read.
 

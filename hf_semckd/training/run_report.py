@@ -88,7 +88,7 @@ def compare_or_say_why(
     if isinstance(dataset, Mapping) and dataset:
         dataset = next(iter(dataset.values()))
     if sharded:
-        return None, {"comparison": "Not compared: the student is sharded over processes. Load the saved one for it."}
+        return None, {"comparison": "Not compared: the models are sharded over processes. Load the saved ones for it."}
     if dataset is None:
         return None, {"comparison": "There was no eval_dataset: call trainer.distillation_report(dataset=data)."}
     try:

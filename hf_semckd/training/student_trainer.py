@@ -33,6 +33,7 @@ from .checkpoint import (
     save_feature_loss,
 )
 from .distillation import Distillation
+from .engines import saves_in_parts
 from .pair import Pair
 from .reasons import used_settings
 from .run_report import assemble_report, check_trained, compare_or_say_why, deploy_table, trained_run
@@ -118,7 +119,7 @@ class StudentTrainer(Trainer):
                 self.student,
                 lambda: list(self.teacher) if isinstance(self.teacher, nn.ModuleList) else [self.teacher],
                 self.eval_dataset if dataset is None else dataset,
-                sharded=not self._reloads_here,
+                sharded=not self._reloads_here or any(teacher.runs_together for teacher in self.pair.teachers),
                 weights=self.pair.weights,
                 processing_class=self.processing_class,
                 data_collator=self.data_collator,
@@ -188,10 +189,8 @@ class StudentTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts."""
         super().save_model(output_dir, _internal_call)
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            state = self.accelerator.get_state_dict(self.model)
-            if self.args.should_save:
-                self._save(output_dir, state)
+        if saves_in_parts(self.accelerator):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._plain_student():
@@ -230,7 +229,8 @@ class StudentTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         reloads = self.distillation is not None and self._reloads_here and best is not None
-        with self._plain_student():
+        # An engine's checkpoint holds the feature loss as well.
+        with self._plain_student() if self._reloads_here else nullcontext():
             if reloads and isinstance(self.model, PreTrainedModel):
                 reload_student(self.model, best)
             else:

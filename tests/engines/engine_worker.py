@@ -37,8 +37,9 @@ ARGUMENTS: dict[str, Any] = {
     "save_steps": 1,
     "eval_strategy": "steps",
     "eval_steps": 1,
-    "load_best_model_at_end": False,
 }
+# The highest loss, that the last step is not the best.
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 
 
 def put_fsdp_on_cpus() -> None:
@@ -129,6 +130,7 @@ def main(folder: Path, changes: dict[str, Any]) -> None:
         put_fsdp_on_cpus()
     train(folder, "trained", problem, changes)
     train(folder, "resumed", problem, changes, str(folder / "run" / f"checkpoint-{MIDDLE}"))
+    train(folder, "best", problem, {**changes, **BEST})
     train(folder, "placed", problem, {**changes, "teacher_placement": "shard"})
     train_loaded(folder, "loaded", problem, changes, by_name=False)
     train_loaded(folder, "named", problem, changes, by_name=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import CHECKS, ENGINES, REFERENCE
 from engines.engine_worker import ARGUMENTS, MIDDLE, STEPS
 from launching import WORLD
@@ -67,6 +68,10 @@ def check(folder: Path, expected: Path, what: str, problem: str) -> None:
         assert_close(found, load_file(expected / "trained" / "outcome.safetensors"))
     elif what == "saved student":
         assert_close(student(folder, "trained", problem), student(expected, "trained", problem))
+    elif what == "best checkpoint":
+        best, last = student(folder, "best", problem), student(folder, "trained", problem)
+        assert_close(best, student(expected, "best", problem))
+        assert any(not torch.equal(best[name], last[name]) for name in best)
     else:
         same_in_the_end(folder, what, problem)
 
