@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import SemCKDConfig
-from ..data.samples import collate, first_samples, is_map_style, longest_sample, spread_samples
+from ..data.batches import collate
+from ..data.samples import first_samples, is_map_style, longest_sample, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space

@@ -45,6 +45,8 @@ class Objective:
         `prepare` moves a batch to the device.
         """
         counts = self._count(batches)
+        if self.services.processes > 1 and counts[0].stops is not None:
+            self.services.stop.share(counts[0].stops)
         if self.loss is not None:
             self._merge_statistics(self.loss, batches, prepare)
         return [{**batch, COUNTS: entry} for batch, entry in zip(batches, counts, strict=True)]
@@ -122,7 +124,8 @@ class Objective:
     def _count(self, batches: Sequence[Mapping[str, Any]]) -> list[StepCounts]:
         plan, services = self.plan, self.services
         labeled = [plan.with_labels(batch) for batch in batches]
-        return count_step(labeled, plan.task, plan.shifts_labels, services.reduce_sum, services.processes)
+        kind = plan.task, plan.shifts_labels
+        return count_step(labeled, *kind, services.reduce_sum, services.processes, services.stop.asked)
 
     def _merge_statistics(
         self, loss: FeatureLoss, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]

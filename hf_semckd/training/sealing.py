@@ -5,19 +5,23 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..errors import CheckpointError, NonFiniteLossError
+from ..errors import CheckpointError
 from ..files import write_json
 from ..publishing.folder import STATE_FILE
 
 logger = logging.getLogger(__name__)
 SEAL = "checkpoint_files.json"
 CHUNK = 1 << 20
+# Stands in a seal while the checkpoint is being written.
+UNFINISHED = "unfinished"
+
+
+def break_seal(folder: Path) -> None:
+    """Mark a checkpoint as unfinished, before its first file is written: it is passed over until `seal`."""
+    write_json(folder / SEAL, {UNFINISHED: None})
 
 
 def seal(folder: Path) -> None:
@@ -75,19 +79,6 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: no checkpoint is written of them."""
-    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.detach().isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise NonFiniteLossError(
-            f"The student is not finite after step {step}; no checkpoint is written of it, and the last one is intact",
-            received=f"NaN or infinity in {', '.join(broken[:3])}{more}",
-            expected="finite weights and buffers",
-            todo="check the inputs, lower the learning rate, and go on with train(resume_from_checkpoint=True)",
-        )
-
-
 def _newest_first(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: -int(path.name.rpartition("-")[2]))
@@ -101,7 +92,7 @@ def _fault(folder: Path) -> str | None:
         )
     files = _read(folder / SEAL)
     if files is None:
-        return f"{SEAL} cannot be read"
+        return f"{SEAL} cannot be read, or says that not all was written"
     for name, known in files.items():
         path = folder / name
         if not path.is_file():
