@@ -5,8 +5,12 @@ import json
 import logging
 import os
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files import write_json
@@ -85,11 +89,9 @@ def _newest_first(output_dir: Path) -> list[Path]:
 
 
 def _fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint. One without a seal, of another version, must at least have its state."""
+    """Return what is wrong with a checkpoint; of one without a seal, of another version, what can be known."""
     if not (folder / SEAL).is_file():
-        return (
-            None if _read(folder / STATE_FILE) is not None else f"it has no whole {STATE_FILE}, which is written last"
-        )
+        return _fault_without_seal(folder)
     files = _read(folder / SEAL)
     if files is None:
         return f"{SEAL} cannot be read, or says that not all was written"
@@ -102,6 +104,24 @@ def _fault(folder: Path) -> str | None:
             return f"{name} has {size:,} bytes, not {known['bytes']:,}"
     changed = (name for name, known in files.items() if checksum(folder / name) != known["sha256"])
     return next((f"{name} was changed (another checksum)" for name in changed), None)
+
+
+def _fault_without_seal(folder: Path) -> str | None:
+    """Return what is wrong by the formats' own checks: the state is written last, and torch's files have checksums."""
+    if _read(folder / STATE_FILE) is None:
+        return f"it has no whole {STATE_FILE}, which is written last"
+    for path in sorted(entry for entry in folder.iterdir() if entry.suffix in (".safetensors", ".pt", ".pth")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="numpy"):
+                    continue
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    continue
+        except (OSError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
+            return f"{path.name} cannot be read ({error})"
+        return f"{path.name} was changed (another checksum)"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
