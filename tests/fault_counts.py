@@ -12,7 +12,9 @@ import pytest
 from hf_semckd.errors import SemCKDError
 
 RESUMED, REFUSED, ENDED = "resumed exactly", "refused in words", "ended with the cause"
-OUTCOMES = (RESUMED, REFUSED, ENDED)
+# Training went on exactly, and a warning told what was lost.
+ALONE = "cost itself alone"
+OUTCOMES = (RESUMED, REFUSED, ENDED, ALONE)
 INJECTED = "injected"
 
 

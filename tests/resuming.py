@@ -80,7 +80,8 @@ def checkpoint(folder: Path, step: int = WHOLE) -> dict[str, Any]:
     held = {path.name: load_file(path) for path in sorted(place.glob("*.safetensors"))}
     for name in ("optimizer.pt", "scheduler.pt"):
         held[name] = torch.load(place / name, weights_only=True)
-    held["random"] = torch.load(place / "rng_state.pth", weights_only=False)["cpu"]
+    states = sorted(place.glob("rng_state*.pth"))
+    held["random"] = [torch.load(path, weights_only=False)["cpu"] for path in states]
     state = json.loads((place / "trainer_state.json").read_text())
     held["log"] = [row for row in state["log_history"] if "loss" in row]
     held["step"] = state["global_step"]

@@ -5,18 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..data.batches import BatchCheck, CheckedCollator
 from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
 from ..data.samples import label_range
-from ..models.inputs import InputSelector
+from ..errors import SemCKDError
+from ..models.inputs import FAILURES, InputSelector, refused_batch
 from ..models.outputs import base_model
 from ..models.packing import document_starts
 from ..models.tasks import Task
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .checks import learned_positions
+from .processes import is_lost
 
 # A picture or a sound may stand in a text under a number that is no word.
 OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
@@ -83,10 +86,37 @@ def checked_batches(
         trainer.data_collator, args.dataloader_drop_last = collator, drops
 
 
+class KnownShapes:
+    """The shapes of batches that went through both models; that another one fails is the data's doing, and told so."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[Any, ...]] = set()
+
+    @contextmanager
+    def trying(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Raise `InputError` in place of what the models raise for a batch of shapes that are new to them."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        rows = {value.shape[0] for value in tensors.values() if value.dim()}
+        shapes = (len(rows), *((name, value.dtype, value.shape[1:]) for name, value in tensors.items()))
+        if shapes in self._known:
+            yield
+            return
+        try:
+            yield
+        except SemCKDError:
+            raise
+        except FAILURES as error:
+            if is_lost(error) or should_reduce_batch_size(error):
+                raise
+            raise refused_batch("student or teacher", batch, error) from error
+        self._known.add(shapes)
+
+
 def _word_count(model: nn.Module) -> int | None:
     """Return the number of entries of a model's table of words; None where it has none."""
+    tells: Any = getattr(base_model(model), "get_input_embeddings", None)
     try:
-        table = base_model(model).get_input_embeddings()
-    except (NotImplementedError, AttributeError, TypeError):
+        table = None if tells is None else tells()
+    except (NotImplementedError, AttributeError):
         return None
     return table.num_embeddings if isinstance(table, nn.Embedding) else None

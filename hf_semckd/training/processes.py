@@ -18,6 +18,11 @@ LOST = (
 )
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether an error is the network's, and says that another process cannot be reached."""
+    return isinstance(error, distributed.DistError) or any(words in str(error) for words in LOST)
+
+
 @contextlib.contextmanager
 def noticing_lost_processes(processes: int) -> Iterator[None]:
     """Turn the network's error, where another process has failed or was killed, into `LostProcessError`."""
@@ -26,8 +31,7 @@ def noticing_lost_processes(processes: int) -> Iterator[None]:
     except SemCKDError:
         raise
     except RuntimeError as error:
-        lost = isinstance(error, distributed.DistError) or any(words in str(error) for words in LOST)
-        if processes == 1 or not lost:
+        if processes == 1 or not is_lost(error):
             raise
         raise LostProcessError(
             "Another process of the training has failed or was killed, and this one cannot go on without it",

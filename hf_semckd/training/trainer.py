@@ -197,7 +197,8 @@ class DistillationTrainer(StudentTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return TrainingData(dataset, collator, self._prepare_input)
+        columns = frozenset() if self.pair is None else self.pair.router.columns_to_learn_from(self.args.task_weight)
+        return TrainingData(dataset, collator, self._prepare_input, columns)
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class DistillationTrainer(StudentTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
         if self.pair is not None:
-            # Trainer counts where the model asks for it. Our loss needs no count; that of a subclass may.
+            # Our loss needs no count; that of a subclass may.
             self.model_accepts_loss_kwargs = type(self).compute_loss is not DistillationTrainer.compute_loss
         with noting_step(self.state.global_step + 1):
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -233,17 +234,16 @@ class DistillationTrainer(StudentTrainer):
             NonFiniteLossError: When a loss term becomes NaN or infinite; the last checkpoint is intact.
             TeacherOutputError: When it is the teacher's doing.
             CheckpointError: When there is no whole checkpoint to resume from.
-            SaveError: When a checkpoint cannot be written; those before it are intact.
-            LostProcessError: When another process of the training has failed.
+            SaveError, LostProcessError: When a checkpoint cannot be written, and when another process has failed.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         check_output_folder(self.args, probe=True)
-        distills, processes = self._distills, self.args.world_size
-        with noticing_lost_processes(processes), saved_when_terminated(self, self._stop if distills else None):
+        stop = self._stop if self._distills else None
+        with noticing_lost_processes(self.args.world_size), saved_when_terminated(self, stop):
             if self.pair is None:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
-            if distills and self.model is not None:
+            if self._distills and self.model is not None:
                 self._attach(self._built())
             try:
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
