@@ -123,7 +123,7 @@ class CachedTeacher:
         if self._load is not None:
             assert self.digest is not None
             self.note = read_note(self.folder, self.digest, self.request.key(inputs))
-            if self.note is not None and not is_plausible(self.note, self.model):
+            if self.note is not None and not is_plausible(self.note, self.model, inputs):
                 logger.warning("What is noted of the teacher in %s cannot be true, and is not used.", self.folder)
                 self.note = None
         if self.note is None:
