@@ -58,8 +58,8 @@ test: $(VENV)/.dev ## Run the tests, without the slow ones
 test-slow: $(VENV)/.dev ## Run the slow tests
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix and not faults" $(ARGS)
 
-test-faults: $(VENV)/.dev ## Inject faults (kills, damage, full disks, bad rows), and count what was survived
-	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m faults tests/faults $(ARGS)
+test-faults: $(VENV)/.dev ## Inject faults (kills, damage, full disks, bad rows), and write docs/results/faults.md
+	FAULTS_PAGE=docs/results/faults.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m faults tests/faults $(ARGS)
 
 test-hub: $(VENV)/.dev ## Prove pushes and cards against a Hub on this machine, the slow tests included
 	$(PYTEST) $(BIN)/python -m pytest -v -m "" tests/publishing tests/cli/test_push.py tests/training/test_student_trainer.py $(ARGS)

@@ -30,7 +30,9 @@ def saving(what: str, place: str | os.PathLike[str]) -> Iterator[None]:
     except SemCKDError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITER):
+        # Errors of a network are OSErrors too, of which the system has given no number.
+        network = isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno is None)
+        if network or (isinstance(error, RuntimeError) and not any(said in str(error) for said in TORCH_WRITER)):
             raise
         failure = SaveError(
             f"{what} could not be written",

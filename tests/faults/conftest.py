@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from fault_counts import Faults, table
+
+BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
 
 
 @pytest.fixture
@@ -36,12 +39,20 @@ def small_disk(tmp_path: Path) -> Iterator[Any]:
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print faults injected and survived, by their kind."""
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
+    """Print faults injected and survived, by their kind; all of them go to the page that `FAULTS_PAGE` names."""
     reports = [report for entries in terminalreporter.stats.values() for report in entries]
     called = [report for report in reports if getattr(report, "when", None) == "call"]
     found = [value for report in called for name, value in report.user_properties if name == "fault"]
-    if found:
-        terminalreporter.section("faults survived")
-        for line in table(found):
-            terminalreporter.line(line)
+    if not found:
+        return
+    lines = table(found)
+    terminalreporter.section("faults survived")
+    for line in lines:
+        terminalreporter.line(line)
+    page, whole = os.environ.get("FAULTS_PAGE"), not terminalreporter.config.option.keyword
+    if page and whole and exitstatus == 0:
+        before, _, rest = Path(page).read_text(encoding="utf-8").partition(BEGIN)
+        behind = rest.partition(END)[2]
+        text = "\n".join([BEGIN, *lines, END])
+        Path(page).write_text(f"{before}{text}{behind}", encoding="utf-8")

@@ -1,11 +1,15 @@
 """What ends one of two processes ends the other soon, with the cause; SIGTERM to one lets both save the same step."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from fault_counts import ENDED, RESUMED
 from launching import torchrun
+from resuming import WHOLE, assert_equal, checkpoint, fit, trainer_of
+from transformers import TrainerCallback
 
 from hf_semckd.training.sealing import newest_whole
 
@@ -47,3 +51,19 @@ def test_sigterm_to_one_process_saves_one_step_in_both(faults, tmp_path):
         expected = {"kind": "SystemExit", "text": "143 ['checkpoint-2', 'checkpoint-4']"}
         assert said(tmp_path, 0) == said(tmp_path, 1) == expected
         assert (tmp_path / "equal").is_file()
+
+
+class Terminated(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_the_step_that_it_comes_in(faults, tmp_path):
+    with faults.survived("SIGTERM, one process", RESUMED):
+        with pytest.raises(SystemExit):
+            fit(trainer_of("vit", tmp_path / "twice", [Terminated()], save_steps=100))
+        assert newest_whole(tmp_path / "twice") == str(tmp_path / "twice" / "checkpoint-3")
+        fit(trainer_of("vit", tmp_path / "twice", save_steps=WHOLE), True)
+        fit(trainer_of("vit", tmp_path / "once", save_steps=WHOLE))
+        assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
