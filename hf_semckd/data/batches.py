@@ -61,8 +61,11 @@ class BatchCheck:
                 todo="fill the gap, or leave such samples out of the data set",
             )
 
-    def check_values(self, name: str, value: Tensor) -> None:
-        """Raise `InputError` for the first value of a column that no model or loss can take."""
+    def check_values(self, name: str, value: Tensor, place: str | None = None) -> None:
+        """Raise `InputError` for the first value of a column that no model or loss can take.
+
+        `place` says where the values are; None for a batch, whose row is named.
+        """
         limit, longest = self.limits.get(name), self.lengths.get(name)
         if longest is not None and value.dim() == 2 and value.shape[1] > longest:
             received, expected = f"{value.shape[1]} tokens", f"at most {longest}"
@@ -81,7 +84,10 @@ class BatchCheck:
             # Of pictures alone: a class may be 255 elsewhere.
             bad &= (value != IGNORED_PIXEL) | (value.dim() < 3)
         if bool(bad.any()):
-            received, expected = f"{int(value[bad][0])} in row {_row(bad)} of the batch", f"0 to {limit - 1}"
+            received, expected = (
+                f"{int(value[bad][0])} in {place or f'row {_row(bad)} of the batch'}",
+                f"0 to {limit - 1}",
+            )
             if name in self.labels:
                 what = f"There are labels outside the student's {limit} classes"
                 expected += f", or {IGNORED} for positions that do not count"

@@ -66,7 +66,7 @@ def check_label_range(check: BatchCheck, dataset: Any) -> None:
     limited = next((name for name in check.labels if name in check.limits), None)
     bounds = None if limited is None else label_range(dataset)
     if limited is not None and bounds is not None:
-        check.check_values(limited, torch.tensor(bounds))
+        check.check_values(limited, torch.tensor(bounds), "the data set")
 
 
 @contextmanager
