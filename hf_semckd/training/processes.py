@@ -50,5 +50,8 @@ def noting_step(step: int) -> Iterator[None]:
         raise
     except Exception as error:
         if hasattr(error, "add_note"):  # since Python 3.11
-            error.add_note(f"Raised while the samples of training step {step} were read; no step was taken on them.")
+            # The data loader reads one batch ahead.
+            error.add_note(
+                f"Raised while samples for training step {step} or the next were read; none was taken on them."
+            )
         raise
