@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-distributed test-hub test-matrix test-text test-minimum quality style docs clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-distributed test-faults test-hub test-matrix test-text test-minimum quality style docs clean
 
 help: ## Print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,11 +56,14 @@ test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the slow tests
-	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix and not engines" $(ARGS)
+	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "slow and not network and not matrix and not engines and not faults" $(ARGS)
 
 test-distributed: $(VENV)/.engines ## Train on every engine in two processes, and write docs/results/engines.md
 	ENGINES_PAGE=docs/results/engines.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m "engines or slow" \
 		tests/engines tests/training/test_distributed.py tests/training/test_sharded.py $(ARGS)
+
+test-faults: $(VENV)/.dev ## Inject faults (kills, damage, full disks, bad rows), and write docs/results/faults.md
+	FAULTS_PAGE=docs/results/faults.md $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m faults tests/faults $(ARGS)
 
 test-hub: $(VENV)/.dev ## Prove pushes and cards against a Hub on this machine, the slow tests included
 	$(PYTEST) $(BIN)/python -m pytest -v -m "" tests/publishing tests/cli/test_push.py tests/training/test_student_trainer.py $(ARGS)

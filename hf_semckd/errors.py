@@ -43,6 +43,14 @@ class CheckpointError(SemCKDError, RuntimeError):
     """A checkpoint that does not hold what is needed to go on from it."""
 
 
+class SaveError(SemCKDError, OSError):
+    """A file that could not be written, on a full disk or in a read-only folder; what was there before is intact."""
+
+
+class LostProcessError(SemCKDError, RuntimeError):
+    """Another process of the training has failed or ended, so that this one cannot go on."""
+
+
 class HubPushError(SemCKDError, RuntimeError):
     """The upload failed; the student is safe on disk and the message says how to push it later."""
 

@@ -11,8 +11,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from .errors import InputError
+from .errors import InputError, SaveError, SemCKDError
+
+# What torch.save says where the disk is full or the folder is missing: it raises a RuntimeError then.
+TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory")
+
+
+@contextlib.contextmanager
+def saving(what: str, place: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full disk or a read-only folder raises, in Python or below it, into `SaveError`.
+
+    `what` begins the message ("The checkpoint").
+    """
+    try:
+        yield
+    except SemCKDError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Errors of a network are OSErrors too, of which the system has given no number.
+        network = isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno is None)
+        if network or (isinstance(error, RuntimeError) and not any(said in str(error) for said in TORCH_WRITER)):
+            raise
+        failure = SaveError(
+            f"{what} could not be written",
+            received=f"{type(error).__name__}: {error}",
+            expected=f"room on the disk, and a folder that can be written: {os.fspath(place)}",
+            todo="free the disk or choose another folder, and repeat it; what was written before is intact",
+        )
+        failure.errno = getattr(error, "errno", None)
+        raise failure from error
 
 
 @contextlib.contextmanager
@@ -20,20 +49,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a file appear as a whole: give a temporary name beside it to write to, then rename, which is atomic.
 
     Missing parent folders are made. After a failure an old file is as it was, and no temporary file
-    ("<name>.<unique number>.partial") stays.
+    ("<name>.<unique number>.partial") stays. Raises `SaveError` where it cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable by their owner only, and the rename would keep that.
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with saving(target.name, target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> Path:

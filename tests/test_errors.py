@@ -25,6 +25,8 @@ def test_message_has_its_four_parts_in_order():
         (errors.NonFiniteLossError, FloatingPointError),
         (errors.TeacherOutputError, FloatingPointError),
         (errors.CheckpointError, RuntimeError),
+        (errors.SaveError, OSError),
+        (errors.LostProcessError, RuntimeError),
         (errors.HubPushError, RuntimeError),
         (errors.MissingDependencyError, ImportError),
     ],

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, by default the process's.
 
     Returns the exit status: 0, 2 for what cannot work as it was asked for, 1 where something else failed, 130 when
-    interrupted.
+    interrupted. SIGTERM ends a training with `SystemExit` (143).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):

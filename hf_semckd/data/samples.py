@@ -10,8 +10,7 @@ from datasets import Dataset
 from datasets import IterableDataset as StreamedDataset
 from torch.utils.data import IterableDataset
 
-from ..errors import InputError
-from .columns import LABEL_COLUMNS, TEACHER_PREFIX
+from .columns import LABEL_COLUMNS
 
 FIRST_SAMPLES = 2
 
@@ -36,23 +35,6 @@ def first_samples(dataset: Any) -> list[Any]:
     if is_map_style(dataset):
         return [dataset[index] for index in range(min(FIRST_SAMPLES, len(dataset)))]
     return list(islice(iter(dataset), FIRST_SAMPLES))
-
-
-def collate(collator: Any, samples: list[Any]) -> Mapping[str, Any]:
-    """Return the samples as a batch. Raises `InputError` when the collator cannot make one."""
-    try:
-        return collator(samples)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        columns = list(samples[0]) if samples and isinstance(samples[0], Mapping) else []
-        paired = any(str(name).startswith(TEACHER_PREFIX) for name in columns)
-        raise InputError(
-            "The data collator cannot make a batch of the training samples",
-            received=f"columns {', '.join(map(repr, columns)) or 'of unknown names'}; the collator said: {error}",
-            expected="samples that it can stack or pad",
-            todo="use hf_semckd.data.TeacherStudentCollator: each tokenizer then pads its own columns"
-            if paired
-            else "pass a data_collator that fits the samples, such as DataCollatorWithPadding(tokenizer)",
-        ) from error
 
 
 def label_range(dataset: Any) -> tuple[int, int] | None:

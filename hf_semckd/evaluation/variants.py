@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..data.batches import collate
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, teacher_entries
-from ..data.samples import collate
 from ..errors import InputError
 from ..models.inputs import InputSelector, inference_inputs
 from ..models.tasks import label_names, label_order

@@ -12,6 +12,8 @@ from ..errors import InputError, SemCKDError
 from .outputs import base_model, is_encoder_decoder
 
 Result = TypeVar("Result")
+# What models raise for inputs that they were not made for.
+FAILURES = (ValueError, RuntimeError, IndexError, TypeError, AssertionError, AttributeError)
 
 
 class InputSelector:
@@ -96,16 +98,21 @@ def run_on_inputs(role: str, batch: Mapping[str, Any], forward: Callable[[], Res
         return forward()
     except SemCKDError:
         raise
-    except (ValueError, RuntimeError, IndexError, TypeError, AssertionError, AttributeError) as error:
-        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
-        todo = "preprocess with the model's own processor; when both need different inputs (image size, tokenizer), "
-        todo += "give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ..."
-        if "decoder_input_ids" not in batch and len(shapes.get("labels", ())) == 2:
-            todo += "; a decoder that does not start from the labels needs decoder_input_ids "
-            todo += "(DataCollatorForSeq2Seq(tokenizer, model=student) makes them)"
-        raise InputError(
-            f"The {role} cannot take the training data",
-            received=f"a batch of {shapes}; the {role} said: {error}",
-            expected=f"inputs of the size, type and vocabulary that the {role} was made for",
-            todo=todo,
-        ) from error
+    except FAILURES as error:
+        raise refused_batch(role, batch, error) from error
+
+
+def refused_batch(role: str, batch: Mapping[str, Any], error: Exception) -> InputError:
+    """Return the error for a batch that a model failed on, with the model's own words."""
+    shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+    todo = "preprocess with the model's own processor; when both need different inputs (image size, tokenizer), "
+    todo += "give the teacher columns of its own named teacher_pixel_values, teacher_input_ids, ..."
+    if "decoder_input_ids" not in batch and len(shapes.get("labels", ())) == 2:
+        todo += "; a decoder that does not start from the labels needs decoder_input_ids "
+        todo += "(DataCollatorForSeq2Seq(tokenizer, model=student) makes them)"
+    return InputError(
+        f"The {role} cannot take the training data",
+        received=f"a batch of {shapes}; the {role} said: {error}",
+        expected=f"inputs of the size, type and vocabulary that the {role} was made for",
+        todo=todo,
+    )

@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..config import SemCKDConfig
-from ..data.samples import collate
+from ..data.batches import collate
 from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..models.sizes import count_parameters
 from ..models.tasks import class_names
+from ..training.interrupts import saved_when_terminated
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
-from .interrupts import saved_when_terminated
 from .models import cut_student, has_head, head_of, load_teacher, needs_batch, new_model, read_config
 from .processors import load_processor, longest_input, read_alike
 from .progress import Voice, use_progress

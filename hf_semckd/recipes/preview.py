@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from ..data.samples import collate, first_samples
+from ..data.batches import collate
+from ..data.samples import first_samples
 from ..models.tables import aligned_lines
 from ..training.report import inspect_models
 from .check import check_teacher

@@ -18,7 +18,6 @@ from ..publishing.report.report import PAGE
 from ..training.checks import check_feature_loss
 from .check import check_metric, check_teacher
 from .folder import ONNX, RunFolder
-from .interrupts import saved_when_terminated
 from .prepare import prepare
 from .progress import Voice, use_progress
 from .reading import Reading
@@ -73,8 +72,7 @@ def _train(trainer: Any, folder: RunFolder, voice: Voice) -> None:
     checkpoint = folder.newest_checkpoint()
     if checkpoint is not None:
         voice("training", f"goes on from {Path(checkpoint).name}")
-    with saved_when_terminated(trainer):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     # Not yet to the Hub: the card is to have the table.
     trainer.save_model(trainer.args.output_dir, _internal_call=True)
     if trainer.args.should_save:

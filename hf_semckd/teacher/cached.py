@@ -24,7 +24,7 @@ from ..models.images import ImageAdaptation
 from ..models.outputs import tokens_mask
 from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
-from .cache.rows import to_batch, to_outputs
+from .cache.rows import RowCheck, is_alike, to_batch, to_outputs
 from .cache.store import TensorStore
 from .notes import TeacherNote, TeacherRequest, is_plausible, read_note, write_note
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
@@ -142,7 +142,7 @@ class CachedTeacher:
         if self._load is not None:
             assert self.digest is not None
             self.note = read_note(self.folder, self.digest, self.request.key(inputs))
-            if self.note is not None and not is_plausible(self.note, self.model):
+            if self.note is not None and not is_plausible(self.note, self.model, inputs):
                 logger.warning("What is noted of the teacher in %s cannot be true, and is not used.", self.folder)
                 self.note = None
         if self.note is None:
@@ -179,7 +179,15 @@ class CachedTeacher:
         name = teacher_fingerprint(weights, layers, logits, kept)
         store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
         cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
-        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut)
+        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut, self._row_check(described))
+
+    def _row_check(self, described: TeacherDescription) -> RowCheck:
+        """Return what stored rows must look like; a noted teacher's logits have no batch and no tokens."""
+        shape = described.logits or ()
+        if self.note is None:
+            shape = shape[-1:] if len(shape) == 3 else shape[1:]
+        channels = tuple(spec.channels for spec in described.specs)
+        return RowCheck(described.logits is not None, shape[0] if shape else None, channels)
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
@@ -212,6 +220,13 @@ class CachedTeacher:
             # Stored, it would break later runs too.
             check_finite(outputs, self.layer_names, samples=missing)
             computed = cache.rows(outputs, inputs, missing)
+            if stored and not is_alike(computed[0], {name: value[0] for name, value in lookup.values.items()}):
+                raise InputError(
+                    "The teacher cache holds rows of another kind than the teacher gives",
+                    received=f"{', '.join(sorted(stored))} in {cache.store.folder}",
+                    expected=", ".join(sorted(computed[0])),
+                    todo=f"delete {cache.store.folder}: it is made again",
+                )
             cache.store.write([lookup.keys[index] for index in missing], computed)
             # As stored, in the stored precision: a sample is the same when it is met again.
             fresh = iter([{name: value.to(device) for name, value in row.items()} for row in computed])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 
 from ..features.layers import FeatureSpec
 from ..files import write_json
@@ -20,7 +20,8 @@ from .cache.cache import token_count
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 2**22
-# No layer has more positions, and no vocabulary more entries.
+PROMPT = 4096
+# No text is longer, and no vocabulary larger.
 LONGEST = 2**24
 
 
@@ -81,20 +82,25 @@ class TeacherNote:
         ]
 
 
-def is_plausible(note: TeacherNote, model: nn.Module) -> bool:
-    """Whether what a note says can be true of a model, whose weights need not be there.
+def is_plausible(note: TeacherNote, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether what a note says can be true of a model, whose weights need not be there, on a batch of inputs.
 
     A damaged or made-up note would otherwise decide how much memory the projections take.
     """
     sizes = {size for entry in model.parameters() for size in entry.shape}
+    # No layer has more positions than its input has numbers, but for prompts.
+    longest = max([PROMPT, *(math.prod(value.shape[1:]) for value in inputs.values() if isinstance(value, Tensor))])
     layers, numbers = note.layers, [note.tokens if note.tokens is not None else 1, *(note.logits or ())]
     for spec in note.specs:
         numbers += [spec.length, spec.prefix + 1, *(spec.grid or ())]
     return (
         isinstance(note.weights, str)
         and isinstance(layers, list)
+        and len(layers) == len(note.specs)
         and all(type(layer) in (int, str) for layer in layers)
         and all(type(number) is int and 0 < number <= LONGEST for number in numbers)
+        and all(spec.length <= longest for spec in note.specs)
+        and (not note.logits or note.logits[0] in sizes)
         and all(type(spec.channels) is int and spec.channels in sizes for spec in note.specs)
         and all(spec.grid is None or math.prod(spec.grid) + spec.prefix <= spec.length for spec in note.specs)
         and all(spec.kind in ("map", "tokens") and isinstance(spec.name, str) for spec in note.specs)

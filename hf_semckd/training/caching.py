@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import SemCKDConfig
-from ..data.samples import collate, first_samples, is_map_style, longest_sample, spread_samples
+from ..data.batches import BatchCheck, CheckedCollator, collate
+from ..data.samples import first_samples, is_map_style, longest_sample, spread_samples
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
@@ -24,15 +25,20 @@ MEASURED_SAMPLES = 8
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training samples and the collator as a data loader has them; `prepare` moves a batch to the device."""
+    """The training samples and the collator as a data loader has them; `prepare` moves a batch to the device.
+
+    `columns` are those that the models may take.
+    """
 
     dataset: Any
     collator: Callable[[Any], Any]
     prepare: Callable[[Any], Any]
+    columns: frozenset[str]
 
     def first_batch(self) -> Any:
         """Return a small batch on the device."""
-        return self.prepare(collate(self.collator, first_samples(self.dataset)))
+        collator = CheckedCollator(self.collator, BatchCheck(self.columns))
+        return self.prepare(collator(first_samples(self.dataset)))
 
     def longest_batch(self) -> Any:
         """Return a batch of the longest text alone; None where that is not known without reading all samples."""

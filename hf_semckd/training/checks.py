@@ -2,28 +2,29 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
 
 from ..config import SemCKDConfig
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
-from ..data.samples import column_names, label_range
+from ..data.samples import column_names
 from ..errors import ConfigurationError, InputError
+from ..files import saving
 from ..losses import FeatureLoss
 from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known, reuses_teacher_head
 from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
-from ..models.outputs import IGNORED, base_model, is_encoder_decoder
+from ..models.outputs import base_model, is_encoder_decoder
 from ..models.packing import document_starts
 from ..models.sizes import empty_like, shapes_of
-from ..models.tasks import Task
 
 logger = logging.getLogger(__name__)
 POSITION_TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
@@ -64,6 +65,19 @@ def check_placement(config: SemCKDConfig, source: LossSource | None) -> None:
             expected="teacher_placement='device'",
             todo="leave teacher_placement out, or use another feature loss",
         )
+
+
+def check_output_folder(config: SemCKDConfig, *, probe: bool = False) -> None:
+    """Make the output folder; `SaveError` where that cannot be, or where (`probe`) no file can be written there.
+
+    Learned after hours of training, it would cost them.
+    """
+    if not config.should_save or config.output_dir is None:
+        return
+    with saving("The output folder", config.output_dir):
+        os.makedirs(config.output_dir, exist_ok=True)
+        if probe and config.save_strategy != SaveStrategy.NO:
+            tempfile.TemporaryFile(dir=config.output_dir).close()
 
 
 def check_feature_loss(source: LossSource | None) -> LossSource | None:
@@ -285,27 +299,6 @@ def warn_of_single_samples(loss: FeatureLoss | None, config: SemCKDConfig) -> No
             "gradient_accumulation_steps%s.",
             "the association is uniform" if alone else "the relation error is 0: there are no other samples",
             ", or leave association_bank at its default" if alone else ", or set relation_weight=0",
-        )
-
-
-def check_label_range(batch: Mapping[str, Any], task: Task, logits: Tensor, dataset: Any = None) -> None:
-    """Refuse labels that are no class of the student's: deep inside a loss they would end in a raw error."""
-    labels = batch.get("labels")
-    if (
-        task not in ("single_label", "tokens", "frames")
-        or not isinstance(labels, Tensor)
-        or labels.dtype is not torch.int64
-    ):
-        return
-    classes = int(logits.shape[1] if task == "single_label" else logits.shape[-1])
-    bounds = [int(labels.min()), int(labels.max()), *(label_range(dataset) or ())]
-    wrong = [label for label in bounds if not 0 <= label < classes and label not in (IGNORED, IGNORED_PIXEL)]
-    if wrong:
-        raise InputError(
-            "There are labels outside the student's classes",
-            received=f"label {wrong[0]} with {classes} classes",
-            expected=f"labels from 0 to {classes - 1}, or {IGNORED} for positions that do not count",
-            todo="load the student with num_labels of the data set, or map the labels to 0, 1, 2, ...",
         )
 
 

@@ -29,12 +29,14 @@ class StepCounts:
     Attributes:
         items, samples: Items of the task loss in the micro-batch, and its samples; scalars.
         totals: (3) task items, logit items and samples over the whole step and all processes.
+        stops: How many processes were asked to stop; a scalar.
     """
 
     items: Tensor
     samples: Tensor
     totals: Tensor
     processes: int = 1
+    stops: Tensor | None = None
 
     def task_scale(self) -> Tensor:
         """Return the factor that turns the micro-batch's mean into its share of the step's mean."""
@@ -50,12 +52,21 @@ class StepCounts:
 
 
 def count_step(
-    batches: Sequence[Mapping[str, Any]], task: Task, shifted: bool, reduce_sum: Reduction, processes: int = 1
+    batches: Sequence[Mapping[str, Any]],
+    task: Task,
+    shifted: bool,
+    reduce_sum: Reduction,
+    processes: int = 1,
+    asked_to_stop: bool = False,
 ) -> list[StepCounts]:
-    """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`."""
+    """Count the items of all micro-batches of an optimizer step, here and over all processes; see `count_items`.
+
+    Whether this process was asked to stop travels in the same reduction.
+    """
     counts = torch.stack([torch.stack(count_items(batch, task, shifted)) for batch in batches])
-    totals = reduce_sum(counts.sum(0))
-    return [StepCounts(own[0], own[2], totals, processes) for own in counts.unbind()]
+    sums = counts.sum(0)
+    sums = reduce_sum(torch.cat([sums, sums.new_full((1,), float(asked_to_stop))]))
+    return [StepCounts(own[0], own[2], sums[:3], processes, sums[3]) for own in counts.unbind()]
 
 
 def scaled(loss: Tensor, scale: Tensor) -> Tensor:

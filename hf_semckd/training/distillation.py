@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import SemCKDConfig
+from ..data.batches import BatchCheck
 from ..features.capture import remove_capturing_traces
 from ..losses import FeatureLoss
 from ..losses.ensemble import EnsembleLoss
@@ -19,8 +20,9 @@ from ..models.sizes import count_parameters
 from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
 from ..teacher.outputs import TeacherDescription
 from .attachment import StudentAttachment, forget_preparation
+from .batches import batch_check, check_label_range, class_count
 from .caching import TrainingData, check_cache
-from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
+from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
 from .monitor import Monitor
@@ -44,16 +46,26 @@ class Distillation:
 
     Attributes:
         attachment: Joins loss and student; None without a feature loss.
+        check_batch: What every training batch must be.
         settings: Those of the configuration, with what is used where they depend on the models.
     """
 
-    def __init__(self, pair: Pair, plan: Plan, loss: FeatureLoss | None, args: SemCKDConfig, services: Services):
+    def __init__(
+        self,
+        pair: Pair,
+        plan: Plan,
+        loss: FeatureLoss | None,
+        args: SemCKDConfig,
+        services: Services,
+        check: BatchCheck,
+    ):
         self.pair = pair
         self.plan = plan
         self.loss = loss
+        self.check_batch = check
         teacher = pair.teacher if plan.mixture is None else TeacherEnsemble(pair.teachers, plan.mixture)
         self.run_teacher = TeacherRunner(teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
-        self.guard = FiniteGuard(services, self.run_teacher.check_finite)
+        self.guard = FiniteGuard(services, self.run_teacher.check_finite, pair.student)
         self.monitor = Monitor(plan, pair, loss, services)
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
@@ -89,11 +101,11 @@ class Distillation:
                 found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
                 loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
-            if found.student_logits is not None and plan.task_weight > 0 and services.custom_loss is None:
-                dataset = None if data is None else data.dataset
-                check_label_range(found.batch, plan.task, found.student_logits, dataset)
+            check = _check_of_batches(pair, plan, found, services)
+            check_label_range(check, None if data is None else data.dataset)
+            check(found.batch)
             warn_of_single_samples(loss, args)
-            distillation = cls(pair, plan, loss, args, services)
+            distillation = cls(pair, plan, loss, args, services, check)
             for runner, described in zip(distillation.run_teacher.alone(), found.teachers, strict=True):
                 _open_cache(runner, found.batch, described, data, services)
         finally:
@@ -196,6 +208,14 @@ def _make_plan(
         logit_weight=args.logit_weight,
         feature_weight=weight,
     )
+
+
+def _check_of_batches(pair: Pair, plan: Plan, found: Inspection, services: Services) -> BatchCheck:
+    """Return the check of the training's batches; labels are looked at where the student's own loss reads them."""
+    reads = plan.task_weight > 0 and services.custom_loss is None
+    labels = (plan.label_names or ("labels",)) if reads else ()
+    classes = class_count(found.student_logits, plan.task)
+    return batch_check(found.batch, (pair.student, *pair.teacher_models), labels, classes)
 
 
 def _temperature(args: SemCKDConfig, found: Inspection) -> float:

@@ -1,35 +1,27 @@
 """Nothing broken is learned, logged or saved: NaN and infinite losses end the training."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NonFiniteLossError
+from .arriving import Arriving
 from .plan import Services
 
 
 @dataclass
 class PendingLoss:
-    """A loss and its named terms on their way from the device, with the batch to find out whose fault they are.
-
-    `arrived` tells when the values can be read; None when reading waits by itself.
-    """
+    """A loss and its named terms on their way from the device, with the batch to find out whose fault they are."""
 
     step: int
-    values: Tensor
+    values: Arriving
     names: tuple[str, ...]
     batch: Mapping[str, Any]
-    arrived: torch.cuda.Event | None = None
-
-    def read(self) -> list[float]:
-        """Return the values, waiting for them where they have not arrived."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.values.tolist()
 
 
 class FiniteGuard:
@@ -37,27 +29,25 @@ class FiniteGuard:
 
     Attributes:
         check_teacher: Raises where the teacher's outputs for a batch are not finite.
+        student: Of it the message tells which weights and buffers are broken.
         deferred: Whether a loss is checked late, but before anything is logged or saved: everywhere but on the CPU.
         pending: The loss that was not checked yet.
     """
 
-    def __init__(self, services: Services, check_teacher: Callable[[Mapping[str, Any]], None]):
+    def __init__(self, services: Services, check_teacher: Callable[[Mapping[str, Any]], None], student: nn.Module):
         self.services = services
         self.check_teacher = check_teacher
+        self.student = student
         self.deferred = services.device.type != "cpu"
         self.pending: PendingLoss | None = None
 
     def check(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Mapping[str, Any], step: int) -> None:
         """Raise where a loss, or the one before, is not finite: `TeacherOutputError` when the teacher is to blame."""
         values = torch.stack([loss.detach(), *(value.detach().to(loss.dtype) for value in terms.values())])
-        seen = PendingLoss(step, values, tuple(terms), batch)
+        seen = PendingLoss(step, Arriving.of(values), tuple(terms), batch)
         if not self.deferred:
             self._refuse_broken(seen)
             return
-        if values.is_cuda:
-            # From CUDA, such a copy goes to pinned memory, and the host goes on.
-            seen.values, seen.arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-            seen.arrived.record()
         # The one before has arrived while this one was computed.
         before, self.pending = self.pending, seen
         if before is not None:
@@ -68,7 +58,7 @@ class FiniteGuard:
         if not self.deferred:
             return
         pending, self.pending = self.pending, None
-        finite = torch.tensor(float(pending is None or math.isfinite(pending.read()[0])))
+        finite = torch.tensor(float(pending is None or math.isfinite(pending.values.read()[0])))
         everywhere = float(self.services.reduce_sum(finite)) == self.services.processes
         if pending is not None:
             self._refuse_broken(pending)
@@ -81,18 +71,44 @@ class FiniteGuard:
             )
 
     def _refuse_broken(self, seen: PendingLoss) -> None:
-        loss, *values = seen.read()
+        loss, *values = seen.values.read()
         if math.isfinite(loss):
             return
         # Its outputs were not kept: that would hold the features for a whole step. A frozen teacher gives them again.
         self.check_teacher(seen.batch)
         named = zip(seen.names, values, strict=True)
         broken = [f"{name} = {value:g}" for name, value in named if not math.isfinite(value)]
-        state = "weights in memory broken and the checkpoints intact" if self.deferred else "weights untouched"
+        # Weights may have been broken before; BatchNorm's buffers have seen the batch.
+        state = non_finite(self.student)
+        told = "the weights untouched" if state is None else f"the student's {state} not finite"
         raise NonFiniteLossError(
-            f"The loss is not finite in step {seen.step}; training stops with the {state}",
+            f"The loss is not finite in step {seen.step}; training stops with {told}, and the checkpoints intact",
             received=", ".join(broken) or "a sum of finite terms that overflows",
             expected="finite loss terms",
             todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "
             "go on from the last checkpoint with train(resume_from_checkpoint=True)",
+        )
+
+
+def non_finite(student: nn.Module) -> str | None:
+    """Name the weights and buffers that hold NaN or infinity, the first three; None where all are finite."""
+    broken = []
+    for name, tensor in itertools.chain(student.named_parameters(), student.named_buffers()):
+        # Of a sharded one the part that is here: to look at all would need the other processes.
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.is_floating_point() and not bool(local.detach().isfinite().all()):
+            broken.append(name)
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return f"{', '.join(broken[:3])}{more}" if broken else None
+
+
+def refuse_non_finite(student: nn.Module, step: int) -> None:
+    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: no checkpoint is written of them."""
+    broken = non_finite(student)
+    if broken is not None:
+        raise NonFiniteLossError(
+            f"The student is not finite after step {step}; no checkpoint is written of it, and the last one is intact",
+            received=f"NaN or infinity in {broken}",
+            expected="finite weights and buffers",
+            todo="check the inputs, lower the learning rate, and go on with train(resume_from_checkpoint=True)",
         )

@@ -1,7 +1,7 @@
 """What is minimized in a step: the task, logit and feature terms, exact over micro-batches and processes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..models.outputs import batch_size, logits_of
 from ..teacher.cached import TeacherRunner
 from ..teacher.outputs import TeacherOutputs
 from .attachment import DistillationTargets
+from .batches import KnownShapes
 from .counts import COUNTS, StepCounts, count_step, safe_labels, scaled
 from .guard import FiniteGuard
 from .monitor import Monitor
@@ -38,6 +39,7 @@ class Objective:
     monitor: Monitor
     services: Services
     statistics_ready: bool = False
+    shapes: KnownShapes = field(default_factory=KnownShapes)
 
     def begin_step(self, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Return an optimizer step's micro-batches with their counts; merge the teacher statistics of the last step.
@@ -45,6 +47,8 @@ class Objective:
         `prepare` moves a batch to the device.
         """
         counts = self._count(batches)
+        if self.services.processes > 1 and counts[0].stops is not None:
+            self.services.stop.share(counts[0].stops)
         if self.loss is not None:
             self._merge_statistics(self.loss, batches, prepare)
         return [{**batch, COUNTS: entry} for batch, entry in zip(batches, counts, strict=True)]
@@ -60,10 +64,11 @@ class Objective:
         """
         batch = {key: value for key, value in inputs.items() if key != COUNTS}
         counts = inputs[COUNTS] if COUNTS in inputs else self._count([batch])[0]
-        targets = self.run_teacher(batch)
-        outputs, features = self._run_student(model, batch, targets, counts)
-        self.run_teacher.wait()
-        terms = self._terms(outputs, features, targets, batch, counts)
+        with self.shapes.trying(batch):
+            targets = self.run_teacher(batch)
+            outputs, features = self._run_student(model, batch, targets, counts)
+            self.run_teacher.wait()
+            terms = self._terms(outputs, features, targets, batch, counts)
         weights = {"task_loss": self.plan.task_weight, "logit_loss": self.plan.logit_weight}
         loss: Any = sum(weights.get(name, self.plan.feature_weight) * term for name, term in terms.items())
         if terms.keys() == {"feature_loss"}:
@@ -122,7 +127,8 @@ class Objective:
     def _count(self, batches: Sequence[Mapping[str, Any]]) -> list[StepCounts]:
         plan, services = self.plan, self.services
         labeled = [plan.with_labels(batch) for batch in batches]
-        return count_step(labeled, plan.task, plan.shifts_labels, services.reduce_sum, services.processes)
+        kind = plan.task, plan.shifts_labels
+        return count_step(labeled, *kind, services.reduce_sum, services.processes, services.stop.asked)
 
     def _merge_statistics(
         self, loss: FeatureLoss, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]

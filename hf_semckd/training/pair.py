@@ -50,6 +50,11 @@ class InputRouter:
         self._pretrained = isinstance(student, PreTrainedModel)
         self._named_inputs = self._pretrained or hasattr(student, "get_base_model")
 
+    def columns_to_learn_from(self, task_weight: float) -> frozenset[str]:
+        """Return the columns that a model may take, with the usual ones of labels where the task counts."""
+        labels = {*LABEL_COLUMNS}
+        return frozenset({*self.student_takes, *self._teacher_takes} - labels | (labels if task_weight > 0 else set()))
+
     def student_needs_labels(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the student's decoder makes its inputs from the labels; see `InputSelector.needs_labels`."""
         return self._select.needs_labels(inputs)

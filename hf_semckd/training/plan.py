@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses.logits import LogitMatch, LogitMixture
 from ..models.tasks import Task
+from .arriving import StopRequest
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Services:
         autocast: Returns the context in which the student's forward runs.
         reduce_sum: Adds a tensor over processes; it stays on its device.
         custom_loss, label_smoother: `Trainer`'s `compute_loss_func` and `label_smoother`.
+        stop: Whether this process was asked to stop, and whether all know of it.
     """
 
     device: torch.device
@@ -77,9 +79,12 @@ class Services:
     reduce_sum: Callable[[Tensor], Tensor]
     custom_loss: Callable[..., Tensor] | None
     label_smoother: Callable[..., Tensor] | None
+    stop: StopRequest
 
     @classmethod
-    def of(cls, accelerator: Accelerator, device: torch.device, custom_loss: Any, label_smoother: Any) -> Services:
+    def of(
+        cls, accelerator: Accelerator, device: torch.device, custom_loss: Any, label_smoother: Any, stop: StopRequest
+    ) -> Services:
         """Return the services of a training that an accelerator runs on a device."""
         processes = accelerator.num_processes
 
@@ -98,4 +103,5 @@ class Services:
             reduce_sum=reduce_sum,
             custom_loss=custom_loss,
             label_smoother=label_smoother,
+            stop=stop,
         )

@@ -5,19 +5,27 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, NonFiniteLossError
+from ..errors import CheckpointError
 from ..files import write_json
 from ..publishing.folder import STATE_FILE
 
 logger = logging.getLogger(__name__)
 SEAL = "checkpoint_files.json"
 CHUNK = 1 << 20
+# Stands in a seal while the checkpoint is being written.
+UNFINISHED = "unfinished"
+
+
+def break_seal(folder: Path) -> None:
+    """Mark a checkpoint as unfinished, before its first file is written: it is passed over until `seal`."""
+    write_json(folder / SEAL, {UNFINISHED: None})
 
 
 def seal(folder: Path) -> None:
@@ -75,33 +83,18 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def refuse_non_finite(tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: no checkpoint is written of them."""
-    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.detach().isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise NonFiniteLossError(
-            f"The student is not finite after step {step}; no checkpoint is written of it, and the last one is intact",
-            received=f"NaN or infinity in {', '.join(broken[:3])}{more}",
-            expected="finite weights and buffers",
-            todo="check the inputs, lower the learning rate, and go on with train(resume_from_checkpoint=True)",
-        )
-
-
 def _newest_first(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def _fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint. One without a seal, of another version, must at least have its state."""
+    """Return what is wrong with a checkpoint; of one without a seal, of another version, what can be known."""
     if not (folder / SEAL).is_file():
-        return (
-            None if _read(folder / STATE_FILE) is not None else f"it has no whole {STATE_FILE}, which is written last"
-        )
+        return _fault_without_seal(folder)
     files = _read(folder / SEAL)
     if files is None:
-        return f"{SEAL} cannot be read"
+        return f"{SEAL} cannot be read, or says that not all was written"
     for name, known in files.items():
         path = folder / name
         if not path.is_file():
@@ -111,6 +104,24 @@ def _fault(folder: Path) -> str | None:
             return f"{name} has {size:,} bytes, not {known['bytes']:,}"
     changed = (name for name, known in files.items() if checksum(folder / name) != known["sha256"])
     return next((f"{name} was changed (another checksum)" for name in changed), None)
+
+
+def _fault_without_seal(folder: Path) -> str | None:
+    """Return what is wrong by the formats' own checks: the state is written last, and torch's files have checksums."""
+    if _read(folder / STATE_FILE) is None:
+        return f"it has no whole {STATE_FILE}, which is written last"
+    for path in sorted(entry for entry in folder.iterdir() if entry.suffix in (".safetensors", ".pt", ".pth")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="numpy"):
+                    continue
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    continue
+        except (OSError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
+            return f"{path.name} cannot be read ({error})"
+        return f"{path.name} was changed (another checksum)"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

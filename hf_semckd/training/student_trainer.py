@@ -1,6 +1,5 @@
 """A trainer whose student stays a plain model: in checkpoints, in what it saves, and on the Hub."""
 
-import itertools
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -15,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..config import SemCKDConfig
 from ..data.samples import column_names
 from ..evaluation.table import Evaluation
+from ..files import saving
 from ..losses import FeatureLoss
 from ..publishing.card import ASSOCIATION_PICTURE, EVALUATION_FILE, EVALUATION_PICTURE
 from ..publishing.facts import StudentFacts, environment, last_evaluation, model_facts
@@ -34,10 +34,11 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .engines import saves_in_parts
+from .guard import refuse_non_finite
 from .pair import Pair
 from .reasons import used_settings
 from .run_report import assemble_report, check_trained, compare_or_say_why, deploy_table, trained_run
-from .sealing import refuse_non_finite, seal
+from .sealing import break_seal, seal
 
 
 class StudentTrainer(Trainer):
@@ -171,15 +172,17 @@ class StudentTrainer(Trainer):
         return nullcontext() if self.distillation is None else self.distillation.plain_student()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._finished_student():
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(folder.name, folder), self._finished_student():
             if self.distillation is not None:
                 self.distillation.guard.check_pending(self.state.global_step)
             if self._reloads_here:
-                named = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
-                refuse_non_finite(named, self.state.global_step)
+                refuse_non_finite(self.model, self.state.global_step)
+            if self.args.should_save:
+                break_seal(folder)
             super()._save_checkpoint(model, trial)
-        if not self.args.push_to_hub:
-            self._seal(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            if not self.args.push_to_hub:
+                self._seal(folder)
 
     def _seal(self, checkpoint: Path) -> None:
         self.accelerator.wait_for_everyone()
@@ -193,10 +196,10 @@ class StudentTrainer(Trainer):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self._plain_student():
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with saving("The student", folder), self._plain_student():
             super()._save(output_dir, None if state_dict is None else without_feature_loss(state_dict))
         if self.args.should_save and self.pair is not None:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
             settings, layers = self.distillation_settings(), self._layer_names
             reasons = used_settings(self.args, settings, layers, self.feature_loss)
             record = {"method": self._method, "layers": layers, "settings": reasons}

@@ -1,7 +1,6 @@
 """Trainers that distill: `transformers.Trainer` with a teacher. The hooks are here, and what they do is elsewhere."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,22 +13,25 @@ from ..data.samples import is_map_style
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
 from ..models.loading import ModelSource, TeacherSource, load_model
-from ..teacher.cache.cache import CachingCollator
-from ..teacher.cached import CachedTeacher
+from .arriving import StopRequest
 from .attachment import forget_wrappers
+from .batches import checked_batches
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import (
     check_dataset,
     check_feature_loss,
     check_labels,
+    check_output_folder,
     check_teacher_given,
 )
 from .classes import vocabulary_size
 from .distillation import Distillation
 from .engines import Engine, check_engine, check_parallelism
+from .interrupts import saved_when_terminated
 from .pair import Pair
 from .plan import Services
+from .processes import noticing_lost_processes, noting_step
 from .sealing import checkpoint_to_resume
 from .student_trainer import StudentTrainer
 from .task_loss import plain_module_loss
@@ -87,9 +89,12 @@ class DistillationTrainer(StudentTrainer):
         self.pair: Pair | None = None
         self.distillation: Distillation | None = None
         self._source = check_feature_loss(feature_loss or self.default_feature_loss)
+        self._stop = StopRequest()
+        args = SemCKDConfig.of(args)
+        check_output_folder(args)
         super().__init__(
             model=None if model is None else load_model(model, "student"),
-            args=SemCKDConfig.of(args),
+            args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -119,7 +124,7 @@ class DistillationTrainer(StudentTrainer):
         run_teacher = self._built().run_teacher
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with preserved_random_state(self.args.seed):
-            with self._looking_up(teachers, drop_last=False):
+            with checked_batches(self, self._built().check_batch, teachers, drop_last=False):
                 # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
             fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet)
@@ -168,7 +173,9 @@ class DistillationTrainer(StudentTrainer):
                 self.pair.prepare_inputs(self.processing_class, batch)
             if not self.label_names and "labels" in batch:
                 self.label_names = ["labels"]
-            services = Services.of(self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother)
+            services = Services.of(
+                self.accelerator, self.args.device, self.compute_loss_func, self.label_smoother, self._stop
+            )
             self.distillation = Distillation.build(
                 self.pair,
                 batch,
@@ -190,37 +197,28 @@ class DistillationTrainer(StudentTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return TrainingData(dataset, collator, self._prepare_input)
+        columns = frozenset() if self.pair is None else self.pair.router.columns_to_learn_from(self.args.task_weight)
+        return TrainingData(dataset, collator, self._prepare_input, columns)
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s, whose batches bring along what the teacher caches hold of them."""
+        """Return `Trainer`'s, whose batches are checked and bring along what the teacher caches hold of them."""
         # The caches are open when the distillation is built.
-        teachers = [] if self.distillation is None else self.distillation.pair.cached_teachers
-        if not teachers or not is_map_style(self.train_dataset):
+        if self.distillation is None:
             return super().get_train_dataloader()
-        with self._looking_up(teachers, drop_last=self.args.dataloader_drop_last):
+        teachers = self.distillation.pair.cached_teachers if is_map_style(self.train_dataset) else []
+        drop_last = self.args.dataloader_drop_last
+        with checked_batches(self, self.distillation.check_batch, teachers, drop_last=drop_last):
             return super().get_train_dataloader()
-
-    @contextmanager
-    def _looking_up(self, teachers: Sequence[CachedTeacher], *, drop_last: bool) -> Iterator[None]:
-        """Let data loaders that are made meanwhile look their samples up in the caches."""
-        args, collator, drops = self.args, self.data_collator, self.args.dataloader_drop_last
-        for cache in (teacher.cache for teacher in teachers):
-            self.data_collator = CachingCollator(self.data_collator, cache, in_thread=args.dataloader_num_workers == 0)
-        args.dataloader_drop_last = drop_last
-        try:
-            yield
-        finally:
-            self.data_collator, args.dataloader_drop_last = collator, drops
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""
         if self.pair is not None:
-            # Trainer counts where the model asks for it. Our loss needs no count; that of a subclass may.
+            # Our loss needs no count; that of a subclass may.
             self.model_accepts_loss_kwargs = type(self).compute_loss is not DistillationTrainer.compute_loss
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with noting_step(self.state.global_step + 1):
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.pair is not None:
             self.model_accepts_loss_kwargs = False
         if self.distillation is not None and batches:
@@ -236,24 +234,28 @@ class DistillationTrainer(StudentTrainer):
             NonFiniteLossError: When a loss term becomes NaN or infinite; the last checkpoint is intact.
             TeacherOutputError: When it is the teacher's doing.
             CheckpointError: When there is no whole checkpoint to resume from.
+            SaveError, LostProcessError: When a checkpoint cannot be written, and when another process has failed.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         check_engine(resume_from_checkpoint, Engine.of_trainer(self))
-        if self.pair is None:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
-        if self._distills and self.model is not None:
-            self._attach(self._built())
-        try:
-            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            # A trial may have turned the distillation off.
-            if self.distillation is not None:
-                self.distillation.guard.check_pending(self.state.global_step)
-                if not self.args.load_best_model_at_end:
-                    self.distillation.finish_student()
-            return result
-        finally:
-            self._detach()
+        check_output_folder(self.args, probe=True)
+        stop = self._stop if self._distills else None
+        with noticing_lost_processes(self.args.world_size), saved_when_terminated(self, stop):
+            if self.pair is None:
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
+            if self._distills and self.model is not None:
+                self._attach(self._built())
+            try:
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                # A trial may have turned the distillation off.
+                if self.distillation is not None:
+                    self.distillation.guard.check_pending(self.state.global_step)
+                    if not self.args.load_best_model_at_end:
+                        self.distillation.finish_student()
+                return result
+            finally:
+                self._detach()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

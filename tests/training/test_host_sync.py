@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import hf_semckd
+from hf_semckd.data import batches
+from hf_semckd.training.arriving import Arriving
 from hf_semckd.training.counts import count_items
-from hf_semckd.training.guard import PendingLoss
 
 LIBRARY = str(Path(hf_semckd.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
@@ -57,8 +58,10 @@ def _check(name: str) -> None:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
         frame = frame.f_back
-    # What is read there was sent to the host in the step before.
-    arrived = frame is not None and frame.f_code is PendingLoss.read.__code__
+    # What is read there was sent to the host in the step before, or has not been sent to the device yet.
+    arrived = frame is not None and (
+        frame.f_code is Arriving.read.__code__ or frame.f_code.co_filename == batches.__file__
+    )
     if frame is not None and frame.f_code.co_filename.startswith(LIBRARY) and not arrived:
         raise WaitingError(f"{name} in {frame.f_code.co_filename}:{frame.f_lineno}")
 

@@ -2,107 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pkgutil
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from launching import TESTS, python
-from makers import bert, config, images, resnet, texts, vit, weights
+from makers import bert, config, resnet, texts, vit, weights
+from resuming import ACCUMULATED, FAMILIES, HALF, WHOLE, Stop, assert_equal, checkpoint, fit, trainer_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.errors import CheckpointError
 from hf_semckd.training.checkpoint import FEATURE_LOSS_FILE
-
-HALF, WHOLE = 3, 6
-DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
-# Student, teacher, data: 20 samples are five steps, so that a training resumes in the middle of an epoch.
-FAMILIES = {
-    "vit": (partial(vit, **DROPOUT), partial(vit, 3, 24, seed=9), partial(images, 20)),
-    "bert": (partial(bert, **DROPOUT), partial(bert, 3, 24, seed=9), partial(texts, 20)),
-    "resnet": (resnet, partial(resnet, (8, 16), seed=9), partial(images, 20)),
-}
-ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-
-
-class Stop(TrainerCallback):
-    """Ends the training after a step: regularly, or as a power cut does."""
-
-    def __init__(self, step: int, dead: bool = False):
-        self.step, self.dead = step, dead
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            if self.dead:
-                os._exit(9)
-            control.should_training_stop = True
-
-
-def trainer_of(
-    family: str, folder: Path, callbacks: Any = (), student: Any = None, optimizers: Any = (None, None), **args: Any
-) -> SemCKDTrainer:
-    """Return a trainer of fresh objects that takes `WHOLE` steps."""
-    make_student, teacher, data = FAMILIES[family]
-    settings = {"max_steps": WHOLE, "save_strategy": "steps", "save_steps": HALF, **args}
-    return SemCKDTrainer(
-        model=make_student() if student is None else student,
-        teacher_model=teacher(),
-        args=config(folder, **settings),
-        train_dataset=data(),
-        callbacks=list(callbacks),
-        optimizers=optimizers,
-    )
-
-
-def fit(trainer: SemCKDTrainer, checkpoint: Any = None) -> SemCKDTrainer:
-    """Train without drawing the association."""
-    with mock.patch("hf_semckd.training.callbacks.save_association_plot"):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries and lists by their path."""
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
-    )
-    if entries is None:
-        return {name: value}
-    return {path: leaf for key, entry in entries for path, leaf in flat(entry, f"{name}/{key}").items()}
-
-
-def checkpoint(folder: Path, step: int = WHOLE) -> dict[str, Any]:
-    """Return all that a checkpoint holds: tensors, states, random states, and the log."""
-    place = folder / f"checkpoint-{step}"
-    held = {path.name: load_file(path) for path in sorted(place.glob("*.safetensors"))}
-    for name in ("optimizer.pt", "scheduler.pt"):
-        held[name] = torch.load(place / name, weights_only=True)
-    held["random"] = torch.load(place / "rng_state.pth", weights_only=False)["cpu"]
-    state = json.loads((place / "trainer_state.json").read_text())
-    held["log"] = [row for row in state["log_history"] if "loss" in row]
-    held["step"] = state["global_step"]
-    return flat(held)
-
-
-def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Compare leaves, bit for bit."""
-    assert first.keys() == second.keys()
-    different = [
-        name
-        for name, value in first.items()
-        if not (torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name])
-    ]
-    assert not different
-
 
 # ---- Invariant 4: resume is exact ----------------------------------------------------------------------------------
 
@@ -147,51 +63,6 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint_as_if_nothing_had_be
     resumed = fit(trainer_of("vit", tmp_path / "twice"), True)
     assert resumed.state.global_step == WHOLE
     fit(trainer_of("vit", tmp_path / "once", save_steps=WHOLE))
-    assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
-
-
-# What writes a part of a checkpoint, in the order in which it is written, and the seal.
-PARTS = (
-    "transformers.Trainer._save",
-    "hf_semckd.training.student_trainer.save_feature_loss",
-    "transformers.Trainer._save_optimizer_and_scheduler",
-    "transformers.Trainer._save_rng_state",
-    "transformers.trainer_callback.TrainerState.save_to_json",
-    "hf_semckd.training.student_trainer.seal",
-)
-
-
-def killed_saving(folder: str, part: str, before: bool) -> None:
-    """Die in the middle of saving the second checkpoint; runs in a process of its own."""
-    torch.set_num_threads(1)
-    where, _, name = part.rpartition(".")
-    owner = pkgutil.resolve_name(where)
-    real, times = getattr(owner, name), []
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        times.append(part)
-        if len(times) == 2 and before:
-            os._exit(9)
-        result = real(*args, **kwargs)
-        if len(times) == 2:
-            os._exit(9)
-        return result
-
-    setattr(owner, name, dies)
-    fit(trainer_of("vit", Path(folder), save_steps=2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.rpartition(".")[2])
-def test_a_training_that_is_killed_while_it_saves_resumes_by_itself(part, before, tmp_path):
-    code = f"import test_resume; test_resume.killed_saving({str(tmp_path / 'twice')!r}, {part!r}, {before})"
-    done = python("-c", code, cwd=TESTS / "training")
-    assert done.returncode == 9
-    assert (tmp_path / "twice" / "checkpoint-4").is_dir() or (part, before) == (PARTS[0], True)
-    resumed = fit(trainer_of("vit", tmp_path / "twice", save_steps=2), True)
-    assert resumed.state.global_step == WHOLE
-    fit(trainer_of("vit", tmp_path / "once", save_steps=2))
     assert_equal(checkpoint(tmp_path / "once"), checkpoint(tmp_path / "twice"))
 
 

@@ -8,7 +8,7 @@ import torch
 from makers import distiller, vit
 
 from hf_semckd.errors import CheckpointError, NonFiniteLossError
-from hf_semckd.training.sealing import SEAL, check_whole, checkpoint_to_resume, newest_whole
+from hf_semckd.training.sealing import SEAL, break_seal, check_whole, checkpoint_to_resume, newest_whole, seal
 
 EACH = {"save_strategy": "steps", "save_steps": 1}
 
@@ -83,6 +83,24 @@ def test_what_was_killed_while_it_was_saved_is_passed_over(run, caplog):
     # All but the seal: an earlier version wrote no more.
     (run / "checkpoint-3" / SEAL).unlink()
     assert newest_whole(run) == str(run / "checkpoint-3")
+
+
+def test_what_is_being_written_is_passed_over_whatever_is_there(run):
+    break_seal(run / "checkpoint-3")
+    with pytest.raises(CheckpointError, match="not all was written"):
+        check_whole(run / "checkpoint-3")
+    assert newest_whole(run) == str(run / "checkpoint-2")
+    seal(run / "checkpoint-3")
+    assert newest_whole(run) == str(run / "checkpoint-3")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_without_a_seal_the_formats_own_checks_count(name, run):
+    (run / "checkpoint-3" / SEAL).unlink()
+    path = run / "checkpoint-3" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        check_whole(run / "checkpoint-3")
 
 
 def test_nothing_to_resume_from_is_said(tmp_path):

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_semckd import DistillationTrainer, SemCKDConfig, SemCKDTrainer
-from hf_semckd.errors import ConfigurationError, NonFiniteLossError
+from hf_semckd.errors import ConfigurationError, InputError
 from hf_semckd.training.attachment import FEATURE_LOSS_NAME
 
 NOTHING = {"logit_weight": 0.0, "feature_weight": 0.0}
@@ -339,7 +339,7 @@ FAILURES = {
     "callback": (fail_in_callback, BrokenError),
     "teacher": (fail_in_teacher, BrokenError),
     "student": (fail_in_student, BrokenError),
-    "nan": (fail_by_nan, (NonFiniteLossError, FloatingPointError)),
+    "nan": (fail_by_nan, (InputError, ValueError)),
     "interrupt": (fail_by_interrupt, KeyboardInterrupt),
 }
 

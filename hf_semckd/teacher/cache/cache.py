@@ -1,6 +1,7 @@
 """Teacher outputs on disk, keyed by what the teacher was given, so that no epoch and no run computes them twice."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from ...data.columns import CACHED, teacher_entries
 from ..outputs import TeacherOutputs
-from .rows import Row, check_row_count, to_batch, to_rows
+from .rows import Row, RowCheck, check_row_count, is_alike, to_batch, to_rows
 from .shard import KEY_BYTES
 from .store import TensorStore
 
+logger = logging.getLogger(__name__)
 # Changes when what is stored, or how it is keyed, changes.
 FORMAT = 4
 LOCATION_SETTINGS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
@@ -43,12 +45,14 @@ class TeacherCache:
     Attributes:
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
         cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.
+        check: What stored rows must look like; None takes any.
     """
 
     store: TensorStore
     select_inputs: Callable[[Mapping[str, Any]], dict[str, Any]]
     dtype: torch.dtype | None = None
     cut: bool = True
+    check: RowCheck | None = None
 
     @property
     def name(self) -> str:
@@ -63,7 +67,15 @@ class TeacherCache:
     def look_up(self, batch: Mapping[str, Any], keys: list[bytes] | None = None) -> Lookup:
         """Return what there is of a batch, on the CPU; `keys` are those of its samples, where they are known."""
         keys = self.keys(batch) if keys is None else keys
-        rows, width = self.store.read(keys), token_count(self.select_inputs(teacher_entries(batch)))
+        width = token_count(self.select_inputs(teacher_entries(batch)))
+        read = self.store.read(keys)
+        rows = [row if row is None or self.check is None or self.check.fits(row, width) else None for row in read]
+        found = [row for row in rows if row is not None]
+        rows = [row if row is not None and is_alike(row, found[0]) else None for row in rows]
+        if sum(row is None for row in rows) > sum(row is None for row in read):
+            logger.warning(
+                "Stored teacher outputs in %s are not this teacher's and are made again.", self.store.folder
+            )
         found = [row for row in rows if row is not None]
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 

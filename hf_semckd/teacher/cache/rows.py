@@ -6,6 +6,7 @@ Where a tensor was cut, the name says along what: `|all` tokens of its sample, o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,56 @@ class Piece(NamedTuple):
     value: Tensor
     along: str = ""
     chosen: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What the stored rows of a teacher must look like; what does not is damage, and never stacked.
+
+    Attributes:
+        logits: Whether rows hold logits.
+        classes: The size of their classes or words; None where they are single numbers.
+        channels: Those of each teacher layer; empty without features.
+    """
+
+    logits: bool
+    classes: int | None
+    channels: tuple[int, ...]
+
+    def fits(self, row: Mapping[str, Tensor], width: int | None) -> bool:
+        """Whether a row can be this teacher's, in a batch of samples of `width` tokens."""
+        plain = {name.partition("|")[0]: value for name, value in row.items()}
+        logits = plain.pop(LOGITS, None)
+        if (logits is not None) != self.logits or bool(plain) != bool(self.channels):
+            return False
+        if logits is not None and self.classes is not None and self.classes not in logits.shape:
+            return False
+        cut = (value for name, value in row.items() if name.endswith(ALL_TOKENS))
+        short = width is None or all(value.dim() > 0 and len(value) <= width for value in cut)
+        return short and all(self._is_layers(name.rpartition("/")[2], value) for name, value in plain.items())
+
+    def _is_layers(self, name: str, value: Tensor) -> bool:
+        if name == "mask":
+            return value.dim() == 1
+        t, _, kind = name.partition(".")
+        kind = kind.partition(".")[0]
+        if not t.isdigit() or int(t) >= len(self.channels):
+            return False
+        if kind in (*CHOICE_TENSORS, "summary"):
+            return value.dim() == 1
+        return kind in LAYER_TENSORS and value.is_floating_point() and self.channels[int(t)] in value.shape
+
+
+def is_alike(row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two rows make a batch: the same names, types and shapes, but for the lengths of what is cut."""
+    return row.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and _fixed(name, value) == _fixed(name, other[name])
+        for name, value in row.items()
+    )
+
+
+def _fixed(name: str, value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape[1:] if name.endswith((ALL_TOKENS, CHOSEN_TOKENS)) else value.shape)
 
 
 def to_rows(

@@ -84,6 +84,8 @@ class Shard:
         self._ends = np.frombuffer(ends, np.int64, len(batch) + 1)
         # A slice of the map, found by its address: Arrow's own buffer is read-only, which tensors cannot be.
         first = values.address - mapped.ctypes.data
+        if not 0 <= first <= mapped.size - values.size:
+            raise ValueError("it is compressed")
         self._data = mapped[first : first + values.size]
         self._verified = bytearray(len(batch))
         self._damaged = False
@@ -98,16 +100,25 @@ class Shard:
         # Once a process: the checksum takes longer than all the rest.
         if not self._verified[number]:
             if _checksum(self.keys[number], layout, self._data[first:last].data) != self._checksums[number]:
-                if not self._damaged:
-                    logger.warning("Stored teacher outputs in %s are damaged and are made again.", self._path)
-                self._damaged = True
+                self._report_damage()
                 return None
             self._verified[number] = True
+        fields = _fields(layout)
+        # A checksum can be made up, too.
+        if fields is None or sum(_aligned(size) for *_, size in fields) != last - first:
+            self._report_damage()
+            return None
         views = {}
-        for name, dtype, shape, offset, size in _fields(layout):
+        for name, dtype, shape, offset, size in fields:
             start = first + offset
             views[name] = torch.from_numpy(self._data[start : start + size]).view(dtype).view(shape)
         return views
+
+    def _report_damage(self) -> None:
+        """Say once that rows are damaged."""
+        if not self._damaged:
+            logger.warning("Stored teacher outputs in %s are damaged and are made again.", self._path)
+        self._damaged = True
 
     def _whole(self) -> bool:
         """Tell whether the file still has its size: to touch what was cut off would kill the process."""
@@ -154,13 +165,20 @@ def _discard(path: Path, reason: object) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _fields(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]:
-    """Return name, type, shape, first byte and number of bytes of each tensor."""
+def _fields(layout: str) -> tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...] | None:
+    """Return name, type, shape, first byte and number of bytes of each tensor; None where it is no layout."""
     fields, offset = [], 0
-    for name, type_name, shape in json.loads(layout):
-        dtype = getattr(torch, type_name)
+    try:
+        entries = [
+            (str(name), getattr(torch, type_name), tuple(shape)) for name, type_name, shape in json.loads(layout)
+        ]
+    except (ValueError, TypeError, AttributeError):
+        return None
+    for name, dtype, shape in entries:
+        if not isinstance(dtype, torch.dtype) or not all(type(size) is int and size >= 0 for size in shape):
+            return None
         size = math.prod(shape) * dtype.itemsize
-        fields.append((name, dtype, tuple(shape), offset, size))
+        fields.append((name, dtype, shape, offset, size))
         offset += _aligned(size)
     return tuple(fields)
 

@@ -1,0 +1,122 @@
+"""What every training batch must be, from the models and the first batch that they took."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from ..data.batches import BatchCheck, CheckedCollator
+from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
+from ..data.samples import label_range
+from ..errors import SemCKDError
+from ..models.inputs import FAILURES, InputSelector, refused_batch
+from ..models.outputs import base_model
+from ..models.packing import document_starts
+from ..models.tasks import Task
+from ..teacher.cache.cache import CachingCollator
+from ..teacher.cached import CachedTeacher
+from .checks import learned_positions
+from .processes import is_lost
+
+# A picture or a sound may stand in a text under a number that is no word.
+OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
+
+
+def batch_check(
+    batch: Mapping[str, Any], models: Sequence[nn.Module], labels: Sequence[str], classes: int | None
+) -> BatchCheck:
+    """Return what every training batch must be, by the first one, which all models took.
+
+    Args:
+        batch: The first one, complete.
+        models: Student and teachers.
+        labels: Columns that may hold labels; empty where nothing is learned from them, or nobody knows how.
+        classes: Number of classes of a head whose labels are class numbers.
+    """
+    columns = [name for name in batch if name not in (*LABEL_COLUMNS, *labels, CACHED)]
+    named = {name for model in models for name in InputSelector(model).parameters}
+    taken = [name for name in columns if name in named or name.startswith(TEACHER_PREFIX)] or columns
+    limits, lengths = dict[str, int](), dict[str, int]()
+    for number, model in enumerate(models):
+        own = number > 0 and has_own_tokens(batch)
+        name = f"{TEACHER_PREFIX}input_ids" if own else "input_ids"
+        words = None if OTHER_INPUTS & set(columns) else _word_count(model)
+        longest = learned_positions(model)
+        if words is not None:
+            limits[name] = min(words, limits.get(name, words))
+        if longest is not None and document_starts(teacher_entries(batch) if own else batch) is None:
+            lengths[name] = min(longest, lengths.get(name, longest))
+    if classes is not None:
+        limits |= dict.fromkeys(labels, classes)
+    return BatchCheck(frozenset(taken), tuple(labels), limits, lengths)
+
+
+def class_count(logits: Tensor | None, task: Task) -> int | None:
+    """Return the number of classes of a head whose labels are class numbers, and None for any other."""
+    if logits is None or task not in ("single_label", "tokens", "frames"):
+        return None
+    return int(logits.shape[1] if task == "single_label" else logits.shape[-1])
+
+
+def check_label_range(check: BatchCheck, dataset: Any) -> None:
+    """Refuse labels of a `datasets.Dataset`, the least or the greatest, that are no class of the student's."""
+    limited = next((name for name in check.labels if name in check.limits), None)
+    bounds = None if limited is None else label_range(dataset)
+    if limited is not None and bounds is not None:
+        check.check_values(limited, torch.tensor(bounds), "the data set")
+
+
+@contextmanager
+def checked_batches(
+    trainer: Any, check: BatchCheck, teachers: Sequence[CachedTeacher], *, drop_last: bool
+) -> Iterator[None]:
+    """Let data loaders that a trainer makes meanwhile check their batches, and look them up in the caches."""
+    args, collator, drops = trainer.args, trainer.data_collator, trainer.args.dataloader_drop_last
+    trainer.data_collator = CheckedCollator(collator, check)
+    for cache in (teacher.cache for teacher in teachers):
+        in_thread = args.dataloader_num_workers == 0
+        trainer.data_collator = CachingCollator(trainer.data_collator, cache, in_thread=in_thread)
+    args.dataloader_drop_last = drop_last
+    try:
+        yield
+    finally:
+        trainer.data_collator, args.dataloader_drop_last = collator, drops
+
+
+class KnownShapes:
+    """The shapes of batches that went through both models; that another one fails is the data's doing, and told so."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[Any, ...]] = set()
+
+    @contextmanager
+    def trying(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Raise `InputError` in place of what the models raise for a batch of shapes that are new to them."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        rows = {value.shape[0] for value in tensors.values() if value.dim()}
+        shapes = (len(rows), *((name, value.dtype, value.shape[1:]) for name, value in tensors.items()))
+        if shapes in self._known:
+            yield
+            return
+        try:
+            yield
+        except SemCKDError:
+            raise
+        except FAILURES as error:
+            if is_lost(error) or should_reduce_batch_size(error):
+                raise
+            raise refused_batch("student or teacher", batch, error) from error
+        self._known.add(shapes)
+
+
+def _word_count(model: nn.Module) -> int | None:
+    """Return the number of entries of a model's table of words; None where it has none."""
+    tells: Any = getattr(base_model(model), "get_input_embeddings", None)
+    try:
+        table = None if tells is None else tells()
+    except (NotImplementedError, AttributeError):
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
