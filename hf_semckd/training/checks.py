@@ -18,7 +18,6 @@ from ..data.samples import column_names
 from ..errors import ConfigurationError, InputError
 from ..files import saving
 from ..losses import FeatureLoss
-from ..losses.logits import IGNORED_PIXEL
 from ..losses.registry import FEATURE_LOSSES, LossSource, is_known, reuses_teacher_head
 from ..models.images import ImageAdaptation, normalization_of
 from ..models.inputs import InputSelector
