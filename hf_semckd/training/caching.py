@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -87,15 +89,29 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
 
 
+def batches_to_cache(dataset: Any, config: SemCKDConfig) -> int | None:
+    """Return how many evaluation batches hold what training reads of a stream; None for all of a countable dataset."""
+    if is_map_style(dataset):
+        return None
+    samples = config.max_steps * config.gradient_accumulation_steps * config.train_batch_size
+    # Each worker of a loader begins with batches of its own.
+    return math.ceil(samples / config.eval_batch_size) + config.dataloader_num_workers
+
+
 def fill_cache(
     teachers: list[CachedTeacher],
     run_teacher: TeacherRunner,
     loader: DataLoader,
     prepare: Callable[[Any], Any],
     quiet: bool,
+    limit: int | None,
 ) -> None:
-    """Run the teachers on what the open caches lack of a loader's samples; `prepare` moves a batch to the device."""
-    for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
+    """Run the teachers on what the open caches lack of a loader's samples; `prepare` moves a batch to the device.
+
+    `limit` ends a stream after so many batches.
+    """
+    total = limit if limit is not None else len(loader)
+    for batch in tqdm(islice(loader, limit), desc="Caching the teacher", unit="batch", disable=quiet, total=total):
         run_teacher(prepare(batch))
         if not all(teacher.cache.store.writable for teacher in teachers):
             break

@@ -19,6 +19,7 @@ from ..models.sizes import count_parameters
 from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
 from ..teacher.outputs import TeacherDescription
 from .attachment import StudentAttachment, forget_preparation
+from .attempts import Attempts
 from .caching import TrainingData, check_cache
 from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
@@ -57,6 +58,7 @@ class Distillation:
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
+        self.attempts = Attempts(pair.student)
         chosen = {} if loss is None else loss.settings
         used: dict[str, Any] = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
         if len(pair.teachers) > 1:
@@ -109,16 +111,25 @@ class Distillation:
         """Begin a training: make the feature loss part of the student."""
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
-        self.objective.statistics_ready = False
         if self.attachment is not None:
             self.attachment.loss.automatic_synchronization = False
             self.attachment.attach()
+
+    def begin_attempt(self, batch_size: int | None, *, last: bool) -> None:
+        """Begin a training, or begin it again with smaller batches; see `Attempts`."""
+        if not last:
+            self.attempts.begin(batch_size, speaks=self.objective.services.is_main)
+        self.objective.statistics_ready = False
+        self.guard.pending = None
+        if self.attachment is not None:
+            self.attachment.loss.forget_collected()
 
     def detach(self) -> None:
         """End a training: the student is the plain model again."""
         if self._borrowed is not None:
             self._borrowed.give_back()
             self._borrowed = None
+        self.attempts.end()
         self.guard.pending = None
         self.pair.remove_traces()
         for teacher in self.pair.cached_teachers:

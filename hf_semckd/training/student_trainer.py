@@ -127,7 +127,8 @@ class StudentTrainer(Trainer):
         source = self._publisher.repo_id or shown_source(self.args.output_dir)
         facts, rows = self._student_facts(source), self.state.log_history
         settings = used_settings(self.args, self.distillation_settings(), self._layer_names, self.feature_loss)
-        run = trained_run(facts, recorded_arguments(self.args), rows, settings, type(self.student).__name__)
+        arguments = recorded_arguments(self.args, self.state)
+        run = trained_run(facts, arguments, rows, settings, type(self.student).__name__)
         deploy = deploy_table(evaluation)
         return assemble_report(run, rows, self._layer_names, deploy=deploy, comparison=comparison, why=why)
 
@@ -193,8 +194,9 @@ class StudentTrainer(Trainer):
             settings, layers = self.distillation_settings(), self._layer_names
             reasons = used_settings(self.args, settings, layers, self.feature_loss)
             record = {"method": self._method, "layers": layers, "settings": reasons}
+            arguments = recorded_arguments(self.args, self.state)
             models = self.student, self.pair.teacher_models
-            finish_folder(folder, self.args, *models, settings, record, self.train_dataset)
+            finish_folder(folder, arguments, *models, settings, record, self.train_dataset)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         distillation, loss = self.distillation, self.feature_loss
@@ -300,7 +302,7 @@ class StudentTrainer(Trainer):
             pipeline_tag=_first(tasks) or known.pipeline_tag,
             dataset=_first(dataset_tags) or _first(dataset) or dataset_source(self.train_dataset),
             settings=self.distillation_settings(),
-            training=recorded_arguments(self.args),
+            training=recorded_arguments(self.args, self.state),
             versions=environment(),
             metrics=last_evaluation(self.state.log_history),
             evaluation=None if evaluation is None else asdict(evaluation),

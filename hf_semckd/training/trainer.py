@@ -17,7 +17,7 @@ from ..models.loading import ModelSource, TeacherSource, load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
-from .caching import TrainingData, check_filled, fill_cache, require_cache
+from .caching import TrainingData, batches_to_cache, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import (
     check_dataset,
@@ -110,6 +110,7 @@ class DistillationTrainer(StudentTrainer):
         """Run the teacher on every training sample that the cache lacks, and return how many samples it holds.
 
         Under Accelerate every process takes its share. Training with the same settings then never runs the teacher.
+        A stream is read as far as `max_steps` of training will read it.
 
         Raises:
             ConfigurationError: Without `teacher_cache_dir`.
@@ -122,7 +123,8 @@ class DistillationTrainer(StudentTrainer):
             with self._looking_up(teachers, drop_last=False):
                 # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
-            fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet)
+            limit = batches_to_cache(self.train_dataset, self.args)
+            fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet, limit)
         self.accelerator.wait_for_everyone()
         return min(map(check_filled, teachers))
 
@@ -198,7 +200,7 @@ class DistillationTrainer(StudentTrainer):
         """Return `Trainer`'s, whose batches bring along what the teacher caches hold of them."""
         # The caches are open when the distillation is built.
         teachers = [] if self.distillation is None else self.distillation.pair.cached_teachers
-        if not teachers or not is_map_style(self.train_dataset):
+        if not teachers:
             return super().get_train_dataloader()
         with self._looking_up(teachers, drop_last=self.args.dataloader_drop_last):
             return super().get_train_dataloader()
@@ -207,7 +209,9 @@ class DistillationTrainer(StudentTrainer):
     def _looking_up(self, teachers: Sequence[CachedTeacher], *, drop_last: bool) -> Iterator[None]:
         """Let data loaders that are made meanwhile look their samples up in the caches."""
         args, collator, drops = self.args, self.data_collator, self.args.dataloader_drop_last
-        for cache in (teacher.cache for teacher in teachers):
+        # Where one process reads for all, nothing but tensors comes from there to the others: the teacher looks up.
+        ahead = is_map_style(self.train_dataset) and not self.accelerator.dispatch_batches
+        for cache in (teacher.cache for teacher in teachers if ahead):
             self.data_collator = CachingCollator(self.data_collator, cache, in_thread=args.dataloader_num_workers == 0)
         args.dataloader_drop_last = drop_last
         try:
