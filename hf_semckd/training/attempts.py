@@ -31,7 +31,9 @@ class Attempts:
         again, learned, self.learned = self._start is not None, self.learned, False
         if again and speaks:
             kept = "; student and projections keep what they have learned, and steps are counted anew" * learned
-            logger.warning("There was too little memory: training starts again with batches of %s%s.", batch_size, kept)
+            logger.warning(
+                "There was too little memory: training starts again with batches of %s%s.", batch_size, kept
+            )
         if again and not learned:
             self._put_back()
         self._start = {name: entry.detach().clone() for name, entry in self.student.named_buffers()}

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -87,15 +86,6 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
-
-
-def batches_to_cache(dataset: Any, config: SemCKDConfig) -> int | None:
-    """Return how many evaluation batches hold what training reads of a stream; None for all of a countable dataset."""
-    if is_map_style(dataset):
-        return None
-    samples = config.max_steps * config.gradient_accumulation_steps * config.train_batch_size
-    # Each worker of a loader begins with batches of its own.
-    return math.ceil(samples / config.eval_batch_size) + config.dataloader_num_workers
 
 
 def fill_cache(

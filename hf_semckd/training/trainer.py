@@ -17,7 +17,7 @@ from ..models.loading import ModelSource, TeacherSource, load_model
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .attachment import forget_wrappers
-from .caching import TrainingData, batches_to_cache, check_filled, fill_cache, require_cache
+from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import (
     check_dataset,
@@ -31,6 +31,7 @@ from .distillation import Distillation
 from .pair import Pair
 from .plan import Services
 from .sealing import checkpoint_to_resume
+from .streams import batches_to_read, check_equal_sizes, check_position
 from .student_trainer import StudentTrainer
 from .task_loss import plain_module_loss
 
@@ -109,8 +110,8 @@ class DistillationTrainer(StudentTrainer):
     def fill_teacher_cache(self) -> int:
         """Run the teacher on every training sample that the cache lacks, and return how many samples it holds.
 
-        Under Accelerate every process takes its share. Training with the same settings then never runs the teacher.
-        A stream is read as far as `max_steps` of training will read it.
+        Under Accelerate every process takes its share; a stream is read as far as `max_steps` will read it. Training
+        with the same settings then never runs the teacher.
 
         Raises:
             ConfigurationError: Without `teacher_cache_dir`.
@@ -123,7 +124,7 @@ class DistillationTrainer(StudentTrainer):
             with self._looking_up(teachers, drop_last=False):
                 # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
-            limit = batches_to_cache(self.train_dataset, self.args)
+            limit = batches_to_read(self.train_dataset, self.args)
             fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet, limit)
         self.accelerator.wait_for_everyone()
         return min(map(check_filled, teachers))
@@ -166,6 +167,7 @@ class DistillationTrainer(StudentTrainer):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
+            check_equal_sizes(data, self.args)
             if self.distillation is None:
                 self.pair.prepare_inputs(self.processing_class, batch)
             if not self.label_names and "labels" in batch:
@@ -200,8 +202,6 @@ class DistillationTrainer(StudentTrainer):
         """Return `Trainer`'s, whose batches bring along what the teacher caches hold of them."""
         # The caches are open when the distillation is built.
         teachers = [] if self.distillation is None else self.distillation.pair.cached_teachers
-        if not teachers:
-            return super().get_train_dataloader()
         with self._looking_up(teachers, drop_last=self.args.dataloader_drop_last):
             return super().get_train_dataloader()
 
@@ -242,6 +242,7 @@ class DistillationTrainer(StudentTrainer):
             CheckpointError: When there is no whole checkpoint to resume from.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        check_position(resume_from_checkpoint, self.train_dataset, self.args)
         if self.pair is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.
@@ -265,12 +266,8 @@ class DistillationTrainer(StudentTrainer):
         if self.distillation is not None and self.model.training and self.is_in_train:
             result = self.distillation.objective(model, inputs, self.state.global_step + 1, return_outputs)
             return result if hasattr(Trainer, "loss_is_scaled_for_ga") else self._unscaled(result, return_outputs)
-        plain = None
-        if (
-            self.pair is not None
-            and self.compute_loss_func is None
-            and not self.pair.router.takes_any(self.label_names)
-        ):
+        plain, lacks_loss = None, self.pair is not None and not self.pair.router.takes_any(self.label_names)
+        if lacks_loss and self.compute_loss_func is None:
             plain = plain_module_loss(model, inputs, self.label_names, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if plain is None else plain
 
