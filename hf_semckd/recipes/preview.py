@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
 from ..training.report import inspect_models
 from .check import check_teacher
-from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, weight_bytes
+from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost
 from .folder import RunFolder
 from .prepare import prepare
 from .progress import Voice, duration
@@ -56,7 +56,8 @@ class Plan:
     @property
     def summary(self) -> dict[str, Any]:
         """All of this, for JSON."""
-        return {**vars(self), "seconds": self.seconds, "advice": self.advice}
+        memory = None if self.step.memory is None else self.step.memory.summary
+        return {**vars(self), "seconds": self.seconds, "memory": memory, "advice": self.advice}
 
     @property
     def advice(self) -> str:
@@ -83,9 +84,10 @@ def preview(reading: Reading, voice: Voice) -> Plan:
         args = reading.args
         layers = {"student_layers": args.student_layers, "teacher_layers": args.teacher_layers}
         found = inspect_models(prepared.student, names, batch, processing_class=prepared.samples.processor, **layers)
-        voice.text(f"\n{found}\n")
+        # Of memory the trial training tells more.
+        voice.text(f"\n{replace(found, memory=None)}\n")
         made = make_plan(reading, prepared, cached=False)
-    _tell_cost(made, prepared, voice)
+    _tell_cost(made, voice)
     voice("files", f"will be in {args.output_dir}; nothing was written now")
     return made
 
@@ -104,7 +106,7 @@ def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voi
         disk = f"{made.samples * made.cache.bytes / GIGABYTE:.2f} GB" if made.cache and name == "cached" else "-"
         rows.append((name, duration(seconds), f"{1000 * step.seconds:,.0f} ms", disk))
     voice.text("\n".join(aligned_lines(rows)) + "\n")
-    _tell_cost(made, prepared, voice)
+    _tell_cost(made, voice)
     voice("advice", made.advice)
     return made
 
@@ -145,10 +147,12 @@ def _prepared(reading: Reading, folder: str, voice: Voice) -> Prepared:
     return prepare(reading.recipe, reading.args, RunFolder(folder), rows, voice, trial=True)
 
 
-def _tell_cost(made: Plan, prepared: Prepared, voice: Voice) -> None:
-    own, theirs = weight_bytes(prepared)
-    peak = "" if made.step.peak_bytes is None else f", {made.step.peak_bytes / GIGABYTE:.2f} GB at most in these steps"
-    voice("memory", f"student with gradients and Adam {own / 1e6:,.0f} MB, teacher {theirs / 1e6:,.0f} MB{peak}")
+def _tell_cost(made: Plan, voice: Voice) -> None:
+    memory = made.step.memory
+    if memory is not None:
+        voice("memory", "\n".join(aligned_lines(memory.rows())))
+    if made.step.peak_bytes is not None:
+        voice("" if memory else "memory", f"{made.step.peak_bytes / GIGABYTE:.2f} GB at most in the measured steps")
     seconds = made.steps * made.step.seconds
     voice("time", f"{duration(seconds)}: {made.steps:,} steps of {1000 * made.step.seconds:,.0f} ms on this machine")
     if made.teacher is not None:

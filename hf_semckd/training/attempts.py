@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor, nn
+
+from .allocations import copied_buffers, put_back_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,10 @@ class Attempts:
                 "There was too little memory: training starts again with batches of %s%s.", batch_size, kept
             )
         if again and not learned:
-            self._put_back()
-        self._start = {name: entry.detach().clone() for name, entry in self.student.named_buffers()}
+            assert self._start is not None
+            put_back_buffers(self.student, self._start)
+        self._start = copied_buffers(self.student)
 
     def end(self) -> None:
         """Forget the start: what comes next is another call of `train`."""
         self._start, self.learned = None, False
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
-        assert self._start is not None
-        for name, entry in self.student.named_buffers():
-            before = self._start.get(name)
-            # One of another shape holds what was computed for longer inputs, and observed nothing.
-            if before is not None and before.shape == entry.shape:
-                entry.copy_(before)

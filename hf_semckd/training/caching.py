@@ -53,11 +53,14 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> list[CachedTeacher
     )
 
 
-def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> None:
-    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room."""
+def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> float | None:
+    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room.
+
+    Returns the bytes that the cache takes for a sample; None for a stream.
+    """
     dataset, cache = data.dataset, teacher.cache
     if not is_map_style(dataset) or not len(dataset):
-        return
+        return None
     views = getattr(dataset, "views", 1)
     samples = spread_samples(dataset, MEASURED_SAMPLES)
     # One by one: samples of several sizes may make no batch.
@@ -73,9 +76,10 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
             todo="make hf_semckd.data.RepeatableViews(dataset, transform, views=4) the training dataset, move the "
             "randomness out of the collator, or leave teacher_cache_dir out",
         )
-    missing = [batch for batch in batches if not all(cache.look_up(batch).present)]
+    found = [cache.look_up(batch) for batch in batches]
+    missing = [batch for batch, lookup in zip(batches, found, strict=True) if not all(lookup.present)]
     if not missing:
-        return
+        return sum(value.nbytes for lookup in found for value in lookup.values.values()) / len(batches)
     live = replace(run_teacher, teacher=teacher.load())
     size = 0.0
     for batch in map(data.prepare, missing):
@@ -86,6 +90,7 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
+    return size / len(missing)
 
 
 def fill_cache(

@@ -37,6 +37,11 @@ class DistillationCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
+        if logger.isEnabledFor(logging.INFO):
+            size = state.train_batch_size or args.train_batch_size
+            estimate = self.distillation.memory(size, args, kwargs.get("optimizer"))
+            if state.is_world_process_zero:
+                logger.info("Memory: %s.", estimate)
         self.monitor.start(state.global_step)
         self._sent = quarter(state.global_step, state.max_steps)
         self.distillation.begin_attempt(state.train_batch_size, last=not args.auto_find_batch_size)
