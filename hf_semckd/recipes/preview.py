@@ -12,6 +12,7 @@ import datasets
 
 from ..data.samples import collate, first_samples
 from ..models.tables import aligned_lines
+from ..training.memory import readable
 from ..training.report import inspect_models
 from .check import check_teacher
 from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost
@@ -106,6 +107,7 @@ def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voi
         disk = f"{made.samples * made.cache.bytes / GIGABYTE:.2f} GB" if made.cache and name == "cached" else "-"
         rows.append((name, duration(seconds), f"{1000 * step.seconds:,.0f} ms", disk))
     voice.text("\n".join(aligned_lines(rows)) + "\n")
+    voice("measured", _constants(made, prepared.samples.length if tokens is not None else None))
     _tell_cost(made, voice)
     voice("advice", made.advice)
     return made
@@ -122,11 +124,22 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     return Plan(
         samples=count,
         epochs=epochs,
-        steps=total_steps(args, count, epochs),
+        # A number of samples that is asked for counts, and not the steps of the recipe.
+        steps=total_steps(args, count, epochs, limited=samples is None),
         step=student_cost(recipe, args, prepared),
         cache=cache_cost(recipe, args, prepared) if cached else None,
         teacher=own,
     )
+
+
+def _constants(made: Plan, length: int | None) -> str:
+    """Say what was measured, of which all else is calculated."""
+    said = [f"a step {1000 * made.step.seconds:,.0f} ms with the teacher"]
+    if made.cache is not None:
+        said.append(f"{1000 * made.cache.step.seconds:,.0f} ms from the cache")
+        said.append(f"to fill it {1000 * made.cache.seconds:,.1f} ms and {readable(made.cache.bytes)} a sample")
+    calculated = f"{made.samples:,} samples, {made.epochs:g} times"
+    return f"{', '.join(said)}\n{calculated}" + ("" if length is None else f", of {length:,} tokens")
 
 
 @contextmanager

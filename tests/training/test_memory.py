@@ -6,6 +6,7 @@ import json
 import logging
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,10 +196,8 @@ def test_a_teacher_that_a_cache_stands_for_is_not_loaded(tmp_path):
     again = distiller(tmp_path, args, teacher_model=teacher)
     found = again.distillation.memory(4, again.args, None)
     assert set(found.teacher) == {"meta"} and found.step is not None
-    assert (
-        "not loaded yet" in str(found)
-        and found.total == found.student.total + found.projections.total + found.activations
-    )
+    assert "not loaded yet" in str(found)
+    assert found.total == found.student.total + found.projections.total + found.activations
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow"))
     assert found.cache.total == round(12 * found.cache.per_sample)
     assert size == 0 or found.cache.total == pytest.approx(size, rel=0.3)
