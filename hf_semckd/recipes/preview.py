@@ -138,8 +138,8 @@ def _constants(made: Plan, length: int | None) -> str:
     if made.cache is not None:
         said.append(f"{1000 * made.cache.step.seconds:,.0f} ms from the cache")
         said.append(f"to fill it {1000 * made.cache.seconds:,.1f} ms and {readable(made.cache.bytes)} a sample")
-    calculated = f"{made.samples:,} samples, {made.epochs:g} times"
-    return f"{', '.join(said)}\n{calculated}" + ("" if length is None else f", of {length:,} tokens")
+    each = "" if length is None else f" of {length:,} tokens"
+    return f"{', '.join(said)}\ncalculated for {made.samples:,} samples{each}, num_train_epochs {made.epochs:g}"
 
 
 @contextmanager

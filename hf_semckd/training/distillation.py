@@ -135,10 +135,15 @@ class Distillation:
     def memory(self, batch_size: int, args: SemCKDConfig, optimizer: Any) -> MemoryEstimate:
         """Return about what a training takes that is about to start; a small step is measured, with all in place.
 
-        A teacher that is not loaded yet, because a cache may answer for it, stays where it is.
+        A teacher that is not loaded yet, because a cache may answer for it, stays where it is. One that is compiled
+        would have to be compiled for this.
         """
         pair, batch, step = self.pair, self.trial_batch, None
-        if batch is not None and all(teacher.answers(batch) for teacher in pair.cached_teachers):
+        if (
+            batch is not None
+            and not args.teacher_compile
+            and all(teacher.answers(batch) for teacher in pair.cached_teachers)
+        ):
             run = partial(self.objective.trial, pair.student)
             with nullcontext() if self.attachment is None else self.attachment.joined():
                 step = try_step(pair.student, pair.teacher_models, batch, run, args.seed)
