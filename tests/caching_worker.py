@@ -14,7 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from distributed_worker import run_jobs, write
 from launching import WORLD
-from tiny import fit, make, outcome
+from makers import Stream
+from tiny import fit, make, outcome, pictures, sentences
 from torch import Tensor, nn
 
 SAMPLES = 20
@@ -38,9 +39,9 @@ def tell(folder: Path, trainer: Any, **told: Any) -> None:
     (folder / f"told.{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
-def filled(folder: Path, problem: str) -> None:
+def filled(folder: Path, problem: str, **changes: Any) -> None:
     """Fill ahead of the training."""
-    trainer = make(problem, folder, samples=SAMPLES, teacher_cache_dir=str(folder / "cache"), **CUT)
+    trainer = make(problem, folder, samples=SAMPLES, teacher_cache_dir=str(folder / "cache"), **CUT, **changes)
     assert trainer.accelerator.num_processes == WORLD
     rows = count_rows(trainer.teacher)
     held = trainer.fill_teacher_cache()
@@ -66,6 +67,19 @@ JOBS = {
     for problem in ("vit", "sentences")
     for do in (filled, trained)
 }
+# A stream that one process reads for both, with two workers, and one of which each process reads its share.
+STREAMS = {
+    "vit-dispatched": partial(
+        filled, problem="vit", train_dataset=Stream(pictures(SAMPLES)), max_steps=3, dataloader_num_workers=2
+    ),
+    "sentences-shared": partial(
+        filled,
+        problem="sentences",
+        train_dataset=Stream(sentences(SAMPLES, "class")),
+        max_steps=3,
+        accelerator_config={"dispatch_batches": False},
+    ),
+}
 
 if __name__ == "__main__":
-    run_jobs(JOBS, Path(sys.argv[1]))
+    run_jobs(JOBS | STREAMS, Path(sys.argv[1]))

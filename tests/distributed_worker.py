@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launching import WORLD
-from makers import distiller, images
+from makers import Stream, distiller, images
 from safetensors.torch import load_file, save_file
-from tiny import PROBLEMS, Outcome, fit, make, outcome
+from tiny import PROBLEMS, Outcome, fit, make, outcome, pictures, sentences
 
 # What one process does in a step: samples of a micro-batch, micro-batches.
 WHOLE, ACCUMULATED = (4, 1), (2, 2)
@@ -91,6 +91,20 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     ),
     "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
     "resnet-cnns": job(trained, "resnet", *WHOLE, samples=24, association=None),
+    "vit-streamed": job(trained, "vit", *ACCUMULATED, samples=24, train_dataset=Stream(pictures(24)), max_steps=3),
+    # Of several lengths: one process could not read them for both.
+    "sentences-streamed": job(
+        trained,
+        "sentences",
+        *ACCUMULATED,
+        samples=24,
+        train_dataset=Stream(sentences(24, "class")),
+        max_steps=3,
+        accelerator_config={"dispatch_batches": False},
+    ),
+    "vit-streamed_resumed": job(
+        resumed, "vit", *ACCUMULATED, samples=24, train_dataset=Stream(pictures(24)), max_steps=3
+    ),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
     "vit-evaluated": evaluated,
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -160,6 +161,17 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self.rows[index])
+
+
+class Stream(IterableDataset):
+    """Samples without a length, which the workers of a loader share out."""
+
+    def __init__(self, rows: Samples):
+        self.rows = rows.rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        return iter(self.rows if worker is None else self.rows[worker.id :: worker.num_workers])
 
 
 def images(count: int = 12, seed: int = 1, size: int = IMAGE, labels: int | None = LABELS) -> Samples:

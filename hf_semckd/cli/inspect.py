@@ -58,4 +58,5 @@ def run(words: Sequence[str]) -> None:
     found = inspect_models(
         student, teachers[0] if len(teachers) == 1 else teachers, batch, processing_class=processor, **layers
     )
-    print(json_text(found) if options.json else found)
+    memory = None if found.memory is None else found.memory.summary
+    print(json_text({**vars(found), "memory": memory}) if options.json else found)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, LayerNotFoundError, nearest
@@ -80,13 +81,27 @@ class FeatureCapture:
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Record the outputs of the named modules while the context is open; no hook survives it."""
+        """Record the outputs of the named modules while the context is open; no hook survives it.
+
+        Raises `InputError` for a module whose output gradient checkpointing cuts off from the gradient.
+        """
         recorded: dict[str, Tensor] = {}
+        cut_off: set[str] | None = set() if torch.is_grad_enabled() else None
         with ExitStack() as hooks:
             for name in (*self.names(), *filter(None, [self._before_blocks])) if self.by_name else ():
-                hook = partial(_record, recorded, name)
+                hook = partial(_record, recorded, cut_off, name)
                 hooks.enter_context(self._find_module(model, name).register_forward_hook(hook))
             yield recorded
+        # The output of a whole checkpointed layer has a gradient again by now.
+        for name in sorted(cut_off or ()):
+            if not recorded[name].requires_grad:
+                raise InputError(
+                    f"No gradient reaches module `{name}` of the {self.role}, so nothing could be learned from it",
+                    received="a module inside a checkpointed layer with use_reentrant=True, or under torch.no_grad()",
+                    expected="whole layers, or checkpointing that keeps what happens inside them",
+                    todo="set gradient_checkpointing_kwargs={'use_reentrant': False}, or name whole layers in "
+                    f"{self.role}_layers",
+                )
 
     def collect(self, outputs: Any, recorded: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the chosen layers' outputs, in order, after the forward pass.
@@ -299,7 +314,11 @@ def remove_capturing_traces(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def _record(recorded: dict[str, Tensor], name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+def _record(
+    recorded: dict[str, Tensor], cut_off: set[str] | None, name: str, _module: nn.Module, _inputs: Any, output: Any
+) -> None:
     tensor = first_tensor(output)
     if tensor is not None:
         recorded[name] = tensor
+        if cut_off is not None and not torch.is_grad_enabled():
+            cut_off.add(name)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from ..config import SemCKDConfig
 from ..errors import InputError
 from ..evaluation.memory import own_peak
+from ..training.memory import MemoryEstimate
 from .progress import Voice, use_progress
 from .schema import Recipe
 from .training import Prepared, student_trainer, teacher_trainer
@@ -26,10 +27,14 @@ CACHED_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of an optimizer step, and the process's (or GPU's) peak memory in bytes, None where it is not told."""
+    """Seconds of an optimizer step, and the process's (or GPU's) peak memory in bytes, None where it is not told.
+
+    `memory` is what the trainer expected to take, part by part; None of a training that is no distillation.
+    """
 
     seconds: float
     peak_bytes: int | None
+    memory: MemoryEstimate | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,6 @@ def cache_cost(recipe: Recipe, args: SemCKDConfig, prepared: Prepared) -> CacheC
         return CacheCost(seconds, size, _measured(trainer))
 
 
-def weight_bytes(prepared: Prepared) -> tuple[int, int]:
-    """Return the bytes of the student's weights, gradients and Adam moments, and of the teachers' weights."""
-    own = sum(entry.numel() * (3 * entry.element_size() + 4) for entry in prepared.student.parameters())
-    return own, sum(e.numel() * e.element_size() for teacher in prepared.teachers for e in teacher.parameters())
-
-
 def _trial_args(args: SemCKDConfig, folder: str, **changes: Any) -> SemCKDConfig:
     quiet = {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     plain = {"output_dir": folder, "max_steps": WARM_UP + MEASURED, "push_to_hub": False, "report_to": []}
@@ -111,7 +110,11 @@ def _measured(trainer: Any) -> Cost:
             expected=f"at least {WARM_UP + 1}",
             todo="lower per_device_train_batch_size or gradient_accumulation_steps",
         )
-    return Cost(sorted(gaps)[len(gaps) // 2], _peak_bytes())
+    peak, distillation = _peak_bytes(), getattr(trainer, "distillation", None)
+    memory = None
+    if distillation is not None:
+        memory = distillation.memory(trainer.args.train_batch_size, trainer.args, trainer.optimizer)
+    return Cost(sorted(gaps)[len(gaps) // 2], peak, memory)
 
 
 def _peak_bytes() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -13,9 +13,10 @@ import datasets
 from ..data.batches import collate
 from ..data.samples import first_samples
 from ..models.tables import aligned_lines
+from ..training.memory import readable
 from ..training.report import inspect_models
 from .check import check_teacher
-from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost, weight_bytes
+from .estimates import CacheCost, Cost, cache_cost, student_cost, teacher_cost
 from .folder import RunFolder
 from .prepare import prepare
 from .progress import Voice, duration
@@ -57,7 +58,8 @@ class Plan:
     @property
     def summary(self) -> dict[str, Any]:
         """All of this, for JSON."""
-        return {**vars(self), "seconds": self.seconds, "advice": self.advice}
+        memory = None if self.step.memory is None else self.step.memory.summary
+        return {**vars(self), "seconds": self.seconds, "memory": memory, "advice": self.advice}
 
     @property
     def advice(self) -> str:
@@ -84,9 +86,10 @@ def preview(reading: Reading, voice: Voice) -> Plan:
         args = reading.args
         layers = {"student_layers": args.student_layers, "teacher_layers": args.teacher_layers}
         found = inspect_models(prepared.student, names, batch, processing_class=prepared.samples.processor, **layers)
-        voice.text(f"\n{found}\n")
+        # Of memory the trial training tells more.
+        voice.text(f"\n{replace(found, memory=None)}\n")
         made = make_plan(reading, prepared, cached=False)
-    _tell_cost(made, prepared, voice)
+    _tell_cost(made, voice)
     voice("files", f"will be in {args.output_dir}; nothing was written now")
     return made
 
@@ -105,7 +108,8 @@ def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voi
         disk = f"{made.samples * made.cache.bytes / GIGABYTE:.2f} GB" if made.cache and name == "cached" else "-"
         rows.append((name, duration(seconds), f"{1000 * step.seconds:,.0f} ms", disk))
     voice.text("\n".join(aligned_lines(rows)) + "\n")
-    _tell_cost(made, prepared, voice)
+    voice("measured", _constants(made, prepared.samples.length if tokens is not None else None))
+    _tell_cost(made, voice)
     voice("advice", made.advice)
     return made
 
@@ -121,11 +125,22 @@ def make_plan(reading: Reading, prepared: Prepared, *, cached: bool, samples: in
     return Plan(
         samples=count,
         epochs=epochs,
-        steps=total_steps(args, count, epochs),
+        # A number of samples that is asked for counts, and not the steps of the recipe.
+        steps=total_steps(args, count, epochs, limited=samples is None),
         step=student_cost(recipe, args, prepared),
         cache=cache_cost(recipe, args, prepared) if cached else None,
         teacher=own,
     )
+
+
+def _constants(made: Plan, length: int | None) -> str:
+    """Say what was measured, of which all else is calculated."""
+    said = [f"a step {1000 * made.step.seconds:,.0f} ms with the teacher"]
+    if made.cache is not None:
+        said.append(f"{1000 * made.cache.step.seconds:,.0f} ms from the cache")
+        said.append(f"to fill it {1000 * made.cache.seconds:,.1f} ms and {readable(made.cache.bytes)} a sample")
+    each = "" if length is None else f" of {length:,} tokens"
+    return f"{', '.join(said)}\ncalculated for {made.samples:,} samples{each}, num_train_epochs {made.epochs:g}"
 
 
 @contextmanager
@@ -146,10 +161,12 @@ def _prepared(reading: Reading, folder: str, voice: Voice) -> Prepared:
     return prepare(reading.recipe, reading.args, RunFolder(folder), rows, voice, trial=True)
 
 
-def _tell_cost(made: Plan, prepared: Prepared, voice: Voice) -> None:
-    own, theirs = weight_bytes(prepared)
-    peak = "" if made.step.peak_bytes is None else f", {made.step.peak_bytes / GIGABYTE:.2f} GB at most in these steps"
-    voice("memory", f"student with gradients and Adam {own / 1e6:,.0f} MB, teacher {theirs / 1e6:,.0f} MB{peak}")
+def _tell_cost(made: Plan, voice: Voice) -> None:
+    memory = made.step.memory
+    if memory is not None:
+        voice("memory", "\n".join(aligned_lines(memory.rows())))
+    if made.step.peak_bytes is not None:
+        voice("" if memory else "memory", f"{made.step.peak_bytes / GIGABYTE:.2f} GB at most in the measured steps")
     seconds = made.steps * made.step.seconds
     voice("time", f"{duration(seconds)}: {made.steps:,} steps of {1000 * made.step.seconds:,.0f} ms on this machine")
     if made.teacher is not None:

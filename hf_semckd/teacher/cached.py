@@ -237,6 +237,10 @@ class CachedTeacher:
         outputs.mask = tokens_mask(inputs.get("attention_mask"), along, self.model)
         return outputs
 
+    def answers(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the outputs for a batch can be had without loading the teacher."""
+        return self._load is None or all(self.cache.look_up(batch).present)
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords; see `Teacher.inputs`."""
         return self._teacher.inputs(batch)

@@ -98,6 +98,17 @@ class StudentAttachment:
         finally:
             self._put_on()
 
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Make the loss part of the student for a moment, unless it already is."""
+        before = self.attached
+        self.attach()
+        try:
+            yield
+        finally:
+            if not before:
+                self.detach()
+
     def plain_view(self) -> nn.Module:
         """Return a plain model that shares all parts and weights with the student, but not the feature loss.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data.batches import BatchCheck, CheckedCollator
 from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
-from ..data.samples import label_range
+from ..data.samples import is_map_style, label_range
 from ..errors import SemCKDError
 from ..models.inputs import FAILURES, InputSelector, refused_batch
 from ..models.outputs import base_model
@@ -76,7 +76,9 @@ def checked_batches(
     """Let data loaders that a trainer makes meanwhile check their batches, and look them up in the caches."""
     args, collator, drops = trainer.args, trainer.data_collator, trainer.args.dataloader_drop_last
     trainer.data_collator = CheckedCollator(collator, check)
-    for cache in (teacher.cache for teacher in teachers):
+    # Where one process reads for all, nothing but tensors comes from there to the others: the teacher looks up.
+    ahead = is_map_style(trainer.train_dataset) and not trainer.accelerator.dispatch_batches
+    for cache in (teacher.cache for teacher in teachers if ahead):
         in_thread = args.dataloader_num_workers == 0
         trainer.data_collator = CachingCollator(trainer.data_collator, cache, in_thread=in_thread)
     args.dataloader_drop_last = drop_last

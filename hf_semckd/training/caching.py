@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -58,11 +59,14 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> list[CachedTeacher
     )
 
 
-def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> None:
-    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room."""
+def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> float | None:
+    """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room.
+
+    Returns the bytes that the cache takes for a sample; None for a stream.
+    """
     dataset, cache = data.dataset, teacher.cache
     if not is_map_style(dataset) or not len(dataset):
-        return
+        return None
     views = getattr(dataset, "views", 1)
     samples = spread_samples(dataset, MEASURED_SAMPLES)
     # One by one: samples of several sizes may make no batch.
@@ -78,9 +82,10 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
             todo="make hf_semckd.data.RepeatableViews(dataset, transform, views=4) the training dataset, move the "
             "randomness out of the collator, or leave teacher_cache_dir out",
         )
-    missing = [batch for batch in batches if not all(cache.look_up(batch).present)]
+    found = [cache.look_up(batch) for batch in batches]
+    missing = [batch for batch, lookup in zip(batches, found, strict=True) if not all(lookup.present)]
     if not missing:
-        return
+        return sum(value.nbytes for lookup in found for value in lookup.values.values()) / len(batches)
     live = replace(run_teacher, teacher=teacher.load())
     size = 0.0
     for batch in map(data.prepare, missing):
@@ -91,6 +96,7 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
     needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
     logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
+    return size / len(missing)
 
 
 def fill_cache(
@@ -99,9 +105,14 @@ def fill_cache(
     loader: DataLoader,
     prepare: Callable[[Any], Any],
     quiet: bool,
+    limit: int | None,
 ) -> None:
-    """Run the teachers on what the open caches lack of a loader's samples; `prepare` moves a batch to the device."""
-    for batch in tqdm(loader, desc="Caching the teacher", unit="batch", disable=quiet):
+    """Run the teachers on what the open caches lack of a loader's samples; `prepare` moves a batch to the device.
+
+    `limit` ends a stream after so many batches.
+    """
+    total = limit if limit is not None else len(loader)
+    for batch in tqdm(islice(loader, limit), desc="Caching the teacher", unit="batch", disable=quiet, total=total):
         run_teacher(prepare(batch))
         if not all(teacher.cache.store.writable for teacher in teachers):
             break

@@ -1,7 +1,6 @@
 """The callback that a trainer adds for itself: the association in pictures and trackers, and the cache on disk."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..publishing.card import ASSOCIATION_PICTURE
 from ..publishing.plots import figure_to_array, plot_association, save_association_plot
 from ..publishing.report.history import ASSOCIATION, PARTS
-from ..teacher.cached import CachedTeacher
-from .attachment import StudentAttachment
 from .distillation import Distillation
-from .monitor import Monitor
 from .trackers import picture_senders, quarter, tensorboard_writer
 
 logger = logging.getLogger(__name__)
@@ -28,32 +24,33 @@ class DistillationCallback(TrainerCallback):
     These get the plain student as their model, without what it is trained with.
 
     Args:
-        monitor: Averages what is logged.
-        teachers: Those for which a cache answers.
+        distillation: What is trained with.
         handler: Holds the other callbacks, those of trackers perhaps among them.
-        attachment: Joins feature loss and student; None without a feature loss.
     """
 
-    def __init__(
-        self,
-        monitor: Monitor,
-        teachers: Sequence[CachedTeacher],
-        handler: CallbackHandler,
-        attachment: StudentAttachment | None,
-    ):
-        self.monitor = monitor
-        self.teachers = teachers
+    def __init__(self, distillation: Distillation, handler: CallbackHandler):
+        self.distillation = distillation
+        self.monitor = distillation.monitor
+        self.teachers = distillation.pair.cached_teachers
         self.handler = handler
-        self.attachment = attachment
         self._sent = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the averages at the step that training starts from, which is not 0 after a resume."""
+        if logger.isEnabledFor(logging.INFO):
+            size = state.train_batch_size or args.train_batch_size
+            estimate = self.distillation.memory(size, args, kwargs.get("optimizer"))
+            if state.is_world_process_zero:
+                logger.info("Memory: %s.", estimate)
         self.monitor.start(state.global_step)
         self._sent = quarter(state.global_step, state.max_steps)
-        if self.attachment is not None:
-            self.attachment.loss.forget_collected()
-            self.handler.model = self.attachment.plain_view()
+        self.distillation.begin_attempt(state.train_batch_size, last=not args.auto_find_batch_size)
+        if self.distillation.attachment is not None:
+            self.handler.model = self.distillation.attachment.plain_view()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note that something was learned."""
+        self.distillation.attempts.learned = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write what the epoch added to the caches, where other processes and runs see it."""
@@ -128,5 +125,4 @@ class DistillationCallback(TrainerCallback):
 def install_callback(handler: CallbackHandler, distillation: Distillation) -> None:
     """Put the callback of a distillation in front of all others, in place of an earlier one's."""
     others = [entry for entry in handler.callbacks if not isinstance(entry, DistillationCallback)]
-    teachers, attachment = distillation.pair.cached_teachers, distillation.attachment
-    handler.callbacks = [DistillationCallback(distillation.monitor, teachers, handler, attachment), *others]
+    handler.callbacks = [DistillationCallback(distillation, handler), *others]

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from ..config import SemCKDConfig
 from ..errors import CheckpointError
@@ -116,17 +116,24 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     student.load_state_dict(loaded.state_dict())
 
 
-def recorded_arguments(config: SemCKDConfig) -> dict[str, Any]:
-    """Return the arguments of a training that tell how to repeat it, ready for JSON; none of them is a path."""
+def recorded_arguments(config: SemCKDConfig, state: TrainerState) -> dict[str, Any]:
+    """Return the arguments of a training that tell how to repeat it, ready for JSON; none of them is a path.
+
+    `state` knows the batch size that `auto_find_batch_size` came to.
+    """
     arguments = {name: getattr(config, name, None) for name in RECORDED_ARGUMENTS}
     found = {name: getattr(value, "value", value) for name, value in arguments.items()}
-    found["total_train_batch_size"] = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    size = config.train_batch_size
+    if config.auto_find_batch_size and state.train_batch_size is not None:
+        size = state.train_batch_size
+        found["per_device_train_batch_size"] = size // max(1, config.n_gpu)
+    found["total_train_batch_size"] = size * config.gradient_accumulation_steps * config.world_size
     return found
 
 
 def finish_folder(
     folder: Path,
-    config: SemCKDConfig,
+    training: Mapping[str, Any],
     student: nn.Module,
     teachers: Sequence[nn.Module],
     distillation: Mapping[str, Any],
@@ -135,14 +142,14 @@ def finish_folder(
 ) -> None:
     """Write the settings, without paths and tokens, beside a saved student, for the record: loading needs none.
 
-    `record` is what a report needs besides. The file takes the place of Trainer's pickled arguments, which only this
-    library could read back.
+    `training` are the `recorded_arguments`, and `record` is what a report needs besides. The file takes the place of
+    Trainer's pickled arguments, which only this library could read back.
     """
     (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
     names = [source_of(teacher).name for teacher in teachers]
     written = {
         "distillation": dict(distillation),
-        "training": recorded_arguments(config),
+        "training": dict(training),
         "base_model": hub_source(student),
         "dataset": dataset_source(dataset),
         "teacher": names[0] if len(names) == 1 else names,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from ..models.sizes import count_parameters
 from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
 from ..teacher.outputs import TeacherDescription
 from .attachment import StudentAttachment, forget_preparation
+from .attempts import Attempts
 from .batches import batch_check, check_label_range, class_count
 from .caching import TrainingData, check_cache
 from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
+from .memory import CacheBytes, MemoryEstimate, TrainedBytes, feature_loss_bytes, teacher_bytes, try_step
 from .monitor import Monitor
 from .objective import Objective
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
@@ -48,6 +51,8 @@ class Distillation:
         attachment: Joins loss and student; None without a feature loss.
         check_batch: What every training batch must be.
         settings: Those of the configuration, with what is used where they depend on the models.
+        trial_batch: A few samples, to measure a step on: the longest one, where it is known.
+        cache_bytes: What a teacher cache will take on disk; None without one, and for a stream.
     """
 
     def __init__(
@@ -70,6 +75,9 @@ class Distillation:
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
         self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
+        self.attempts = Attempts(pair.student)
+        self.trial_batch: Mapping[str, Any] | None = None
+        self.cache_bytes: CacheBytes | None = None
         chosen = {} if loss is None else loss.settings
         used: dict[str, Any] = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
         if len(pair.teachers) > 1:
@@ -106,8 +114,10 @@ class Distillation:
             check(found.batch)
             warn_of_single_samples(loss, args)
             distillation = cls(pair, plan, loss, args, services, check)
-            for runner, described in zip(distillation.run_teacher.alone(), found.teachers, strict=True):
-                _open_cache(runner, found.batch, described, data, services)
+            distillation.trial_batch = batch if data is None or longest is None else data.prepare(longest)
+            runners = zip(distillation.run_teacher.alone(), found.teachers, strict=True)
+            sizes = [_open_cache(runner, found.batch, described, data, services) for runner, described in runners]
+            distillation.cache_bytes = _cache_bytes(sizes, data)
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)
@@ -123,16 +133,54 @@ class Distillation:
         """Begin a training: make the feature loss part of the student."""
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
-        self.objective.statistics_ready = False
         if self.attachment is not None:
             self.attachment.loss.automatic_synchronization = False
             self.attachment.attach()
+
+    def begin_attempt(self, batch_size: int | None, *, last: bool) -> None:
+        """Begin a training, or begin it again with smaller batches; see `Attempts`."""
+        if not last:
+            self.attempts.begin(batch_size, speaks=self.objective.services.is_main)
+        self.objective.statistics_ready = False
+        self.guard.pending = None
+        if self.attachment is not None:
+            self.attachment.loss.forget_collected()
+
+    def memory(self, batch_size: int, args: SemCKDConfig, optimizer: Any) -> MemoryEstimate:
+        """Return about what a training takes that is about to start; a small step is measured, with all in place.
+
+        A teacher that is not loaded yet, because a cache may answer for it, stays where it is. One that is compiled
+        would have to be compiled for this.
+        """
+        pair, batch, step = self.pair, self.trial_batch, None
+        if (
+            batch is not None
+            and not args.teacher_compile
+            and all(teacher.answers(batch) for teacher in pair.cached_teachers)
+            and not any(teacher.runs_together for teacher in pair.teachers)
+        ):
+            run = partial(self.objective.trial, pair.student)
+            with nullcontext() if self.attachment is None else self.attachment.joined():
+                step = try_step(pair.student, pair.teacher_models, batch, run, args.seed)
+            if not self.attached:
+                remove_capturing_traces(pair.student)
+                pair.remove_traces()
+        return MemoryEstimate(
+            student=TrainedBytes.of(pair.student, self.loss, optimizer),
+            projections=feature_loss_bytes(self.loss, optimizer),
+            teacher=teacher_bytes(pair.teacher_models),
+            step=step,
+            batch_size=batch_size,
+            accumulates=args.gradient_accumulation_steps > 1,
+            cache=self.cache_bytes,
+        )
 
     def detach(self) -> None:
         """End a training: the student is the plain model again."""
         if self._borrowed is not None:
             self._borrowed.give_back()
             self._borrowed = None
+        self.attempts.end()
         self.guard.pending = None
         self.pair.remove_traces()
         for teacher in self.pair.cached_teachers:
@@ -171,18 +219,29 @@ class Distillation:
 
 def _open_cache(
     runner: TeacherRunner, batch: Any, described: TeacherDescription, data: TrainingData | None, services: Services
-) -> None:
-    """Open a teacher's cache, if it has one, for the layers that were found, and refuse what cannot be cached."""
+) -> float | None:
+    """Open a teacher's cache, if it has one, for the layers that were found, and refuse what cannot be cached.
+
+    Returns the bytes that it takes for a sample, where that is known.
+    """
     teacher = runner.teacher
     if not isinstance(teacher, CachedTeacher):
-        return
+        return None
     # What is stored depends on the autocast under which the teacher ran, too.
     kept = f"{'' if runner.loss is None else runner.loss.kept} autocast {services.mixed_precision}"
     teacher.open(batch, described, kept=kept, logits=runner.logits, features=runner.loss is not None)
-    if data is not None:
-        check_cache(teacher, data, runner)
+    size = None if data is None else check_cache(teacher, data, runner)
     if services.is_main:
         teacher.write_note(batch, described)
+    return size
+
+
+def _cache_bytes(sizes: Sequence[float | None], data: TrainingData | None) -> CacheBytes | None:
+    known = [size for size in sizes if size is not None]
+    if data is None or not known:
+        return None
+    samples = len(data.dataset) * getattr(data.dataset, "views", 1)
+    return CacheBytes(sum(known), round(sum(known) * samples))
 
 
 def _make_plan(

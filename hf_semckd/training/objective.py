@@ -79,6 +79,12 @@ class Objective:
         self.monitor.record(shares, features, batch_size(batch))
         return (loss, outputs) if return_outputs else loss
 
+    def trial(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss of a micro-batch that is a step of its own; other processes are not waited for."""
+        labeled = self.plan.with_labels(batch)
+        counts = count_step([labeled], self.plan.task, self.plan.shifts_labels, lambda total: total)
+        return self(model, {**batch, COUNTS: counts[0]}, 0)
+
     def _run_student(
         self, model: nn.Module, batch: Mapping[str, Any], targets: TeacherOutputs, counts: StepCounts
     ) -> tuple[Any, Mapping[str, Tensor] | None]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..data.columns import has_own_tokens, teacher_entries
 from ..errors import InputError
@@ -21,8 +22,11 @@ from ..models.tables import aligned_lines
 from ..models.tasks import Task, head_task, predicts_next_token
 from ..teacher.cached import teacher_prefix
 from .classes import check_same_tokens, match_teachers, vocabulary_size
+from .memory import MemoryEstimate, TrainedBytes, teacher_bytes, try_step
 from .pair import layers_by_teacher
 
+# Samples of a batch, where `TrainingArguments` does not say.
+USUAL_BATCH = 8
 COMPARED = {"tokens": "position by position", "grid": "as maps of the smaller size", "mean": "by their averages"}
 
 
@@ -78,6 +82,8 @@ class PairReport:
             position, `grid` as maps of the smaller size, `mean` by their averages.
         match: How the logits of both are brought to the same classes; None where only features can be distilled.
         problem: Why logits cannot be distilled, where they cannot.
+        memory: About what a training takes with AdamW and batches of 8, but for what the feature loss adds; a trainer
+            tells that, too, before it starts (logging level INFO).
     """
 
     student: ModelReport
@@ -85,6 +91,7 @@ class PairReport:
     alignments: Sequence[Sequence[str]]
     match: LogitMatch | None
     problem: str = ""
+    memory: MemoryEstimate | None = None
 
     def __str__(self) -> str:
         """Return both models' layers, how they are compared, and the logits."""
@@ -101,7 +108,10 @@ class PairReport:
                 (f"student {name}", *row) for name, row in zip(self.student.layers, self.alignments, strict=True)
             ]
             parts += ["Compared", *aligned_lines(pairs, "  "), ""]
-        return "\n".join([*parts, f"Logits: {self._logits()}"])
+        parts.append(f"Logits: {self._logits()}")
+        if self.memory is not None:
+            parts += ["", "Memory, about", *self.memory.lines()]
+        return "\n".join(parts)
 
     def _logits(self) -> str:
         if self.match is None:
@@ -150,14 +160,44 @@ def inspect_models(
     aligned = not has_own_tokens(batch) and not own.detects
     kinds = [[Alignment.of(s, t, aligned).kind for t in other.specs] for s in own.specs]
     shapes = [report.logits for report in others if report.logits is not None]
+    memory = _memory(learner, teachers, batch)
     if own.logits is None or len(shapes) < len(others):
-        return PairReport(own, other, kinds, None, own.problem or other.problem)
+        return PairReport(own, other, kinds, None, own.problem or other.problem, memory)
     try:
         check_same_tokens(own.logits, batch)
         matches = match_teachers(learner, teachers, own.logits, shapes, vocabulary_size(processing_class))
     except InputError as error:
-        return PairReport(own, other, kinds, None, str(error).splitlines()[0])
-    return PairReport(own, other, kinds, next((match for match in matches if match.order is not None), matches[0]))
+        return PairReport(own, other, kinds, None, str(error).splitlines()[0], memory)
+    match = next((match for match in matches if match.order is not None), matches[0])
+    return PairReport(own, other, kinds, match, memory=memory)
+
+
+def _memory(student: nn.Module, teachers: Sequence[nn.Module], batch: Mapping[str, Any]) -> MemoryEstimate:
+    """Measure a step of both models, whose loss reads all hidden states and logits; nothing stays on them."""
+
+    def run(model: nn.Module, entries: Mapping[str, Any]) -> list[Tensor]:
+        inputs = InputSelector(model)(entries)
+        inputs = inputs if model is student else fitting_size(model, inputs)(inputs)
+        outputs = model(**inputs, **FeatureCapture(model, None, "").request())
+        leaves = tree_leaves(list(outputs.values()) if isinstance(outputs, Mapping) else outputs)
+        return [entry for entry in leaves if isinstance(entry, Tensor) and entry.is_floating_point() and entry.dim()]
+
+    def loss_of(made: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), evaluating(*teachers):
+            taught = [run(teacher, teacher_entries(made)) for teacher in teachers]
+        learned = [entry for entry in run(student, made) if entry.requires_grad]
+        loss = torch.stack([entry.float().log_softmax(-1).square().mean() for entry in learned]).sum()
+        # A loss holds them until then.
+        del taught
+        return loss
+
+    try:
+        step = try_step(student, teachers, batch, loss_of, seed=0)
+    finally:
+        for model in (student, *teachers):
+            remove_capturing_traces(model)
+    placed = teacher_bytes(teachers)
+    return MemoryEstimate(TrainedBytes.of(student), None, placed, step, USUAL_BATCH, accumulates=False)
 
 
 def _joined(reports: Sequence[ModelReport]) -> ModelReport:

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SemCKDConfig
-from ..data.samples import is_map_style
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
 from ..models.loading import ModelSource, TeacherSource, load_model
@@ -18,13 +17,7 @@ from .attachment import forget_wrappers
 from .batches import checked_batches
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
-from .checks import (
-    check_dataset,
-    check_feature_loss,
-    check_labels,
-    check_output_folder,
-    check_teacher_given,
-)
+from .checks import check_dataset, check_feature_loss, check_labels, check_output_folder, check_teacher_given
 from .classes import vocabulary_size
 from .distillation import Distillation
 from .engines import Engine, check_engine, check_parallelism
@@ -32,12 +25,13 @@ from .interrupts import saved_when_terminated
 from .pair import Pair
 from .plan import Services
 from .processes import noticing_lost_processes, noting_step
+from .publishing_trainer import PublishingTrainer
 from .sealing import checkpoint_to_resume
-from .student_trainer import StudentTrainer
+from .streams import batches_to_read, check_equal_sizes, check_position
 from .task_loss import plain_module_loss
 
 
-class DistillationTrainer(StudentTrainer):
+class DistillationTrainer(PublishingTrainer):
     """`transformers.Trainer` that also learns from a frozen teacher.
 
     total loss = task_weight * task + logit_weight * logits + feature_weight * features, each averaged over the
@@ -114,7 +108,8 @@ class DistillationTrainer(StudentTrainer):
     def fill_teacher_cache(self) -> int:
         """Run the teacher on every training sample that the cache lacks, and return how many samples it holds.
 
-        Under Accelerate every process takes its share. Training with the same settings then never runs the teacher.
+        Under Accelerate every process takes its share; a stream is read as far as `max_steps` will read it. Training
+        with the same settings then never runs the teacher.
 
         Raises:
             ConfigurationError: Without `teacher_cache_dir`.
@@ -127,7 +122,8 @@ class DistillationTrainer(StudentTrainer):
             with checked_batches(self, self._built().check_batch, teachers, drop_last=False):
                 # Not an evaluation's loader, which Trainer may keep.
                 loader = self.get_test_dataloader(all_versions(self.train_dataset))
-            fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet)
+            limit = batches_to_read(self.train_dataset, self.args)
+            fill_cache(teachers, run_teacher, loader, self._prepare_input, quiet, limit)
         self.accelerator.wait_for_everyone()
         return min(map(check_filled, teachers))
 
@@ -169,6 +165,7 @@ class DistillationTrainer(StudentTrainer):
             data = self._training_data()
             batch = data.first_batch() if data else self._prepare_input(next(iter(self.get_train_dataloader())))
             check_labels(batch, self.label_names, self.args)
+            check_equal_sizes(data, self.args)
             if self.distillation is None:
                 self.pair.prepare_inputs(self.processing_class, batch)
             if not self.label_names and "labels" in batch:
@@ -207,7 +204,7 @@ class DistillationTrainer(StudentTrainer):
         # The caches are open when the distillation is built.
         if self.distillation is None:
             return super().get_train_dataloader()
-        teachers = self.distillation.pair.cached_teachers if is_map_style(self.train_dataset) else []
+        teachers = self.distillation.pair.cached_teachers
         drop_last = self.args.dataloader_drop_last
         with checked_batches(self, self.distillation.check_batch, teachers, drop_last=drop_last):
             return super().get_train_dataloader()
@@ -238,6 +235,7 @@ class DistillationTrainer(StudentTrainer):
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         check_engine(resume_from_checkpoint, Engine.of_trainer(self))
+        check_position(resume_from_checkpoint, self.train_dataset, self.args)
         check_output_folder(self.args, probe=True)
         stop = self._stop if self._distills else None
         with noticing_lost_processes(self.args.world_size), saved_when_terminated(self, stop):
@@ -264,12 +262,8 @@ class DistillationTrainer(StudentTrainer):
         if self.distillation is not None and self.model.training and self.is_in_train:
             result = self.distillation.objective(model, inputs, self.state.global_step + 1, return_outputs)
             return result if hasattr(Trainer, "loss_is_scaled_for_ga") else self._unscaled(result, return_outputs)
-        plain = None
-        if (
-            self.pair is not None
-            and self.compute_loss_func is None
-            and not self.pair.router.takes_any(self.label_names)
-        ):
+        plain, lacks_loss = None, self.pair is not None and not self.pair.router.takes_any(self.label_names)
+        if lacks_loss and self.compute_loss_func is None:
             plain = plain_module_loss(model, inputs, self.label_names, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) if plain is None else plain
 

@@ -24,7 +24,8 @@ def flags(tmp_path_factory):
 
 def test_a_plan_counts_the_steps_of_the_training_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command("plan", *flags, "--num_train_epochs", 2, "--samples", 1001, "--json") == 0
+    # The steps of the recipe are not those of so many samples.
+    assert command("plan", *flags, "--num_train_epochs", 2, "--max_steps", 5, "--samples", 1001, "--json") == 0
     out, err = capsys.readouterr()
     told = json.loads(out)
     assert (told["samples"], told["steps"]) == (1001, 2 * math.ceil(1001 / 4))
@@ -34,6 +35,10 @@ def test_a_plan_counts_the_steps_of_the_training_and_leaves_nothing(flags, tmp_p
     assert told["seconds"]["cached"] == pytest.approx(cached)
     # Logits and hidden states of a text of some tokens.
     assert 100 < cache["bytes"] < 100_000 and told["step"]["peak_bytes"] > 1e6
+    memory = told["memory"]
+    parts = [memory["student"], memory["projections"]]
+    trained = sum(part[name] for part in parts for name in ("weights", "gradients", "optimizer"))
+    assert memory["total"] == trained + sum(memory["teacher"].values()) + memory["activations"]
     assert told["advice"] in err and "advice" in err and not list(tmp_path.iterdir())
 
 
@@ -100,4 +105,5 @@ def test_the_advice_is_the_shorter_training():
 def test_a_plan_for_people_is_a_table(flags, capsys):
     assert command("plan", *flags, "--samples", 100, "--teacher_epochs", 1) == 0
     out = capsys.readouterr().out
+    assert "measured  a step " in out and "calculated for 100 samples" in out and "projections " in out
     assert "live " in out and "cached " in out and "to fine-tune the teacher" in out

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import transformers as tf
 from torch import nn
 
@@ -404,3 +405,44 @@ def test_a_vector_is_one_token():
 def test_accepts_looks_at_names_and_at_any_keyword():
     assert accepts(lambda a, b=1: a, "b") and accepts(lambda **rest: rest, "b")
     assert not accepts(lambda a, *rest: a, "b")
+
+
+class Checkpointed(nn.Module):
+    """Two linear layers, recomputed in the backward pass."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant = reentrant
+        self.both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run both."""
+        return torch.utils.checkpoint.checkpoint(self.both, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize(("reentrant", "name"), [(True, "both"), (False, "both"), (False, "both.0")])
+def test_a_checkpointed_layer_is_captured_once_with_its_gradient(reentrant, name):
+    model, x = Checkpointed(reentrant), torch.randn(2, 3, 4)
+    capture = FeatureCapture(model, [name], "student")
+    with capture.recording(model) as recorded:
+        outputs = model(x)
+    (feature,) = capture.collect(outputs, recorded)
+    seen = recorded[name]
+    feature.square().sum().backward()
+    got = [weight.grad for weight in model.both[0].parameters()]
+    model.zero_grad()
+    (model.both if name == "both" else model.both[0])(x).square().sum().backward()
+    for found, weight in zip(got, model.both[0].parameters(), strict=True):
+        torch.testing.assert_close(found, weight.grad)
+    assert recorded[name] is seen, "recomputing records nothing"
+
+
+def test_what_a_checkpoint_hides_is_refused_where_it_is_to_learn_and_only_there():
+    model, x = Checkpointed(True), torch.randn(2, 3, 4)
+    capture = FeatureCapture(model, ["both.0"], "student")
+    with torch.no_grad(), capture.recording(model) as recorded:
+        model(x)
+    assert set(recorded) == {"both.0"}
+    with pytest.raises(InputError, match=r"both\.0.*gradient|gradient.*both\.0"), capture.recording(model):
+        model(x)
+    assert not model.both[0]._forward_hooks

@@ -231,18 +231,18 @@ def test_a_failure_costs_only_itself(recipe, tmp_path, monkeypatch, capsys, capl
 
 
 def test_a_card_or_a_push_that_fails_costs_only_itself(recipe, tmp_path, monkeypatch, capsys):
-    from hf_semckd.training.student_trainer import StudentTrainer
+    from hf_semckd.training.publishing_trainer import PublishingTrainer
 
     with monkeypatch.context() as patch:
-        patch.setattr(StudentTrainer, "create_model_card", fail)
+        patch.setattr(PublishingTrainer, "create_model_card", fail)
         assert recipe("--json") == 1
     assert json.loads(capsys.readouterr().out)["problems"] == ["card: something was wrong"]
     assert FILES - {"README.md"} <= files(tmp_path / "out")
     # The next run makes up for it.
     assert recipe() == 0 and (tmp_path / "out" / "README.md").is_file()
     pushes = []
-    monkeypatch.setattr(StudentTrainer, "init_hf_repo", lambda *_: None)
-    monkeypatch.setattr(StudentTrainer, "push_to_hub", lambda *_, **__: pushes.append(1) or fail())
+    monkeypatch.setattr(PublishingTrainer, "init_hf_repo", lambda *_: None)
+    monkeypatch.setattr(PublishingTrainer, "push_to_hub", lambda *_, **__: pushes.append(1) or fail())
     assert recipe("--push_to_hub") == 1
     assert pushes and "The student is saved" not in capsys.readouterr().out
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caching_worker import JOBS, count_rows
+from caching_worker import JOBS, STREAMS, count_rows
 from caching_worker import SAMPLES as SHARED_SAMPLES
 from distributed_worker import ACCUMULATED, read
 from launching import WORLD, assert_launched, launch_once
-from makers import LABELS, VOCABULARY, Samples, bert, distilbert, images, vit
+from makers import LABELS, VOCABULARY, Samples, Stream, bert, distilbert, images, vit
 from paired import collator as paired_collator
 from paired import dataset as paired_dataset
 from tiny import (
@@ -755,6 +755,16 @@ def test_two_processes_share_the_filling(problem, shared):
     assert sum(given) >= SHARED_SAMPLES
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", STREAMS)
+def test_two_processes_share_the_filling_from_a_stream(job, shared):
+    read(shared, job)
+    assert told(shared, job, "held") == told(shared, job, "again") == [SHARED_SAMPLES] * WORLD
+    given = told(shared, job, "filling")
+    assert sum(given) >= SHARED_SAMPLES and min(given) >= SHARED_SAMPLES / 2 - 2
+    assert told(shared, job, "training") == [0, 0]
+
+
 # ---- Shapes that do not follow the mask ----------------------------------------------------------------------------
 
 
@@ -849,14 +859,6 @@ def test_encoder_decoders_are_refused(tmp_path):
 
 
 # ---- What a review found ------------------------------------------------------------------------------------------
-
-
-class Stream(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Any:
-        return iter([self.rows[index] for index in range(len(self.rows))])
 
 
 def test_a_stream_is_cached_without_being_counted(tmp_path):

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from makers import Samples, images, resnet, vit
+from makers import Samples, Stream, assert_same_weights, images, resnet, vit, weights
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, fit, make, outcome, pictures, tokenizer, train
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
@@ -224,14 +223,39 @@ def test_bfloat16_autocast_is_close_to_full_precision(problem, tmp_path):
     assert max(gaps) > 1e-5
 
 
-@pytest.mark.parametrize("reentrant", [False, None])
-@pytest.mark.parametrize("problem", ["vit", "sentences", "next_word"])
+@pytest.mark.parametrize(
+    ("problem", "reentrant"),
+    [("vit", False), ("sentences", False), ("next_word", False), ("vit", None), ("next_word", True)],
+)
 def test_gradient_checkpointing_changes_nothing(problem, reentrant, tmp_path):
     how = None if reentrant is None else {"use_reentrant": reentrant}
     args = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": how, "association": "similarity"}
     done = train(problem, tmp_path, **args, **cut(4, 2))
     hand = by_hand(problem, tmp_path, micro=4, parts=2, association="similarity")
     assert_same(done, hand, PROBLEMS[problem].tolerance)
+
+
+BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+WITHIN = ["bert.encoder.layer.0.attention", "bert.encoder.layer.1.output"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "reentrant"),
+    [(BLOCKS, True), (["bert.embeddings", "bert.encoder"], True), (WITHIN, False)],
+)
+def test_gradient_checkpointing_changes_nothing_for_named_layers(layers, reentrant, tmp_path):
+    args = {"student_layers": layers, "samples": 8, **cut(4, 1)}
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    assert_same(train("sentences", tmp_path, **args, **how), train("sentences", tmp_path, **args), 1e-9)
+
+
+def test_layers_that_gradient_checkpointing_cuts_off_are_refused_before_anything_is_learned(tmp_path):
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make("sentences", tmp_path, student_layers=WITHIN, **how, **cut(4, 1))
+    before = weights(trainer.student)
+    with pytest.raises(InputError, match="use_reentrant"):
+        fit(trainer)
+    assert_same_weights(before, weights(trainer.student))
 
 
 COMPILED = [("vit", "eager"), ("sentences", "eager"), ("sentences", "aot_eager"), ("vit", "inductor")]
@@ -249,16 +273,6 @@ def test_a_compiled_student_trains_the_same(problem, backend, tmp_path):
 def test_a_student_made_by_model_init_trains_the_same(tmp_path):
     done = train("vit", tmp_path, model_init=lambda: PROBLEMS["vit"].student().double(), **cut(4, 2))
     assert_same(done, by_hand("vit", tmp_path, micro=4, parts=2))
-
-
-class Stream(IterableDataset):
-    """Samples without a length."""
-
-    def __init__(self, rows: Samples):
-        self.rows = rows
-
-    def __iter__(self) -> Any:
-        return iter(self.rows.rows)
 
 
 def test_a_stream_of_samples_trains_the_same(tmp_path):
