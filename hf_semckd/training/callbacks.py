@@ -31,7 +31,7 @@ class DistillationCallback(TrainerCallback):
         monitor: Averages what is logged.
         teachers: Those for which a cache answers.
         handler: Holds the other callbacks, those of trackers perhaps among them.
-        attachment: Joins feature loss and student; None without a feature loss.
+        attachment: Joins losses and student; None where none is computed inside the student's forward.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class DistillationCallback(TrainerCallback):
         self.monitor.start(state.global_step)
         self._sent = quarter(state.global_step, state.max_steps)
         if self.attachment is not None:
-            self.attachment.loss.forget_collected()
+            if self.attachment.loss is not None:
+                self.attachment.loss.forget_collected()
             self.handler.model = self.attachment.plain_view()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

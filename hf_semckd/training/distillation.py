@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ from .caching import TrainingData, check_cache
 from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
+from .language import find_language_distillation
 from .monitor import Monitor
 from .objective import Objective
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
@@ -42,7 +44,7 @@ class Distillation:
     hyper-parameter search).
 
     Attributes:
-        attachment: Joins loss and student; None without a feature loss.
+        attachment: Joins losses and student; None where none is computed inside the student's forward.
         settings: Those of the configuration, with what is used where they depend on the models.
     """
 
@@ -51,12 +53,16 @@ class Distillation:
         self.plan = plan
         self.loss = loss
         teacher = pair.teacher if plan.mixture is None else TeacherEnsemble(pair.teachers, plan.mixture)
-        self.run_teacher = TeacherRunner(teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
+        head = None if plan.language is None else plan.language.teacher_head
+        self.run_teacher = TeacherRunner(
+            teacher, loss, logits=plan.distills_logits, autocast=services.autocast, head=head
+        )
         self.guard = FiniteGuard(services, self.run_teacher.check_finite)
         self.monitor = Monitor(plan, pair, loss, services)
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
-        self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
+        apart = loss is None and plan.language is None
+        self.attachment = None if apart else StudentAttachment(pair.student, loss, pair.capture)
         chosen = {} if loss is None else loss.settings
         used: dict[str, Any] = {"feature_weight": plan.feature_weight, "temperature": plan.temperature}
         if len(pair.teachers) > 1:
@@ -87,6 +93,10 @@ class Distillation:
             found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
+            if found.student_logits is not None:
+                size = found.student_logits.shape[-1]
+                language = find_language_distillation(pair, plan, found.batch, size, args, services)
+                plan = dataclasses.replace(plan, language=language)
             if found.student_logits is not None and plan.task_weight > 0 and services.custom_loss is None:
                 dataset = None if data is None else data.dataset
                 check_label_range(found.batch, plan.task, found.student_logits, dataset)
@@ -102,7 +112,7 @@ class Distillation:
 
     @property
     def attached(self) -> bool:
-        """Whether the feature loss is part of the student now."""
+        """Whether losses are computed inside the student's forward now."""
         return self.attachment is not None and self.attachment.attached
 
     def attach(self) -> None:
@@ -110,8 +120,9 @@ class Distillation:
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
         self.objective.statistics_ready = False
+        if self.loss is not None:
+            self.loss.automatic_synchronization = False
         if self.attachment is not None:
-            self.attachment.loss.automatic_synchronization = False
             self.attachment.attach()
 
     def detach(self) -> None:
@@ -123,11 +134,11 @@ class Distillation:
         self.pair.remove_traces()
         for teacher in self.pair.cached_teachers:
             teacher.flush()
-        if self.attachment is not None:
-            self.attachment.loss.automatic_synchronization = True
-            if self.attachment.removable:
-                self.attachment.detach()
-                remove_capturing_traces(self.pair.student)
+        if self.loss is not None:
+            self.loss.automatic_synchronization = True
+        if self.attachment is not None and self.attachment.removable:
+            self.attachment.detach()
+            remove_capturing_traces(self.pair.student)
 
     def plain_student(self) -> AbstractContextManager[None]:
         """Return a context in which the student is the plain model: to save, reload or count it."""

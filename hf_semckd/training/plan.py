@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..losses.fused_linear import LanguageDistillation
 from ..losses.logits import LogitMatch, LogitMixture
 from ..models.tasks import Task
 
@@ -27,6 +28,7 @@ class Plan:
         match: Brings the logits of both models to the same classes.
         mixture: Joins the logits of several teachers; None for one.
         task_weight, logit_weight, feature_weight: With 0 a term is not computed.
+        language: How task and logit term are computed without all logits at once; None where they are not.
     """
 
     task: Task
@@ -40,6 +42,7 @@ class Plan:
     task_weight: float
     logit_weight: float
     feature_weight: float
+    language: LanguageDistillation | None = None
 
     @property
     def distills_logits(self) -> bool:
@@ -65,6 +68,7 @@ class Services:
         mixed_precision: `no`, `bf16` or `fp16`.
         autocast: Returns the context in which the student's forward runs.
         reduce_sum: Adds a tensor over processes; it stays on its device.
+        shards: Whether parameters may be spread over processes (FSDP, DeepSpeed), or wrapped by an engine.
         custom_loss, label_smoother: `Trainer`'s `compute_loss_func` and `label_smoother`.
     """
 
@@ -77,6 +81,7 @@ class Services:
     reduce_sum: Callable[[Tensor], Tensor]
     custom_loss: Callable[..., Tensor] | None
     label_smoother: Callable[..., Tensor] | None
+    shards: bool = False
 
     @classmethod
     def of(cls, accelerator: Accelerator, device: torch.device, custom_loss: Any, label_smoother: Any) -> Services:
@@ -98,4 +103,5 @@ class Services:
             reduce_sum=reduce_sum,
             custom_loss=custom_loss,
             label_smoother=label_smoother,
+            shards=accelerator.distributed_type.value.partition("_")[0] not in ("NO", "MULTI"),
         )
