@@ -119,8 +119,9 @@ def _output_layer(model: nn.Module) -> nn.Linear:
     if type(layer) is not nn.Linear:
         found = "none" if layer is None else f"{type(layer).__module__}.{type(layer).__name__}"
         raise UnprovenHeadError(f"its output layer is no plain linear layer ({found})")
-    if "forward" in layer.__dict__ or hasattr(layer, "parametrizations") or not layer.weight.is_floating_point():
-        raise UnprovenHeadError("the forward or the weight of its output layer was replaced")
+    replaced = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    if replaced or hasattr(layer, "parametrizations") or not layer.weight.is_floating_point():
+        raise UnprovenHeadError("the forward or the weight of its output layer was replaced, or has hooks")
     return layer
 
 
