@@ -24,7 +24,7 @@ from .caching import TrainingData, check_cache
 from .checks import check_label_range, check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
-from .language import find_language_distillation
+from .language import find_language_distillation, tried_batch
 from .monitor import Monitor
 from .objective import Objective
 from .optimizer import BorrowedOptimizer, add_feature_loss_groups
@@ -90,6 +90,7 @@ class Distillation:
             check_lengths(longest, pair.student, pair.teacher_models)
         try:
             logits, features = args.distills_logits, pair.source is not None
+            batch = tried_batch(pair, batch)
             found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
             loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)

@@ -18,6 +18,7 @@ from ..models.inputs import InputSelector, evaluating
 from ..models.language_head import LanguageHead, UnprovenHeadError, find_language_head
 from ..models.outputs import IGNORED, token_targets
 from ..models.packing import document_starts
+from ..models.tasks import shifts_labels
 from ..teacher.teacher import Teacher, runs_by_itself
 from .counts import StepCounts
 from .pair import Pair
@@ -26,6 +27,8 @@ from .plan import Plan, Services
 logger = logging.getLogger(__name__)
 # From this number of token ids on, unless the configuration tells; see docs/results/cost.md.
 LARGE_VOCABULARY = 2**14
+# Of the texts that models with a large vocabulary are tried on: all logits of longer ones may not fit.
+TRIED_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,23 @@ class LanguageTargets:
         rows = TokenRows(hidden.flatten(0, 1), self.teacher.flatten(0, 1), labels, self.compared.flatten())
         found = fused_linear_losses(rows, self.distillation, self.task_factor, self.logit_factor)
         return {"total": found.total, "task": found.task, "logit": found.logit}
+
+
+def tried_batch(pair: Pair, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the beginning of the texts of a small batch, where all logits of whole texts would take much memory.
+
+    Only of plain texts without padding in front or in their beginning, and with labels there if they have some.
+    """
+    ids, vocabulary = batch.get("input_ids"), getattr(getattr(pair.student, "config", None), "vocab_size", None)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    plain = {*tensors} <= {"input_ids", "attention_mask", "labels"} and isinstance(ids, Tensor) and ids.dim() == 2
+    large = isinstance(vocabulary, int) and vocabulary >= LARGE_VOCABULARY and shifts_labels(pair.student)
+    if not plain or not large or pair.cached_teachers or any(entry.shape != ids.shape for entry in tensors.values()):
+        return batch
+    cut = {**batch, **{name: value[:, :TRIED_TOKENS] for name, value in tensors.items()}}
+    padded = "attention_mask" in cut and bool((cut["attention_mask"] == 0).any())
+    unlabeled = "labels" in cut and bool((cut["labels"][:, 1:] == IGNORED).all())
+    return batch if padded or unlabeled else cut
 
 
 def find_language_distillation(
