@@ -74,7 +74,7 @@ class SemCKDConfig(TrainingArguments):
         None,
         "Positions whose logits a causal language model computes at once for its losses, which stay the same: all of "
         "a large vocabulary take more memory than the models. 0: all. None: as many as make 8 million logits, from "
-        "16,384 token ids on. Also all where it is not certain how a model makes its logits, with several teachers, a "
+        "4,096 token ids on. Also all where it is not certain how a model makes its logits, with several teachers, a "
         "teacher cache, torch.compile, FSDP or DeepSpeed; a log line says why.",
     )
     feature_weight: float | None = option(

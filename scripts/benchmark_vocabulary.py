@@ -1,10 +1,12 @@
-"""Memory and time of task and logit loss with a large vocabulary: from hidden states in chunks, and densely.
+"""Memory and time of task and logit loss with a large vocabulary: from hidden states in chunks, and with all logits.
 
-Forward and backward of the two losses alone, from random hidden states and heads, each measurement in a process of its
-own, the forms in turn. Memory is the resident peak above what heads and hidden states take; time is the processor's.
+Forward and backward of the two losses alone, of random hidden states and heads at temperature 1: each measurement is
+one pass in a process of its own, the forms in turn. Memory is the resident peak above heads and hidden states, time
+the processor's.
 
-    python scripts/benchmark_vocabulary.py
-    python scripts/benchmark_vocabulary.py --positions 256 --vocabulary 8192 --rounds 9 --output outputs/small.json
+    python scripts/benchmark_vocabulary.py                  # all cases, about half an hour
+    python scripts/benchmark_vocabulary.py --cases 1024x4096x512 --rounds 3 --output outputs/vocabulary.json
+    python scripts/benchmark_vocabulary.py --table          # measures nothing
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +27,81 @@ import torch.nn.functional as F
 from step_cost.memory import current_bytes, peak_bytes, reset_peak
 from torch import Tensor, nn
 
+from hf_semckd.files import write_json
 from hf_semckd.losses.fused_linear import LanguageDistillation, TokenRows, fused_linear_losses
 from hf_semckd.losses.logits import logit_loss_sum
 from hf_semckd.models.language_head import LanguageHead
 
 FORMS = ("dense", "fused")
-SIZES = ("positions", "vocabulary", "width", "teacher_width", "chunk_size", "threads")
+# Positions x vocabulary x width of the student.
+CASES = ("1024x131072x512", "1024x131072x1024", "1024x16384x512", "1024x4096x512", "256x4096x512")
+TEACHER_WIDTH = 1024
+RESULTS = Path(__file__).resolve().parent / "results" / "vocabulary.json"
 
 
 def main() -> None:
     """Measure the forms in turn, or one of them where the script itself asks for it."""
     options = parse()
     if options.form is not None:
-        print(json.dumps(measure(options)))
+        print(json.dumps(measure(options.form, options.cases[0], options.chunk_size, options.threads)))
         return
-    runs: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
-    for _ in range(options.rounds):
-        for form in FORMS:
-            runs[form].append(measure_elsewhere(form, options))
-    sizes = {name: getattr(options, name) for name in SIZES}
-    result = {"sizes": sizes, "runs": runs, "conditions": conditions.conditions("cpu")}
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(summary(sizes, runs))
+    for case in [] if options.table else options.cases:
+        runs: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
+        for _ in range(options.rounds):
+            for form in FORMS:
+                runs[form].append(measure_elsewhere(form, case, options))
+        record = {"runs": runs, "threads": options.threads, "conditions": conditions.conditions("cpu")}
+        stored = json.loads(options.output.read_text("utf-8")) if options.output.is_file() else {}
+        write_json(options.output, {**stored, case: record})
+    print(table(options.output))
 
 
-def summary(sizes: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return medians of both forms, and of the ratios of neighboring runs with their range."""
-    lines = [", ".join(f"{name} {value}" for name, value in sizes.items())]
-    for key, unit, scale in (("peak_bytes", "MB", 1e6), ("seconds", "s", 1)):
-        dense, fused = ([run[key] / scale for run in runs[form]] for form in FORMS)
-        ratios = [one / other for one, other in zip(fused, dense, strict=True)]
-        lines.append(
-            f"{key}: dense {statistics.median(dense):.3f} {unit}, fused {statistics.median(fused):.3f} {unit}, ratio "
-            f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] of {len(ratios)}"
-        )
+def table(path: Path = RESULTS) -> str:
+    """Return the stored measurements as a table: medians, and of the ratios of neighboring runs also the range."""
+    lines = [
+        "| positions | vocabulary | student's width | peak, all logits | chunks | ratio | time, all logits | chunks "
+        "| ratio |",
+        "|" + "---|" * 9,
+    ]
+    for case, record in json.loads(path.read_text("utf-8")).items():
+        cells = case.split("x")
+        for key, unit, scale in (("peak_bytes", "MB", 1e6), ("seconds", "s", 1.0)):
+            dense, fused = ([run[key] / scale for run in record["runs"][form]] for form in FORMS)
+            ratios = [one / other for one, other in zip(fused, dense, strict=True)]
+            digits = 0 if unit == "MB" else 2
+            cells += [f"{statistics.median(values):,.{digits}f} {unit}" for values in (dense, fused)]
+            cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def measure_elsewhere(form: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure_elsewhere(form: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run `measure` in a process of its own, so that no form inherits another's memory."""
-    sizes = [
-        word
-        for name in SIZES
-        if getattr(options, name) is not None
-        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
-    ]
-    command = [sys.executable, __file__, "--form", form, *sizes]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    words = ["--form", form, "--cases", case, "--threads", str(options.threads)]
+    words += [] if options.chunk_size is None else ["--chunk-size", str(options.chunk_size)]
+    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the peak of a form in bytes above the start, and the processor time of a second pass in seconds."""
-    torch.set_num_threads(options.threads)
+def measure(form: str, case: str, chunk_size: int | None, threads: int) -> dict[str, Any]:
+    """Return the peak of a form in bytes above the start, and its processor time in seconds."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     # A small pass first: libraries load, and threads start.
-    step(options.form, 8, 64, 16, 16, None)()
-    run = step(
-        options.form,
-        options.positions,
-        options.vocabulary,
-        options.width,
-        options.teacher_width,
-        options.chunk_size,
-    )
-    how, before = reset_peak("cpu"), current_bytes("cpu")
+    step(form, 8, 64, 16, None)()
+    positions, vocabulary, width = map(int, case.split("x"))
+    run = step(form, positions, vocabulary, width, chunk_size)
+    how, before, start = reset_peak("cpu"), current_bytes("cpu"), time.process_time()
     run()
-    peak = peak_bytes("cpu", how) - before
-    start = time.process_time()
-    run()
-    return {"peak_bytes": peak, "how": how, "seconds": time.process_time() - start}
+    return {"seconds": time.process_time() - start, "peak_bytes": peak_bytes("cpu", how) - before, "how": how}
 
 
-def step(form: str, positions: int, vocabulary: int, width: int, teacher_width: int, chunk_size: int | None) -> Any:
+def step(form: str, positions: int, vocabulary: int, width: int, chunk_size: int | None) -> Callable[[], None]:
     """Return a function that computes the losses of one row of text and their gradients."""
-    student, teacher = (nn.Linear(size, vocabulary, bias=False) for size in (width, teacher_width))
+    student, teacher = (nn.Linear(size, vocabulary, bias=False) for size in (width, TEACHER_WIDTH))
     teacher.requires_grad_(False)
     hidden = torch.randn(1, positions, width, requires_grad=True)
-    theirs, labels = torch.randn(1, positions, teacher_width), torch.randint(vocabulary, (1, positions))
+    theirs, labels = torch.randn(1, positions, TEACHER_WIDTH), torch.randint(vocabulary, (1, positions))
     factor = torch.tensor(1.0 / (positions - 1))
 
     def dense() -> Tensor:
@@ -130,14 +129,12 @@ def step(form: str, positions: int, vocabulary: int, width: int, teacher_width: 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, default=1024, help="Tokens; %(default)s.")
-    parser.add_argument("--vocabulary", type=int, default=128 * 1024, help="Entries; %(default)s.")
-    parser.add_argument("--width", type=int, default=512, help="Of the student's hidden states; %(default)s.")
-    parser.add_argument("--teacher-width", type=int, default=1024, help="Of the teacher's; %(default)s.")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="NxVxD", help=f"As {', '.join(CASES)}.")
     parser.add_argument("--chunk-size", type=int, help="Positions in a chunk; the library's choice.")
     parser.add_argument("--rounds", type=int, default=5, help="Processes of each form; %(default)s.")
     parser.add_argument("--threads", type=int, default=1, help="%(default)s.")
-    parser.add_argument("--output", type=Path, help="A JSON file for all that was measured.")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="The JSON file.")
+    parser.add_argument("--table", action="store_true", help="Print the table of the stored file.")
     # What the script runs in a process of its own.
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     return parser.parse_args()

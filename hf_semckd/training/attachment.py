@@ -54,8 +54,8 @@ class StudentAttachment:
     While attached, the loss is a submodule of the student, and the student's class is a subclass of its own that
     runs the loss *inside* its forward, beside those of a language model's head; without a feature loss (None) these
     alone. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every trained parameter, synchronizes
-    its gradient and shards it. Without the teacher's features as an extra keyword the forward is unchanged, so evaluation,
-    saving and inspection work as ever.
+    its gradient and shards it. Without the teacher's features as an extra keyword the forward is unchanged, so
+    evaluation, saving and inspection work as ever.
     """
 
     def __init__(self, student: nn.Module, loss: FeatureLoss | None, capture: FeatureCapture):

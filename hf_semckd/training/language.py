@@ -26,7 +26,7 @@ from .plan import Plan, Services
 
 logger = logging.getLogger(__name__)
 # From this number of token ids on, unless the configuration tells; see docs/results/cost.md.
-LARGE_VOCABULARY = 2**14
+LARGE_VOCABULARY = 2**12
 # Of the texts that models with a large vocabulary are tried on: all logits of longer ones may not fit.
 TRIED_TOKENS = 64
 

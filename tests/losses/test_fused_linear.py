@@ -163,8 +163,10 @@ def test_no_row_that_counts_is_a_loss_of_zero() -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_in_half_precision_gradients_are_no_further_off_than_with_all_logits(half: torch.dtype, autocast: bool) -> None:
-    """As large as a loss scaler makes them, and divided by so many tokens that half precision alone would lose them."""
+def test_in_half_precision_gradients_are_no_further_off_than_with_all_logits(
+    half: torch.dtype, autocast: bool
+) -> None:
+    """As a loss scaler makes them, and divided by so many tokens that half precision alone would lose them."""
     size, kind = 256, torch.float32 if autocast else half
     torch.manual_seed(0)
     student, teacher = linear(32, size, dtype=kind), linear(32, size, dtype=kind, seed=5)
@@ -176,7 +178,9 @@ def test_in_half_precision_gradients_are_no_further_off_than_with_all_logits(hal
         with torch.autocast("cpu", dtype=half, enabled=autocast and form != "exact"):
             if form == "fused":
                 given = LanguageDistillation(LanguageHead(student), LanguageHead(teacher), 1.0, chunk_size=10)
-                total = fused_linear_losses(TokenRows(hidden, taught, labels, torch.ones(64)), given, factor, factor).total
+                total = fused_linear_losses(
+                    TokenRows(hidden, taught, labels, torch.ones(64)), given, factor, factor
+                ).total
             else:
                 wide = [entry.double() if form == "exact" else entry for entry in (hidden, student.weight, taught)]
                 logits = F.linear(wide[0], wide[1]).to(torch.float64 if form == "exact" else torch.float32)

@@ -302,7 +302,9 @@ def test_with_outputs_the_loss_is_that_of_all_logits(tmp_path: Path) -> None:
     found: list[tuple[float, float, Any]] = []
 
     class Both(DistillationTrainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+        ) -> Any:
             fused = super().compute_loss(model, inputs)
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             found.append((float(fused.detach()), float(loss.detach()), outputs.logits.shape))
