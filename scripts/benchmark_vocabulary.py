@@ -96,8 +96,8 @@ def measure(form: str, case: str, chunk_size: int | None, threads: int) -> dict[
     return {"seconds": time.process_time() - start, "peak_bytes": peak_bytes("cpu", how) - before, "how": how}
 
 
-def step(form: str, positions: int, vocabulary: int, width: int, chunk_size: int | None) -> Callable[[], None]:
-    """Return a function that computes the losses of one row of text and their gradients."""
+def step(form: str, positions: int, vocabulary: int, width: int, chunk_size: int | None) -> Callable[[], float]:
+    """Return a function that computes the losses of one row of text and their gradients, and returns their sum."""
     student, teacher = (nn.Linear(size, vocabulary, bias=False) for size in (width, TEACHER_WIDTH))
     teacher.requires_grad_(False)
     hidden = torch.randn(1, positions, width, requires_grad=True)
@@ -119,9 +119,11 @@ def step(form: str, positions: int, vocabulary: int, width: int, chunk_size: int
         distillation = LanguageDistillation(*heads, temperature=1.0, chunk_size=chunk_size)
         return fused_linear_losses(rows, distillation, factor, factor).total
 
-    def run() -> None:
-        {"dense": dense, "fused": fused}[form]().backward()
+    def run() -> float:
+        total = {"dense": dense, "fused": fused}[form]()
+        total.backward()
         student.weight.grad = hidden.grad = None
+        return float(total.detach())
 
     return run
 
