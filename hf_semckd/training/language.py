@@ -50,10 +50,14 @@ class LanguageTargets:
     logit_factor: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, teacher: Tensor, batch: Mapping[str, Any], counts: StepCounts) -> LanguageTargets:
-        """Return the targets of a batch; `teacher` are the teacher's hidden states."""
-        assert plan.language is not None
-        labels, rest = batch.get("labels"), teacher.shape[1] - 1
+    def of(
+        cls, plan: Plan, teacher: Tensor | None, batch: Mapping[str, Any], counts: StepCounts
+    ) -> LanguageTargets | None:
+        """Return the targets of a batch, by the teacher's hidden states; None where the losses need all logits."""
+        labels: Any = batch.get("labels")
+        if plan.language is None or teacher is None or (plan.task_weight > 0 and labels is None):
+            return None
+        rest = teacher.shape[1] - 1
         mask = token_targets(labels, batch.get("attention_mask"), True, document_starts(batch))
         kind = at_least_float32(teacher[:0]).dtype
         # Items are samples where nothing tells which tokens count.
@@ -61,7 +65,7 @@ class LanguageTargets:
         return cls(
             plan.language,
             teacher,
-            F.pad(labels[:, 1:], (0, 1), value=IGNORED) if plan.task_weight > 0 and labels is not None else None,
+            F.pad(labels[:, 1:], (0, 1), value=IGNORED) if plan.task_weight > 0 else None,
             F.pad(compared, (0, 1)),
             plan.task_weight * counts.task_sum_scale(),
             plan.logit_weight * counts.logit_scale(),
@@ -88,7 +92,8 @@ def tried_batch(pair: Pair, batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Only of plain texts without padding in front or in their beginning, and with labels there if they have some.
     """
-    ids, vocabulary = batch.get("input_ids"), getattr(getattr(pair.student, "config", None), "vocab_size", None)
+    ids: Any = batch.get("input_ids")
+    vocabulary = getattr(getattr(pair.student, "config", None), "vocab_size", None)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     plain = {*tensors} <= {"input_ids", "attention_mask", "labels"} and isinstance(ids, Tensor) and ids.dim() == 2
     large = isinstance(vocabulary, int) and vocabulary >= LARGE_VOCABULARY and shifts_labels(pair.student)

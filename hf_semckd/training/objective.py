@@ -64,9 +64,7 @@ class Objective:
         batch = {key: value for key, value in inputs.items() if key != COUNTS}
         counts = inputs[COUNTS] if COUNTS in inputs else self._count([batch])[0]
         targets = self.run_teacher(batch)
-        language = None
-        if targets.hidden is not None and not return_outputs:
-            language = LanguageTargets.of(self.plan, targets.hidden, batch, counts)
+        language = None if return_outputs else LanguageTargets.of(self.plan, targets.hidden, batch, counts)
         outputs, computed = self._run_student(model, batch, targets, counts, language)
         self.run_teacher.wait()
         if language is None:
@@ -76,12 +74,11 @@ class Objective:
         if "per_sample" in computed:
             # Multiple choice has several rows a sample: the mean over rows is that over samples.
             terms["feature_loss"] = scaled(computed["per_sample"].mean(), counts.sample_scale())
+        # In the total of a language model task and logit term have their gradients, and their weights.
         weights = {"task_loss": self.plan.task_weight, "logit_loss": self.plan.logit_weight}
-        if language is not None:
-            # Their gradients are in their sum.
-            weights = dict.fromkeys(weights, 0.0)
-        loss: Any = sum(weights.get(name, self.plan.feature_weight) * term for name, term in terms.items())
-        loss = loss + computed["total"] if language is not None else loss
+        added = [name for name in terms if language is None or name not in weights]
+        start = 0 if language is None else computed["total"]
+        loss: Any = sum((weights.get(name, self.plan.feature_weight) * terms[name] for name in added), start)
         if terms.keys() == {"feature_loss"}:
             # The head learns nothing then, but a wrapper may wait for its gradient.
             loss = loss + _zero(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_semckd import DistillationTrainer
 from hf_semckd.errors import TeacherOutputError
+from hf_semckd.training.language import find_language_distillation
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -286,6 +288,31 @@ def test_a_large_vocabulary_is_cut_into_chunks_by_itself(
     monkeypatch.setattr("hf_semckd.training.language.LARGE_VOCABULARY", limit)
     trainer = trained(tmp_path, "gpt2", None, max_steps=1)
     assert is_fused(trainer) == fused and not caplog.records
+
+
+def test_heads_that_may_be_sharded_need_all_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = trained(tmp_path, "gpt2", 5, max_steps=1).distillation
+    services = dataclasses.replace(found.objective.services, shards=True)
+    batch, args = texts().rows[0], config(tmp_path, logit_chunk_size=5)
+    assert find_language_distillation(found.pair, found.plan, batch, VOCABULARY, args, services) is None
+    assert "FSDP and DeepSpeed may shard the heads" in caplog.text
+
+
+def test_models_with_a_large_vocabulary_are_tried_on_short_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_semckd.training.language.LARGE_VOCABULARY", VOCABULARY)
+    monkeypatch.setattr("hf_semckd.training.language.TRIED_TOKENS", 4)
+    student, seen = llama(), []
+    student.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    args = config(tmp_path, **STEP, feature_weight=0.0)
+    parts: dict[str, Any] = {"args": args, "model": student, "teacher_model": llama(seed=9)}
+    trainer = DistillationTrainer(**parts, train_dataset=texts())
+    assert {*seen} == {4} and is_fused(trainer)
+    seen.clear()
+    padded = Samples([{**row, "attention_mask": row["attention_mask"].flip(0)} for row in texts().rows[1:]])
+    DistillationTrainer(**parts, train_dataset=padded)
+    assert {*seen} == {9}, "padding in front is not cut off"
 
 
 def test_no_tensor_of_all_logits_is_made(tmp_path: Path) -> None:
