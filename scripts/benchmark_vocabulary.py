@@ -4,7 +4,7 @@ Forward and backward of the two losses alone, of random hidden states and heads 
 one pass in a process of its own, the forms in turn. Memory is the resident peak above heads and hidden states, time
 the processor's.
 
-    python scripts/benchmark_vocabulary.py                  # all cases, about half an hour
+    python scripts/benchmark_vocabulary.py                  # adds rounds of all cases, about half an hour
     python scripts/benchmark_vocabulary.py --cases 1024x4096x512 --rounds 3 --output outputs/vocabulary.json
     python scripts/benchmark_vocabulary.py --table          # measures nothing
 """
@@ -45,13 +45,13 @@ def main() -> None:
     if options.form is not None:
         print(json.dumps(measure(options.form, options.cases[0], options.chunk_size, options.threads)))
         return
-    for case in [] if options.table else options.cases:
-        runs: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
-        for _ in range(options.rounds):
-            for form in FORMS:
-                runs[form].append(measure_elsewhere(form, case, options))
-        record = {"runs": runs, "threads": options.threads, "conditions": conditions.conditions("cpu")}
+    for case in [] if options.table else options.cases * options.rounds:
+        found = {form: measure_elsewhere(form, case, options) for form in FORMS}
+        # Stored at once: a round of the largest case may take minutes.
         stored = json.loads(options.output.read_text("utf-8")) if options.output.is_file() else {}
+        before = stored.get(case, {}).get("runs", {})
+        runs = {form: [*before.get(form, []), found[form]] for form in FORMS}
+        record = {"runs": runs, "threads": options.threads, "conditions": conditions.conditions("cpu")}
         write_json(options.output, {**stored, case: record})
     print(table(options.output))
 
@@ -131,7 +131,7 @@ def step(form: str, positions: int, vocabulary: int, width: int, chunk_size: int
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="NxVxD", help=f"As {', '.join(CASES)}.")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="NxVxD", help=f"As {', '.join(CASES)}.")
     parser.add_argument("--chunk-size", type=int, help="Positions in a chunk; the library's choice.")
     parser.add_argument("--rounds", type=int, default=5, help="Processes of each form; %(default)s.")
     parser.add_argument("--threads", type=int, default=1, help="%(default)s.")
