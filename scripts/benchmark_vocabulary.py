@@ -60,8 +60,8 @@ def table(path: Path = RESULTS) -> str:
     """Return the stored measurements as a table: medians, and of the ratios of neighboring runs also the range."""
     lines = [
         "| positions | vocabulary | student's width | peak, all logits | chunks | ratio | time, all logits | chunks "
-        "| ratio |",
-        "|" + "---|" * 9,
+        "| ratio | rounds |",
+        "|" + "---|" * 10,
     ]
     for case, record in json.loads(path.read_text("utf-8")).items():
         cells = case.split("x")
@@ -71,7 +71,7 @@ def table(path: Path = RESULTS) -> str:
             digits = 0 if unit == "MB" else 2
             cells += [f"{statistics.median(values):,.{digits}f} {unit}" for values in (dense, fused)]
             cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} | {len(record['runs'][FORMS[0]])} |")
     return "\n".join(lines)
 
 

@@ -25,4 +25,4 @@ def test_a_line_by_hand(tmp_path):
     path.write_text(json.dumps({"8x40x4": {"runs": {"dense": dense, "fused": fused}}}))
     line = benchmark_vocabulary.table(path).splitlines()[-1]
     memory, time = "4,000 MB | 1,000 MB | 0.25 [0.20, 0.50]", "1.00 s | 2.00 s | 2.00 [1.00, 3.00]"
-    assert line == f"| 8 | 40 | 4 | {memory} | {time} |"
+    assert line == f"| 8 | 40 | 4 | {memory} | {time} | 3 |"
