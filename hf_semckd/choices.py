@@ -1,6 +1,7 @@
 """The values that settings may take."""
 
 import math
+import os
 import re
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ LIMITS = {
     "max_tokens": ("tokens", "no limit"),
     "max_grid": ("rows and columns", "no limit"),
     "association_bank": ("samples", "the other samples of the micro-batch"),
+    "logit_chunk_size": ("positions", "whole logits"),
 }
 CHOICES = {
     "association": Association,
@@ -65,6 +67,16 @@ def require_number(name: str, value: object, *, positive: bool) -> None:
     )
 
 
+def positive_list(name: str, values: Any) -> list[float] | None:
+    """Return numbers, or one, as a list; refuse one that is not > 0."""
+    if values is None:
+        return None
+    listed = list(values) if isinstance(values, (list, tuple)) else [values]
+    for value in listed:
+        require_number(name, value, positive=True)
+    return listed
+
+
 def require_limit(name: str, limit: object, unit: str, zero: str, default: object) -> None:
     """Refuse what is no whole number >= 0; `zero` says what 0 means."""
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
@@ -101,4 +113,16 @@ def layer_list(name: str, layers: Any) -> list[Any] | None:
         received=repr(layers),
         expected="different hidden-state indices (ints), or different module names (strings), at least one; or None",
         todo=f"leave {name} out to use all blocks, or list either indices or names",
+    )
+
+
+def folder(name: str, given: str) -> str:
+    """Return the name of a folder with ~ expanded; refuse an empty one."""
+    if given.strip():
+        return os.path.expanduser(given)
+    raise ConfigurationError(
+        f"`{name}` is empty",
+        received=repr(given),
+        expected="a folder that can be written, or None for none",
+        todo="name a folder",
     )

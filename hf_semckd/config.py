@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -21,8 +20,9 @@ from .choices import (
     TeacherDtype,
     TeacherPlacement,
     check_projection_init,
+    folder,
     layer_list,
-    require_number,
+    positive_list,
     require_value,
 )
 from .errors import ConfigurationError
@@ -53,6 +53,13 @@ class SemCKDConfig(TrainingArguments):
     )
     task_weight: float = option(1.0, "Weight of the task loss, >= 0. With 0 no labels are needed.")
     logit_weight: float = option(1.0, "Weight of the logit distillation (Hinton et al., 2015), >= 0. 0: off.")
+    logit_chunk_size: int | None = option(
+        None,
+        "Positions whose logits a causal language model computes at once for its losses, which stay the same: all of "
+        "a large vocabulary take more memory than the models. 0: all. None: as many as make 8 million logits, from "
+        "4,096 token ids on. Also all where it is not certain how a model makes its logits, with several teachers, a "
+        "teacher cache, torch.compile, FSDP or DeepSpeed; a log line says why.",
+    )
     feature_weight: float | None = option(
         None,
         "Weight of the feature distillation, >= 0. 0: off. None: the published weight for a baseline; for SemCKD 100 "
@@ -272,20 +279,9 @@ class SemCKDConfig(TrainingArguments):
             require_value(name, value, default)
         self.student_layers = layer_list("student_layers", self.student_layers)
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
-        if self.teacher_weights is not None:
-            given: Any = self.teacher_weights
-            self.teacher_weights = list(given) if isinstance(given, (list, tuple)) else [given]
-            for weight in self.teacher_weights:
-                require_number("teacher_weights", weight, positive=True)
+        self.teacher_weights = positive_list("teacher_weights", self.teacher_weights)
         if self.teacher_cache_dir is not None:
-            self.teacher_cache_dir = os.path.expanduser(self.teacher_cache_dir)
-            if not self.teacher_cache_dir.strip():
-                raise ConfigurationError(
-                    "`teacher_cache_dir` is empty",
-                    received=repr(self.teacher_cache_dir),
-                    expected="a folder that can be written, or None for no cache",
-                    todo="name a folder",
-                )
+            self.teacher_cache_dir = folder("teacher_cache_dir", self.teacher_cache_dir)
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distills_logits:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import benchmark_vocabulary  # noqa: E402
 import compare_sampling  # noqa: E402
 import run_demo_seeds  # noqa: E402
 import study_students  # noqa: E402
@@ -48,6 +49,7 @@ def regions() -> dict[str, Callable[..., str]]:
         **accuracy_regions(read_shown(SCRIPTS / "results" / "accuracy")),
         **step_regions(SCRIPTS / "results" / "step"),
         "demo": run_demo_seeds.table,
+        "vocabulary": benchmark_vocabulary.table,
         "sampling": compare_sampling.table,
         "students": study_students.table,
         "starts": study_students.starts_table,

@@ -31,6 +31,7 @@ def trained(folder: Path, problem: str, **changes: Any) -> Outcome:
     """Train a problem, and check that all processes end with the same numbers."""
     trainer = make(problem, folder, **changes)
     assert trainer.accelerator.num_processes == WORLD
+    assert (trainer.distillation.plan.language is not None) == ("logit_chunk_size" in changes)
     fit(trainer)
     done = outcome(trainer)
     _assert_equal_on_all_processes(done)
@@ -88,6 +89,12 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     # The head is in no term then, which DDP has to be told.
     "vit-checkpointed-feature": job(
         trained, "vit", *ACCUMULATED, samples=20, terms="feature", ddp_find_unused_parameters=True, **CHECKPOINTING
+    ),
+    # Without all logits; with a feature loss, and with nothing else inside the student's forward.
+    "next_word-chunks": job(trained, "next_word", *ACCUMULATED, samples=20, logit_chunk_size=3),
+    "next_word-chunks-logit": job(trained, "next_word", *ACCUMULATED, samples=20, terms="logit", logit_chunk_size=3),
+    "unlabeled_words-chunks": job(
+        trained, "unlabeled_words", *ACCUMULATED, samples=20, terms="logit", logit_chunk_size=3
     ),
     "vit-published": job(trained, "vit", 8, 1, samples=32, **PUBLISHED),
     "resnet-cnns": job(trained, "resnet", *WHOLE, samples=24, association=None),

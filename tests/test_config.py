@@ -25,6 +25,7 @@ OWN = (
     "temperature",
     "task_weight",
     "logit_weight",
+    "logit_chunk_size",
     "feature_weight",
     "association",
     "relation_weight",
@@ -159,6 +160,7 @@ def test_an_empty_cache_folder_is_refused(tmp_path, folder):
 
 
 LIMITS = {
+    "logit_chunk_size": (None, "positions", "whole logits"),
     "association_bank": (64, "samples", "the other samples of the micro-batch"),
     "max_tokens": (16, "tokens", "no limit"),
     "max_grid": (None, "rows and columns", "no limit"),
@@ -429,6 +431,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "temperature": 2.5,
         "task_weight": 0.5,
         "logit_weight": 0.25,
+        "logit_chunk_size": 128,
         "feature_weight": 7.0,
         "association": "one_to_one",
         "relation_weight": 2.5,

@@ -43,8 +43,8 @@ TEXT = frozenset(
         "token-classification",
     }
 )
-# They change how fast a run is, not what is learned.
-SPEED_ALONE = ("teacher_compile", "teacher_cache_dir", "teacher_cache_limit_gb")
+# They change what a run takes, not what is learned.
+SPEED_ALONE = ("logit_chunk_size", "teacher_compile", "teacher_cache_dir", "teacher_cache_limit_gb")
 
 
 def training_rows(training: Mapping[str, object]) -> dict[str, str]:

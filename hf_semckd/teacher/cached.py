@@ -21,6 +21,7 @@ from ..losses import FeatureLoss
 from ..losses.ensemble import EnsembleLoss
 from ..losses.logits import LogitMixture
 from ..models.images import ImageAdaptation
+from ..models.language_head import LanguageHead
 from ..models.outputs import tokens_mask
 from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
@@ -303,6 +304,7 @@ class TeacherRunner:
 
     On CUDA it runs on a stream of its own, beside what the student does; elsewhere at once. `autocast` is that of the
     student's forward: without it the teacher's takes several times as long. `prefix` names one of several in errors.
+    With a `head`, a language model that runs gives what that reads in place of its logits.
     """
 
     teacher: Teacher | CachedTeacher | TeacherEnsemble
@@ -310,6 +312,7 @@ class TeacherRunner:
     logits: bool
     autocast: Callable[[], AbstractContextManager[None]]
     prefix: str = ""
+    head: LanguageHead | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherOutputs:
         """Return the teacher's outputs for a batch; `wait` before they are used."""
@@ -327,8 +330,18 @@ class TeacherRunner:
         return outputs
 
     def _run(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        wanted: dict[str, Any] = {"logits": self.logits, "features": self.loss is not None, "loss": self.loss}
         with self.autocast():
-            return self.teacher.run(batch, logits=self.logits, features=self.loss is not None, loss=self.loss)
+            if self.head is not None and isinstance(self.teacher, Teacher):
+                return self.teacher.run(batch, **wanted, head=self.head)
+            return self.teacher.run(batch, **wanted)
+
+    def whole(self, outputs: TeacherOutputs) -> TeacherOutputs:
+        """Return outputs with all logits, where the head gave none so far."""
+        if outputs.hidden is None or self.head is None:
+            return outputs
+        with torch.no_grad(), self.autocast():
+            return replace(outputs, logits=self.head(outputs.hidden), hidden=None)
 
     def wait(self) -> None:
         """Make what is queued from now on wait for the teacher; the host does not."""
@@ -347,7 +360,12 @@ class TeacherRunner:
             return
         outputs = self(batch)
         self.wait()
-        check_finite(outputs, self.teacher.layer_names, self.prefix)
+        hidden = [] if outputs.hidden is None else outputs.hidden.split(1)
+        check_finite(replace(outputs, hidden=None), self.teacher.layer_names, self.prefix)
+        for sample, row in enumerate(hidden):
+            # All logits may be too much: they were never together before.
+            mask = None if outputs.mask is None else outputs.mask[sample : sample + 1]
+            check_finite(self.whole(TeacherOutputs(mask=mask, hidden=row)), [], self.prefix, [sample])
 
     def alone(self) -> list[TeacherRunner]:
         """Return a runner for each teacher."""

@@ -18,6 +18,7 @@ class TeacherOutputs:
 
     Attributes:
         logits: (B, ...), or None when they are not needed.
+        hidden: (B, N, D) what a causal language model's head makes logits of, in place of these; or None.
         features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
         mask: (B, N) mask of the teacher's tokens.
     """
@@ -25,10 +26,11 @@ class TeacherOutputs:
     logits: Tensor | None = None
     features: TeacherTargets = field(default_factory=TeacherTargets)
     mask: Tensor | None = None
+    hidden: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor."""
-        yield from (tensor for tensor in (self.logits, self.mask) if tensor is not None)
+        yield from (tensor for tensor in (self.logits, self.mask, self.hidden) if tensor is not None)
         yield from self.features.tensors()
 
 

@@ -38,14 +38,15 @@ def place(model: nn.Module, device: torch.device, placement: TeacherPlacement) -
 
 
 def is_placed(model: nn.Module) -> bool:
-    """Whether a model looks after its own placement: dispatched, quantized, offloaded or sharded."""
-    kept = getattr(model, "hf_device_map", None) is not None or bool(getattr(model, "is_quantized", False))
-    return kept or is_hooked(model) or any(is_sharded(entry) for entry in model.parameters())
+    """Whether a model looks after its own placement: quantized, dispatched, offloaded or sharded."""
+    return bool(getattr(model, "is_quantized", False)) or is_spread(model)
 
 
-def is_hooked(model: nn.Module) -> bool:
-    """Whether accelerate's hooks or FSDP move a model's weights."""
-    return any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model is not on one device, whole: dispatched over several, offloaded, or sharded."""
+    hooked = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+    dispatched = getattr(model, "hf_device_map", None) is not None
+    return hooked or dispatched or any(is_sharded(entry) for entry in model.parameters())
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..features.token_sampling import content_phase
 from ..losses import FeatureLoss
 from ..models.images import ImageAdaptation, fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
+from ..models.language_head import LanguageHead, recording_head_input
 from ..models.outputs import holds_images, layer_masks, logits_of, token_attention, tokens_mask
 from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
@@ -124,11 +126,12 @@ class Teacher:
         features: bool,
         loss: FeatureLoss | None = None,
         samples: list[int] | None = None,
+        head: LanguageHead | None = None,
     ) -> TeacherOutputs:
         """Return the teacher's logits and features for a training batch as the collator made it.
 
         Of the features `loss` selects what it needs (None: all), so that the rest is freed before the student runs;
-        `samples` are those of the batch to run (None: all).
+        `samples` are those of the batch to run (None: all). With its `head`, what that reads comes in place of logits.
         """
 
         def chosen(value: Any) -> Any:
@@ -137,7 +140,9 @@ class Teacher:
         own = any(key.startswith(TEACHER_PREFIX) for key in batch)
         labels = chosen(batch.get(f"{TEACHER_PREFIX}labels" if own else "labels"))
         inputs = {name: chosen(value) for name, value in self.inputs(batch).items()}
-        outputs, recorded = self.forward(inputs, features=features)
+        with nullcontext() if head is None else recording_head_input(head) as seen:
+            outputs, recorded = self.forward(inputs, features=features)
+        hidden = None if seen is None else seen.hidden.detach()
         taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
         documents = Documents.of({**teacher_entries(batch), **attention}) if features else None
@@ -151,12 +156,13 @@ class Teacher:
             kept = loss.select(taken, mask, chosen(self._phases(batch)) if loss.samples_tokens else None)
         elif features:
             kept = TeacherTargets.of_whole(taken, mask)
-        given = logits_of(outputs, "teacher").detach() if logits else None
+        given = logits_of(outputs, "teacher").detach() if logits and hidden is None else None
         # Logits are the decoder's, whose layers come last.
         of_logits = mask if mask is None or isinstance(mask, Tensor) else mask[-1]
-        if given is not None and given.dim() == 3 and not features:
-            of_logits = tokens_mask(token_attention(told, labels, self.model), [given], self.model)
-        return TeacherOutputs(given, kept, of_logits)
+        along = given if hidden is None else hidden
+        if along is not None and along.dim() == 3 and not features:
+            of_logits = tokens_mask(token_attention(told, labels, self.model), [along], self.model)
+        return TeacherOutputs(given, kept, of_logits, hidden)
 
     @torch.no_grad()
     def describe(self, batch: Mapping[str, Any], *, logits: bool, features: bool) -> TeacherDescription:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,10 @@ from ..features.capture import FeatureCapture
 from ..features.layers import without_hidden_states
 from ..features.targets import TeacherTargets
 from ..losses import FeatureLoss
+from ..models.language_head import recording_head_input
 from ..models.outputs import layer_masks
 from ..models.packing import Documents
+from .language import LanguageTargets
 
 # The name under which the feature loss is a submodule of the student during training, and never after.
 FEATURE_LOSS_NAME = "distillation_feature_loss"
@@ -32,11 +34,13 @@ class DistillationTargets:
         features: T teacher features, or what the feature loss selected of them.
         student_inputs: The student's inputs and labels, which tell the mask of its tokens.
         wait: Called before they are used: the teacher may still be at work beside the student.
+        language: What task and logit loss are computed of, where that is done here.
     """
 
     features: Sequence[Tensor] | TeacherTargets
     student_inputs: Mapping[str, Any] = field(default_factory=dict)
     wait: Callable[[], None] | None = None
+    language: LanguageTargets | None = None
 
     def as_keyword(self) -> dict[str, Any]:
         """Return the forward keyword; wrappers pass the object through, its tensors are on the student's device."""
@@ -47,12 +51,13 @@ class StudentAttachment:
     """Attaches a feature loss to a student for the time of training, and takes it off without a trace.
 
     While attached, the loss is a submodule of the student, and the student's class is a subclass of its own that
-    runs the loss *inside* its forward. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every
-    trained parameter, synchronizes its gradient and shards it. Without the teacher's features as an extra keyword
-    the forward is unchanged, so evaluation, saving and inspection work as ever.
+    runs the loss *inside* its forward, beside those of a language model's head; without a feature loss (None) these
+    alone. A wrapper (DDP, FSDP, a compiler) around the student therefore sees every trained parameter, synchronizes
+    its gradient and shards it. Without the teacher's features as an extra keyword the forward is unchanged, so
+    evaluation, saving and inspection work as ever.
     """
 
-    def __init__(self, student: nn.Module, loss: FeatureLoss, capture: FeatureCapture):
+    def __init__(self, student: nn.Module, loss: FeatureLoss | None, capture: FeatureCapture):
         self.student = student
         self.loss = loss
         self._plain_class = type(student)
@@ -61,8 +66,8 @@ class StudentAttachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the loss is part of the student now."""
-        return FEATURE_LOSS_NAME in self.student._modules
+        """Whether the loss is part of the student now; FSDP2 may have put a class of its own on top."""
+        return isinstance(self.student, self._training_class)
 
     @property
     def removable(self) -> bool:
@@ -125,11 +130,13 @@ class StudentAttachment:
         return view
 
     def _put_on(self) -> None:
-        setattr(self.student, FEATURE_LOSS_NAME, self.loss)
+        if self.loss is not None:
+            setattr(self.student, FEATURE_LOSS_NAME, self.loss)
         self.student.__class__ = _rebased(type(self.student), self._plain_class, self._training_class)
 
     def _take_off(self) -> None:
-        delattr(self.student, FEATURE_LOSS_NAME)
+        if self.loss is not None:
+            delattr(self.student, FEATURE_LOSS_NAME)
         self.student.__class__ = _rebased(type(self.student), self._training_class, self._plain_class)
 
     def _plain_forward(self, student: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -182,21 +189,38 @@ def _training_class(base: type[nn.Module], capture: FeatureCapture, plain_forwar
         targets: DistillationTargets | None = kwargs.pop(TARGETS, None)
         if targets is None:
             return plain_forward(self, *args, **kwargs)
-        with capture.recording(self) as recorded:
-            outputs = plain_forward(self, *args, **{**kwargs, **capture.request()})
-        features = capture.collect(outputs, recorded)
+        loss: FeatureLoss | None = getattr(self, FEATURE_LOSS_NAME, None)
+        language = targets.language
+        with ExitStack() as hooks:
+            seen = None if language is None else hooks.enter_context(recording_head_input(language.distillation.head))
+            recorded = {} if loss is None else hooks.enter_context(capture.recording(self))
+            request = {} if loss is None else capture.request()
+            outputs = plain_forward(self, *args, **{**kwargs, **request})
         if targets.wait is not None:
             targets.wait()
-        loss: FeatureLoss = getattr(self, FEATURE_LOSS_NAME)
-        inputs, documents = targets.student_inputs, Documents.of(targets.student_inputs)
-        if documents is not None:
-            features, inputs = [documents.unpack(entry) for entry in features], {"attention_mask": documents.mask}
-        masks = layer_masks(inputs, inputs.get("labels"), self, features, capture.sides, capture.text_places)
-        result = loss(features, targets.features, masks)
-        losses = {"per_sample": result.per_sample}
-        shown = {"association": result.association, "errors": result.errors}
-        losses |= {name: value for name, value in shown.items() if value is not None}
+        losses: dict[str, Tensor] = {}
+        if loss is not None:
+            losses |= _feature_losses(loss, self, capture, capture.collect(outputs, recorded), targets)
+        if language is not None and seen is not None:
+            losses |= language.losses(seen.hidden)
         return without_hidden_states(outputs), losses
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {"forward": forward, **names})
+
+
+def _feature_losses(
+    loss: FeatureLoss,
+    student: nn.Module,
+    capture: FeatureCapture,
+    features: list[Tensor],
+    targets: DistillationTargets,
+) -> dict[str, Tensor]:
+    """Return the loss per sample, and what is shown of it, for the student's captured features."""
+    inputs, documents = targets.student_inputs, Documents.of(targets.student_inputs)
+    if documents is not None:
+        features, inputs = [documents.unpack(entry) for entry in features], {"attention_mask": documents.mask}
+    masks = layer_masks(inputs, inputs.get("labels"), student, features, capture.sides, capture.text_places)
+    result = loss(features, targets.features, masks)
+    shown = {"per_sample": result.per_sample, "association": result.association, "errors": result.errors}
+    return {name: value for name, value in shown.items() if value is not None}

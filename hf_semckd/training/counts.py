@@ -42,6 +42,10 @@ class StepCounts:
         """Return the factor that turns the micro-batch's mean into its share of the step's mean."""
         return self.items / self.totals[0].clamp(min=1) * self.processes
 
+    def task_sum_scale(self) -> Tensor:
+        """Return the factor that turns a sum over task items into its share of the step's mean."""
+        return self.processes / self.totals[0].clamp(min=1)
+
     def logit_scale(self) -> Tensor:
         """Return the factor that turns a sum over logit items into its share of the step's mean."""
         return self.processes / self.totals[1].clamp(min=1)

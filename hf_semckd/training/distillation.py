@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,6 +28,7 @@ from .caching import TrainingData, check_cache
 from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
+from .language import find_language_distillation, tried_batch
 from .memory import CacheBytes, MemoryEstimate, TrainedBytes, feature_loss_bytes, teacher_bytes, try_step
 from .monitor import Monitor
 from .objective import Objective
@@ -48,7 +50,7 @@ class Distillation:
     hyper-parameter search).
 
     Attributes:
-        attachment: Joins loss and student; None without a feature loss.
+        attachment: Joins losses and student; None where none is computed inside the student's forward.
         check_batch: What every training batch must be.
         settings: Those of the configuration, with what is used where they depend on the models.
         trial_batch: A few samples, to measure a step on: the longest one, where it is known.
@@ -69,12 +71,16 @@ class Distillation:
         self.loss = loss
         self.check_batch = check
         teacher = pair.teacher if plan.mixture is None else TeacherEnsemble(pair.teachers, plan.mixture)
-        self.run_teacher = TeacherRunner(teacher, loss, logits=plan.distills_logits, autocast=services.autocast)
+        head = None if plan.language is None else plan.language.teacher_head
+        self.run_teacher = TeacherRunner(
+            teacher, loss, logits=plan.distills_logits, autocast=services.autocast, head=head
+        )
         self.guard = FiniteGuard(services, self.run_teacher.check_finite, pair.student)
         self.monitor = Monitor(plan, pair, loss, services)
         task_loss = TaskLoss(plan, services)
         self.objective = Objective(plan, pair, loss, self.run_teacher, task_loss, self.guard, self.monitor, services)
-        self.attachment = None if loss is None else StudentAttachment(pair.student, loss, pair.capture)
+        apart = loss is None and plan.language is None
+        self.attachment = None if apart else StudentAttachment(pair.student, loss, pair.capture)
         self.attempts = Attempts(pair.student)
         self.trial_batch: Mapping[str, Any] | None = None
         self.cache_bytes: CacheBytes | None = None
@@ -105,10 +111,15 @@ class Distillation:
             check_lengths(longest, pair.student, pair.teacher_models)
         try:
             logits, features = args.distills_logits, pair.source is not None
+            batch = tried_batch(pair, batch)
             with gathered([pair.student]):
                 found = inspect_pair(pair, batch, logits=logits, features=features, vocabulary=vocabulary)
                 loss = None if pair.source is None else _make_loss(pair, found, data, args)
             plan = _make_plan(pair, found, loss, args, label_names)
+            if found.student_logits is not None:
+                size = found.student_logits.shape[-1]
+                language = find_language_distillation(pair, plan, found.batch, size, args, services)
+                plan = dataclasses.replace(plan, language=language)
             check = _check_of_batches(pair, plan, found, services)
             check_label_range(check, None if data is None else data.dataset)
             check(found.batch)
@@ -126,15 +137,16 @@ class Distillation:
 
     @property
     def attached(self) -> bool:
-        """Whether the feature loss is part of the student now."""
+        """Whether losses are computed inside the student's forward now."""
         return self.attachment is not None and self.attachment.attached
 
     def attach(self) -> None:
         """Begin a training: make the feature loss part of the student."""
         # What an earlier evaluation or training prepared is prepared anew.
         forget_preparation(self.pair.student)
+        if self.loss is not None:
+            self.loss.automatic_synchronization = False
         if self.attachment is not None:
-            self.attachment.loss.automatic_synchronization = False
             self.attachment.attach()
 
     def begin_attempt(self, batch_size: int | None, *, last: bool) -> None:
@@ -143,8 +155,8 @@ class Distillation:
             self.attempts.begin(batch_size, speaks=self.objective.services.is_main)
         self.objective.statistics_ready = False
         self.guard.pending = None
-        if self.attachment is not None:
-            self.attachment.loss.forget_collected()
+        if self.loss is not None:
+            self.loss.forget_collected()
 
     def memory(self, batch_size: int, args: SemCKDConfig, optimizer: Any) -> MemoryEstimate:
         """Return about what a training takes that is about to start; a small step is measured, with all in place.
@@ -185,11 +197,11 @@ class Distillation:
         self.pair.remove_traces()
         for teacher in self.pair.cached_teachers:
             teacher.flush()
-        if self.attachment is not None:
-            self.attachment.loss.automatic_synchronization = True
-            if self.attachment.removable:
-                self.attachment.detach()
-                remove_capturing_traces(self.pair.student)
+        if self.loss is not None:
+            self.loss.automatic_synchronization = True
+        if self.attachment is not None and self.attachment.removable:
+            self.attachment.detach()
+            remove_capturing_traces(self.pair.student)
 
     def plain_student(self) -> AbstractContextManager[None]:
         """Return a context in which the student is the plain model: to save, reload or count it."""

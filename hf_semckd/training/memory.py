@@ -15,7 +15,7 @@ from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..models.inputs import evaluating
 from ..models.tables import aligned_lines
-from ..teacher.placement import is_hooked, is_sharded
+from ..teacher.placement import is_spread
 from .allocations import SAMPLES, StepMemory, copied_buffers, measure_step, put_back_buffers, repeated, stored_bytes
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def try_step(
         loss_of: Runs both models on a batch.
         seed: Of the random numbers; those of the training stay as they are.
     """
-    if is_hooked(student) or any(map(is_sharded, student.parameters())):
+    if is_spread(student):
         return None
     trained = [entry for entry in student.parameters() if entry.requires_grad]
     known = [entry for model in (student, *others) for entry in (*model.parameters(), *model.buffers())]

@@ -17,6 +17,7 @@ from .attachment import DistillationTargets
 from .batches import KnownShapes
 from .counts import COUNTS, StepCounts, count_step, safe_labels, scaled
 from .guard import FiniteGuard
+from .language import LanguageTargets
 from .monitor import Monitor
 from .pair import Pair
 from .plan import Plan, Services
@@ -56,6 +57,8 @@ class Objective:
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], step: int, return_outputs: bool = False) -> Any:
         """Return the loss of a micro-batch; the same one whenever it is called with the same batch and weights.
 
+        With the outputs, a language model's logits are computed whole.
+
         Args:
             model: The student, wrapped or not.
             inputs: A micro-batch of `begin_step`, on the device. One without counts is a step of its own.
@@ -66,17 +69,27 @@ class Objective:
         counts = inputs[COUNTS] if COUNTS in inputs else self._count([batch])[0]
         with self.shapes.trying(batch):
             targets = self.run_teacher(batch)
-            outputs, features = self._run_student(model, batch, targets, counts)
+            language = None if return_outputs else LanguageTargets.of(self.plan, targets.hidden, batch, counts)
+            outputs, computed = self._run_student(model, batch, targets, counts, language)
             self.run_teacher.wait()
-            terms = self._terms(outputs, features, targets, batch, counts)
+            if language is None:
+                terms = self._dense_terms(outputs, self.run_teacher.whole(targets), batch, counts)
+            else:
+                terms = self._language_terms(computed, counts)
+        if "per_sample" in computed:
+            # Multiple choice has several rows a sample: the mean over rows is that over samples.
+            terms["feature_loss"] = scaled(computed["per_sample"].mean(), counts.sample_scale())
+        # In the total of a language model task and logit term have their gradients, and their weights.
         weights = {"task_loss": self.plan.task_weight, "logit_loss": self.plan.logit_weight}
-        loss: Any = sum(weights.get(name, self.plan.feature_weight) * term for name, term in terms.items())
+        added = [name for name in terms if language is None or name not in weights]
+        start = 0 if language is None else computed["total"]
+        loss: Any = sum((weights.get(name, self.plan.feature_weight) * terms[name] for name in added), start)
         if terms.keys() == {"feature_loss"}:
             # The head learns nothing then, but a wrapper may wait for its gradient.
             loss = loss + _zero(outputs)
         self.guard.check(loss, terms, batch, step)
         shares = {name: term / counts.processes for name, term in terms.items()}
-        self.monitor.record(shares, features, batch_size(batch))
+        self.monitor.record(shares, computed, batch_size(batch))
         return (loss, outputs) if return_outputs else loss
 
     def trial(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -86,34 +99,48 @@ class Objective:
         return self(model, {**batch, COUNTS: counts[0]}, 0)
 
     def _run_student(
-        self, model: nn.Module, batch: Mapping[str, Any], targets: TeacherOutputs, counts: StepCounts
-    ) -> tuple[Any, Mapping[str, Tensor] | None]:
-        """Return the student's output and, where features are distilled, their loss and association."""
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        targets: TeacherOutputs,
+        counts: StepCounts,
+        language: LanguageTargets | None,
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return the student's output and what its forward computed besides: of features, and of `language`."""
         inputs = self.pair.router.student_inputs(batch)
-        if self.task_loss.drops_labels and not self.pair.router.student_needs_labels(inputs):
+        if language is not None:
+            inputs.pop("labels", None)
+        elif self.task_loss.drops_labels and not self.pair.router.student_needs_labels(inputs):
             inputs.pop("labels", None)
         elif "labels" in inputs:
             inputs["labels"] = safe_labels(inputs["labels"], counts.items)
-        if self.loss is None:
-            return model(**inputs), None
+        if self.loss is None and language is None:
+            return model(**inputs), {}
         # A student that takes no mask (FNet) is compared where the batch has tokens all the same.
         told = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
         told |= {**inputs, "labels": self.plan.labels_of(batch)}
-        taught = DistillationTargets(targets.features, told, self.run_teacher.wait)
+        taught = DistillationTargets(targets.features, told, self.run_teacher.wait, language)
         outputs = model(**inputs, **taught.as_keyword())
-        if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and "per_sample" in outputs[1]:
+        if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and {"per_sample", "total"} & {*outputs[1]}:
             return outputs[0], outputs[1]
         raise SemCKDError(
-            "The student's forward did not compute the feature loss",
+            "The student's forward did not compute the distillation's losses",
             received=f"an output of type {type(outputs).__name__}",
-            expected="the output and the feature loss of the attached forward",
+            expected="the output and the losses of the attached forward",
             todo="do not replace the student's forward or wrap the student while it trains",
         )
 
-    def _terms(
-        self, outputs: Any, features: Any, targets: TeacherOutputs, batch: Mapping[str, Any], counts: StepCounts
+    def _language_terms(self, sums: Mapping[str, Tensor], counts: StepCounts) -> dict[str, Tensor]:
+        """Return task and logit term, without gradient, of the sums that the student's forward computed."""
+        terms = {"logit_loss": scaled(sums["logit"], counts.logit_scale())}
+        if self.plan.task_weight > 0:
+            terms = {"task_loss": scaled(sums["task"], counts.task_sum_scale()), **terms}
+        return terms
+
+    def _dense_terms(
+        self, outputs: Any, targets: TeacherOutputs, batch: Mapping[str, Any], counts: StepCounts
     ) -> dict[str, Tensor]:
-        """Return the terms: shares of the step's means, times the processes."""
+        """Return task and logit term: shares of the step's means, times the processes."""
         plan = self.plan
         terms: dict[str, Tensor] = {}
         if plan.task_weight > 0:
@@ -125,9 +152,6 @@ class Objective:
                 *logits, labeled, plan.temperature, plan.task, plan.shifts_labels, frames=targets.mask
             )
             terms["logit_loss"] = scaled(total, counts.logit_scale())
-        if features is not None:
-            # Multiple choice has several rows a sample: the mean over rows is that over samples.
-            terms["feature_loss"] = scaled(features["per_sample"].mean(), counts.sample_scale())
         return terms
 
     def _count(self, batches: Sequence[Mapping[str, Any]]) -> list[StepCounts]:

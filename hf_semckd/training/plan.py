@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..losses.fused_linear import LanguageDistillation
 from ..losses.logits import LogitMatch, LogitMixture
 from ..models.tasks import Task
 from .arriving import StopRequest
@@ -28,6 +29,7 @@ class Plan:
         match: Brings the logits of both models to the same classes.
         mixture: Joins the logits of several teachers; None for one.
         task_weight, logit_weight, feature_weight: With 0 a term is not computed.
+        language: How task and logit term are computed without all logits at once; None where they are not.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class Plan:
     task_weight: float
     logit_weight: float
     feature_weight: float
+    language: LanguageDistillation | None = None
 
     @property
     def distills_logits(self) -> bool:
@@ -66,6 +69,7 @@ class Services:
         mixed_precision: `no`, `bf16` or `fp16`.
         autocast: Returns the context in which the student's forward runs.
         reduce_sum: Adds a tensor over processes; it stays on its device.
+        shards: Whether parameters may be spread over processes (FSDP, DeepSpeed), or wrapped by an engine.
         custom_loss, label_smoother: `Trainer`'s `compute_loss_func` and `label_smoother`.
         stop: Whether this process was asked to stop, and whether all know of it.
     """
@@ -80,6 +84,7 @@ class Services:
     custom_loss: Callable[..., Tensor] | None
     label_smoother: Callable[..., Tensor] | None
     stop: StopRequest
+    shards: bool = False
 
     @classmethod
     def of(
@@ -104,4 +109,5 @@ class Services:
             custom_loss=custom_loss,
             label_smoother=label_smoother,
             stop=stop,
+            shards=accelerator.distributed_type.value.partition("_")[0] not in ("NO", "MULTI"),
         )

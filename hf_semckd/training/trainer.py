@@ -297,7 +297,7 @@ class DistillationTrainer(PublishingTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the student's optimizer as `Trainer` does, and append the feature loss's parameters."""
         distillation = self.distillation
-        if distillation is None or not distillation.attached:
+        if distillation is None or distillation.loss is None or not distillation.attached:
             return super().create_optimizer(*args, **kwargs)
         with distillation.plain_student():
             optimizer = super().create_optimizer(*args, **kwargs)

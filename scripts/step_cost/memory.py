@@ -74,10 +74,10 @@ def measure_peak(pair: Pair, name: str, device: str) -> dict[str, Any]:
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in pair.make_batches(2)]
         run_rounds([variant], batches, len(batches), f"{pair.name} {name}: warm-up")
         _train(variant, batches, 1)
-        how = _reset_peak(device)
-        before = _current(device)
+        how = reset_peak(device)
+        before = current_bytes(device)
         _train(variant, batches, MEASURED_STEPS)
-        return {"peak_bytes": _peak(device, how), "bytes_before_steps": before, "how": how}
+        return {"peak_bytes": peak_bytes(device, how), "bytes_before_steps": before, "how": how}
 
 
 def measure_peak_elsewhere(pair: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _train(variant: Variant, batches: Sequence[dict[str, torch.Tensor]], steps: 
         variant.model.zero_grad()
 
 
-def _reset_peak(device: str) -> str:
+def reset_peak(device: str) -> str:
     """Forget the peak so far; return which counter will tell the next."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -113,11 +113,13 @@ def _reset_peak(device: str) -> str:
     return "VmHWM"
 
 
-def _current(device: str) -> int:
+def current_bytes(device: str) -> int:
+    """Return the memory in use now: resident of this process, or of torch on a GPU."""
     return torch.cuda.memory_allocated() if device == "cuda" else int(psutil.Process().memory_info().rss)
 
 
-def _peak(device: str, how: str) -> int:
+def peak_bytes(device: str, how: str) -> int:
+    """Return the peak since `reset_peak`, which returned `how` it is counted."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if how == "VmHWM":
