@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,8 +19,10 @@ from .choices import (
     TargetNorm,
     TeacherDtype,
     check_projection_init,
+    folder_name,
     layer_list,
     require_choice,
+    require_flag,
     require_limit,
     require_number,
 )
@@ -283,6 +284,8 @@ class SemCKDConfig(TrainingArguments):
                 require_choice(name, value, get_args(CHOICES[name]))
             elif name in LIMITS:
                 require_limit(name, value, *LIMITS[name], default)
+            elif isinstance(default, bool):
+                require_flag(name, value)
         self.student_layers = layer_list("student_layers", self.student_layers)
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
         if self.teacher_weights is not None:
@@ -291,14 +294,7 @@ class SemCKDConfig(TrainingArguments):
             for weight in self.teacher_weights:
                 require_number("teacher_weights", weight, positive=True)
         if self.teacher_cache_dir is not None:
-            self.teacher_cache_dir = os.path.expanduser(self.teacher_cache_dir)
-            if not self.teacher_cache_dir.strip():
-                raise ConfigurationError(
-                    "`teacher_cache_dir` is empty",
-                    received=repr(self.teacher_cache_dir),
-                    expected="a folder that can be written, or None for no cache",
-                    todo="name a folder",
-                )
+            self.teacher_cache_dir = folder_name("teacher_cache_dir", self.teacher_cache_dir)
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distills_logits:

@@ -114,8 +114,8 @@ def distances_and_angles(embeddings: Tensor, smallest: float = 0.0) -> tuple[Ten
     """Return the distances of every two samples of (B, C) and the cosines of the angles of every three.
 
     These are (B, B), over the mean of those that are not zero, and (B, B, B), whose first index is the vertex; both at
-    least in float32. Samples that are identical, or not farther apart than `smallest`, have no direction: their cosines
-    and their gradients are zero.
+    least in float32. Samples that are identical, or not farther apart than `smallest`, have no direction: their
+    cosines and their gradients are zero.
     """
     rows = at_least_float32(embeddings)
     differences = rows.unsqueeze(0) - rows.unsqueeze(1)

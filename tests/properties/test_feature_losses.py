@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-
 @pytest.mark.parametrize("name", NAMES)
 @given(st.data())
 def test_finite_features_give_finite_losses_and_gradients(name, data):
