@@ -28,10 +28,10 @@ export HF_HUB_OFFLINE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-distributed test-faults test-hub test-matrix test-text test-minimum quality style docs clean
+.PHONY: help demo demo-text benchmark-step benchmark-accuracy test test-slow test-distributed test-faults test-hub test-matrix test-text test-properties test-minimum quality style docs clean
 
 help: ## Print this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS) (test processes) THREADS=$(THREADS) (of a demo)'
 	@echo 'ARGS="..." goes to the command, e.g. make test ARGS="-k cache -x"'
@@ -74,6 +74,9 @@ test-matrix: $(VENV)/.dev ## Run all families, heads and pairs, and write docs/s
 test-text: $(VENV)/.dev ## Fetch the text parts, and run the tests that need them
 	$(BIN)/python scripts/fetch_text_parts.py
 	$(PYTEST) $(BIN)/python -m pytest -n $(JOBS) -m network $(ARGS)
+
+test-properties: $(VENV)/.dev ## Try the properties of configurations and losses on 2,000 examples each
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) $(BIN)/python -m pytest -n $(JOBS) tests/properties $(ARGS)
 
 test-minimum: $(MINIMUM_VENV)/.test ## Run the tests with the oldest supported libraries, in a second environment
 	$(PYTEST) $(MINIMUM_BIN)/python -m pytest -n $(JOBS) $(ARGS)

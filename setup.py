@@ -52,7 +52,16 @@ IMAGES = ["onnx>=1.17"]
 ONNX = ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.24.1"]
 # ZeRO: gradients, optimizer and weights divided among processes.
 ENGINES = ["deepspeed>=0.19"]
-TEST = [*DEMO, *AUDIO, *ONNX, "pytest>=8.2", "pytest-xdist>=3.6", "tensorboard>=2.17", "peft>=0.18"]
+TEST = [
+    *DEMO,
+    *AUDIO,
+    *ONNX,
+    "pytest>=8.2",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "tensorboard>=2.17",
+    "peft>=0.18",
+]
 # Teachers in 8 or 4 bits.
 QUANTIZED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 QUALITY = ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.15"]

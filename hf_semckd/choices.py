@@ -1,9 +1,8 @@
 """The values that settings may take."""
 
-import math
 import os
 import re
-from numbers import Real
+import sys
 from typing import Any, Literal, get_args
 
 from .errors import ConfigurationError, nearest
@@ -54,12 +53,15 @@ def require_value(name: str, value: object, default: object) -> None:
         require_choice(name, value, get_args(CHOICES[name]))
     elif name in LIMITS:
         require_limit(name, value, *LIMITS[name], default)
+    elif isinstance(default, bool):
+        require_flag(name, value)
 
 
 def require_number(name: str, value: object, *, positive: bool) -> None:
     """Refuse what is no finite number >= 0, or > 0 where `positive`."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        if 0 < float(value) < math.inf or (value == 0 and not positive):
+    # JSON has no other kind of number (a fraction, one of numpy), and nothing computes with a larger one.
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if 0 < value <= sys.float_info.max or (value == 0 and not positive):
             return
     expected = f"a finite number {'>' if positive else '>='} 0"
     raise ConfigurationError(
@@ -77,6 +79,17 @@ def positive_list(name: str, values: Any) -> list[float] | None:
     return listed
 
 
+def require_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(
+            f"`{name}` is neither on nor off",
+            received=repr(value),
+            expected="True or False",
+            todo=f"set {name} to one of them",
+        )
+
+
 def require_limit(name: str, limit: object, unit: str, zero: str, default: object) -> None:
     """Refuse what is no whole number >= 0; `zero` says what 0 means."""
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
@@ -90,7 +103,7 @@ def require_limit(name: str, limit: object, unit: str, zero: str, default: objec
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices, and name the nearest."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         close = nearest(str(value), choices, count=1)
         raise ConfigurationError(
             f"`{name}` is not one of the known values",
@@ -105,7 +118,9 @@ def layer_list(name: str, layers: Any) -> list[Any] | None:
     if layers is None:
         return None
     listed = list(layers) if isinstance(layers, (list, tuple)) else [layers]
-    listed = [int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]+", layer) else layer for layer in listed]
+    listed = [
+        int(layer) if isinstance(layer, str) and re.fullmatch("-?[0-9]{1,9}", layer) else layer for layer in listed
+    ]
     if {type(layer) for layer in listed} in ({int}, {str}) and len(set(listed)) == len(listed):
         return listed
     raise ConfigurationError(
@@ -116,13 +131,15 @@ def layer_list(name: str, layers: Any) -> list[Any] | None:
     )
 
 
-def folder(name: str, given: str) -> str:
-    """Return the name of a folder with ~ expanded; refuse an empty one."""
-    if given.strip():
-        return os.path.expanduser(given)
+def folder_name(name: str, value: Any) -> str:
+    """Return the name of a folder, with the user's for `~`; refuse what cannot be one."""
+    folder = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    named = isinstance(folder, str) and "\0" not in folder
+    if isinstance(folder, str) and named and folder.strip():
+        return os.path.expanduser(folder)
     raise ConfigurationError(
-        f"`{name}` is empty",
-        received=repr(given),
-        expected="a folder that can be written, or None for none",
+        f"`{name}` is {'empty' if named else 'no name of a folder'}",
+        received=repr(value),
+        expected="a folder that can be written, or None",
         todo="name a folder",
     )

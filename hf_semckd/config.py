@@ -20,7 +20,7 @@ from .choices import (
     TeacherDtype,
     TeacherPlacement,
     check_projection_init,
-    folder,
+    folder_name,
     layer_list,
     positive_list,
     require_value,
@@ -281,7 +281,7 @@ class SemCKDConfig(TrainingArguments):
         self.teacher_layers = layer_list("teacher_layers", self.teacher_layers)
         self.teacher_weights = positive_list("teacher_weights", self.teacher_weights)
         if self.teacher_cache_dir is not None:
-            self.teacher_cache_dir = folder("teacher_cache_dir", self.teacher_cache_dir)
+            self.teacher_cache_dir = folder_name("teacher_cache_dir", self.teacher_cache_dir)
 
     def _validate_combinations(self) -> None:
         if self.use_liger_kernel and self.distills_logits:

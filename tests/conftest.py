@@ -16,5 +16,9 @@ import transformers  # noqa: F401
 def pytest_configure() -> None:
     # Tests run side by side, and sums in a fixed order make repetitions equal bit for bit.
     torch.set_num_threads(1)
-    # Trainer collects garbage after every training: half a second each, if all modules were looked through.
+
+
+def pytest_collection_finish() -> None:
+    # Trainer collects garbage after every training: a quarter of a second each, if all modules and all collected tests
+    # were looked through.
     gc.freeze()

@@ -174,7 +174,15 @@ def compared_positions(
     if alignment.kind == "mean":
         return Average(student_mask)(feature).unsqueeze(1), Average(teacher_mask)(target).unsqueeze(1), None
     mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
-    return as_tokens(feature), as_tokens(target), mask
+    own, theirs = as_tokens(feature), as_tokens(target)
+    if own.shape[1] != theirs.shape[1]:
+        raise InputError(
+            f"Layers `{spec.name}` and `{target_spec.name}` have different numbers of tokens",
+            received=f"{own.shape[1]} of the student, {theirs.shape[1]} of the teacher",
+            expected="the same tokens, as when the loss was built",
+            todo="give both models the same tokens, or build the loss with tokens_aligned=False",
+        )
+    return own, theirs, mask
 
 
 def layer_averages(masks: LayerMasks, count: int) -> list[Average]:

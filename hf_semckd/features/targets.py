@@ -23,11 +23,12 @@ class TokenChoice:
     """Which tokens are kept of the layers of one layout; these layers share the object.
 
     `positions` (B, K) are those of the kept tokens, these first, None for all; `mask` (B, K) is nonzero for the places
-    that hold a token, None where all do.
+    that hold a token, None where all do. They were chosen of `length` tokens with padding; None where that is unknown.
     """
 
     positions: Tensor | None = None
     mask: Tensor | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,12 @@ import math
 from itertools import compress, starmap
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.geometry import Alignment
 from ..features.layers import FeatureSpec
-from ..features.precision import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision, smallest_length, unit_vectors
 from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss, SkipMapLoss
 from .positions import masked_mean, zero_masked
@@ -57,10 +56,15 @@ class ATLoss(SkipMapLoss):
         """Return the sum over pairs of each sample's mean (B)."""
         losses = []
         for *layers, mask in starmap(batch.pair, self.pairs):
-            activities = [zero_masked(at_least_float32(tokens), mask).square().mean(-1) for tokens in layers]
-            own, theirs = (F.normalize(activity, dim=1) for activity in activities)
+            own, theirs = (_attention_map(tokens, mask) for tokens in layers)
             losses.append(masked_mean((own - theirs).square(), mask))
         return torch.stack(losses).sum(0)
+
+
+def _attention_map(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean squares over channels (B, N) of (B, N, C), at unit length."""
+    activity = zero_masked(at_least_float32(tokens), mask).square().mean(-1)
+    return unit_vectors(activity, smallest_length(tokens.dtype) ** 2)
 
 
 def _share_one(student: FeatureSpec, teacher: FeatureSpec, tokens_aligned: bool) -> bool:

@@ -13,6 +13,7 @@ from ..choices import Association, ProjectionInit, Projector, TargetNorm
 from ..errors import InputError
 from ..features.layers import FeatureSpec
 from ..features.targets import Features, LayerMasks, TeacherTargets
+from .fitting import check_features, check_masks, check_same_samples
 
 Shape = FeatureSpec | Sequence[int]
 Shapes = Sequence[Shape]
@@ -141,7 +142,8 @@ class FeatureLoss(nn.Module, ABC):
             student_mask, teacher_mask: (B, N), 0 for padding tokens, or one for each layer where the method
                 `compares_both_sides`; None: all count. The teacher's is not needed where `select` was called.
 
-        Raises `InputError` when the number of features is not the number of layers.
+        Raises `InputError` when the features are not those of the layers: another number, rank, width or type, or
+        other samples of the teacher.
         """
         expected = len(self.student_specs), len(self.teacher_specs)
         teachers = expected[1] if isinstance(teacher_features, TeacherTargets) else len(teacher_features)
@@ -153,7 +155,14 @@ class FeatureLoss(nn.Module, ABC):
                 expected=f"{expected[0]} and {expected[1]}",
                 todo="pass one feature for each shape given at construction, in the same order",
             )
-        return self.compare(student_features, self.targets(teacher_features, teacher_mask), student_mask)
+        check_features(student_features, self.student_specs, "student")
+        if not isinstance(teacher_features, TeacherTargets):
+            check_features(teacher_features, self.teacher_specs, "teacher")
+        check_masks(student_mask, "student")
+        check_masks(teacher_mask, "teacher")
+        targets = self.targets(teacher_features, teacher_mask)
+        check_same_samples(student_features, targets)
+        return self.compare(student_features, targets, student_mask)
 
     @abstractmethod
     def compare(

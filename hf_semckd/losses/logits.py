@@ -153,7 +153,7 @@ def _tokens_sum(
         student, teacher = student[:, :-1], teacher[:, :-1]
     if mask is None:
         # Items are samples then: nothing tells which tokens count.
-        return kd_loss(student, teacher, temperature).mean(1).sum()
+        return kd_loss(student, teacher, temperature).sum() / max(student.shape[1], 1)
     if mask.shape != student.shape[:2]:
         # An image in front of the text (GIT), for which there is no label.
         student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
@@ -161,9 +161,9 @@ def _tokens_sum(
 
 
 def _without_padding(logits: Tensor, padding: Tensor | None) -> Tensor:
-    """Return logits (B, N, 2) of spans: the lowest finite one gives padding no probability, and no NaN."""
+    """Return logits (B, N, 2) of spans: a low one, finite over a temperature, gives padding no probability."""
     logits = at_least_float32(logits)
-    lowest = torch.finfo(logits.dtype).min / 2
+    lowest = -(torch.finfo(logits.dtype).max ** 0.5)
     return logits if padding is None else logits.masked_fill((padding == 0).unsqueeze(-1), lowest)
 
 

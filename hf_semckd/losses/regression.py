@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
 from ..features.layers import FeatureSpec
-from ..features.precision import at_least_float32
+from ..features.precision import at_least_float32, smallest_length, unit_vectors
 from .base import FeatureLoss, Shapes
 from .baseline import BaselineBatch, BaselineLoss, SkipMapLoss
 from .positions import masked_mean, regress, squared_error, zero_masked
@@ -191,7 +191,7 @@ class PKDLoss(SkipMapLoss):
             target, target_counts = first_token(batch.targets.whole(t), batch.teacher_mask(t))
             if isinstance(projection, nn.Linear):
                 token = regress(projection, token)
-            own, theirs = F.normalize(at_least_float32(token), dim=1), F.normalize(at_least_float32(target), dim=1)
+            own, theirs = (unit_vectors(at_least_float32(x), smallest_length(x.dtype)) for x in (token, target))
             errors.append(torch.where(counts & target_counts, (own - theirs).square().mean(1), 0.0))
         return torch.stack(errors).mean(0)
 

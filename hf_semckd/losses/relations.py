@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..features.geometry import fitting_mask
-from ..features.precision import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision, smallest_length, unit_vectors
 from .base import Shapes
 from .baseline import BaselineBatch, BaselineLoss
 from .positions import regress
@@ -42,8 +42,12 @@ class SPLoss(BaselineLoss):
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the squared distance of each row (B) over the batch size."""
         layers = (batch.features[-1], batch.student_mask(-1)), (batch.targets.whole(-1), batch.teacher_mask(-1))
-        own, theirs = (F.normalize(similarity_matrix(rows, fitting_mask(mask, rows)), dim=1) for rows, mask in layers)
+        own, theirs = (_similarity_rows(rows, fitting_mask(mask, rows)) for rows, mask in layers)
         return (theirs - own).square().mean(1)
+
+
+def _similarity_rows(features: Tensor, mask: Tensor | None) -> Tensor:
+    return unit_vectors(similarity_matrix(features, mask), smallest_length(features.dtype) ** 2)
 
 
 class PKTLoss(BaselineLoss):
@@ -62,7 +66,8 @@ class PKTLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the mean over each sample's row of the B x B divergences (B)."""
-        kernels = [(cosine_matrix(embeddings) + 1) / 2 for embeddings in batch.embeddings()]
+        smallest = smallest_length(batch.features[-1].dtype)
+        kernels = [(cosine_matrix(embeddings, smallest) + 1) / 2 for embeddings in batch.embeddings()]
         own, theirs = (kernel / kernel.sum(1, keepdim=True) for kernel in kernels)
         return (theirs * ((theirs + PROBABILITY_OFFSET).log() - (own + PROBABILITY_OFFSET).log())).mean(1)
 
@@ -97,22 +102,25 @@ class RKDLoss(BaselineLoss):
 
     def per_sample(self, batch: BaselineBatch) -> Tensor:
         """Return the share of each sample (B): its row of distances, and the angles at it."""
-        (own, own_angles), (theirs, their_angles) = map(distances_and_angles, batch.embeddings())
+        smallest = smallest_length(batch.features[-1].dtype)
+        pairs = (distances_and_angles(rows, smallest) for rows in batch.embeddings())
+        (own, own_angles), (theirs, their_angles) = pairs
         distances = F.smooth_l1_loss(own, theirs, reduction="none").mean(1)
         angles = F.smooth_l1_loss(own_angles, their_angles, reduction="none").mean((1, 2))
         return self.distance_weight * distances + self.angle_weight * angles
 
 
-def distances_and_angles(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+def distances_and_angles(embeddings: Tensor, smallest: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the distances of every two samples of (B, C) and the cosines of the angles of every three.
 
     These are (B, B), over the mean of those that are not zero, and (B, B, B), whose first index is the vertex; both at
-    least in float32. Identical samples have no direction: their cosines and their gradients are zero.
+    least in float32. Samples that are identical, or not farther apart than `smallest`, have no direction: their
+    cosines and their gradients are zero.
     """
     rows = at_least_float32(embeddings)
     differences = rows.unsqueeze(0) - rows.unsqueeze(1)
     squares = differences.square().sum(-1)
-    apart = squares > IDENTICAL
+    apart = squares > max(IDENTICAL, smallest**2)
     # The root has no gradient at zero: it is taken of ones there, and dropped.
     roots = torch.where(apart, squares, 1.0).sqrt()
     distances = torch.where(apart, roots, 0.0)

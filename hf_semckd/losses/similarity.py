@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..features.precision import at_least_float32, full_precision
+from ..features.precision import at_least_float32, full_precision, unit_vectors
 from .positions import zero_masked
 
 # A row whose spread is below this share of its size is constant: what is left is the rounding of float32.
@@ -26,9 +25,12 @@ def similarity_matrix(features: Tensor, mask: Tensor | None = None, *, normalize
         return rows @ rows.T
 
 
-def cosine_matrix(rows: Tensor) -> Tensor:
-    """Return the cosines (..., B, B) of the rows of (..., B, C), at least in float32; 0 for a row of zeros."""
-    rows = F.normalize(at_least_float32(rows), dim=-1)
+def cosine_matrix(rows: Tensor, smallest: float = 1e-12) -> Tensor:
+    """Return the cosines (..., B, B) of the rows of (..., B, C), at least in float32; 0 for a row without direction.
+
+    `smallest` is that of `unit_vectors`.
+    """
+    rows = unit_vectors(at_least_float32(rows), smallest)
     with full_precision(rows):
         return rows @ rows.mT
 
@@ -46,10 +48,11 @@ def row_cosine(student_similarity: Tensor, teacher_similarity: Tensor, counted: 
         return torch.einsum("sbk,tbk->bst", student, teacher)
 
 
-def relative_distances(embeddings: Tensor) -> Tensor:
+def relative_distances(embeddings: Tensor, smallest: float = 0.0) -> Tensor:
     """Return the distances (..., B, B) of the samples of (..., B, C), in units of the batch's mean distance.
 
-    At least in float32, zero on the diagonal; the gradient is zero, up to rounding, where two samples coincide.
+    At least in float32, zero on the diagonal; the gradient is zero, up to rounding, where two samples coincide. The
+    unit is at least the `smallest`, which bounds the gradient.
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, distance-wise potential.
     """
     rows = at_least_float32(embeddings)
@@ -63,7 +66,7 @@ def relative_distances(embeddings: Tensor) -> Tensor:
         different = ~torch.eye(samples, dtype=torch.bool, device=rows.device)
         distances = squares.clamp(min=floor).sqrt() * ((squares > floor) & different)
         mean = distances.sum((-2, -1), keepdim=True) / max(samples * (samples - 1), 1)
-        return distances / mean.clamp(min=limits.tiny**0.5)
+        return distances / mean.clamp(min=max(smallest, limits.tiny**0.5))
 
 
 def by_shape(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,12 +15,12 @@ from hf_semckd.losses import FEATURE_LOSSES, CombinedLoss, SemCKDLoss
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_every_method_trains_every_family_on_ragged_batches(tmp_path, name, family):
-    trainer = make(tmp_path, name, family, max_steps=6)
+    trainer = make(tmp_path, name, family, max_steps=4)
     before = weights(trainer.student)
     marks = traces(trainer.student)
     trainer.train()
     seen = losses(trainer, "feature_loss")
-    assert len(seen) == 6 and all(math.isfinite(value) for value in seen)
+    assert len(seen) == 4 and all(math.isfinite(value) for value in seen)
     assert any(not torch.equal(before[key], value) for key, value in weights(trainer.student).items())
     assert traces(trainer.student) == marks
     # Only what its weights carry can tell the student from a plain one.
@@ -52,12 +52,10 @@ def test_resuming_goes_on_where_it_stopped(tmp_path, name):
     saving = {"save_strategy": "steps", "save_steps": 3}
     # As published: else its own classifier trains too, and a resumed run goes on from the one that replaced it.
     alone = {"task_weight": 0.0, "logit_weight": 0.0} if name == "simkd" else {}
-    whole = make(tmp_path / "whole", name, family, max_steps=6, **alone)
+    whole = make(tmp_path, name, family, max_steps=6, **saving, **alone)
     whole.train()
-    half = make(tmp_path / "half", name, family, max_steps=6, **saving, **alone)
-    half.train()
-    resumed = make(tmp_path / "half", name, family, max_steps=6, **alone)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    resumed = make(tmp_path, name, family, max_steps=6, **alone)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for key, value in weights(whole.student).items():
         torch.testing.assert_close(weights(resumed.student)[key], value, rtol=1e-5, atol=1e-6)
 

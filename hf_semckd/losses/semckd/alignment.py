@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...features.geometry import (
     Alignment,
     Average,
@@ -150,6 +151,14 @@ class AlignedStudent:
         if group.size is not None:
             return map_to_tokens(pool_map(self.decoded(s), group.size))
         tokens, choice = as_tokens(self.features[s]), self.teacher.choice(group.teachers[0])
+        length = self.teacher.at(group.teachers[0], group).shape[1] if choice.positions is None else choice.length
+        if length not in (None, tokens.shape[1]):
+            raise InputError(
+                f"Layer `{self.specs[s].name}` has another number of tokens than the teacher's layers",
+                received=f"{tokens.shape[1]} of the student, {length} of the teacher",
+                expected="the same tokens, as when the loss was built",
+                todo="give both models the same tokens, or build the loss with tokens_aligned=False",
+            )
         if choice.positions is None:
             return tokens
         place = (choice, tokens.shape[1])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...features.precision import at_least_float32, full_precision
 from ..similarity import by_shape
 
@@ -45,6 +46,14 @@ class SimilarityBank(nn.Module):
 
         `summaries` are (B, D) for each layer. While training, the samples are collected for the next `synchronize`.
         """
+        widths = [rows.shape[1] for rows in summaries]
+        if widths != self.widths:
+            raise InputError(
+                "The layers have other sizes than those that the bank of samples was built for",
+                received=f"summaries of {widths} values",
+                expected=f"{self.widths}",
+                todo="use one image size for all batches, or association_bank=0",
+            )
         units = by_shape(lambda rows: F.normalize(rows, dim=-1), [at_least_float32(rows) for rows in summaries])
         if self.training:
             self._counts.append(len(units[0]))

@@ -1,6 +1,7 @@
 """The error of several student layers against the weighted teacher layers, without a tensor for each pair."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,14 +55,17 @@ def weighted_feature_error(
     return _WeightedFeatureError.apply(weights, kept, center, scale, len(features), *features, *linear, *targets)
 
 
-def weighted_relation_error(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Tensor:
+def weighted_relation_error(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor, smallest: float = 0.0
+) -> Tensor:
     """Return the error of each sample's distances to the other samples of the batch.
 
     error[i, s] = sum over t of weights[i, s, t] * mean over the other samples j of (d_s[i, j] - d_t[i, j])^2, with
     `relative_distances` d of S and T embeddings (B, C). It needs no projection, and depends on neither layer's scale,
-    rotation or offset. The result (B, S) is 0 for a batch of one, and its gradient goes to the student alone.
+    rotation or offset. The result (B, S) is 0 for a batch of one, and its gradient goes to the student alone;
+    `smallest` is that of its distances.
     """
-    own = [rows.unsqueeze(1) for rows in by_shape(relative_distances, student)]
+    own = [rows.unsqueeze(1) for rows in by_shape(partial(relative_distances, smallest=smallest), student)]
     with torch.no_grad():
         theirs = [rows.unsqueeze(1) for rows in by_shape(relative_distances, teacher)]
     samples = len(own[0])

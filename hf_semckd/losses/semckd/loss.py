@@ -21,6 +21,7 @@ from ...choices import ProjectionInit, Projector, TargetNorm, check_projection_i
 from ...errors import ConfigurationError
 from ...features.geometry import Alignment, summary_width
 from ...features.layers import FeatureSpec
+from ...features.precision import smallest_length
 from ...features.statistics import TeacherStatistics, update_layer_statistics
 from ...features.targets import LayerMasks, TeacherTargets
 from ..base import FeatureLoss, FeatureLossOutput, LossOptions, Shape, layer_specs
@@ -214,7 +215,8 @@ class SemCKDLoss(FeatureLoss):
         if self.relation_weight > 0:
             own = [student.embedding(s) for s in range(layers)]
             theirs = [teacher.embedding(t) for t in range(len(self.teacher_specs))]
-            relations = weighted_relation_error(own, theirs, alpha).sum(1)
+            smallest = smallest_length(student_features[0].dtype)
+            relations = weighted_relation_error(own, theirs, alpha, smallest).sum(1)
             per_sample = per_sample + self.relation_weight * relations / taught(layers)
         penalty = self.association.penalty(alpha[:, : self.compared])
         if penalty is not None:

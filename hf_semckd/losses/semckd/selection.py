@@ -104,9 +104,10 @@ class TeacherSelection:
         """Choose among tokens (B, N, C) of which those under the mask (B, N) count."""
         if self.max_tokens is None:
             return KeptTokens(None if mask is None else TokenChoice(mask=mask))
-        positions, chosen = spread_positions(tokens.shape[1], self.max_tokens, mask=mask, phase=phase, like=tokens)
+        length = tokens.shape[1]
+        positions, chosen = spread_positions(length, self.max_tokens, mask=mask, phase=phase, like=tokens)
         unused = None if chosen is None else ~chosen.unsqueeze(-1)
-        return KeptTokens(TokenChoice(positions, chosen), flat_positions(positions, tokens.shape[1]), unused)
+        return KeptTokens(TokenChoice(positions, chosen, length), flat_positions(positions, length), unused)
 
     def _pooled(self, t: int, feature: Tensor, average: Average) -> dict[str, Any]:
         """Return what is kept of a layer besides tokens."""

@@ -192,7 +192,7 @@ def _targets(values: Mapping[str, Tensor], layers: int) -> TeacherTargets:
                 holders[t] = holder[0]
     if parts:
         return TeacherTargets(parts=tuple(_targets(part, layers) for _, part in sorted(parts.items())))
-    choices = {t: TokenChoice(*(kinds[t].pop(kind, None) for kind in CHOICE_TENSORS)) for t in kinds}
+    choices = {t: TokenChoice(kinds[t].pop("positions", None), kinds[t].pop("mask", None)) for t in kinds}
     entries = [LayerTarget(**kept, choice=choices[holders[t]] if t in holders else None) for t, kept in kinds.items()]
     return TeacherTargets(tuple(entries), values.get("mask"))
 
