@@ -442,6 +442,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "teacher_layers": ["encoder.layer.2", "encoder.layer.5"],
         "teacher_weights": [1.0, 2.5],
         "teacher_dtype": "bfloat16",
+        "teacher_placement": "offload",
         "teacher_compile": True,
         "association_temperature": 0.3,
         "projection_learning_rate": 0.01,

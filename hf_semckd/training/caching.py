@@ -16,7 +16,8 @@ from ..data.samples import first_samples, is_map_style, longest_sample, spread_s
 from ..errors import ConfigurationError, InputError
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
-from ..teacher.cached import CachedTeacher, TeacherRunner
+from ..teacher.cached import CachedTeacher
+from ..teacher.running import TeacherRunner
 from .pair import GIGABYTE, Pair
 
 logger = logging.getLogger(__name__)

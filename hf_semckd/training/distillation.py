@@ -19,8 +19,9 @@ from ..losses.ensemble import EnsembleLoss
 from ..losses.logits import LogitMatch, LogitMixture
 from ..losses.registry import make_feature_loss
 from ..models.sizes import count_parameters
-from ..teacher.cached import CachedTeacher, TeacherEnsemble, TeacherRunner
+from ..teacher.cached import CachedTeacher
 from ..teacher.outputs import TeacherDescription
+from ..teacher.running import TeacherEnsemble, TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .attempts import Attempts
 from .batches import batch_check, check_label_range, class_count

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator
-from transformers import Trainer
 
 from ..config import SemCKDConfig
 from ..errors import CheckpointError, ConfigurationError, InputError
@@ -30,13 +29,13 @@ class Engine:
     stage: int = 0
 
     @classmethod
-    def of_trainer(cls, trainer: Trainer) -> Engine:
-        """Return the engine that a trainer trains on."""
-        accelerator = trainer.accelerator
-        processes = accelerator.num_processes
-        if trainer.is_deepspeed_enabled:
-            return cls("DeepSpeed", processes, int(accelerator.state.deepspeed_plugin.zero_stage))
-        return cls("FSDP" if trainer.is_fsdp_enabled else "one process or DDP", processes)
+    def of(cls, accelerator: Accelerator) -> Engine:
+        """Return the engine that an accelerator trains on."""
+        state, processes = accelerator.state, accelerator.num_processes
+        plugin = getattr(state, "deepspeed_plugin", None)
+        if plugin is not None:
+            return cls("DeepSpeed", processes, int(plugin.zero_stage))
+        return cls("one process or DDP" if getattr(state, "fsdp_plugin", None) is None else "FSDP", processes)
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> Engine:

@@ -11,8 +11,8 @@ from ..errors import SemCKDError
 from ..losses import FeatureLoss
 from ..losses.logits import logit_loss_sum
 from ..models.outputs import batch_size, logits_of
-from ..teacher.cached import TeacherRunner
 from ..teacher.outputs import TeacherOutputs
+from ..teacher.running import TeacherRunner
 from .attachment import DistillationTargets
 from .batches import KnownShapes
 from .counts import COUNTS, StepCounts, count_step, safe_labels, scaled

@@ -20,8 +20,9 @@ from ..losses import FeatureLoss
 from ..losses.registry import LossSource, compares_both_sides, find_layers, names_layers, reuses_teacher_head
 from ..models.inputs import InputSelector
 from ..models.loading import ModelSource, TeacherSource, empty_model, load_model, teacher_list
-from ..teacher.cached import CachedTeacher, teacher_prefix
+from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
+from ..teacher.running import teacher_prefix
 from ..teacher.teacher import Teacher
 from .checks import (
     check_encoder_decoder,

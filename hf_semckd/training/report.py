@@ -20,7 +20,7 @@ from ..models.loading import ModelSource, TeacherSource, load_model, teacher_lis
 from ..models.outputs import detects_objects, holds_images, layer_masks, logits_of
 from ..models.tables import aligned_lines
 from ..models.tasks import Task, head_task, predicts_next_token
-from ..teacher.cached import teacher_prefix
+from ..teacher.running import teacher_prefix
 from .classes import check_same_tokens, match_teachers, vocabulary_size
 from .memory import MemoryEstimate, TrainedBytes, teacher_bytes, try_step
 from .pair import layers_by_teacher

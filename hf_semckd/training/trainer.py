@@ -234,7 +234,7 @@ class DistillationTrainer(PublishingTrainer):
             SaveError, LostProcessError: When a checkpoint cannot be written, and when another process has failed.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        check_engine(resume_from_checkpoint, Engine.of_trainer(self))
+        check_engine(resume_from_checkpoint, Engine.of(self.accelerator))
         check_position(resume_from_checkpoint, self.train_dataset, self.args)
         check_output_folder(self.args, probe=True)
         stop = self._stop if self._distills else None

@@ -19,8 +19,9 @@ from hf_semckd.features.capture import FeatureCapture
 from hf_semckd.features.layers import FeatureSpec
 from hf_semckd.losses.base import LossOptions
 from hf_semckd.losses.registry import find_layers, make_feature_loss
-from hf_semckd.teacher.cached import CachedTeacher, TeacherRunner
+from hf_semckd.teacher.cached import CachedTeacher
 from hf_semckd.teacher.notes import TeacherRequest
+from hf_semckd.teacher.running import TeacherRunner
 from hf_semckd.teacher.teacher import Teacher
 
 SINGLE = [name for name in FEATURE_LOSSES if (name, "bert") not in REFUSED]

@@ -29,8 +29,8 @@ from hf_semckd.features.targets import TeacherTargets
 from hf_semckd.losses import FeatureLoss
 from hf_semckd.models.inputs import InputSelector
 from hf_semckd.models.loading import load_model
-from hf_semckd.teacher.cached import TeacherRunner
 from hf_semckd.teacher.outputs import TeacherOutputs, check_finite
+from hf_semckd.teacher.running import TeacherRunner
 from hf_semckd.teacher.teacher import Teacher
 
 
