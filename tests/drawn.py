@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +17,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What both models' layers are: `images` are maps or patches, each layer for itself.
 KINDS = ("maps", "patches", "images", "text", "other tokenization", "vectors")
 MASK_DTYPES = (torch.long, torch.bool, torch.float32)
+# A feature loss takes long: the default suite tries it on fewer examples.
+FEWER = settings(max_examples=10) if settings().max_examples < 100 else settings()
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -8, 4
 
 
@@ -89,9 +92,9 @@ def values(draw: Any, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> 
 
 
 @st.composite
-def masks(draw: Any, samples: int, length: int) -> Tensor | None:
+def masks(draw: Any, samples: int, length: int, always: bool = False) -> Tensor | None:
     """Draw a mask (B, N), all ones and all zeros included, or None."""
-    if not draw(st.booleans()):
+    if not always and not draw(st.booleans()):
         return None
     rows = draw(st.lists(st.integers(0, 2**length - 1), min_size=samples, max_size=samples))
     counted = torch.tensor([[row >> place & 1 for place in range(length)] for row in rows])
@@ -130,6 +133,7 @@ def batches(
     kinds: Sequence[str] = KINDS,
     counts: Sequence[int] = (1, 2, 3),
     dtypes: Sequence[torch.dtype] = DTYPES,
+    always_masked: bool = False,
 ) -> Batch:
     """Draw a batch for a feature loss.
 
@@ -137,6 +141,7 @@ def batches(
         kinds: What the layers may be, see `KINDS`.
         counts: How many layers either model may have.
         dtypes: Precisions of either model's features.
+        always_masked: Whether tokens have masks in any case.
     """
     kind, samples = draw(st.sampled_from(kinds)), draw(st.integers(1, 4))
     lengths = [draw(st.integers(1, 6))] * 2
@@ -152,7 +157,7 @@ def batches(
         draw(values([shape_of(spec, samples, kind) for spec in own], draw(st.sampled_from(dtypes)))) for own in layers
     ]
     masked = kind in ("text", "other tokenization")
-    found = [draw(masks(samples, length)) if masked else None for length in lengths]
+    found = [draw(masks(samples, length, always_masked)) if masked else None for length in lengths]
     if kind == "text" and draw(st.booleans()):
         found[1] = found[0]
     return Batch(*layers, *features, *found, tokens_aligned=kind != "other tokenization")

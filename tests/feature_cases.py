@@ -49,10 +49,12 @@ def options(samples: int) -> st.SearchStrategy[LossOptions]:
     )
 
 
-def batches_for(name: str, dtypes: Any = DTYPES, kinds: Any = KINDS) -> st.SearchStrategy[Batch]:
+def batches_for(
+    name: str, dtypes: Any = DTYPES, kinds: Any = KINDS, always_masked: bool = False
+) -> st.SearchStrategy[Batch]:
     """Draw batches of the kinds of layers that a method is for."""
     allowed = [kind for kind in METHOD_KINDS.get(name, KINDS) if kind in kinds]
-    return batches(allowed, METHOD_COUNTS.get(name, (1, 2, 3)), dtypes)
+    return batches(allowed, METHOD_COUNTS.get(name, (1, 2, 3)), dtypes, always_masked)
 
 
 def loss_for(name: str, batch: Batch, chosen: LossOptions = LossOptions()) -> FeatureLoss:  # noqa: B008

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn import FEWER
 from feature_cases import NAMES, assert_sound, batches_for, loss_for, options
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,7 @@ def spoil(data, batch):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(st.data())
+@FEWER
 def test_what_does_not_fit_is_refused_or_answered(name, data):
     batch = data.draw(batches_for(name, WIDE))
     loss = loss_for(name, batch, data.draw(options(batch.size)))
@@ -65,6 +67,7 @@ def test_what_does_not_fit_is_refused_or_answered(name, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(st.data())
+@FEWER
 def test_no_samples_are_refused(name, data):
     batch = data.draw(batches_for(name, WIDE))
     loss = loss_for(name, batch, data.draw(options(batch.size)))
