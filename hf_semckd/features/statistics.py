@@ -135,7 +135,10 @@ def standardization(layers: Sequence[ChannelStatistics]) -> tuple[Tensor, Tensor
     mean, variance, count = _state(layers)
     typical = variance.mean(1, keepdim=True)
     shrunk = (count * variance + PRIOR_POSITIONS * typical) / (count + PRIOR_POSITIONS)
-    return mean, torch.rsqrt(shrunk + VARIANCE_FLOOR * typical + torch.finfo(variance.dtype).tiny)
+    # Where nothing varies (one position in all), differences from the mean are its rounding, and not to be blown up.
+    limits = torch.finfo(variance.dtype)
+    rounding = (limits.eps * mean).square()
+    return mean, torch.rsqrt(shrunk + VARIANCE_FLOOR * typical + rounding + limits.tiny)
 
 
 def _wide(device: torch.device) -> torch.dtype:

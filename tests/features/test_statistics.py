@@ -283,3 +283,12 @@ def test_several_layers_are_observed_as_each_alone(limit, monkeypatch):
     for entry, layer, kept in zip(entries, layers, masks, strict=True):
         values = rows(layer) if kept is None else layer[kept != 0].double().numpy()
         assert_moments(entry, np.concatenate([values, values]))
+
+
+def test_a_single_position_is_not_blown_up_by_the_rounding_of_its_mean():
+    layer = ChannelStatistics(3)
+    position = 100 * torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(0))
+    update_layer_statistics([layer], [position], [None])
+    merge_layers([layer], [layer.pending()])
+    nearby = position * (1 + torch.finfo(torch.float32).eps)
+    assert layer(nearby).abs().max() <= 2

@@ -7,8 +7,8 @@ from feature_cases import NAMES, assert_sound, batches_for, loss_for, options
 from hypothesis import given
 from hypothesis import strategies as st
 
-# Precision of the loss and of autocast. An engine casts whole modules. What is beyond float16's range under autocast is
-# a GradScaler's to answer, and torch's autocast knows no float64.
+# Precision of the loss and of autocast. An engine casts whole modules. What is beyond float16's range under autocast
+# is a GradScaler's to answer, and torch's autocast knows no float64.
 HOW = {"plain": (torch.float32, None), "cast": (torch.bfloat16, None), "autocast": (torch.float32, torch.bfloat16)}
 
 
