@@ -233,8 +233,8 @@ class CachedTeacher:
         return outputs
 
     def answers(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the outputs for a batch can be had without loading the teacher."""
-        return self._load is None or all(self.cache.look_up(batch).present)
+        """Whether the outputs for a batch are all in the cache."""
+        return all(self.cache.look_up(batch).present)
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the teacher's keywords; see `Teacher.inputs`."""

@@ -162,8 +162,7 @@ class Distillation:
     def memory(self, batch_size: int, args: SemCKDConfig, optimizer: Any) -> MemoryEstimate:
         """Return about what a training takes that is about to start; a small step is measured, with all in place.
 
-        A teacher that is not loaded yet, because a cache may answer for it, stays where it is. One that is compiled
-        would have to be compiled for this.
+        Not measured is a step whose teacher would have to be loaded, cached, compiled or run by all processes for this.
         """
         pair, batch, step = self.pair, self.trial_batch, None
         if (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engine_cases import CHECKS, ENGINES, launch
 
-BEGIN, END = "<!-- engines -->", "<!-- /engines -->"
+BEGIN, END = "<!-- begin: engines -->", "<!-- end: engines -->"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fault_counts import Faults, table
 
-BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
+BEGIN, END = "<!-- begin: faults -->", "<!-- end: faults -->"
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_semckd import SemCKDConfig
-from hf_semckd.config import CHOICES, distillation_fields
+from hf_semckd.choices import CHOICES
+from hf_semckd.config import distillation_fields
 from hf_semckd.errors import ConfigurationError
 
 ODD = [

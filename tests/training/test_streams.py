@@ -127,7 +127,7 @@ def test_samples_that_one_process_could_not_deal_out_are_refused(dispatches, wor
     collator = PROBLEMS["sentences" if "input_ids" in next(iter(data)) else "vit"].collator
     with mock.patch.object(type(args), "world_size", world):
         if not refused:
-            check_equal_sizes(TrainingData(data, collator, lambda batch: batch), args)
+            check_equal_sizes(TrainingData(data, collator, lambda batch: batch, frozenset()), args)
             return
         with pytest.raises(ConfigurationError, match="dispatch_batches"):
-            check_equal_sizes(TrainingData(data, collator, lambda batch: batch), args)
+            check_equal_sizes(TrainingData(data, collator, lambda batch: batch, frozenset()), args)

@@ -84,7 +84,8 @@ class Shard:
         self._ends = np.frombuffer(ends, np.int64, len(batch) + 1)
         # A slice of the map, found by its address: Arrow's own buffer is read-only, which tensors cannot be.
         first = values.address - mapped.ctypes.data
-        if not 0 <= first <= mapped.size - values.size:
+        # An empty one is anywhere.
+        if values.size and not 0 <= first <= mapped.size - values.size:
             raise ValueError("it is compressed")
         self._data = mapped[first : first + values.size]
         self._verified = bytearray(len(batch))
