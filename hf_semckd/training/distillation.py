@@ -162,7 +162,7 @@ class Distillation:
     def memory(self, batch_size: int, args: SemCKDConfig, optimizer: Any) -> MemoryEstimate:
         """Return about what a training takes that is about to start; a small step is measured, with all in place.
 
-        Not measured is a step whose teacher would have to be loaded, cached, compiled or run by all processes for this.
+        Not measured is a step for which a teacher would be loaded, cached, compiled or run by all processes.
         """
         pair, batch, step = self.pair, self.trial_batch, None
         if (
