@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from torch import nn
 
 # Lists that a scheduler keeps in step with the optimizer's groups.

@@ -1,7 +1,7 @@
 """The feature loss's parameters in an optimizer that is made, and in one that DeepSpeed will make."""
 
 import torch
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from torch import nn
 
 from hf_semckd.training.optimizer import add_feature_loss_groups
