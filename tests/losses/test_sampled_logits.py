@@ -128,7 +128,7 @@ def test_the_sum_is_that_of_the_labeled_positions(shifted, pieces, monkeypatch):
     student[0, 1 if shifted else 2] = math.nan
     student.requires_grad_()
     found = logit_loss_sum(student, sampled, {"labels": labels}, 2.0, "tokens", shifted)
-    assert float(found) == pytest.approx(expected)
+    assert found.item() == pytest.approx(expected)
     found.backward()
     assert student.grad.isfinite().all() and not student.grad[0, 1 if shifted else 2].any()
 
