@@ -5,8 +5,8 @@
     python scripts/compare_cached_logits.py --table          # measures nothing
 
 The texts are modules of Python's standard library in pieces of 64 tokens (4,096 ids), every fifth module held out. A
-GPT-2 of four layers learns them first, then students of two layers from the same starts. Whole logits take 1 GB of a temporary
-folder.
+GPT-2 of four layers learns them first, then students of two layers from the same starts. Whole logits take 1 GB of a
+temporary folder.
 """
 
 from __future__ import annotations

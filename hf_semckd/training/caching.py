@@ -88,7 +88,9 @@ def token_sampling(plan: Plan, logits: tuple[int, ...] | None, draws: int | None
     vocabulary = plan.match.vocabulary or logits[-1]
     if draws is None and vocabulary * torch.float16.itemsize <= WHOLE_BYTES:
         return None
-    return TokenSampling(DRAWS if draws is None else draws, vocabulary, plan.temperature)
+    sampling = TokenSampling(DRAWS if draws is None else draws, vocabulary, plan.temperature)
+    logger.info("In place of the teacher's logits the cache keeps, at each position, %s.", sampling)
+    return sampling
 
 
 def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> float | None:

@@ -131,6 +131,9 @@ class Distillation:
             draws = args.teacher_cache_samples
             sizes = [_open_cache(runner, found.batch, entry, data, plan, draws, services) for runner, entry in runners]
             distillation.cache_bytes = _cache_bytes(sizes, data)
+            for teacher in pair.cached_teachers:
+                if teacher.cache.sampling is not None:
+                    distillation.settings["teacher_cache_samples"] = teacher.cache.sampling.draws
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)

@@ -130,14 +130,16 @@ def test_with_many_draws_the_loss_is_that_of_whole_logits(temperature, tmp_path)
 # ---- Small ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_of_a_large_vocabulary_takes_at_most_120_bytes_on_the_disk(tmp_path):
+def test_a_token_of_a_large_vocabulary_takes_at_most_120_bytes_on_the_disk(tmp_path, caplog):
     """By default, all that the folder holds counted; 50,000 whole logits in half precision take 100,000 bytes."""
     sizes = {"n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1, "bos_token_id": 1, "eos_token_id": 2}
     teacher, student = (GPT2LMHeadModel(GPT2Config(vocab_size=50_000, **sizes)) for _ in range(2))
     rows = [{"input_ids": torch.randint(3, 50_000, (64,)).tolist(), "attention_mask": [1] * 64} for _ in range(8)]
-    args = {"teacher_cache_samples": None, "logit_chunk_size": None}
-    trainer = made(tmp_path, teacher, model=student, train_dataset=rows, **args)
+    caplog.set_level("INFO", "hf_semckd")
+    trainer = made(tmp_path, teacher, model=student, train_dataset=rows, teacher_cache_samples=None)
     assert trainer.fill_teacher_cache() == 8
+    assert "32 stratified draws of 50000 ids at 1.0" in caplog.text
+    assert trainer.distillation.settings["teacher_cache_samples"] == 32
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert size / (8 * 64) <= 120
 
