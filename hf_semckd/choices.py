@@ -22,6 +22,7 @@ LIMITS = {
     "max_grid": ("rows and columns", "no limit"),
     "association_bank": ("samples", "the other samples of the micro-batch"),
     "logit_chunk_size": ("positions", "whole logits"),
+    "teacher_cache_samples": ("draws", "whole logits"),
 }
 CHOICES = {
     "association": Association,

@@ -165,6 +165,13 @@ class SemCKDConfig(TrainingArguments):
         "Precision of cached features (logits keep theirs). auto: the teacher's own, so that a cached run equals a "
         "live one. float16, bfloat16: half the space of float32.",
     )
+    teacher_cache_samples: int | None = option(
+        None,
+        "Token ids drawn from the teacher's distribution at each position, and cached in place of a causal language "
+        "model's logits: an unbiased estimate of the same loss, in a fraction of the space. 0: whole logits, for the "
+        "losses of a run without a cache. None: 32, which take 100 bytes or less, where half-precision logits would "
+        "take more than 120; whole ones for a smaller vocabulary, several teachers and any other model.",
+    )
     teacher_cache_limit_gb: float | None = option(
         None,
         "Largest size of one teacher's cache in gigabytes (2^30 bytes), > 0. A dataset that will not fit is refused "

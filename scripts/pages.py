@@ -21,6 +21,7 @@ SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark_vocabulary  # noqa: E402
+import compare_cached_logits  # noqa: E402
 import compare_sampling  # noqa: E402
 import run_demo_seeds  # noqa: E402
 import study_students  # noqa: E402
@@ -51,6 +52,7 @@ def regions() -> dict[str, Callable[..., str]]:
         "demo": run_demo_seeds.table,
         "vocabulary": benchmark_vocabulary.table,
         "sampling": compare_sampling.table,
+        "cached-logits": compare_cached_logits.table,
         "students": study_students.table,
         "starts": study_students.starts_table,
     }

@@ -45,6 +45,7 @@ OWN = (
     "projection_learning_rate",
     "teacher_cache_dir",
     "teacher_cache_dtype",
+    "teacher_cache_samples",
     "teacher_cache_limit_gb",
 )
 
@@ -161,6 +162,7 @@ def test_an_empty_cache_folder_is_refused(tmp_path, folder):
 
 LIMITS = {
     "logit_chunk_size": (None, "positions", "whole logits"),
+    "teacher_cache_samples": (None, "draws", "whole logits"),
     "association_bank": (64, "samples", "the other samples of the micro-batch"),
     "max_tokens": (16, "tokens", "no limit"),
     "max_grid": (None, "rows and columns", "no limit"),
@@ -432,6 +434,7 @@ def test_every_own_field_can_be_given_on_the_command_line(tmp_path):
         "task_weight": 0.5,
         "logit_weight": 0.25,
         "logit_chunk_size": 128,
+        "teacher_cache_samples": 16,
         "feature_weight": 7.0,
         "association": "one_to_one",
         "relation_weight": 2.5,

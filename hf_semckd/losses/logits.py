@@ -17,6 +17,7 @@ from ..models.outputs import IGNORED, token_targets
 from ..models.packing import document_starts
 from ..models.tasks import Task
 from .positions import masked_mean, zero_masked
+from .sampled_logits import SampledLogits, sampled_kd_loss
 
 # `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.
 IGNORED_PIXEL = 255
@@ -55,11 +56,14 @@ class LogitMatch:
     order: Tensor | None = None
     dim: int = -1
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's logits of the classes that both know, in the student's order."""
+    def __call__(self, student: Tensor, teacher: Tensor | SampledLogits) -> tuple[Tensor, Tensor | SampledLogits]:
+        """Return the student's and the teacher's logits of the classes that both know, in the student's order.
+
+        Samples were drawn from these classes alone.
+        """
         if self.vocabulary is not None:
             student = student[..., : self.vocabulary]
-        return student, self.teacher(teacher)
+        return student, teacher if isinstance(teacher, SampledLogits) else self.teacher(teacher)
 
     def teacher(self, logits: Tensor) -> Tensor:
         """Return the teacher's logits alone, likewise."""
@@ -109,7 +113,7 @@ PIECE = 2**24
 
 def logit_loss_sum(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | SampledLogits,
     batch: Mapping[str, Any],
     temperature: float,
     task: Task,
@@ -120,9 +124,11 @@ def logit_loss_sum(
 
     Token tasks count labeled positions only (all but padding without labels); causal language models predict the
     next token (`shifted`), so the last position is left out. Regression compares outputs by their squared difference.
-    Labels and attention mask come from `batch`, the mask of `frames` (B, T) from the model. Raises `InputError` when
-    the shapes differ.
+    Labels and attention mask come from `batch`, the mask of `frames` (B, T) from the model. Of tokens, samples of the
+    teacher's logits will do: the loss is estimated then. Raises `InputError` when the shapes differ.
     """
+    if isinstance(teacher, SampledLogits):
+        return _tokens_sum(student, teacher, batch, temperature, shifted)
     if student.shape != teacher.shape:
         raise InputError(logit_shape_message(tuple(student.shape), tuple(teacher.shape)))
     if task == "regression":
@@ -145,19 +151,29 @@ def logit_loss_sum(
 
 
 def _tokens_sum(
-    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], temperature: float, shifted: bool
+    student: Tensor,
+    teacher: Tensor | SampledLogits,
+    batch: Mapping[str, Any],
+    temperature: float,
+    shifted: bool,
 ) -> Tensor:
     """Return the sum of the divergences at the tokens that are predicted."""
     mask = token_targets(batch.get("labels"), batch.get("attention_mask"), shifted, document_starts(batch))
+    every = slice(None)
     if shifted:
-        student, teacher = student[:, :-1], teacher[:, :-1]
+        student, teacher = student[:, :-1], teacher[every, :-1]
     if mask is None:
         # Items are samples then: nothing tells which tokens count.
-        return kd_loss(student, teacher, temperature).sum() / max(student.shape[1], 1)
+        return _divergence(student, teacher, temperature).sum() / max(student.shape[1], 1)
     if mask.shape != student.shape[:2]:
         # An image in front of the text (GIT), for which there is no label.
-        student, teacher = student[:, -mask.shape[1] :], teacher[:, -mask.shape[1] :]
+        student, teacher = student[:, -mask.shape[1] :], teacher[every, -mask.shape[1] :]
     return _masked_divergence(student, teacher, mask, temperature)
+
+
+def _divergence(student: Tensor, teacher: Tensor | SampledLogits, temperature: float) -> Tensor:
+    loss: Any = sampled_kd_loss if isinstance(teacher, SampledLogits) else kd_loss
+    return loss(student, teacher, temperature)
 
 
 def _without_padding(logits: Tensor, padding: Tensor | None) -> Tensor:
@@ -198,7 +214,7 @@ def logit_shape_message(student: tuple[int, ...], teacher: tuple[int, ...]) -> s
     )
 
 
-def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _masked_divergence(student: Tensor, teacher: Tensor | SampledLogits, mask: Tensor, temperature: float) -> Tensor:
     """Return the sum of the divergences at the positions of a mask (B, N).
 
     Selecting rows by a mask would be a host sync. All positions are computed instead: small logits at once; large ones
@@ -212,7 +228,9 @@ def _masked_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperatu
     return torch.stack([recomputed(*part, temperature) for part in parts]).sum()
 
 
-def _masked_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _masked_sum(student: Tensor, teacher: Tensor | SampledLogits, mask: Tensor, temperature: float) -> Tensor:
     # Masked logits may be NaN or infinite. Masking the loss alone would leave a gradient of 0 * NaN.
-    left_out = ~mask.unsqueeze(-1)
-    return kd_loss(student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0), temperature).sum()
+    student = student.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if isinstance(teacher, SampledLogits):
+        return sampled_kd_loss(student, teacher, temperature).masked_fill(~mask, 0.0).sum()
+    return kd_loss(student, teacher.masked_fill(~mask.unsqueeze(-1), 0.0), temperature).sum()

@@ -15,6 +15,7 @@ from ..choices import TeacherPlacement
 from ..data.columns import teacher_entries
 from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
+from ..losses.sampled_logits import TokenSampling
 from ..models.images import ImageAdaptation
 from ..models.outputs import tokens_mask
 from ..models.packing import Documents
@@ -148,9 +149,19 @@ class CachedTeacher:
         return TeacherDescription(self.note.logits if logits else None, specs, [])
 
     def open(
-        self, batch: Mapping[str, Any], described: TeacherDescription, *, kept: str, logits: bool, features: bool
+        self,
+        batch: Mapping[str, Any],
+        described: TeacherDescription,
+        *,
+        kept: str,
+        logits: bool,
+        features: bool,
+        sampling: TokenSampling | None = None,
     ) -> None:
-        """Open the cache for what was described of a batch; those who keep the same of the features share it."""
+        """Open the cache for what was described of a batch; those who keep the same of the features share it.
+
+        With `sampling` it keeps tokens drawn from the logits in their place.
+        """
         if self._cache is not None:
             self._cache.store.close()
         if Documents.of(teacher_entries(batch)) is not None:
@@ -171,18 +182,21 @@ class CachedTeacher:
         weights = self._teacher.weights if self.note is None else self.note.weights
         images = self._teacher.images
         kept = f"{kept} {self.dtype}" + ("" if images == ImageAdaptation() else f" {images}")
+        kept += "" if sampling is None else f" {sampling}"
         name = teacher_fingerprint(weights, layers, logits, kept)
         store = TensorStore(Path(self.folder) / name, limit_bytes=self.limit_bytes)
         cut = _cuts_padding(described, self.inputs(batch)) if self.note is None else self.note.cut
-        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut, self._row_check(described))
+        check = self._row_check(described, sampling)
+        self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut, check, sampling)
 
-    def _row_check(self, described: TeacherDescription) -> RowCheck:
+    def _row_check(self, described: TeacherDescription, sampling: TokenSampling | None) -> RowCheck:
         """Return what stored rows must look like; a noted teacher's logits have no batch and no tokens."""
         shape = described.logits or ()
         if self.note is None:
             shape = shape[-1:] if len(shape) == 3 else shape[1:]
         channels = tuple(spec.channels for spec in described.specs)
-        return RowCheck(described.logits is not None, shape[0] if shape else None, channels)
+        whole = described.logits is not None and sampling is None
+        return RowCheck(whole, shape[0] if shape else None, channels, sampling)
 
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
@@ -214,7 +228,7 @@ class CachedTeacher:
             outputs = self.load().run(batch, logits=logits, features=features, loss=loss, samples=missing)
             # Stored, it would break later runs too.
             check_finite(outputs, self.layer_names, samples=missing)
-            computed = cache.rows(outputs, inputs, missing)
+            computed = cache.rows(outputs, inputs, lookup.keys, missing)
             if stored and not is_alike(computed[0], {name: value[0] for name, value in lookup.values.items()}):
                 raise InputError(
                     "The teacher cache holds rows of another kind than the teacher gives",
@@ -228,7 +242,8 @@ class CachedTeacher:
             found = iter([{name: value[n] for name, value in stored.items()} for n in range(sum(lookup.present))])
             stored = to_batch([next(found if present else fresh) for present in lookup.present], token_count(inputs))
         outputs = to_outputs(stored, len(self._teacher.capture.layers or ()))
-        along = [outputs.logits] if outputs.logits is not None and outputs.logits.dim() == 3 else []
+        given = outputs.logits if outputs.sampled is None else outputs.sampled.ids
+        along = [given] if given is not None and given.dim() == 3 else []
         outputs.mask = tokens_mask(inputs.get("attention_mask"), along, self.model)
         return outputs
 

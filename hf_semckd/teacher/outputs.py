@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import TeacherOutputError
 from ..features.layers import FeatureSpec
 from ..features.targets import TeacherTargets
+from ..losses.sampled_logits import SampledLogits
 
 
 @dataclass
@@ -21,16 +22,19 @@ class TeacherOutputs:
         hidden: (B, N, D) what a causal language model's head makes logits of, in place of these; or None.
         features: What the feature loss keeps of the layers' outputs; empty when they are not needed.
         mask: (B, N) mask of the teacher's tokens.
+        sampled: What a cache kept in place of the logits; or None.
     """
 
     logits: Tensor | None = None
     features: TeacherTargets = field(default_factory=TeacherTargets)
     mask: Tensor | None = None
     hidden: Tensor | None = None
+    sampled: SampledLogits | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor."""
         yield from (tensor for tensor in (self.logits, self.mask, self.hidden) if tensor is not None)
+        yield from () if self.sampled is None else (self.sampled.ids, self.sampled.entropy)
         yield from self.features.tensors()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -14,15 +15,20 @@ from ..config import SemCKDConfig
 from ..data.batches import BatchCheck, CheckedCollator, collate
 from ..data.samples import first_samples, is_map_style, longest_sample, spread_samples
 from ..errors import ConfigurationError, InputError
+from ..losses.sampled_logits import TokenSampling
 from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
 from ..teacher.cached import CachedTeacher
 from ..teacher.running import TeacherRunner
 from .pair import GIGABYTE, Pair
+from .plan import Plan
 
 logger = logging.getLogger(__name__)
 # Enough to tell how large a row is on average, and few enough for a large teacher.
 MEASURED_SAMPLES = 8
+# A token's logits that take more, in half precision, are sampled.
+WHOLE_BYTES = 120
+DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,33 @@ def require_cache(pair: Pair | None, config: SemCKDConfig) -> list[CachedTeacher
     )
 
 
+def token_sampling(plan: Plan, logits: tuple[int, ...] | None, draws: int | None) -> TokenSampling | None:
+    """Return how a cache samples the teacher's logits, of which the shape is given; None where it keeps them whole.
+
+    `draws` is `teacher_cache_samples`; `ConfigurationError` where a number of them is asked of other logits than
+    those of one causal language model.
+    """
+    if logits is None or not plan.distills_logits or draws == 0:
+        return None
+    if plan.task != "tokens" or not plan.shifts_labels or plan.mixture is not None or plan.match.order is not None:
+        if draws is None:
+            return None
+        teachers = "one teacher" if plan.mixture is None else "several teachers"
+        task = f"{plan.task} (of the next token)" if plan.shifts_labels else plan.task
+        raise ConfigurationError(
+            "`teacher_cache_samples` is for the logits of a single causal language model",
+            received=f"teacher_cache_samples={draws}, {teachers}, task {task}",
+            expected="one causal language model as the teacher",
+            todo="leave teacher_cache_samples out: these logits are kept whole",
+        )
+    vocabulary = plan.match.vocabulary or logits[-1]
+    if draws is None and vocabulary * torch.float16.itemsize <= WHOLE_BYTES:
+        return None
+    sampling = TokenSampling(DRAWS if draws is None else draws, vocabulary, plan.temperature)
+    logger.info("In place of the teacher's logits the cache keeps, at each position, %s.", sampling)
+    return sampling
+
+
 def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: TeacherRunner) -> float | None:
     """Read a few samples, with the cache open: `InputError` unless they stay the same and all of them find room.
 
@@ -84,15 +117,16 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
             "randomness out of the collator, or leave teacher_cache_dir out",
         )
     found = [cache.look_up(batch) for batch in batches]
-    missing = [batch for batch, lookup in zip(batches, found, strict=True) if not all(lookup.present)]
+    missing = [(batch, lookup.keys) for batch, lookup in zip(batches, found, strict=True) if not all(lookup.present)]
     if not missing:
         return sum(value.nbytes for lookup in found for value in lookup.values.values()) / len(batches)
     live = replace(run_teacher, teacher=teacher.load())
     size = 0.0
-    for batch in map(data.prepare, missing):
+    for collated, own in missing:
+        batch = data.prepare(collated)
         outputs = live(batch)
         live.wait()
-        rows = cache.rows(outputs, teacher.inputs(batch))
+        rows = cache.rows(outputs, teacher.inputs(batch), own)
         size += sum(map(row_bytes, rows)) / len(rows)
     needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)

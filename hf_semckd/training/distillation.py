@@ -25,7 +25,7 @@ from ..teacher.running import TeacherEnsemble, TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .attempts import Attempts
 from .batches import batch_check, check_label_range, class_count
-from .caching import TrainingData, check_cache
+from .caching import TrainingData, check_cache, token_sampling
 from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
 from .inspection import Inspection, check_heads, check_loss_fits, inspect_pair
@@ -128,8 +128,12 @@ class Distillation:
             distillation = cls(pair, plan, loss, args, services, check)
             distillation.trial_batch = batch if data is None or longest is None else data.prepare(longest)
             runners = zip(distillation.run_teacher.alone(), found.teachers, strict=True)
-            sizes = [_open_cache(runner, found.batch, described, data, services) for runner, described in runners]
+            draws = args.teacher_cache_samples
+            sizes = [_open_cache(runner, found.batch, entry, data, plan, draws, services) for runner, entry in runners]
             distillation.cache_bytes = _cache_bytes(sizes, data)
+            for teacher in pair.cached_teachers:
+                if teacher.cache.sampling is not None:
+                    distillation.settings["teacher_cache_samples"] = teacher.cache.sampling.draws
         finally:
             # Looking into a model leaves hooks of transformers on it, also where it is refused.
             remove_capturing_traces(pair.student)
@@ -230,7 +234,13 @@ class Distillation:
 
 
 def _open_cache(
-    runner: TeacherRunner, batch: Any, described: TeacherDescription, data: TrainingData | None, services: Services
+    runner: TeacherRunner,
+    batch: Any,
+    described: TeacherDescription,
+    data: TrainingData | None,
+    plan: Plan,
+    draws: int | None,
+    services: Services,
 ) -> float | None:
     """Open a teacher's cache, if it has one, for the layers that were found, and refuse what cannot be cached.
 
@@ -241,7 +251,9 @@ def _open_cache(
         return None
     # What is stored depends on the autocast under which the teacher ran, too.
     kept = f"{'' if runner.loss is None else runner.loss.kept} autocast {services.mixed_precision}"
-    teacher.open(batch, described, kept=kept, logits=runner.logits, features=runner.loss is not None)
+    sampling = token_sampling(plan, described.logits, draws)
+    distilled: dict[str, Any] = {"logits": runner.logits, "features": runner.loss is not None}
+    teacher.open(batch, described, kept=kept, **distilled, sampling=sampling)
     size = None if data is None else check_cache(teacher, data, runner)
     if services.is_main:
         teacher.write_note(batch, described)

@@ -146,8 +146,9 @@ class Objective:
         if plan.task_weight > 0:
             terms["task_loss"] = self.task_loss(outputs, plan.labels_of(batch), counts)
         if plan.distills_logits:
-            assert targets.logits is not None
-            logits, labeled = plan.match(logits_of(outputs, "student"), targets.logits), plan.with_labels(batch)
+            taught = targets.logits if targets.sampled is None else targets.sampled
+            assert taught is not None
+            logits, labeled = plan.match(logits_of(outputs, "student"), taught), plan.with_labels(batch)
             total = logit_loss_sum(
                 *logits, labeled, plan.temperature, plan.task, plan.shifts_labels, frames=targets.mask
             )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...data.columns import CACHED, teacher_entries
+from ...losses.sampled_logits import TokenSampling
 from ..outputs import TeacherOutputs
-from .rows import Row, RowCheck, check_row_count, is_alike, to_batch, to_rows
+from .rows import Row, RowCheck, check_row_count, is_alike, to_batch, to_rows, with_draws
 from .shard import KEY_BYTES
 from .store import TensorStore
 
@@ -46,6 +47,7 @@ class TeacherCache:
         dtype: Precision of stored features; None for that of the teacher. Logits always keep theirs.
         cut: Whether padding can be cut off; not for models that pool tokens or put others in front of them.
         check: What stored rows must look like; None takes any.
+        sampling: How tokens are drawn from logits, to be stored in their place; None where these are.
     """
 
     store: TensorStore
@@ -53,6 +55,7 @@ class TeacherCache:
     dtype: torch.dtype | None = None
     cut: bool = True
     check: RowCheck | None = None
+    sampling: TokenSampling | None = None
 
     @property
     def name(self) -> str:
@@ -80,19 +83,25 @@ class TeacherCache:
         return Lookup(keys, [row is not None for row in rows], to_batch(found, width))
 
     def rows(
-        self, outputs: TeacherOutputs, inputs: Mapping[str, Any], samples: Sequence[int] | None = None
+        self,
+        outputs: TeacherOutputs,
+        inputs: Mapping[str, Any],
+        keys: Sequence[bytes],
+        samples: Sequence[int] | None = None,
     ) -> list[Row]:
         """Return what is stored of each sample, where the outputs are those of some (`samples`) or all of a batch.
 
-        `inputs` are those of the whole batch: it decides what is cut, as it does in the keys. Several rows per sample,
-        and what overflows in the cache's precision, are refused (`InputError`).
+        `inputs` and `keys` are those of the whole batch: it decides what is cut, as it does in the keys. Several rows
+        per sample, and what overflows in the cache's precision, are refused (`InputError`).
         """
-        if samples is None:
-            samples = range(len(next(value for value in inputs.values() if isinstance(value, Tensor))))
+        samples = range(len(keys)) if samples is None else samples
         check_row_count(outputs, len(samples))
         lengths = self._lengths(inputs)
         ends = None if lengths is None else [lengths[index] for index in samples]
-        return to_rows(outputs, ends, token_count(inputs), self.dtype)
+        rows = to_rows(outputs, ends, token_count(inputs), self.dtype)
+        if self.sampling is None:
+            return rows
+        return [with_draws(row, self.sampling, keys[index]) for row, index in zip(rows, samples, strict=True)]
 
     def _lengths(self, inputs: Mapping[str, Any]) -> list[int] | None:
         return right_padded_lengths(inputs) if self.cut else None

@@ -1,7 +1,8 @@
 """Teacher outputs as rows of named tensors, one row a sample, without padding; and back.
 
-A name is `logits`, `mask`, or `LAYER.KIND` (`2.mean`). Tokens also name the layer that holds their choice
-(`2.tokens.0`, chosen by `0.positions` and `0.mask`), and targets of joined losses begin with their number (`1/mask`).
+A name is `logits`, or those in `draws.py`, `mask`, or `LAYER.KIND` (`2.mean`). Tokens also name the layer that holds
+their choice (`2.tokens.0`, chosen by `0.positions` and `0.mask`), and targets of joined losses begin with their number
+(`1/mask`).
 Where a tensor was cut, the name says along what: `|all` tokens of its sample, or its `|chosen` ones.
 """
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...features.targets import LAYER_TENSORS, LayerTarget, TeacherTargets, TokenChoice
+from ...losses.sampled_logits import TokenSampling
 from ..outputs import TeacherOutputs
+from .draws import DRAWN, ENTROPY, are_draws, draw, drawn_logits
 from .shard import Row
 
 LOGITS = "logits"
@@ -39,20 +42,25 @@ class RowCheck:
     """What the stored rows of a teacher must look like; what does not is damage, and never stacked.
 
     Attributes:
-        logits: Whether rows hold logits.
+        logits: Whether rows hold logits, whole.
         classes: The size of their classes or words; None where they are single numbers.
         channels: Those of each teacher layer; empty without features.
+        sampling: How tokens were drawn from the logits that rows hold samples of; None without such.
     """
 
     logits: bool
     classes: int | None
     channels: tuple[int, ...]
+    sampling: TokenSampling | None = None
 
     def fits(self, row: Mapping[str, Tensor], width: int | None) -> bool:
         """Whether a row can be this teacher's, in a batch of samples of `width` tokens."""
         plain = {name.partition("|")[0]: value for name, value in row.items()}
         logits = plain.pop(LOGITS, None)
+        drawn = {name: plain.pop(name) for name in (DRAWN, ENTROPY) if name in plain}
         if (logits is not None) != self.logits or bool(plain) != bool(self.channels):
+            return False
+        if bool(drawn) if self.sampling is None else not are_draws(drawn, self.sampling):
             return False
         if logits is not None and self.classes is not None and self.classes not in logits.shape:
             return False
@@ -111,6 +119,18 @@ def to_rows(
     return rows
 
 
+def with_draws(row: Row, sampling: TokenSampling, key: bytes) -> Row:
+    """Return a row with tokens drawn from its logits (N, V) in their place: the same ones for the same key."""
+    kept: Row = {}
+    for name, value in row.items():
+        if name.partition("|")[0] == LOGITS:
+            ending = name.removeprefix(LOGITS)
+            kept |= {kind + ending: drawn for kind, drawn in draw(value, sampling, key).items()}
+        else:
+            kept[name] = value
+    return kept
+
+
 def check_row_count(outputs: TeacherOutputs, samples: int) -> None:
     """Refuse (`InputError`) outputs with several rows per sample."""
     for piece in _pieces(outputs):
@@ -143,7 +163,8 @@ def to_outputs(stored: Mapping[str, Tensor], layers: int) -> TeacherOutputs:
     """Return the outputs that stacked rows were made from; of `layers` teacher layers the loss may keep only some."""
     values = {name.partition("|")[0]: value for name, value in stored.items()}
     logits = values.pop(LOGITS, None)
-    return TeacherOutputs(logits, _targets(values, layers) if values else TeacherTargets())
+    sampled = drawn_logits(values.pop(DRAWN), values.pop(ENTROPY)) if DRAWN in values else None
+    return TeacherOutputs(logits, _targets(values, layers) if values else TeacherTargets(), sampled=sampled)
 
 
 def _pieces(outputs: TeacherOutputs) -> Iterator[Piece]:

@@ -308,7 +308,8 @@ def test_a_lookup_tells_who_is_there(tmp_path: Path) -> None:
     cache = TeacherCache(TensorStore(tmp_path / "teacher"), lambda batch: {"pixel_values": batch["pixel_values"]})
     batch = {"pixel_values": torch.randn(3, 2), "labels": torch.zeros(3)}
     logits = torch.randn(3, 5)
-    cache.store.write(cache.keys(batch)[1:], cache.rows(TeacherOutputs(logits[1:]), {"pixel_values": logits[1:]}))
+    keys = cache.keys(batch)[1:]
+    cache.store.write(keys, cache.rows(TeacherOutputs(logits[1:]), {"pixel_values": logits[1:]}, keys))
     found = cache.look_up(batch)
     assert found.present == [False, True, True]
     assert torch.equal(found.values["logits"], logits[1:])
@@ -325,7 +326,7 @@ def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_a
     cache = TeacherCache(TensorStore(tmp_path / "teacher"), dict, dtype=torch.float16)
     choice = TokenChoice(torch.arange(4).view(2, 2))
     targets = targets_of(mean=torch.randn(2, 4), tokens=torch.randn(2, 2, 4), choice=choice)
-    row = cache.rows(TeacherOutputs(torch.randn(2, 3), targets), {"x": torch.zeros(2)})[0]
+    row = cache.rows(TeacherOutputs(torch.randn(2, 3), targets), {"x": torch.zeros(2)}, [b"", b""])[0]
     assert {name: value.dtype for name, value in row.items()} == {
         "logits": torch.float32,
         "0.mean": torch.float16,
@@ -337,7 +338,8 @@ def test_features_are_stored_in_the_cache_s_precision_and_logits_and_positions_a
 def test_outputs_with_several_rows_a_sample_are_refused(tmp_path: Path) -> None:
     cache = TeacherCache(TensorStore(tmp_path / "teacher"), dict)
     with pytest.raises(InputError, match=r"8 rows of `0\.mean` for 2 samples"):
-        cache.rows(TeacherOutputs(torch.zeros(2, 4), targets_of(mean=torch.zeros(8, 3))), {"x": torch.zeros(2, 4, 5)})
+        outputs = TeacherOutputs(torch.zeros(2, 4), targets_of(mean=torch.zeros(8, 3)))
+        cache.rows(outputs, {"x": torch.zeros(2, 4, 5)}, [b"", b""])
 
 
 @pytest.mark.parametrize("in_thread", [True, False])
