@@ -16,7 +16,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 # and exports them (1,450 with its commands), several teachers for one student (370), recipes (3,300), cards and pushes
 # that say and prove what a deployer needs (920), and the report of a training with pictures for trackers (1,750) came
 # later.
-LARGEST_PACKAGE = 24_500
+LARGEST_PACKAGE = 24_800
 # Where `transformers.Trainer` is subclassed.
 TRAINERS = {"training/trainer.py", "training/student_trainer.py"}
 
