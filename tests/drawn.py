@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("maps", "patches", "images", "text", "other tokenization", "vectors")
 MASK_DTYPES = (torch.long, torch.bool, torch.float32)
 # A feature loss takes long: the default suite tries it on fewer examples.
-FEWER = settings(max_examples=10) if settings().max_examples < 100 else settings()
+FEWER = settings(max_examples=5) if settings().max_examples < 100 else settings()
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -8, 4
 
 

@@ -28,6 +28,7 @@ def words(rows, length):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.slow
 def test_a_text_model_takes_any_number_of_texts_of_any_length(tmp_path):
     model = bert().train()
     before, hooks = weights(model), traces(model)
@@ -45,7 +46,7 @@ def test_a_text_model_takes_any_number_of_texts_of_any_length(tmp_path):
         assert (run(int8, words(rows, length))[0] - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("make", [vit, resnet])
+@pytest.mark.parametrize("make", [vit, pytest.param(resnet, marks=pytest.mark.slow)])
 def test_an_image_model_takes_any_number_of_images(make, tmp_path):
     model = make().eval()
     [path] = export_onnx(model, tmp_path, {"pixel_values": torch.randn(2, 3, 16, 16)})

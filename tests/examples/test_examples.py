@@ -54,6 +54,7 @@ def tiny(tmp_path_factory):
     return folder / "out", succeed(EXAMPLES / "distill_vit.py", *arguments, cwd=folder)
 
 
+@pytest.mark.slow
 def test_vit_prints_the_table_and_a_line_for_each_model(tiny):
     _, result = tiny
     rows = table_rows(result.stdout)
@@ -66,6 +67,7 @@ def test_vit_prints_the_table_and_a_line_for_each_model(tiny):
     assert not re.search(r"\d%\||it/s|{'", result.stdout + result.stderr)
 
 
+@pytest.mark.slow
 def test_vit_reports_rows_that_were_trained_alike(tiny):
     out, _ = tiny
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -85,6 +87,7 @@ def test_vit_reports_rows_that_were_trained_alike(tiny):
     assert str(out.parent) not in json.dumps(report)
 
 
+@pytest.mark.slow
 def test_vit_writes_the_heat_map(tiny):
     out, _ = tiny
     with Image.open(out / "association.png") as picture:
@@ -92,6 +95,7 @@ def test_vit_writes_the_heat_map(tiny):
         assert min(picture.size) > 100
 
 
+@pytest.mark.slow
 def test_vit_student_loads_where_the_library_is_absent(tiny):
     out, _ = tiny
     code = """

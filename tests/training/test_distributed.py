@@ -13,6 +13,8 @@ from distributed_worker import ACCUMULATED, JOBS, PUBLISHED, WHOLE, read
 from launching import WORLD, assert_launched, launch_once
 from tiny import PROBLEMS, Outcome, assert_same, by_hand, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: Any, request: Any) -> Path:
