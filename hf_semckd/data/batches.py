@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .columns import LABEL_COLUMNS, TEACHER_PREFIX
+from .columns import IGNORED, IGNORED_PIXEL, LABEL_COLUMNS, TEACHER_PREFIX
 
-IGNORED, IGNORED_PIXEL = -100, 255
 TRUNCATE = "tokenize with truncation=True, max_length=..."
 LEAVE_OUT = "correct such samples, or leave them out of the data set"
 LOAD_CLASSES = "load the student with num_labels of the data set, or map the labels to 0, 1, 2, ..."

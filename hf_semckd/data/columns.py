@@ -7,6 +7,8 @@ from typing import Any
 # Columns with this prefix are the teacher's own inputs, under the name that follows it.
 TEACHER_PREFIX = "teacher_"
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+# Labels that do not count: of any position, and of a pixel (`semantic_loss_ignore_index` of segmentation models).
+IGNORED, IGNORED_PIXEL = -100, 255
 # The entry of a batch in which a collator leaves what the cache holds of its samples.
 CACHED = "cached_teacher"
 

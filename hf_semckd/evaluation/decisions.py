@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.columns import LABEL_COLUMNS
+from ..data.columns import IGNORED, LABEL_COLUMNS
 from ..errors import InputError
 from ..models.inputs import InputSelector, run_on_inputs
-from ..models.outputs import IGNORED, base_model, logits_of
+from ..models.outputs import base_model, logits_of
 from ..models.tasks import head_task, predicts_next_token
 
 SPANS = ("start_positions", "end_positions")

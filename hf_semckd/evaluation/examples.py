@@ -12,11 +12,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from ..data.columns import IGNORED
 from ..data.samples import is_map_style
 from ..data.views import preserved_random_state
 from ..errors import InputError
 from ..models.inputs import evaluating
-from ..models.outputs import IGNORED, base_model
+from ..models.outputs import base_model
 from ..publishing.report.parts import Comparison, Example, Reliability
 from .decisions import DecisionCollector, Decisions, Labeling, find_labeling, labels_of, positions
 from .metrics import agreement, calibration_error, confidence_bins, find_metric

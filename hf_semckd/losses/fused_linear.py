@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..data.columns import IGNORED
 from ..features.precision import at_least_float32, full_precision
 from ..models.language_head import LanguageHead
-from ..models.outputs import IGNORED
 
 # Logits of a model that are held at once, where the number of positions in a chunk is not given.
 CHUNK = 2**23

@@ -11,16 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..data.columns import IGNORED, IGNORED_PIXEL
 from ..errors import InputError, message
 from ..features.precision import at_least_float32
-from ..models.outputs import IGNORED, token_targets
+from ..models.outputs import token_targets
 from ..models.packing import document_starts
 from ..models.tasks import Task
 from .positions import masked_mean, zero_masked
 from .sampled_logits import SampledLogits, sampled_kd_loss
-
-# `semantic_loss_ignore_index` of segmentation models, and of the data sets that they are trained on.
-IGNORED_PIXEL = 255
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

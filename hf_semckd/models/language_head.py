@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.columns import IGNORED
 from ..errors import SemCKDError
-from .outputs import IGNORED, base_model
+from .outputs import base_model
 
 # Fields of configurations that scale logits (Cohere, Granite, Falcon-H1), up or down, and that cap them (Gemma).
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.columns import IGNORED
 from ..errors import InputError
-
-IGNORED = -100
 
 
 def logits_of(outputs: Any, role: str) -> Tensor:

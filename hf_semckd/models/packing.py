@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.columns import IGNORED
 from ..errors import InputError
-from .outputs import IGNORED, first_tensor
+from .outputs import first_tensor
 
 # Outputs that differ by a smaller share are the same, by the bits of their precision: nothing should be added up anew.
 ROUNDING = {16: 5e-3, 32: 1e-5, 64: 1e-10}

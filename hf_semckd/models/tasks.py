@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..data.columns import IGNORED
 from .inputs import InputSelector
-from .outputs import IGNORED, base_model, is_encoder_decoder, returns_spans
+from .outputs import base_model, is_encoder_decoder, returns_spans
 
 # Two ways to compute one mean cross-entropy in half precision differ by less.
 SAME_LOSS = 1e-3

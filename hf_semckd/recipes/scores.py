@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.columns import IGNORED
 from .classes import Classes
 from .tasks.base import Task
-
-IGNORED = -100
 
 
 def training_metrics(task: type[Task], classes: Classes | None) -> dict[str, Callable[..., Any]]:

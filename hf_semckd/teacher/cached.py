@@ -193,7 +193,7 @@ class CachedTeacher:
         """Return what stored rows must look like; a noted teacher's logits have no batch and no tokens."""
         shape = described.logits or ()
         if self.note is None:
-            shape = shape[-1:] if len(shape) == 3 else shape[1:]
+            shape = _of_a_position(shape)
         channels = tuple(spec.channels for spec in described.specs)
         whole = described.logits is not None and sampling is None
         return RowCheck(whole, shape[0] if shape else None, channels, sampling)
@@ -205,8 +205,7 @@ class CachedTeacher:
             return
         inputs, logits = self.inputs(batch), described.logits
         if logits is not None:
-            # Without the batch, and without the tokens where there are some.
-            logits = logits[-1:] if len(logits) == 3 else logits[1:]
+            logits = _of_a_position(logits)
         layers = list(self._teacher.capture.layers or ())
         weights = self._teacher.weights
         note = TeacherNote(weights, layers, described.specs, token_count(inputs), logits, self.cache.cut)
@@ -263,6 +262,11 @@ class CachedTeacher:
         """Bring what is waiting to the disk."""
         if self._cache is not None:
             self._cache.store.flush()
+
+
+def _of_a_position(logits: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape of logits without the batch, and without the tokens where there are some."""
+    return logits[-1:] if len(logits) == 3 else logits[1:]
 
 
 def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> bool:

@@ -66,12 +66,7 @@ class StudentAttachment:
 
     @property
     def attached(self) -> bool:
-        """Whether the loss is part of the student now; FSDP2 may have put a class of its own on top."""
-        return isinstance(self.student, self._training_class)
-
-    @property
-    def removable(self) -> bool:
-        """Whether the loss is attached, and the student's class the one set here, or an engine's on top of it."""
+        """Whether losses are computed in the student's forward now; FSDP2 may have put a class of its own on top."""
         return isinstance(self.student, self._training_class)
 
     def attach(self) -> None:
@@ -84,7 +79,7 @@ class StudentAttachment:
 
     def detach(self) -> None:
         """Restore the student: class, submodules and any forward that a mixed-precision wrapper bound to it."""
-        if self.removable:
+        if self.attached:
             self._take_off()
             for name in (*PREPARATION, "forward"):
                 self.student.__dict__.pop(name, None)
@@ -94,7 +89,7 @@ class StudentAttachment:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Show the plain student for a moment (to save, reload or count it), and attach again."""
-        if not self.removable:
+        if not self.attached:
             yield
             return
         self._take_off()

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.columns import IGNORED
 from ..features.precision import at_least_float32
-from ..models.outputs import IGNORED, batch_size, token_targets
+from ..models.outputs import batch_size, token_targets
 from ..models.packing import document_count, document_starts
 from ..models.tasks import Task
 

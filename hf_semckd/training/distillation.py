@@ -203,7 +203,7 @@ class Distillation:
             teacher.flush()
         if self.loss is not None:
             self.loss.automatic_synchronization = True
-        if self.attachment is not None and self.attachment.removable:
+        if self.attachment is not None and self.attachment.attached:
             self.attachment.detach()
             remove_capturing_traces(self.pair.student)
 

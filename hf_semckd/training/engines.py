@@ -20,12 +20,12 @@ class Engine:
 
     Attributes:
         name: DDP gives each process all of it; a checkpoint of a single process is the same.
-        processes: Their number; None where a checkpoint does not tell.
+        processes: Their number.
         stage: ZeRO's, 0 for other engines.
     """
 
     name: EngineName
-    processes: int | None
+    processes: int
     stage: int = 0
 
     @classmethod

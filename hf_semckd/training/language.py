@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SemCKDConfig
+from ..data.columns import IGNORED
 from ..errors import InputError
 from ..features.precision import at_least_float32
 from ..losses.fused_linear import LanguageDistillation, TokenRows, fused_linear_losses
 from ..models.inputs import InputSelector, evaluating
 from ..models.language_head import LanguageHead, UnprovenHeadError, find_language_head
-from ..models.outputs import IGNORED, token_targets
+from ..models.outputs import token_targets
 from ..models.packing import document_starts
 from ..models.tasks import shifts_labels
 from ..teacher.placement import is_spread
