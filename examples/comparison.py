@@ -113,7 +113,8 @@ def load_or_make(auto: Any, seed: int, source: str | None, new: Any) -> tuple[An
     if source is None:
         return auto.from_config(new), False
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a new head is expected, no reason for a warning
+    # A new head is expected here, of which transformers always warns: github.com/huggingface/transformers/issues/6780.
+    logging.set_verbosity_error()
     settings = {"id2label": new.id2label, "label2id": new.label2id, "ignore_mismatched_sizes": True}
     model, info = auto.from_pretrained(source, output_loading_info=True, **settings)
     logging.set_verbosity(verbosity)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +63,7 @@ class Case:
         return "deepspeed" in self.changes or (self.file or "").startswith("zero")
 
 
+PORTS = range(20_000, 29_500)
 WHOLE_STATE = ("--fsdp_state_dict_type", "FULL_STATE_DICT")
 FSDP = {"fsdp_on_cpus": True}
 ENGINES = {
@@ -94,8 +97,10 @@ def _start(case: Case, problem: str, folder: Path) -> str:
     options = (*case.options, "--mixed_precision", "no", "--num_processes", WORLD, "--num_machines", case.nodes)
     if case.file == "fsdp2":
         options = (*options, "--fsdp_transformer_layer_cls_to_wrap", BLOCKS[problem])
+    # Not the launcher's own: processes of pytest-xdist may start two trainings at once.
+    options = (*options, "--main_process_port", _free_port())
     if case.nodes > 1:
-        options = (*options, "--main_process_ip", "127.0.0.1", "--main_process_port", _free_port())
+        options = (*options, "--main_process_ip", "127.0.0.1")
     start = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{case.file}.yaml")
 
     def of_node(rank: int) -> str:
@@ -108,6 +113,9 @@ def _start(case: Case, problem: str, folder: Path) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, of those that the system gives to nobody by itself."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError, SemCKDError, SourceError
 from ..models.loading import load_model
@@ -20,6 +21,7 @@ from .classes import Classes
 from .schema import ModelOptions
 from .tasks.base import Task
 
+logger = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -57,11 +59,18 @@ def new_model(source: str, role: str, task: type[Task], head: Mapping[str, Any])
     """Return a model that will be trained: pretrained weights where there are any, and a head for these classes."""
     kind = getattr(transformers, f"AutoModelFor{task.heads[0]}")
     try:
-        with _quiet():
+        with _expecting_a_new_head():
             if _has_weights(source):
-                return kind.from_pretrained(
-                    source, trust_remote_code=False, ignore_mismatched_sizes=True, dtype="float32", **head
+                model, info = kind.from_pretrained(
+                    source,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    dtype="float32",
+                    **head,
                 )
+                _check_loaded(model, info, source, role)
+                return model
             config = read_config(source, role)
             for name, value in head.items():
                 setattr(config, name, value)
@@ -120,12 +129,33 @@ def _has_weights(source: str) -> bool:
     return not path.is_dir() or any(next(path.glob(pattern), None) for pattern in WEIGHTS)
 
 
+def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], source: str, role: str) -> None:
+    """Tell which weights below the head the checkpoint does not have; `InputError` where it has none of them."""
+    new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    below = [name for name in model.state_dict() if name.startswith(f"{model.base_model_prefix}.")]
+    missing = [name for name in below if name in new]
+    if not missing:
+        return
+    names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if len(missing) == len(below):
+        raise InputError(
+            f"The {role} has nothing of the checkpoint that it is loaded from",
+            received=f"{source}, without {names}",
+            expected=f"weights of {type(model).__name__}, under the names that it gives them",
+            todo="name the folder that save_pretrained wrote, or leave the weights out to begin with new ones",
+        )
+    logger.warning("The %s begins with new weights where %s has none that fit: %s.", role, source, names)
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A new head is expected here, no reason for a warning."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _expecting_a_new_head() -> Iterator[None]:
+    """Keep transformers from warning of a new head, which it offers no other way for; `_check_loaded` tells the rest.
+
+    https://github.com/huggingface/transformers/issues/6780
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)

@@ -1,5 +1,8 @@
 """ONNX files give PyTorch's logits for any number of samples and any length; int8 files are smaller."""
 
+import logging
+import warnings
+
 import onnxruntime
 import pytest
 import torch
@@ -54,6 +57,28 @@ def test_an_image_model_takes_any_number_of_images(make, tmp_path):
         inputs = {"pixel_values": torch.randn(rows, 3, 16, 16)}
         with torch.no_grad():
             torch.testing.assert_close(run(path, inputs)[0], model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_said_of_an_export_that_went_well(tmp_path, caplog, capfd, recwarn):
+    model = bert().train()
+    export_onnx(model, tmp_path, words(2, 6))
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [entry.message for entry in recwarn] and not "".join(capfd.readouterr())
+
+
+def test_what_the_exporter_says_of_a_model_gets_through(tmp_path, monkeypatch, caplog):
+    def strange(*args, **settings):
+        logging.getLogger(export.EXPORTER_LOG).warning("an operator is strange")
+        logging.getLogger(export.EXPORTER_LOG).warning(export.MISSING_OPERATORS)
+        warnings.warn("a shape is strange", UserWarning, stacklevel=2)
+        raise ValueError("too strange")
+
+    monkeypatch.setattr(torch.onnx, "export", strange)
+    with pytest.warns(UserWarning, match="a shape is strange"), pytest.raises(InputError, match="too strange"):
+        export_onnx(bert(), tmp_path, words(2, 6))
+    assert "an operator is strange" in caplog.text and export.MISSING_OPERATORS not in caplog.text
+    logging.getLogger(export.EXPORTER_LOG).warning(export.MISSING_OPERATORS)
+    assert export.MISSING_OPERATORS in caplog.text
 
 
 @pytest.mark.slow

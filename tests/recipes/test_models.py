@@ -4,6 +4,7 @@ import pytest
 import torch
 from makers import assert_same_weights, weights
 from recipe_parts import bert_config, save_bert, save_gpt2
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from hf_semckd.errors import InputError, SourceError
@@ -43,6 +44,28 @@ def test_pretrained_weights_get_a_new_head_of_the_datas_classes(tmp_path):
 def test_a_head_of_another_size_is_learned_anew(tmp_path):
     made = new_model(str(save_bert(tmp_path)), "student", TextClassification, head_of(None, CLASSES))
     assert made.classifier.out_features == 2 and made.config.problem_type == "single_label_classification"
+
+
+def test_a_new_head_is_no_news_and_other_new_weights_are_told(tmp_path, caplog, capfd):
+    save_bert(tmp_path, head=BertModel)
+    new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+    assert not caplog.text and "newly initialized" not in capfd.readouterr().err
+    rewrite(tmp_path, lambda name, value: None if "pooler" in name else (name, value))
+    new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+    assert "begins with new weights" in caplog.text and "bert.pooler.dense.weight" in caplog.text
+
+
+def test_a_checkpoint_of_other_names_is_refused(tmp_path):
+    save_bert(tmp_path, head=BertModel)
+    rewrite(tmp_path, lambda name, value: (f"wrapped_{name}", value))
+    with pytest.raises(InputError, match="(?s)nothing of the checkpoint.*and [0-9]+ more.*save_pretrained"):
+        new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+
+
+def rewrite(folder, change):
+    path = folder / "model.safetensors"
+    kept = [change(name, value) for name, value in load_file(path).items()]
+    save_file(dict(entry for entry in kept if entry is not None), path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", ["", "config.json"])
