@@ -12,7 +12,7 @@ import pytest
 from hf_semckd.errors import SemCKDError
 
 RESUMED, REFUSED, ENDED = "resumed exactly", "refused in words", "ended with the cause"
-# Training went on exactly, and a warning told what was lost.
+# Training went on to the same weights, but for rounding, and a warning told what was lost.
 ALONE = "cost itself alone"
 OUTCOMES = (RESUMED, REFUSED, ENDED, ALONE)
 INJECTED = "injected"

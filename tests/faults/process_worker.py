@@ -102,6 +102,8 @@ def main(folder: Path, fault: str) -> None:
     if fault == "terminated":
         terminated(folder)
         return
+    # torchrun terminates the other one as soon as it sees the end of the first: it would not have time to speak.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     trainer = trainer_of(folder / "run", fault)
     try:
         trainer.train()
