@@ -12,7 +12,7 @@ TargetNorm = Literal["channel", "none"]
 Projector = Literal["shared", "convolutional", "pairwise"]
 ProjectionInit = Literal["zero", "random"]
 CacheDtype = Literal["auto", "float16", "bfloat16"]
-TeacherDtype = Literal["auto", "float32", "bfloat16", "float16"]
+TeacherDtype = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
 TeacherPlacement = Literal["device", "device_map", "shard", "offload"]
 
 POSITIVE = ("temperature", "association_temperature", "projection_learning_rate", "teacher_cache_limit_gb")

@@ -115,7 +115,8 @@ class SemCKDConfig(TrainingArguments):
     teacher_dtype: TeacherDtype = option(
         "auto",
         "Precision of the teacher's weights. auto: as given or saved. float32, bfloat16, float16: loaded in it; a "
-        "model object with another one is copied. With bf16 or fp16 it still runs in the student's mixed precision.",
+        "model object with another one is copied. With bf16 or fp16 it still runs in the student's mixed precision. "
+        "8bit, 4bit: quantized by bitsandbytes, all but its head.",
     )
     teacher_placement: TeacherPlacement = option(
         "device",
@@ -260,8 +261,13 @@ class SemCKDConfig(TrainingArguments):
         return max(self.learning_rate, MINIMUM_PROJECTION_LEARNING_RATE)
 
     def resolved_teacher_dtype(self) -> torch.dtype | None:
-        """Return the precision of the teacher's weights, or None to leave it as it is."""
-        return None if self.teacher_dtype == "auto" else getattr(torch, self.teacher_dtype)
+        """Return the precision of the teacher's weights, or None where it is its own, or quantized."""
+        return getattr(torch, self.teacher_dtype, None)
+
+    @property
+    def teacher_bits(self) -> int | None:
+        """Bits of the teacher's weights that `teacher_dtype` quantizes; None where it does not."""
+        return {"8bit": 8, "4bit": 4}.get(self.teacher_dtype)
 
     def resolved_cache_dtype(self) -> torch.dtype | None:
         """Return the precision of cached features, or None for the teacher's own."""

@@ -359,10 +359,20 @@ def test_a_configuration_survives_pickle_and_its_dictionary(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("auto", None), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+    [
+        ("auto", None),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("8bit", 8),
+        ("4bit", 4),
+    ],
 )
 def test_the_teachers_precision_is_left_alone_or_named(tmp_path, name, dtype):
-    assert config(tmp_path, teacher_dtype=name).resolved_teacher_dtype() is dtype
+    built, bits = config(tmp_path, teacher_dtype=name), isinstance(dtype, int)
+    assert built.resolved_teacher_dtype() is (None if bits else dtype) and built.teacher_bits == (
+        dtype if bits else None
+    )
 
 
 # The published form

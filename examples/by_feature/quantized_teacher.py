@@ -1,7 +1,7 @@
 """Hold the teacher in 8 bits (pip install bitsandbytes): python examples/by_feature/quantized_teacher.py"""
 
 from datasets import load_dataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
 
@@ -11,14 +11,14 @@ tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 data = load_dataset("stanfordnlp/sst2", split="train")
 data = data.map(lambda rows: tokenizer(rows["sentence"], truncation=True), batched=True)
 
-eight = BitsAndBytesConfig(load_in_8bit=True)
-teacher = AutoModelForSequenceClassification.from_pretrained(TEACHER, quantization_config=eight)
 small = AutoConfig.from_pretrained(TEACHER, num_hidden_layers=4)
 
 trainer = SemCKDTrainer(
     model=AutoModelForSequenceClassification.from_config(small),
-    teacher_model=teacher,
-    args=SemCKDConfig(output_dir="outputs/quantized_teacher", learning_rate=5e-4, report_to="none"),
+    teacher_model=TEACHER,
+    args=SemCKDConfig(
+        output_dir="outputs/quantized_teacher", teacher_dtype="8bit", learning_rate=5e-4, report_to="none"
+    ),
     train_dataset=data,
     processing_class=tokenizer,
 )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..errors import InputError
+from .quantized import Quantized
 
 ModelSource = nn.Module | str | os.PathLike[str]
 # What a tokenizer without words may know besides its special tokens.
@@ -20,15 +21,22 @@ TeacherSource = ModelSource | Sequence[ModelSource]
 
 
 def load_model(
-    source: ModelSource, role: str, like: nn.Module | None = None, dtype: torch.dtype | None = None
+    source: ModelSource,
+    role: str,
+    like: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    quantized: Quantized | None = None,
 ) -> nn.Module:
     """Return a model as it is, or load it by name or folder, without running remote code.
 
     Refuses (`InputError`) what can be neither used nor loaded, or not be had in the precision `dtype` (None: as it was
     given or saved); a module of another precision is copied, so that it stays as it is. `like` is a model whose task
-    head is wanted (the student, for a teacher); without it the configuration names the head.
+    head is wanted (the student, for a teacher); without it the configuration names the head. With `quantized` its
+    matrices get so many bits, where they are not quantized already (`MissingDependencyError` without bitsandbytes).
     """
     if isinstance(source, nn.Module):
+        if quantized is not None:
+            return quantized.copy_of(source, role)
         return source if dtype is None else _in_precision(source, role, dtype)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(
@@ -37,18 +45,9 @@ def load_model(
             expected="a PreTrainedModel, a PEFT model, any nn.Module, or a name or folder for from_pretrained",
             todo=f"pass the {role} itself, or where to load it from",
         )
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = _model_class(config, like)
-        how = {} if dtype is None else {"dtype": dtype}
-        model, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"The {role} could not be loaded",
-            received=f"{source!r} ({error})",
-            expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
-            todo=f"check the name and the connection, or load the {role} yourself and pass the object",
-        ) from error
+    model, info = _read(source, role, like, dtype, quantized)
+    if quantized is not None:
+        quantized.check(model, role)
     # A student may get a new head, what is only used may not.
     if role != "student" and info["missing_keys"]:
         raise InputError(
@@ -58,6 +57,32 @@ def load_model(
             todo=f"fine-tune the {role} on the task first, or pass the model object if this is what you want",
         )
     return model
+
+
+def _read(
+    source: str | os.PathLike[str],
+    role: str,
+    like: nn.Module | None,
+    dtype: torch.dtype | None,
+    quantized: Quantized | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return what `from_pretrained` makes of a name or folder, and what it says of it."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = _model_class(config, like)
+        how = (
+            ({} if dtype is None else {"dtype": dtype})
+            if quantized is None
+            else quantized.settings(empty_model(source, like))
+        )
+        return kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"The {role} could not be loaded",
+            received=f"{source!r} ({error})",
+            expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
+            todo=f"check the name and the connection, or load the {role} yourself and pass the object",
+        ) from error
 
 
 def has_words(tokenizer: Any) -> bool:
@@ -79,7 +104,7 @@ def teacher_list(source: TeacherSource) -> list[ModelSource]:
     )
 
 
-def empty_model(source: str | os.PathLike[str], like: nn.Module) -> nn.Module:
+def empty_model(source: str | os.PathLike[str], like: nn.Module | None) -> nn.Module:
     """Return a model of a name or folder, with the task head of `like`, without memory for its weights."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind = _model_class(config, like)

@@ -56,7 +56,14 @@ def check_teacher_given(teacher: object, config: SemCKDConfig) -> None:
 
 
 def check_placement(config: SemCKDConfig, source: LossSource | None) -> None:
-    """Refuse to read the classifier of a teacher whose weights are not together."""
+    """Refuse to divide or move a quantized teacher, or to read the classifier of one that is not whole."""
+    if config.teacher_bits is not None and config.teacher_placement in ("shard", "offload"):
+        raise ConfigurationError(
+            "A quantized teacher can be neither divided among processes nor moved while it runs",
+            received=f"teacher_dtype={config.teacher_dtype!r}, teacher_placement={config.teacher_placement!r}",
+            expected="teacher_placement='device' or 'device_map', or a teacher that is not quantized",
+            todo="leave teacher_placement out, or teacher_dtype",
+        )
     if config.teacher_placement != "device" and reuses_teacher_head(source):
         raise ConfigurationError(
             "The student would end with the teacher's classifier, whose weights are not together",

@@ -20,6 +20,7 @@ from ..losses import FeatureLoss
 from ..losses.registry import LossSource, compares_both_sides, find_layers, names_layers, reuses_teacher_head
 from ..models.inputs import InputSelector
 from ..models.loading import ModelSource, TeacherSource, empty_model, load_model, teacher_list
+from ..models.quantized import Quantized
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
 from ..teacher.running import teacher_prefix
@@ -171,15 +172,16 @@ class Pair:
         complete_weights([student, *objects], accelerator)
         check_same_teacher(objects, accelerator)
         # Before anything is loaded.
+        check_placement(args, source)
         shared_weights(args.teacher_weights, len(given))
         shares = layers_by_teacher(args.teacher_layers, len(given))
         opened = [_open_teacher(student, *entry, args, source) for entry in zip(given, shares, strict=True)]
-        check_placement(args, source)
         check_trainable(student)
         check_reload(student)
         check_encoder_decoder((student, *(entry.model for entry in opened)), args)
         for entry in opened:
-            entry.to(args.device, args.teacher_placement)
+            # A quantized one was loaded to its place.
+            entry.to(args.device, "device" if args.teacher_bits else args.teacher_placement)
         files = [None if isinstance(entry, nn.Module) else entry for entry in given]
         return cls.of(student, opened, files, args, source)
 
@@ -227,7 +229,8 @@ def _open_teacher(
     def load() -> Teacher:
         # A cached teacher is loaded when it is needed.
         with whole_loading(args):
-            return make(load_model(source, "teacher", like=student, dtype=args.resolved_teacher_dtype()))
+            dtype, quantized = args.resolved_teacher_dtype(), _quantized(args)
+            return make(load_model(source, "teacher", like=student, dtype=dtype, quantized=quantized))
 
     def make(model: nn.Module) -> Teacher:
         # Before it is frozen, and with it whatever it shares.
@@ -252,6 +255,15 @@ def _open_teacher(
         dtype=args.resolved_cache_dtype(),
         limit_bytes=None if limit is None else int(limit * GIGABYTE),
     )
+
+
+def _quantized(args: SemCKDConfig) -> Quantized | None:
+    """Return how the teacher is quantized; None where it keeps its precision or gets another one."""
+    if args.teacher_bits is None:
+        return None
+    if args.teacher_placement == "device_map":
+        return Quantized(args.teacher_bits, "auto")
+    return Quantized(args.teacher_bits, None if args.device.type == "cpu" else {"": args.device})
 
 
 def _request(
