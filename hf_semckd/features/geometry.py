@@ -173,7 +173,6 @@ def compared_positions(
         return map_to_tokens(as_map(feature, spec, size)), map_to_tokens(as_map(target, target_spec, size)), None
     if alignment.kind == "mean":
         return Average(student_mask)(feature).unsqueeze(1), Average(teacher_mask)(target).unsqueeze(1), None
-    mask = both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
     own, theirs = as_tokens(feature), as_tokens(target)
     if own.shape[1] != theirs.shape[1]:
         raise InputError(
@@ -182,7 +181,7 @@ def compared_positions(
             expected="the same tokens, as when the loss was built",
             todo="give both models the same tokens, or build the loss with tokens_aligned=False",
         )
-    return own, theirs, mask
+    return own, theirs, both_masks(fitting_mask(student_mask, feature), fitting_mask(teacher_mask, target))
 
 
 def layer_averages(masks: LayerMasks, count: int) -> list[Average]:

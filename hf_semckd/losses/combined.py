@@ -30,6 +30,9 @@ class CombinedLoss(FeatureLoss):
                 todo="use one of them alone, with one teacher",
             )
         self.losses = nn.ModuleList(losses)
+        # All are of the same layers; some take any.
+        built = next((loss for loss in losses if loss.student_specs), losses[0])
+        self.student_specs, self.teacher_specs = built.student_specs, built.teacher_specs
         self.title = " + ".join(loss.title for loss in losses)
         self.kept = repr([loss.kept for loss in losses])
         self.samples_tokens = any(loss.samples_tokens for loss in losses)

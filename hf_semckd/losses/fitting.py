@@ -13,8 +13,8 @@ from ..features.targets import Features, LayerMasks, TeacherTargets
 def check_features(features: Features, specs: Sequence[FeatureSpec], role: str) -> None:
     """Refuse, with an `InputError`, features of a student or teacher (`role`) that are not those of its layers.
 
-    They are floating-point tensors of one batch, none of them empty: (B, C, H, W) of a map, (B, N, C) or (B, C)
-    of tokens, with the layer's channels. Only rank and type are known of a loss without `specs`.
+    They are floating-point tensors of one batch, none of them empty: (B, C, H, W) of a map, (B, N, C) of tokens, or
+    (B, C) of a layer with one, with the layer's channels. Only rank and type are known of a loss without `specs`.
     """
     for index, feature in enumerate(features):
         spec = specs[index] if specs else None
@@ -60,13 +60,15 @@ def _has_shape(feature: Tensor, spec: FeatureSpec | None) -> bool:
         return feature.dim() in (2, 3, 4)
     if spec.kind == "map":
         return feature.dim() == 4 and feature.shape[1] == spec.channels
-    return feature.dim() in (2, 3) and feature.shape[-1] == spec.channels
+    return feature.dim() in ((2, 3) if spec.length == 1 else (3,)) and feature.shape[-1] == spec.channels
 
 
 def _expected(spec: FeatureSpec | None) -> str:
     if spec is None:
         return "(B, C, H, W), (B, N, C) or (B, C)"
-    return f"(B, {spec.channels}, H, W)" if spec.kind == "map" else f"(B, N, {spec.channels}) or (B, {spec.channels})"
+    if spec.kind == "map":
+        return f"(B, {spec.channels}, H, W)"
+    return f"(B, N, {spec.channels})" + (f" or (B, {spec.channels})" if spec.length == 1 else "")
 
 
 def _described(value: Any) -> str:
