@@ -146,7 +146,7 @@ class CachedTeacher:
         if features:
             self._teacher.capture.layers = list(self.note.layers)
         specs = self.note.specs_for(inputs) if features else []
-        return TeacherDescription(self.note.logits if logits else None, specs, [])
+        return TeacherDescription(self.note.logits if logits else None, specs, [], noted=True)
 
     def open(
         self,
@@ -190,10 +190,8 @@ class CachedTeacher:
         self._cache = TeacherCache(store, self._teacher.select_inputs, self.dtype, cut, check, sampling)
 
     def _row_check(self, described: TeacherDescription, sampling: TokenSampling | None) -> RowCheck:
-        """Return what stored rows must look like; a noted teacher's logits have no batch and no tokens."""
-        shape = described.logits or ()
-        if self.note is None:
-            shape = _of_a_position(shape)
+        """Return what stored rows must look like."""
+        shape = described.logits_of_a_position
         channels = tuple(spec.channels for spec in described.specs)
         whole = described.logits is not None and sampling is None
         return RowCheck(whole, shape[0] if shape else None, channels, sampling)
@@ -201,11 +199,10 @@ class CachedTeacher:
     def write_note(self, batch: Mapping[str, Any], described: TeacherDescription) -> None:
         """Note what was found, so that the next run need not load a teacher that is given by name or folder."""
         plain = self._teacher.capture.known_by_name and self._teacher.images.size is None
-        if self.digest is None or self._load is not None or not plain or self._teacher.images.interpolates:
+        known = described.noted or self._load is not None
+        if self.digest is None or known or not plain or self._teacher.images.interpolates:
             return
-        inputs, logits = self.inputs(batch), described.logits
-        if logits is not None:
-            logits = _of_a_position(logits)
+        inputs, logits = self.inputs(batch), described.logits_of_a_position
         layers = list(self._teacher.capture.layers or ())
         weights = self._teacher.weights
         note = TeacherNote(weights, layers, described.specs, token_count(inputs), logits, self.cache.cut)
@@ -264,15 +261,10 @@ class CachedTeacher:
             self._cache.store.flush()
 
 
-def _of_a_position(logits: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape of logits without the batch, and without the tokens where there are some."""
-    return logits[-1:] if len(logits) == 3 else logits[1:]
-
-
 def _cuts_padding(described: TeacherDescription, inputs: Mapping[str, Any]) -> bool:
     """Whether all that the teacher gives for tokens is as long as their mask."""
     tokens = token_count(inputs)
     lengths = [spec.length for spec in described.specs if spec.kind == "tokens" and spec.length != 1]
-    if described.logits is not None and len(described.logits) == 3:
+    if described.logits is not None and not described.noted and len(described.logits) == 3:
         lengths.append(described.logits[1])
     return tokens is None or all(length == tokens for length in lengths)

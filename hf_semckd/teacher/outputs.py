@@ -43,14 +43,23 @@ class TeacherDescription:
     """What a small batch tells of a teacher.
 
     Attributes:
-        logits: Shape of the logits, or None when they are not needed; without batch and tokens for a noted teacher.
+        logits: Shape of the logits, or None when they are not needed; see `noted`.
         specs: The chosen layers; empty when features are not distilled.
-        features: What they gave; empty for a teacher that is known from a note alone.
+        features: What they gave.
+        noted: Whether a note beside the cache told it: the logits lack batch and tokens, and there are no features.
     """
 
     logits: tuple[int, ...] | None
     specs: list[FeatureSpec]
     features: list[Tensor]
+    noted: bool = False
+
+    @property
+    def logits_of_a_position(self) -> tuple[int, ...] | None:
+        """Shape of the logits without the batch, and without the tokens where there are some."""
+        if self.logits is None or self.noted:
+            return self.logits
+        return self.logits[-1:] if len(self.logits) == 3 else self.logits[1:]
 
 
 def check_finite(

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from makers import LABELS, bert, config, gpt2, images, texts, vit
+from makers import LABELS, bert, config, distiller, gpt2, images, texts, vit
 from tiny import fit
 
 from hf_semckd import DistillationTrainer, SemCKDTrainer
@@ -56,6 +56,27 @@ def test_a_cached_teacher_is_not_loaded_and_gives_the_same_losses(tmp_path, sour
     assert filled == pytest.approx(live, rel=1e-5) and cached == pytest.approx(live, rel=1e-5)
     assert all(entry.is_meta for entry in trainer.pair.teacher.model.parameters())
     assert not any(entry.is_meta for entry in trainer.teacher.parameters())
+
+
+@pytest.mark.parametrize("head", ["classes", "words"])
+@pytest.mark.parametrize("given", [{}, {"teacher_cache_samples": 0}], ids=["default", "whole"])
+def test_a_cache_that_is_not_full_is_opened_again_and_again(tmp_path, head, given):
+    """Each time the teacher is loaded for what is missing, though a note tells how it looks."""
+    words = head == "words"
+    (gpt2(3, 24, seed=9) if words else bert(3, 24, seed=9)).save_pretrained(tmp_path / "teacher")
+    rows = texts(24, labels="input", types=False) if words else texts(24)
+    if not words and given:
+        pytest.skip("drawn tokens are those of language models")
+    notes = []
+    for _ in range(4):
+        args = {"teacher_cache_dir": str(tmp_path / "cache"), "max_steps": 1, **given}
+        student = gpt2() if words else bert()
+        fit(distiller(tmp_path, args, model=student, teacher_model=str(tmp_path / "teacher"), train_dataset=rows))
+        (path,) = tmp_path.rglob("manifest.json")
+        notes.append(json.loads(path.read_text()))
+    assert all(found == notes[0] for found in notes)
+    (note,) = notes[0].values()
+    assert note["logits"] == [gpt2().config.vocab_size if words else 3]
 
 
 def test_what_is_not_finite_is_never_stored(tmp_path):
@@ -130,6 +151,7 @@ def test_a_note_comes_back_as_it_was_and_damage_is_absence(tmp_path):
         {"specs": {"prefix": -2}},
         {"specs": {"kind": "cube"}},
         {"logits": [2**40]},
+        {"logits": []},
         {"layers": 7},
         {"weights": None},
     ],
