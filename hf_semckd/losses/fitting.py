@@ -60,7 +60,12 @@ def _has_shape(feature: Tensor, spec: FeatureSpec | None) -> bool:
         return feature.dim() in (2, 3, 4)
     if spec.kind == "map":
         return feature.dim() == 4 and feature.shape[1] == spec.channels
-    return feature.dim() in ((2, 3) if spec.length == 1 else (3,)) and feature.shape[-1] == spec.channels
+    return feature.dim() in ((2, 3) if _is_vector(spec) else (3,)) and feature.shape[-1] == spec.channels
+
+
+def _is_vector(spec: FeatureSpec) -> bool:
+    """Whether a layer may give one vector for a sample, without an axis of tokens."""
+    return spec.length == 1 and spec.grid is None
 
 
 def _expected(spec: FeatureSpec | None) -> str:
@@ -68,7 +73,7 @@ def _expected(spec: FeatureSpec | None) -> str:
         return "(B, C, H, W), (B, N, C) or (B, C)"
     if spec.kind == "map":
         return f"(B, {spec.channels}, H, W)"
-    return f"(B, N, {spec.channels})" + (f" or (B, {spec.channels})" if spec.length == 1 else "")
+    return f"(B, N, {spec.channels})" + (f" or (B, {spec.channels})" if _is_vector(spec) else "")
 
 
 def _described(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
@@ -76,12 +77,12 @@ def _read(
             else quantized.settings(empty_model(source, like))
         )
         return kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **how)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"The {role} could not be loaded",
             received=f"{source!r} ({error})",
             expected="a Hub id or a folder with config.json and safetensors weights of a model with a task head",
-            todo=f"check the name and the connection, or load the {role} yourself and pass the object",
+            todo=f"check the name, the connection and that the files are whole, or pass a {role} that you loaded",
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -77,12 +78,12 @@ def new_model(source: str, role: str, task: type[Task], head: Mapping[str, Any])
             return kind.from_config(config)
     except SemCKDError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"The {role} could not be loaded for {task.name}",
             received=f"{source} ({' '.join(str(error).split())[:300]})",
             expected=f"a model that AutoModelFor{task.heads[0]} takes",
-            todo=f"name another {role}",
+            todo=f"name another {role}, or fetch its files again where they are not whole",
         ) from error
 
 
@@ -130,14 +131,20 @@ def _has_weights(source: str) -> bool:
 
 
 def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], source: str, role: str) -> None:
-    """Tell which weights below the head the checkpoint does not have; `InputError` where it has none of them."""
+    """Tell which weights below the head the checkpoint does not have; `InputError` where it has none of them.
+
+    Where no module is the base model, and of a language model's output layer, it is not known to be a new head.
+    """
     new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    below = [name for name in model.state_dict() if name.startswith(f"{model.base_model_prefix}.")]
-    missing = [name for name in below if name in new]
+    weights = dict(model.named_parameters())
+    below = [name for name in weights if name.startswith(f"{model.base_model_prefix}.")] or list(weights)
+    outputs = model.get_output_embeddings()
+    words = [name for name, weight in weights.items() if outputs is not None and weight is outputs.weight]
+    missing = [name for name in dict.fromkeys([*below, *words]) if name in new]
     if not missing:
         return
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    if len(missing) == len(below):
+    if new.issuperset(below):
         raise InputError(
             f"The {role} has nothing of the checkpoint that it is loaded from",
             received=f"{source}, without {names}",

@@ -169,12 +169,8 @@ class Distillation:
         Not measured is a step for which a teacher would be loaded, cached, compiled or run by all processes.
         """
         pair, batch, step = self.pair, self.trial_batch, None
-        if (
-            batch is not None
-            and not args.teacher_compile
-            and all(teacher.answers(batch) for teacher in pair.cached_teachers)
-            and not any(teacher.runs_together for teacher in pair.teachers)
-        ):
+        reason = self._reason_not_to_try(args)
+        if batch is not None and not reason:
             run = partial(self.objective.trial, pair.student)
             with nullcontext() if self.attachment is None else self.attachment.joined():
                 step = try_step(pair.student, pair.teacher_models, batch, run, args.seed)
@@ -189,7 +185,20 @@ class Distillation:
             batch_size=batch_size,
             accumulates=args.gradient_accumulation_steps > 1,
             cache=self.cache_bytes,
+            unmeasured="" if step is not None else reason or "a step could not be tried",
         )
+
+    def _reason_not_to_try(self, args: SemCKDConfig) -> str:
+        """Say why no step can be tried before training; nothing where one can."""
+        if self.trial_batch is None:
+            return "no samples are known beforehand"
+        if args.teacher_compile:
+            return "the teacher is compiled"
+        if not all(teacher.answers(self.trial_batch) for teacher in self.pair.cached_teachers):
+            return "the teacher's outputs are not cached yet"
+        if any(teacher.runs_together for teacher in self.pair.teachers):
+            return "all processes run the teacher together"
+        return ""
 
     def detach(self) -> None:
         """End a training: the student is the plain model again."""

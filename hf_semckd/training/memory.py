@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..data.views import preserved_random_state
 from ..errors import SemCKDError
 from ..losses import FeatureLoss
-from ..models.inputs import evaluating
+from ..models.inputs import FAILURES, evaluating
 from ..models.tables import aligned_lines
 from ..teacher.placement import is_spread
 from .allocations import SAMPLES, StepMemory, copied_buffers, measure_step, put_back_buffers, repeated, stored_bytes
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 USUAL_STATE = 8.0
 # Of which a matrix of so many rows and columns tells how much it is.
 TRIAL_SIZE = 64
-PLACES = {"meta": "not loaded yet, or moved when it is needed"}
+PLACES = {"meta": "offloaded or not loaded, and not counted"}
 UNITS = ((2**30, "GB"), (2**20, "MB"), (2**10, "KB"))
 
 
@@ -74,6 +75,7 @@ class MemoryEstimate:
         batch_size: Samples of a micro-batch on one device.
         accumulates: Whether a step has several micro-batches.
         cache: On disk; None without one.
+        unmeasured: Why there is no `step`.
     """
 
     student: TrainedBytes
@@ -83,6 +85,7 @@ class MemoryEstimate:
     batch_size: int
     accumulates: bool
     cache: CacheBytes | None = None
+    unmeasured: str = ""
 
     @property
     def activations(self) -> int | None:
@@ -106,7 +109,8 @@ class MemoryEstimate:
         places = [f"{readable(size)} {PLACES.get(place, f'on {place}')}" for place, size in self.teacher.items()]
         rows.append(("teacher", readable(sum(self.teacher.values())), ", ".join(places)))
         held = "not measured" if self.activations is None else readable(self.activations)
-        rows.append(("activations", held, f"{self.batch_size} samples at a time, logits and features among them"))
+        samples = f"{self.batch_size} samples at a time, logits and features among them"
+        rows.append(("activations", held, f"{self.unmeasured}; {samples}" if self.unmeasured else samples))
         rows.append(("together", f"about {readable(self.total)}", "" if self.step else "and activations"))
         if self.cache is not None:
             total = "" if self.cache.total is None else f", {readable(self.cache.total)} for all"
@@ -162,7 +166,7 @@ def try_step(
         with preserved_random_state(seed), evaluating(student), torch.enable_grad():
             student.train()
             return measure_step(lambda size: loss_of(samples[size]), known, trained)
-    except (SemCKDError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except (SemCKDError, KeyError, *FAILURES) as error:
         logger.debug("The memory of a step was not measured: %s", error)
         return None
     finally:
@@ -196,7 +200,9 @@ def _state_share(optimizer: Any, dtype: torch.dtype) -> float:
     trial = nn.Parameter(torch.zeros(TRIAL_SIZE, TRIAL_SIZE, dtype=dtype))
     trial.grad = torch.zeros_like(trial)
     try:
-        made = type(inner)([trial], **inner.defaults)
+        # torch's AdamW keeps settings that are not its arguments.
+        taken = inspect.signature(type(inner)).parameters
+        made = type(inner)([trial], **{name: value for name, value in inner.defaults.items() if name in taken})
         made.step()
         kept = [value for value in made.state[trial].values() if isinstance(value, Tensor) and value.dim()]
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:

@@ -5,13 +5,22 @@ import torch
 from makers import assert_same_weights, weights
 from recipe_parts import bert_config, save_bert, save_gpt2
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, BertModel, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    BertForSequenceClassification,
+    BertModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_semckd.errors import InputError, SourceError
 from hf_semckd.models.tasks import class_names
 from hf_semckd.recipes.classes import Classes
 from hf_semckd.recipes.models import has_head, head_of, load_teacher, new_model, read_config
-from hf_semckd.recipes.tasks.generation import TextGeneration
+from hf_semckd.recipes.tasks.generation import TextGeneration, TextToText
 from hf_semckd.recipes.tasks.text import TextClassification, TokenClassification
 
 CLASSES = Classes(("x", "y"), "single", ("x", "y"))
@@ -60,6 +69,35 @@ def test_a_checkpoint_of_other_names_is_refused(tmp_path):
     rewrite(tmp_path, lambda name, value: (f"wrapped_{name}", value))
     with pytest.raises(InputError, match="(?s)nothing of the checkpoint.*and [0-9]+ more.*save_pretrained"):
         new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+
+
+@pytest.mark.parametrize("change", ["wrapped_{}", "{}.foreign"])
+def test_a_model_without_a_base_model_of_its_own_is_looked_at_whole(tmp_path, caplog, change):
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    new_model(str(tmp_path), "student", TextToText, {})
+    assert not caplog.text
+    rewrite(tmp_path, lambda name, value: (change.format(name), value))
+    with pytest.raises(InputError, match="nothing of the checkpoint"):
+        new_model(str(tmp_path), "student", TextToText, {})
+
+
+def test_the_output_layer_of_a_language_model_is_no_new_head(tmp_path, caplog):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    LlamaModel(LlamaConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
+    new_model(str(tmp_path), "student", TextGeneration, {})
+    assert "begins with new weights" in caplog.text and "lm_head.weight" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["half", "pointer", "nothing"])
+def test_files_that_are_not_whole_are_refused(tmp_path, content):
+    path = save_bert(tmp_path) / "model.safetensors"
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes({"half": half, "pointer": b"version https://git-lfs.github.com/spec/v1", "nothing": b""}[content])
+    with pytest.raises(InputError, match="(?s)could not be loaded.*whole"):
+        new_model(str(tmp_path), "student", TextClassification, head_of(None, CLASSES))
+    with pytest.raises(InputError, match="(?s)could not be loaded.*whole"):
+        load_teacher(str(tmp_path), TextClassification)
 
 
 def rewrite(folder, change):

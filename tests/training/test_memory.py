@@ -6,14 +6,13 @@ import json
 import logging
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from makers import assert_same_weights, bert, distiller, gpt2, images, resnet, texts, traces, vit, weights
 from tiny import fit, make
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_semckd import SemCKDTrainer, inspect_models
@@ -92,8 +91,27 @@ def test_the_optimizer_keeps_what_one_of_its_kind_keeps(make_optimizer, moments)
 
 
 def test_an_optimizer_that_cannot_be_tried_is_taken_for_adam():
-    strange = SimpleNamespace(defaults={"impossible": 1})
+    class Strange:
+        def __init__(self, parameters: Any, impossible: int):
+            raise ValueError(impossible)
+
+    strange = object.__new__(Strange)
+    strange.defaults = {"impossible": 1}
     assert TrainedBytes.of(nn.Linear(4, 4, bias=False), optimizer=strange).optimizer == 8 * 16
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_the_optimizers_share_is_that_of_trainers_own(optim, tmp_path):
+    parts = {"model": bert(2, 64).bfloat16(), "teacher_model": bert(3, 24, seed=9), "train_dataset": texts()}
+    trainer = distiller(tmp_path, {"optim": optim, "max_steps": 1}, **parts)
+    trainer.create_optimizer()
+    found = TrainedBytes.of(trainer.student, optimizer=trainer.optimizer)
+    fit(trainer)
+    student = {id(entry) for entry in trainer.student.parameters()}
+    states = [state for entry, state in trainer.optimizer.state.items() if id(entry) in student]
+    kept = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+    # Of adafactor's rows and columns, a matrix of one size stands for all.
+    assert found.optimizer == pytest.approx(kept, rel=1.0 if optim == "adafactor" else 0.02)
 
 
 def test_a_teacher_counts_where_it_is_and_once():
@@ -196,7 +214,7 @@ def test_a_teacher_that_a_cache_stands_for_is_not_loaded(tmp_path):
     again = distiller(tmp_path, args, teacher_model=teacher)
     found = again.distillation.memory(4, again.args, None)
     assert set(found.teacher) == {"meta"} and found.step is not None
-    assert "not loaded yet" in str(found)
+    assert "not loaded, and not counted" in str(found)
     assert found.total == found.student.total + found.projections.total + found.activations
     size = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow"))
     assert found.cache.total == round(12 * found.cache.per_sample)
@@ -208,7 +226,30 @@ def test_what_cannot_be_measured_is_said(tmp_path):
     trainer = distiller(tmp_path)
     trainer.distillation.trial_batch = None
     found = trainer.distillation.memory(4, trainer.args, None)
-    assert found.activations is None and "activations not measured" in str(found) and "and activations" in str(found)
+    assert found.activations is None and "activations not measured (no samples are known" in str(found)
+    assert "and activations" in str(found)
+
+
+def test_a_step_whose_teacher_would_have_to_fill_the_cache_is_not_tried(tmp_path):
+    trainer = distiller(tmp_path, {"teacher_cache_dir": str(tmp_path / "cache")})
+    found = trainer.distillation.memory(4, trainer.args, None)
+    assert found.step is None and found.unmeasured == "the teacher's outputs are not cached yet"
+
+
+def test_a_student_that_refuses_the_trial_costs_the_estimate_alone(tmp_path, caplog):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = vit(), vit().config
+
+        def forward(self, pixel_values, labels=None, **others):
+            assert len(pixel_values) == 2 or not self.training
+            return self.inner(pixel_values, labels=labels, **others)
+
+    args = {"per_device_train_batch_size": 2, "max_steps": 2}
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        fit(distiller(tmp_path, args, model=Picky()))
+    assert "not measured (a step could not be tried" in caplog.text
 
 
 # ---- Inspection ----------------------------------------------------------------------------------------------------
