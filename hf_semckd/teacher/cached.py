@@ -109,7 +109,7 @@ class CachedTeacher:
                 "A teacher that is divided among processes cannot be cached: they would run it for different samples",
                 received="teacher_cache_dir, and a sharded teacher",
                 expected="one of the two",
-                todo="fill the cache with teacher_placement='offload' or 'device_map', or leave teacher_cache_dir out",
+                todo="fill the cache with teacher_placement='offload', or leave teacher_cache_dir out",
             )
 
     def load(self) -> Teacher:

@@ -64,6 +64,13 @@ def check_placement(config: SemCKDConfig, source: LossSource | None) -> None:
             expected="teacher_placement='device' or 'device_map', or a teacher that is not quantized",
             todo="leave teacher_placement out, or teacher_dtype",
         )
+    if config.teacher_placement == "device_map" and config.world_size > 1:
+        raise ConfigurationError(
+            "One process alone can divide a teacher among all GPUs",
+            received=f"teacher_placement='device_map' in {config.world_size} processes",
+            expected="one process, or a teacher that is divided among the processes",
+            todo="set teacher_placement='shard', or 'offload' to fill a teacher cache",
+        )
     if config.teacher_placement != "device" and reuses_teacher_head(source):
         raise ConfigurationError(
             "The student would end with the teacher's classifier, whose weights are not together",

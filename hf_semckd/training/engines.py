@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +14,7 @@ from accelerate import Accelerator
 from ..config import SemCKDConfig
 from ..errors import CheckpointError, ConfigurationError, InputError
 
+logger = logging.getLogger(__name__)
 EngineName = Literal["one process or DDP", "FSDP", "DeepSpeed"]
 
 
@@ -85,17 +89,30 @@ def check_engine(checkpoint: str | None, engine: Engine) -> None:
     )
 
 
+def leave_gpus_to_teacher(config: SemCKDConfig, teachers: Sequence[object]) -> None:
+    """Let a process that sees several GPUs train on the first one, where a teacher is divided among all of them.
+
+    Trainer does the same for a student that is divided.
+    """
+    divided = any(len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1 for teacher in teachers)
+    if config.n_gpu > 1 and (divided or config.teacher_placement == "device_map"):
+        config._n_gpu = 1
+
+
 def check_parallelism(accelerator: Accelerator, config: SemCKDConfig) -> None:
-    """Refuse torch's DataParallel, and a DeepSpeed scheduler that would overrule the projections' learning rate.
+    """Refuse processes that do not train together, torch's DataParallel, and a DeepSpeed scheduler that would overrule
+    the projections' learning rate.
 
     The replicas of DataParallel share no running statistics and lose gradients of the projections.
     """
+    _check_launch(accelerator)
     if config.n_gpu > 1:
         raise InputError(
             "One process would drive several GPUs (DataParallel), which distillation does not support",
             received=f"{config.n_gpu} GPUs in one process",
             expected="one process a GPU",
-            todo="start with `accelerate launch script.py` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU",
+            todo="start with `accelerate launch script.py` or `torchrun`, set CUDA_VISIBLE_DEVICES to one GPU, or "
+            "give the others to the teacher with teacher_placement='device_map'",
         )
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     rate, projection_rate = config.learning_rate, config.resolved_projection_learning_rate()
@@ -106,4 +123,21 @@ def check_parallelism(accelerator: Accelerator, config: SemCKDConfig) -> None:
             "DeepSpeed's configuration",
             expected="one learning rate, or Trainer's own schedule (lr_scheduler_type)",
             todo=f"take the scheduler out of DeepSpeed's configuration, or set projection_learning_rate={rate:g}",
+        )
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse processes that were started together and train alone; tell of FSDP that was asked for and is off."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "LOCAL_RANK" in os.environ and accelerator.num_processes == 1:
+        raise ConfigurationError(
+            "The processes that were started do not train together: each would train alone, in one folder",
+            received=f"{started} processes, no GPU, and use_cpu=False",
+            expected="use_cpu=True on a machine without GPUs, or one process",
+            todo="set use_cpu=True in the arguments (--use_cpu True), or start the script by itself",
+        )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if asked and getattr(accelerator.state, "fsdp_plugin", None) is None:
+        logger.warning(
+            "FSDP was asked for and is off: Accelerate runs it on GPUs alone. Each process has a whole copy."
         )

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..config import SemCKDConfig
 from ..data.views import all_versions, preserved_random_state
 from ..losses.registry import LossSource
-from ..models.loading import ModelSource, TeacherSource, load_model
+from ..models.loading import ModelSource, TeacherSource, load_model, teacher_list
 from .arriving import StopRequest
 from .attachment import forget_wrappers
 from .batches import checked_batches
@@ -20,7 +20,7 @@ from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_output_folder, check_teacher_given
 from .classes import vocabulary_size
 from .distillation import Distillation
-from .engines import Engine, check_engine, check_parallelism
+from .engines import Engine, check_engine, check_parallelism, leave_gpus_to_teacher
 from .interrupts import saved_when_terminated
 from .pair import Pair
 from .plan import Services
@@ -139,11 +139,12 @@ class DistillationTrainer(PublishingTrainer):
 
     def _open_pair(self, teacher_model: TeacherSource | None) -> None:
         check_teacher_given(teacher_model, self.args)
+        assert teacher_model is not None
+        leave_gpus_to_teacher(self.args, teacher_list(teacher_model))
         check_parallelism(self.accelerator, self.args)
         # The terms are scaled for accumulation and processes; Trainer must not do it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
-        assert teacher_model is not None
         self.pair = Pair.open(self.student, teacher_model, self.args, self._feature_source, self.accelerator)
         if self.train_dataset is not None:
             with preserved_random_state(self.args.seed):

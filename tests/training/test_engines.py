@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from makers import config
 
-from hf_semckd.errors import CheckpointError, ConfigurationError
-from hf_semckd.training.engines import Engine, check_engine, check_parallelism
+from hf_semckd.errors import CheckpointError, ConfigurationError, InputError
+from hf_semckd.training.checks import check_placement
+from hf_semckd.training.engines import Engine, check_engine, check_parallelism, leave_gpus_to_teacher
 
 DDP, FSDP = "one process or DDP", "FSDP"
 FILES = {
@@ -79,7 +80,7 @@ def test_a_training_without_a_checkpoint_has_nothing_to_check():
 
 def accelerator(**deepspeed):
     plugin = SimpleNamespace(deepspeed_config=deepspeed) if deepspeed else None
-    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=1)
 
 
 def test_a_scheduler_of_deepspeed_may_not_overrule_the_rate_of_the_projections(tmp_path):
@@ -88,3 +89,55 @@ def test_a_scheduler_of_deepspeed_may_not_overrule_the_rate_of_the_projections(t
         check_parallelism(scheduled, config(tmp_path, learning_rate=0.02, projection_learning_rate=0.1))
     check_parallelism(scheduled, config(tmp_path, learning_rate=0.02, projection_learning_rate=0.02))
     check_parallelism(accelerator(optimizer={}), config(tmp_path, learning_rate=0.02, projection_learning_rate=0.1))
+
+
+def ready(folder, **changes):
+    """Return arguments that have found their device and counted the GPUs."""
+    args = config(folder, **changes)
+    assert args.device.type == "cpu"
+    return args
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {}])
+def test_what_no_launcher_has_started_is_one_process(variables, tmp_path, monkeypatch):
+    args = ready(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_parallelism(accelerator(), args)
+
+
+def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
+    args = ready(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigurationError, match="(?s)do not train together.*2 processes.*use_cpu=True"):
+        check_parallelism(accelerator(), args)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_told(tmp_path, monkeypatch, caplog):
+    args = ready(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_parallelism(accelerator(), args)
+    assert "FSDP was asked for and is off" in caplog.text
+
+
+def test_several_gpus_in_one_process_are_for_a_teacher_that_is_divided(tmp_path):
+    divided = SimpleNamespace(hf_device_map={"embeddings": 0, "encoder": 1})
+    whole = SimpleNamespace(hf_device_map={"": 0})
+    for teachers, placement, left in (([divided], "device", 1), (["name"], "device_map", 1), ([whole], "device", 2)):
+        args = ready(tmp_path, teacher_placement=placement)
+        args._n_gpu = 2
+        leave_gpus_to_teacher(args, teachers)
+        assert args.n_gpu == left
+        if left == 2:
+            with pytest.raises(InputError, match="(?s)DataParallel.*2 GPUs.*torchrun.*device_map"):
+                check_parallelism(accelerator(), args)
+        else:
+            check_parallelism(accelerator(), args)
+
+
+def test_a_teacher_on_all_devices_is_for_one_process(tmp_path):
+    args = SimpleNamespace(teacher_placement="device_map", world_size=2, teacher_bits=None)
+    with pytest.raises(ConfigurationError, match="(?s)One process alone.*2 processes.*'shard'"):
+        check_placement(args, None)
