@@ -1,5 +1,6 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
+import re
 import runpy
 import sys
 
