@@ -57,8 +57,10 @@ class SemCKDConfig(TrainingArguments):
         None,
         "Positions whose logits a causal language model computes at once for its losses, which stay the same: all of "
         "a large vocabulary take more memory than the models. 0: all. None: as many as make 8 million logits, from "
-        "4,096 token ids on. Also all where it is not certain how a model makes its logits, with several teachers, a "
-        "teacher cache, torch.compile, FSDP or DeepSpeed; a log line says why.",
+        "4,096 token ids on. All logits are also computed at once where the output layer is not a plain linear layer, "
+        "where the model's loss is more than the cross-entropy of the next tokens, and with several teachers, a "
+        "teacher cache, label smoothing, a loss function of your own, torch.compile, FSDP or DeepSpeed; a log line "
+        "says why.",
     )
     feature_weight: float | None = option(
         None,
@@ -87,7 +89,7 @@ class SemCKDConfig(TrainingArguments):
     )
     projector: Projector | None = option(
         None,
-        "shared: one linear projection per student layer and teacher width. convolutional: the same behind two "
+        "shared: one linear projection per student layer and teacher width. convolutional: the same after two "
         "convolutions per student layer, for feature maps. pairwise: the published convolutional projection for "
         "every pair of layers (several times slower). None: convolutional between CNNs, shared elsewhere.",
     )
@@ -123,7 +125,8 @@ class SemCKDConfig(TrainingArguments):
         "Where the teacher's weights are. device: whole on each process's device. device_map: divided among all "
         "devices of the process, and the host. shard: divided among the processes (FSDP2), a block together while it "
         "runs. offload: in the host's memory, a layer on the device while it runs. A teacher that is quantized, "
-        "dispatched or sharded already stays as it is.",
+        "spread by device_map or sharded already stays where it is; leave teacher_placement out for it, any other "
+        "value is refused.",
     )
     teacher_compile: bool = option(
         False,
@@ -338,7 +341,7 @@ def _described(described: str) -> str:
     """Return the docstring with the help of the fields, which stands at the fields alone."""
     own = (SemCKDConfig.__dataclass_fields__[name] for name in distillation_fields())
     texts = (f"{' ' * 8}{entry.name} ({entry.type}, {entry.default!r}): {entry.metadata['help']}" for entry in own)
-    wrapped = (textwrap.fill(text, 115, subsequent_indent=" " * 12) for text in texts)
+    wrapped = (textwrap.fill(text, 115, subsequent_indent=" " * 12, break_on_hyphens=False) for text in texts)
     return "\n".join([described.rstrip(), "", "    Attributes:", *wrapped, "    "])
 
 

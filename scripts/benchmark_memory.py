@@ -1,6 +1,6 @@
 """The memory that a trainer tells before training, against what its process grows by: a process for each measurement.
 
-It begins behind the libraries and a training of models a few thousand parameters small. Measured is the highest
+It begins after the libraries and a training of models a few thousand parameters small. Measured is the highest
 resident memory until the end of three steps: with malloc as it is, and where it gives every tensor pages of its own
 and takes them back, so that nothing is lost in between. Told is `MemoryEstimate.total`. Linux with glibc only.
 

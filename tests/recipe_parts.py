@@ -137,7 +137,7 @@ def _interrupt() -> None:
 
 
 def interrupt_at(step: int, how: Callable[[], None] = _interrupt) -> Callable[..., None]:
-    """Return what takes the place of `use_progress`, and stops a training behind a step."""
+    """Return what takes the place of `use_progress`, and stops a training after a step."""
 
     def stop(trainer: Any, name: str, voice: Voice) -> None:
         trainer.add_callback(_Stop(step, how))

@@ -1,4 +1,4 @@
-"""`hf-semckd` in a process of its own, with a quick table; killed behind the step KILL_AT of the training KILL_IN."""
+"""`hf-semckd` in a process of its own, with a quick table; killed after the step KILL_AT of the training KILL_IN."""
 
 from __future__ import annotations
 

@@ -559,7 +559,7 @@ def _mean(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _map(features: Tensor) -> Tensor:
-    """Return a map, from the patches behind the CLS token where there are tokens."""
+    """Return a map, from the patches after the CLS token where there are tokens."""
     side = IMAGE // 4
     return features if features.dim() == 4 else features[:, 1:].transpose(1, 2).unflatten(2, (side, side))
 

@@ -25,7 +25,7 @@ USAGE = """\
 usage: hf-semckd COMMAND [options]
 
   distill        from a recipe to a student, its deploy table and its report
-  plan           hours and bytes of a training, with and without a teacher cache
+  plan           estimate time and disk space, with and without a teacher cache
   inspect        show two models' layers, and how they would be compared
   make-student   cut a smaller student out of a fine-tuned teacher
   cache          run the teacher once per sample, ahead of training

@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 
 from ..config import SemCKDConfig
 from ..files import json_text
+from ..training.memory import readable
 from ..training.trainer import SemCKDTrainer
 from .data import load_split, load_tokenizer
 
@@ -54,5 +55,5 @@ def run(words: Sequence[str]) -> None:
         if options.json:
             print(json_text({"samples": count, "bytes": size}))
             return
-        print(f"{count} samples are cached; {args.teacher_cache_dir} holds {size / 2**30:.2f} GB.")
+        print(f"{count} samples are cached; {args.teacher_cache_dir} holds {readable(size)}.")
         print(f"Train with the same data and settings and teacher_cache_dir={args.teacher_cache_dir!r}.")

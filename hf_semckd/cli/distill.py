@@ -52,7 +52,7 @@ def run(words: Sequence[str]) -> int:
         # The comments at the top of a recipe tell where to get what it needs.
         said = f"\n\n{path} says:\n{reading.recipe.head}" if reading.recipe.head else ""
         raise SourceError(f"{error}{said}") from error
-    except (KeyboardInterrupt, SystemExit):  # the latter behind a SIGTERM
+    except (KeyboardInterrupt, SystemExit):  # the latter after a SIGTERM
         known = RunFolder(args.output_dir)
         goes_on = "goes on from the last checkpoint" if known.begun and not reading.extra.dry_run else "starts anew"
         voice.text(f"\nInterrupted. The same command {goes_on} in {args.output_dir}.")

@@ -10,6 +10,7 @@ from ..recipes.reading import RecipeParser, read_recipe
 from .data import positive
 from .distill import defaults, quieten
 
+DESCRIPTION = "Estimate time and disk space, with and without a teacher cache."
 EPILOG = """\
 examples:
   hf-semckd plan recipe.yaml                      the training of this recipe
@@ -20,7 +21,7 @@ examples:
 
 def run(words: Sequence[str]) -> None:
     """Measure and calculate as the words after `hf-semckd plan` say."""
-    parser = RecipeParser("hf-semckd plan", "Tell hours, bytes and the better setting of a training.", EPILOG)
+    parser = RecipeParser("hf-semckd plan", DESCRIPTION, EPILOG)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--samples", type=positive, help="training samples; default: those of the recipe's data")
     size.add_argument("--tokens", type=float, help="training tokens, in samples of max_length")

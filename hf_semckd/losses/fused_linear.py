@@ -20,7 +20,7 @@ CHUNK = 2**23
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """R positions of a batch, one behind the other, and what is learned at them.
+    """R positions of a batch, one after the other, and what is learned at them.
 
     Attributes:
         student, teacher: Last hidden states (R, D) and (R, D').

@@ -45,7 +45,7 @@ class LogitMatch:
     """Brings the logits of both models to the same classes.
 
     Attributes:
-        vocabulary: Number of token ids; logits behind them (padding of an embedding matrix) are left out. None: none.
+        vocabulary: Number of token ids; logits after them (padding of an embedding matrix) are left out. None: none.
         order: (C) the teacher's class for each of the student's, None where the order is the same.
         dim: The dimension of the classes.
     """

@@ -60,7 +60,7 @@ class TokenSampling:
 
     Attributes:
         draws: K > 0, at each position.
-        vocabulary: Number of token ids that both models know; logits behind them are left out.
+        vocabulary: Number of token ids that both models know; logits after them are left out.
         temperature: That of the distillation, > 0.
     """
 

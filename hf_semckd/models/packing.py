@@ -1,4 +1,4 @@
-"""Packed rows: documents one behind the other, told apart by positions that start again. Each document is a sample."""
+"""Packed rows: documents one after the other, told apart by positions that start again. Each document is a sample."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ Labels = dict[tuple[str, int], Units]
 class Reading:
     """How fused projections, inner units and heads are read.
 
-    `by_head`: one projection for queries, keys and values gives them head by head, not one behind the other;
+    `by_head`: one projection for queries, keys and values gives them head by head, not one after the other;
     `in_turn`: two inner vectors come entry by entry; `whole_block`: inner units belong to the block, not to a numbered
     part of it; `shared_heads`: all attentions order their heads alike, as for one table of positions; `merged`: other
     numbers of the configuration that are equal to the channels count these too.

@@ -89,7 +89,7 @@ def _positions(model: nn.Module) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    # Like RoBERTa's, which count from behind the padding.
+    # Like RoBERTa's, which count from the index after the padding's.
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     padded = [entry.padding_idx for entry in embeddings if entry.num_embeddings == limit]
     return limit - padded[0] - 1 if padded and padded[0] is not None else limit

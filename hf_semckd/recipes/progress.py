@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TextIO
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -66,7 +65,7 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_description(self.name)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss behind the bar."""
+        """Show the loss after the bar."""
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
@@ -100,6 +99,12 @@ class ProgressLines(TrainerCallback):
 
 
 def duration(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds."""
-    text = str(timedelta(seconds=round(seconds)))
-    return text.removeprefix("0:")
+    """Return a time with its units, the two largest ones: 1 s, 1 min 23 s, 1 h 05 min, 4 d 6 h."""
+    if (whole := round(seconds)) < 60:
+        return f"{whole} s"
+    if whole < 60 * 60:
+        return f"{whole // 60} min {whole % 60:02} s"
+    if (minutes := round(seconds / 60)) < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

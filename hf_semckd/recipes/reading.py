@@ -61,6 +61,11 @@ class RecipeParser(HfArgumentParser):
         """The names of all options."""
         return [entry.name for part in self.parts for entry in fields(part) if entry.init]
 
+    @property
+    def flags(self) -> list[str]:
+        """All flags, without their dashes; a command's own are among them."""
+        return [word.removeprefix("--") for word in self._option_string_actions if word.startswith("--")]
+
 
 def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], defaults: Mapping[str, Any]) -> Reading:
     """Return what a file and flags say; the latter win. `defaults` are those of arguments that Trainer has otherwise.
@@ -77,7 +82,7 @@ def read_recipe(parser: RecipeParser, path: str | None, flags: Sequence[str], de
     _expand_home(found)
     for word in unknown:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        close = nearest(name, parser.options, 1) if word.startswith("-") else []
+        close = nearest(name, parser.flags, 1) if word.startswith("-") else []
         meant = f"; did you mean --{close[0]}?" if close else ""
         raise ConfigurationError(f"unknown option {word!r}{meant} (see {parser.prog} --help)")
     names = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in flags if word.startswith("--")]

@@ -185,9 +185,9 @@ def learned_positions(model: nn.Module) -> int | None:
     limit = getattr(getattr(base_model(model), "config", None), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(limit, int) and isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # RoBERTa's begin behind the padding index; BART's and OPT's have two rows more than positions.
-            behind = 0 if module.padding_idx is None else module.padding_idx + 1
-            return min(limit, module.num_embeddings - behind)
+            # RoBERTa's begin after the padding index; BART's and OPT's have two rows more than positions.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(limit, module.num_embeddings - first)
     return None
 
 

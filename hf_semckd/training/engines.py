@@ -84,8 +84,8 @@ def check_engine(checkpoint: str | None, engine: Engine) -> None:
         "The checkpoint was written by another engine",
         received=f"{folder.name} of {written.described}; this training runs on {engine.described}",
         expected="the same engine" + (", ZeRO stage and number of processes" * (engine.name == "DeepSpeed")),
-        todo="resume as the checkpoint was written, or start a new training whose student is the one that "
-        "save_model or the checkpoint's model.safetensors holds",
+        todo="start with the accelerate configuration and number of processes that wrote it, or start a new training "
+        "whose student is the one that save_model or the checkpoint's model.safetensors holds",
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, which clusters send before they take a machine away, ends a training behind a checkpoint."""
+"""On SIGTERM, which clusters send before they take a machine away, a training saves a checkpoint and stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class _SaveWhenAsked(TrainerCallback):
-    """Saves at the end of the step after which all processes stop, and ends the training behind the checkpoint."""
+    """Saves at the end of the step after which all processes stop, and ends the training after the checkpoint."""
 
     def __init__(self, stop: StopRequest, alone: bool):
         self.stop, self.alone = stop, alone
@@ -48,7 +48,7 @@ class _SaveWhenAsked(TrainerCallback):
 
 @contextlib.contextmanager
 def saved_when_terminated(trainer: Any, stop: StopRequest | None = None) -> Iterator[None]:
-    """Let SIGTERM end a training behind a checkpoint, with `SystemExit` (143).
+    """Let a training save a checkpoint on SIGTERM and stop, with `SystemExit` (143).
 
     It does what it did where no checkpoints are wanted (`save_strategy="no"`), where a handler is set already (yours,
     or that of `enable_jit_checkpoint`), outside the main thread, and with several processes that have no `stop` in

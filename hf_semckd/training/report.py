@@ -65,8 +65,8 @@ class ModelReport:
             grid, special = "-", "-"
             if spec.grid is not None:
                 grid = f"{spec.grid[0]} x {spec.grid[1]}"
-                behind = spec.length - spec.prefix - spec.grid[0] * spec.grid[1]
-                special = f"{spec.prefix} in front" + (f", {behind} behind" if behind else "")
+                after = spec.length - spec.prefix - spec.grid[0] * spec.grid[1]
+                special = f"{spec.prefix} in front" + (f", {after} after" if after else "")
             size = f"{spec.channels} channels, {spec.length} positions"
             rows.append((layer, module or "?", spec.kind, size, grid, "-" if spec.kind == "map" else special))
         return rows

@@ -1,5 +1,6 @@
 """`hf-semckd cache`: fills what a training then needs, and says what is wrong with what it is given."""
 
+import re
 import runpy
 import sys
 
@@ -29,6 +30,7 @@ def test_training_after_the_command_never_runs_the_teacher(parts, tmp_path, caps
     assert main(["cache", *parts]) == 0
     out = capsys.readouterr().out
     assert "9 samples are cached" in out and f"teacher_cache_dir={str(tmp_path / 'cache')!r}" in out
+    assert re.search(r"cache holds [1-9][\d.]* KB\.", out)
     teacher = vit(3, 24, seed=9)
     calls = []
     args = SemCKDConfig(

@@ -87,6 +87,8 @@ def test_what_a_recipe_needs_is_said_where_it_is_missing(parts, tmp_path, capsys
         (["--teacher", "t"], "There is no dataset"),
         (["--teacher", "t", "--dataset", "d"], "A student is either given, or cut out"),
         (["--teachr", "t"], "did you mean --teacher"),
+        (["--dryrun"], "did you mean --dry-run"),
+        (["--dry_run"], "did you mean --dry-run"),
     ],
 )
 def test_mistakes_are_told_with_status_2(flags, said, capsys):

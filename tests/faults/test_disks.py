@@ -39,7 +39,7 @@ def fill(disk: Path, left: int = 0) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 4096, 20_000, 50_000, 80_000, 130_000, 180_000])
-def test_a_full_disk_ends_the_training_behind_the_last_checkpoint(left, faults, small_disk, tmp_path):
+def test_a_full_disk_ends_the_training_after_the_last_checkpoint(left, faults, small_disk, tmp_path):
     """Wherever in the second checkpoint it becomes full."""
     disk = small_disk(2 * MEGABYTE)
     settings = {"save_steps": 2}

@@ -269,7 +269,7 @@ def spectrogram(n: int, generator: torch.Generator) -> dict[str, Any]:
 
 
 def shown(n: int, generator: torch.Generator, before: int = 1) -> dict[str, Any]:
-    """Return an image, the tokens in its place behind some words, and a text about it."""
+    """Return an image, the tokens in its place after some words, and a text about it."""
     text = sentence(n, generator)
     ids = torch.cat([words(generator, before), torch.full((PATCHES,), IMAGE_TOKEN), text["input_ids"]])
     mask = torch.cat([torch.ones(before + PATCHES).long(), text["attention_mask"]])

@@ -22,7 +22,7 @@ def test_units_that_are_silent_on_the_batch_go_whatever_their_weights():
     model = bert(2, 32, num_attention_heads=4, intermediate_size=64)
     with torch.no_grad():
         for block in model.bert.encoder.layer:
-            # GELU of a large negative number is nothing: the first half says nothing, with large weights behind it.
+            # GELU of a large negative number is nothing: the first half says nothing, with large weights after it.
             block.intermediate.dense.bias[:32] = -100
             block.output.dense.weight[:, :32] *= 100
             for each in (block.attention.self.query, block.attention.self.key):

@@ -22,9 +22,21 @@ def test_a_voice_prints_a_topic_and_its_lines(capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "1 day, 1:01:01")],
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (83, "1 min 23 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+        (86_369, "23 h 59 min"),
+        (86_371, "1 d 0 h"),
+        (4 * 86_400 + 6 * 3600, "4 d 6 h"),
+        (99 * 86_400 + 86_399, "100 d 0 h"),
+    ],
 )
-def test_times_are_hours_minutes_and_seconds(seconds, text):
+def test_times_have_their_two_largest_units(seconds, text):
     assert duration(seconds) == text
 
 

@@ -28,7 +28,7 @@ class Shortage:
         student.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, student: nn.Module, args: Any, keywords: dict[str, Any], output: Any) -> None:
-        """Raise behind the forward: batch normalization has counted the batch by then."""
+        """Raise after the forward: batch normalization has counted the batch by then."""
         if student.training:
             self.sizes.append(len(next(value for value in keywords.values() if isinstance(value, torch.Tensor))))
             if self.sizes[-1] > LIMIT and len(self.sizes) > self.after:

@@ -487,7 +487,7 @@ def test_texts_longer_than_the_positions_are_refused_before_training(model, shuf
         distiller(tmp_path, **parts)
 
 
-def test_the_positions_of_roberta_begin_behind_the_padding():
+def test_the_positions_of_roberta_begin_after_the_padding():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, vocab_size=30, **sizes))
     assert learned_positions(model) == 18

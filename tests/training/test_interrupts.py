@@ -1,4 +1,4 @@
-"""training/interrupts.py: SIGTERM ends a training behind a checkpoint, and nothing else changes."""
+"""training/interrupts.py: on SIGTERM a training saves a checkpoint and stops, and nothing else changes."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def received():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_terminated_training_ends_behind_a_checkpoint_of_its_step(tmp_path, caplog):
+def test_a_terminated_training_ends_after_a_checkpoint_of_its_step(tmp_path, caplog):
     trainer = distiller(tmp_path, SAVES, callbacks=[Terminate()])
     callbacks = list(trainer.callback_handler.callbacks)
     with pytest.raises(SystemExit) as ended:

@@ -141,7 +141,7 @@ def test_wider_padding_changes_nothing(problem, association, tmp_path):
 
 
 def test_a_channel_that_is_silent_in_the_first_step_does_not_blow_up_the_term(tmp_path):
-    """The last stage has one position a sample, so some channels behind a ReLU are 0 for all of the first 8."""
+    """The last stage has one position a sample, so some channels after a ReLU are 0 for all of the first 8."""
     sparse = dataclasses.replace(PROBLEMS["resnet"], teacher=partial(resnet, (8, 12, 16), seed=9))
     done = train(sparse, tmp_path, **cut(8, 1), learning_rate=1e-6, projection_learning_rate=1e-6, **ALONE)
     assert max(step["feature_loss"] for step in done.terms) < 5

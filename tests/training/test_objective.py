@@ -532,7 +532,7 @@ def test_padding_of_speech_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_queries_of_a_detector_are_compared_by_no_index(tmp_path: Path) -> None:
-    """Logits are refused; patches are compared where they lie, without the detection tokens behind them."""
+    """Logits are refused; patches are compared where they lie, without the detection tokens after them."""
 
     def yolos(width: int, seed: int) -> Any:
         torch.manual_seed(seed)

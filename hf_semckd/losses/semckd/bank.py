@@ -92,7 +92,7 @@ class SimilarityBank(nn.Module):
         if world == 1 or reduce_sum is None:
             self.rows.index_copy_(0, places, rows)
         else:
-            # What is older than the last K goes to a place behind the others, which is left out.
+            # What is older than the last K goes to a place after the others, which is left out.
             places = torch.where(order >= ends[-1] - size, places, size)
             update = rows.new_zeros(size + 1, rows.shape[1] + 1).index_copy_(0, places, F.pad(rows, (0, 1), value=1.0))
             update = reduce_sum(update)

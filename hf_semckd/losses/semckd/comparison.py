@@ -52,7 +52,7 @@ class Comparison(ABC):
 class SharedComparison(Comparison):
     """Linear projections, one for all teacher layers of one width, and a fused error without a tensor for each pair.
 
-    That of student layer s is `projection[projection_of[s]][str(width)]`, behind a decoder where `decoded`:
+    That of student layer s is `projection[projection_of[s]][str(width)]`, after a decoder where `decoded`:
     `ConfigurationError` if not all layers are compared as maps then.
     """
 

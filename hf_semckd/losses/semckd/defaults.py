@@ -29,7 +29,7 @@ class FeatureDefaults:
     spared_layers: int
 
 
-# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, behind convolutions and at full
+# Maps (measured with CNNs; Swin and SegFormer have maps too): early layers teach, after convolutions and at full
 # size, and the more the better they fit. It harms the last layer, which logits already train; relations add nothing.
 MAP_DEFAULTS = FeatureDefaults(100.0, 0.0, "sinkhorn", "convolutional", "random", 8, 0.02, 1)
 # An image transformer on one side at least: relations teach, and how projections start makes no difference.

@@ -124,7 +124,7 @@ def build_shared_projections(
     decoded: bool,
     start: ProjectionInit,
 ) -> nn.ModuleList:
-    """Return linear projections `[owner][str(width)]` of student layers, behind decoders where `decoded`."""
+    """Return linear projections `[owner][str(width)]` of student layers, after decoders where `decoded`."""
     linear = ZeroLinear if start == "zero" else nn.Linear
     widths = sorted({teacher.channels for teacher in teacher_specs})
     read = [DECODER_WIDTH if decoded else spec.channels for spec in _first(student_specs, owners)]

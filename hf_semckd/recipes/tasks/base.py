@@ -75,7 +75,7 @@ class Task(ABC):
         return [self.classes.encode(value) for value in rows[self.columns.label]]
 
     def texts(self, rows: Rows, column: int = 0) -> list[str]:
-        """Return the texts of an input column, the first one behind the recipe's prefix."""
+        """Return the texts of an input column, the first one after the recipe's prefix."""
         prefix = self.options.prefix if column == 0 else ""
         return [prefix + text for text in rows[self.columns.inputs[column]]]
 

@@ -18,7 +18,7 @@ TARGETS = ("summary", "highlights", "target", "output", "answer", "headline")
 
 
 class TextGeneration(Task):
-    """The next token of running text: texts are joined, with the end token behind each, and cut into equal pieces."""
+    """The next token of running text: texts are joined, with the end token after each, and cut into equal pieces."""
 
     name = "text-generation"
     heads = ("CausalLM", "LMHeadModel")

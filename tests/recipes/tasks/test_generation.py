@@ -38,7 +38,7 @@ def test_the_column_of_texts_is_found(features, options, expected):
 
 @pytest.mark.parametrize("appends", [False, True], ids=["plain tokenizer", "tokenizer that ends texts"])
 @pytest.mark.parametrize("length", [1, 4, 7])
-def test_pieces_are_the_texts_one_behind_the_other_with_an_end_behind_each(length, appends):
+def test_pieces_are_the_texts_one_after_the_other_with_an_end_after_each(length, appends):
     made, texts = reader("[SEP]", appends), ["the film was good", "bad", "odd xyz film", "the the the"]
     found = TextGeneration(Columns(("text",), None), None, DataOptions(), length).encode(made, {"text": texts})
     joined = []

@@ -58,7 +58,7 @@ def test_pairs_are_read_together():
     assert found["token_type_ids"][0] == [0, 0, 0, 0, 1, 1, 1] and found["labels"] == [0, 2]
 
 
-def test_long_texts_are_cut_off_behind_their_last_special_token():
+def test_long_texts_are_cut_off_after_their_last_special_token():
     found = text_task("text", length=6).encode(tokenizer(), {"text": ["good " * 40], "label": ["good"]})
     reader = tokenizer()
     assert reader.convert_ids_to_tokens(found["input_ids"][0]) == ["[CLS]", *["good"] * 4, "[SEP]"]
