@@ -55,6 +55,18 @@ def check_same_samples(student: Features, targets: TeacherTargets) -> None:
         )
 
 
+def check_same_positions(features: Features) -> None:
+    """Refuse, with an `InputError`, layers (B, N, C) that are compared with each other and differ in N."""
+    found = sorted({feature.shape[1] for feature in features})
+    if len(found) > 1:
+        raise InputError(
+            "Layers that are compared with each other have different numbers of positions",
+            received=" and ".join(map(str, found)),
+            expected="the same one, as when the loss was built",
+            todo="pass both models' layers of the same inputs, or build the loss with tokens_aligned=False",
+        )
+
+
 def _has_shape(feature: Tensor, spec: FeatureSpec | None) -> bool:
     if spec is None:
         return feature.dim() in (2, 3, 4)

@@ -19,6 +19,7 @@ from ...choices import ProjectionInit
 from ...errors import ConfigurationError
 from ...features.geometry import Alignment, as_map, common_grid, compared_positions, map_to_tokens
 from ...features.layers import FeatureSpec
+from ..fitting import check_same_positions
 from ..positions import squared_error
 from .alignment import AlignedStudent, AlignedTeacher, PairGroup, find_pair_groups
 from .kernel import weighted_feature_error
@@ -107,10 +108,12 @@ class SharedComparison(Comparison):
             features = [linear(x.to(linear.bias.dtype)) for linear, x in zip(linears, features, strict=True)]
             projections = []
         teacher = student.teacher
+        targets = [teacher.at(t, group) for t in group.teachers]
+        check_same_positions([*features, *targets])
         center, scale = teacher.standardization(group.teachers)
         return weighted_feature_error(
             features,
-            [teacher.at(t, group) for t in group.teachers],
+            targets,
             _part(weights, students, group.teachers),
             student.mask_at(students[0], group),
             projections=projections or None,
