@@ -59,10 +59,14 @@ def placement_of(model: nn.Module) -> TeacherPlacement | None:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether a model is not on one device, whole: dispatched over several, offloaded, or sharded."""
+    """Whether a model may not be on one device, whole: dispatched, be it to a single one, offloaded, or sharded."""
+    return getattr(model, "hf_device_map", None) is not None or not is_whole(model)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a process has all of a model's weights, and nothing moves them: it can be copied, moved and saved."""
     hooked = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
-    dispatched = getattr(model, "hf_device_map", None) is not None
-    return hooked or dispatched or any(is_sharded(entry) for entry in model.parameters())
+    return not hooked and not any(is_sharded(entry) for entry in model.parameters())
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
