@@ -18,7 +18,7 @@ from ..publishing.report.report import PAGE
 from ..training.checks import check_feature_loss
 from .check import check_metric, check_teacher
 from .folder import ONNX, RunFolder
-from .prepare import prepare
+from .prepare import prepare, whole_teachers
 from .progress import Voice, use_progress
 from .reading import Reading
 from .rows import read_rows
@@ -114,7 +114,8 @@ class _Results:
             return None
 
     def _evaluate(self) -> Evaluation:
-        teachers = self.prepared.teachers
+        args, kind = self.trainer.args, self.prepared.rows.kind
+        teachers = whole_teachers(self.recipe, args, self.folder, kind, self.prepared.teachers)
         names = ["teacher"] if len(teachers) == 1 else [f"teacher {place + 1}" for place in range(len(teachers))]
         models = {**dict(zip(names, teachers, strict=True)), "student": self.trainer.student}
         for model in models.values():
@@ -125,7 +126,7 @@ class _Results:
             data_collator=self.prepared.samples.collator,
             metric=self.recipe.results.metric,
             onnx=self.recipe.results.onnx,
-            batch_size=self.trainer.args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
         )
         found.save(self.folder.path)
         self.voice.text(f"{found.text(self.voice.width)}\n")

@@ -247,6 +247,37 @@ def test_a_card_or_a_push_that_fails_costs_only_itself(recipe, tmp_path, monkeyp
     assert pushes and "The student is saved" not in capsys.readouterr().out
 
 
+# ---- Teachers that are elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["offload", "device_map"])
+def test_wherever_the_teacher_was_the_student_and_the_table_are_the_same(finished, recipe, tmp_path, placement):
+    assert recipe("--teacher_placement", placement) == 0
+    out = tmp_path / "out"
+    assert FILES <= files(out)
+    assert_same_weights(student(finished[0]), student(out))
+    table, plain = (json.loads((path / "evaluation.json").read_text())["rows"] for path in (out, finished[0]))
+    told = ("model", "runtime", "device", "quality", "agreement", "parameters", "disk_bytes")
+    assert [[row[name] for name in told] for row in table] == [[row[name] for name in told] for row in plain]
+    assert "Student and teacher were not compared" not in (out / "report.html").read_text()
+    # Made anew by another run, which has not trained.
+    (out / "evaluation.txt").unlink()
+    assert recipe("--teacher_placement", placement) == 0 and (out / "evaluation.txt").is_file()
+
+
+def test_a_teacher_that_was_fine_tuned_and_offloaded_is_in_the_table(recipe, tmp_path):
+    assert recipe("--teacher_placement", "offload", "--teacher_epochs", 1) == 0
+    table = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert table[0]["model"] == "teacher" and table[0]["disk_bytes"] > table[1]["disk_bytes"]
+
+
+def test_an_offloaded_gpt2_without_a_padding_token_is_in_the_table(tmp_path, quick_table):
+    teacher = save_gpt2(tmp_path / "gpt2", GPT2ForSequenceClassification, num_labels=3)
+    data, names = write_rows(tmp_path / "rows.jsonl", sentences(24)), ("--class_names", "good", "bad", "odd")
+    given = ("--teacher", teacher, "--dataset", data, "--num_layers", 1, "--output_dir", tmp_path / "out", *names)
+    assert command("distill", *given, *QUICK, "--teacher_placement", "offload") == 0
+
+
 # ---- Other students ------------------------------------------------------------------------------------------------
 
 
