@@ -1,6 +1,7 @@
 """The command line, `hf-semckd` or `python -m hf_semckd`: one command a file."""
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-semckd {__version__}")
         return 0
     debug = "--debug" in words
+    # A recipe goes on behind what fails after its training, and logs that.
+    log = logging.getLogger(f"{__name__.partition('.')[0]}.recipes")
+    level = log.level
+    log.setLevel(logging.DEBUG if debug else level)
     try:
         return _run(words[0], [word for word in words[1:] if word != "--debug"])
     except KeyboardInterrupt:
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             more = "" if isinstance(error, SemCKDError) else "\n(--debug shows where this came from)"
             print(f"hf-semckd: {kind}{error}{more}", file=sys.stderr)
         return 2 if isinstance(error, (SemCKDError, OSError)) else 1
+    finally:
+        log.setLevel(level)
 
 
 def _run(command: str, words: list[str]) -> int:

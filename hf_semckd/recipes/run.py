@@ -110,7 +110,8 @@ class _Results:
             return make()
         except Exception as error:  # whatever it is: hours of training are done, and what follows can still work
             self.problems.append(f"{what}: {error}")
-            logger.error("The student is saved, but the %s failed. %s", what, error)
+            shown = logger.isEnabledFor(logging.DEBUG)
+            logger.error("The student is saved, but the %s failed. %s", what, error, exc_info=shown)
             return None
 
     def _evaluate(self) -> Evaluation:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -245,6 +246,15 @@ def test_a_card_or_a_push_that_fails_costs_only_itself(recipe, tmp_path, monkeyp
     monkeypatch.setattr(PublishingTrainer, "push_to_hub", lambda *_, **__: pushes.append(1) or fail())
     assert recipe("--push_to_hub") == 1
     assert pushes and "The student is saved" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_where_a_failed_part_came_from(recipe, monkeypatch, caplog, debug):
+    monkeypatch.setattr(run._Results, "_evaluate", fail)
+    assert recipe(*(["--debug"] if debug else [])) == 1
+    assert "The student is saved, but the table failed. something was wrong" in caplog.text
+    assert ("Traceback" in caplog.text and "in fail" in caplog.text) is debug
+    assert not run.logger.isEnabledFor(logging.DEBUG)
 
 
 # ---- Teachers that are elsewhere -----------------------------------------------------------------------------------
