@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import SemCKDError, nearest
+from ..errors import ConfigurationError, SemCKDError, nearest
 from ..version import __version__
 
 # Imported when they are run: the help needs neither torch nor transformers.
@@ -22,6 +22,8 @@ COMMANDS = {
     "export": "export",
     "push": "push",
 }
+# In several processes each would do all of any other one, and write over what another wrote; `plan` says so itself.
+TOGETHER = ("distill", "cache", "plan")
 USAGE = """\
 usage: hf-semckd COMMAND [options]
 
@@ -81,6 +83,15 @@ def _run(command: str, words: list[str]) -> int:
         near = nearest(command, COMMANDS, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
+    # A cluster may set one of them alone; what starts processes sets both.
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if count > 1 and command not in TOGETHER:
+        raise ConfigurationError(
+            f"hf-semckd {command} runs in one process",
+            received=f"{count} processes",
+            expected="one; `distill` and `cache` run in several",
+            todo=f"leave out `accelerate launch` or torchrun: hf-semckd {command}",
+        )
     try:
         chosen = importlib.import_module(f".{COMMANDS[command]}", __name__)
         # Bars of loading and writing, which are for notebooks.

@@ -182,3 +182,11 @@ def test_a_teacher_divided_among_two_processes_is_in_the_table(parts, tmp_path):
     assert distill(parts, whole, start=torchrun).returncode == 0
     found, expected = weights_of(tmp_path / "out"), weights_of(whole)
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_dry_run_in_two_processes_is_refused_before_anything_is_loaded(parts, tmp_path):
+    done = distill(parts, tmp_path / "out", "--dry-run", start=torchrun)
+    assert done.returncode != 0 and done.stderr.count("A training is planned in one process") == 2
+    assert "torchrun: hf-semckd distill recipe.yaml --dry-run" in done.stderr and not done.stdout
+    assert not (tmp_path / "out").exists()
