@@ -127,7 +127,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _offload(model: nn.Module, device: torch.device) -> None:
     """Keep a model's weights in the host's memory, and bring each layer's to the device while it runs."""
-    cpu_offload(model, device, offload_buffers=True)
+    # "cpu:0", one of several processes on CPUs, is another device to accelerate, and parameters become plain tensors.
+    cpu_offload(model, torch.device("cpu") if device.type == "cpu" else device, offload_buffers=True)
 
 
 def _dispatch(model: nn.Module, device: torch.device) -> None:

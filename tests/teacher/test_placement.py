@@ -30,6 +30,14 @@ def test_an_offloaded_teacher_has_no_weights_here_between_forwards(tmp_path):
     assert outcome(trainer).state.keys() and not trainer.pair.teacher.stream
 
 
+def test_a_teacher_is_offloaded_in_one_of_several_processes_on_cpus():
+    # Whose device has a number there.
+    teacher, batch = vit(), torch.ones(1, 3, 16, 16)
+    expected = teacher(batch).logits
+    place(teacher, torch.device("cpu", 0), "offload")
+    assert all(torch.equal(teacher(batch).logits, expected) for _ in range(2))
+
+
 def test_a_cache_knows_an_offloaded_teacher_by_its_weights(tmp_path):
     how = {"samples": 8, "per_device_train_batch_size": 4, "teacher_cache_dir": str(tmp_path / "cache")}
     plain = train("vit", tmp_path / "plain", **how)
