@@ -79,6 +79,14 @@ def whole_teachers(
     return found
 
 
+def whole_student(args: SemCKDConfig, folder: RunFolder, kind: type[Task], student: nn.Module) -> nn.Module:
+    """Return a trained student with all its weights in this process: as it was saved, where an engine divides it."""
+    if is_whole(student):
+        return student
+    with whole_loading(args):
+        return new_model(str(folder.path), "student", kind, {})
+
+
 def _check_read_alike(processor: Any, sources: list[str], kind: type[Task]) -> None:
     """Refuse several teachers that read a sample differently: all get what the first one's processor makes of it."""
     for source in sources[1:]:

@@ -6,8 +6,11 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
@@ -18,7 +21,7 @@ from ..publishing.report.report import PAGE
 from ..training.checks import check_feature_loss
 from .check import check_metric, check_teacher
 from .folder import ONNX, RunFolder
-from .prepare import prepare, whole_teachers
+from .prepare import prepare, whole_student, whole_teachers
 from .progress import Voice, use_progress
 from .reading import Reading
 from .rows import read_rows
@@ -114,11 +117,16 @@ class _Results:
             logger.error("The student is saved, but the %s failed. %s", what, error, exc_info=shown)
             return None
 
+    @cached_property
+    def _student(self) -> nn.Module:
+        kind = self.prepared.rows.kind
+        return whole_student(self.trainer.args, self.folder, kind, self.trainer.student)
+
     def _evaluate(self) -> Evaluation:
         args, kind = self.trainer.args, self.prepared.rows.kind
         teachers = whole_teachers(self.recipe, args, self.folder, kind, self.prepared.teachers)
         names = ["teacher"] if len(teachers) == 1 else [f"teacher {place + 1}" for place in range(len(teachers))]
-        models = {**dict(zip(names, teachers, strict=True)), "student": self.trainer.student}
+        models = {**dict(zip(names, teachers, strict=True)), "student": self._student}
         for model in models.values():
             model.to("cpu")
         found = evaluate(
@@ -140,7 +148,7 @@ class _Results:
     def _export(self) -> tuple[str, ...]:
         samples = self.prepared.samples
         batch = samples.collator([samples.splits.test[place % len(samples.splits.test)] for place in range(2)])
-        return tuple(map(str, export_onnx(self.trainer.student, self.folder.path / ONNX, batch, int8=True)))
+        return tuple(map(str, export_onnx(self._student, self.folder.path / ONNX, batch, int8=True)))
 
 
 def _is_told(folder: RunFolder, recipe: Recipe) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from makers import assert_same_weights, weights
 from recipe_parts import (
     KINDS,
@@ -22,6 +23,8 @@ from recipe_parts import (
     write_rows,
 )
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
 from hf_semckd.recipes import prepare, run
@@ -279,6 +282,28 @@ def test_a_teacher_that_was_fine_tuned_and_offloaded_is_in_the_table(recipe, tmp
     assert recipe("--teacher_placement", "offload", "--teacher_epochs", 1) == 0
     table = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
     assert table[0]["model"] == "teacher" and table[0]["disk_bytes"] > table[1]["disk_bytes"]
+
+
+def test_a_student_that_is_divided_is_in_the_table_as_it_was_saved(recipe, finished, tmp_path, monkeypatch):
+    train = run._train
+
+    def divide(trainer, folder, voice):
+        train(trainer, folder, voice)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+        fully_shard(trainer.student, mesh=init_device_mesh("cpu", (1,)))
+
+    monkeypatch.setattr(run, "_train", divide)
+    # Once for the table, and once for the files.
+    monkeypatch.setattr(run, "evaluate", lambda *a, onnx, **k: quick_evaluate(*a, onnx=False, **k))
+    try:
+        assert recipe("--onnx") == 0
+    finally:
+        dist.destroy_process_group()
+    table, plain = (
+        json.loads((path / "evaluation.json").read_text())["rows"] for path in (tmp_path / "out", finished[0])
+    )
+    assert [row["quality"] for row in table] == [row["quality"] for row in plain if row["runtime"] == "PyTorch"]
+    assert (tmp_path / "out" / "onnx" / "model_int8.onnx").is_file()
 
 
 def test_an_offloaded_gpt2_without_a_padding_token_is_in_the_table(tmp_path, quick_table):
