@@ -48,6 +48,12 @@ def resumed(folder: Path, problem: str, **changes: Any) -> Outcome:
     return done
 
 
+def taken_again(folder: Path, problem: str, **changes: Any) -> Outcome:
+    """Train with the teacher that another trainer has placed."""
+    teacher = make(problem, folder, **changes).teacher
+    return trained(folder, problem, teacher_model=teacher, **changes)
+
+
 def evaluated(folder: Path) -> Outcome:
     """Train twice, with an evaluation before and between, which prepares the student as well."""
     cut = {"max_steps": 3, "per_device_train_batch_size": 2}
@@ -114,6 +120,10 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     ),
     "vit-resumed": job(resumed, "vit", *ACCUMULATED, samples=20),
     "vit-evaluated": evaluated,
+    **{
+        f"vit-{placement}": job(taken_again, "vit", *ACCUMULATED, samples=20, teacher_placement=placement)
+        for placement in ("offload", "shard", "device_map")
+    },
 }
 
 

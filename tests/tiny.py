@@ -206,12 +206,14 @@ def make(
 ) -> OrderedTrainer:
     """Return a trainer for a problem; keywords are changes of the arguments, or parts of the trainer."""
     problem = PROBLEMS[problem] if isinstance(problem, str) else problem
-    parts = {key: args.pop(key) for key in ("model", "model_init", "train_dataset", "optimizers") if key in args}
+    given = ("model", "model_init", "teacher_model", "train_dataset", "optimizers")
+    parts = {key: args.pop(key) for key in given if key in args}
     defaults = {} if "model_init" in parts else {"model": problem.student().to(dtype)}
+    if "teacher_model" not in parts:
+        defaults["teacher_model"] = problem.teacher().to(dtype)
     rows = [cast(row, dtype) for row in problem.rows(samples).rows]
     defaults["train_dataset"], defaults["eval_dataset"] = Samples(rows), Samples(rows[:8])
     return OrderedTrainer(
-        teacher_model=problem.teacher().to(dtype),
         data_collator=problem.collator,
         # Few enough tokens for most samples to be cut.
         args=arguments(folder, terms, **{"max_tokens": 3, **problem.args, **args}),

@@ -1,12 +1,13 @@
 """The command line, `hf-semckd` or `python -m hf_semckd`: one command a file."""
 
 import importlib
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import SemCKDError, nearest
+from ..errors import ConfigurationError, SemCKDError, nearest
 from ..version import __version__
 
 # Imported when they are run: the help needs neither torch nor transformers.
@@ -21,6 +22,8 @@ COMMANDS = {
     "export": "export",
     "push": "push",
 }
+# In several processes each would do all of any other one, and write over what another wrote; `plan` says so itself.
+TOGETHER = ("distill", "cache", "plan")
 USAGE = """\
 usage: hf-semckd COMMAND [options]
 
@@ -54,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-semckd {__version__}")
         return 0
     debug = "--debug" in words
+    # A recipe goes on behind what fails after its training, and logs that.
+    log = logging.getLogger(f"{__name__.partition('.')[0]}.recipes")
+    level = log.level
+    log.setLevel(logging.DEBUG if debug else level)
     try:
         return _run(words[0], [word for word in words[1:] if word != "--debug"])
     except KeyboardInterrupt:
@@ -67,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             more = "" if isinstance(error, SemCKDError) else "\n(--debug shows where this came from)"
             print(f"hf-semckd: {kind}{error}{more}", file=sys.stderr)
         return 2 if isinstance(error, (SemCKDError, OSError)) else 1
+    finally:
+        log.setLevel(level)
 
 
 def _run(command: str, words: list[str]) -> int:
@@ -74,6 +83,15 @@ def _run(command: str, words: list[str]) -> int:
         near = nearest(command, COMMANDS, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
+    # A cluster may set one of them alone; what starts processes sets both.
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if count > 1 and command not in TOGETHER:
+        raise ConfigurationError(
+            f"hf-semckd {command} runs in one process",
+            received=f"{count} processes",
+            expected="one; `distill` and `cache` run in several",
+            todo=f"leave out `accelerate launch` or torchrun: hf-semckd {command}",
+        )
     try:
         chosen = importlib.import_module(f".{COMMANDS[command]}", __name__)
         # Bars of loading and writing, which are for notebooks.

@@ -16,7 +16,7 @@ from ..data.columns import IGNORED
 from ..data.samples import is_map_style
 from ..data.views import preserved_random_state
 from ..errors import InputError
-from ..models.inputs import evaluating
+from ..models.inputs import evaluating, input_device
 from ..models.outputs import base_model
 from ..publishing.report.parts import Comparison, Example, Reliability
 from .decisions import DecisionCollector, Decisions, Labeling, find_labeling, labels_of, positions
@@ -87,8 +87,7 @@ def compare_predictions(
 
 
 def _variant(model: nn.Module, student: nn.Module) -> Variant:
-    device = next((entry.device for entry in model.parameters()), torch.device("cpu"))
-    runtime = PyTorch(model, device)
+    runtime = PyTorch(model, input_device(model))
     order = None if model is student else class_order(model, student)
     return Variant("", runtime, runtime, None, None, model is not student, order)
 

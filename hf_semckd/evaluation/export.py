@@ -22,6 +22,7 @@ from ..errors import InputError, MissingDependencyError
 from ..models.inputs import inference_inputs, run_on_inputs
 from ..models.loading import ModelSource, load_model
 from ..models.outputs import logits_of, returns_spans
+from ..teacher.placement import is_whole
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 # Of the largest logit; kernels of PyTorch and ONNX Runtime add in another order.
@@ -55,6 +56,7 @@ def export_onnx(
     """
     check_installed()
     source = load_model(model, "model")
+    _check_whole(source)
     # The fused attention of PyTorch has no form in ONNX for every layout; ONNX Runtime fuses the plain one by itself.
     plain: Any = copy.deepcopy(source).cpu().float().eval()
     if hasattr(plain, "set_attn_implementation"):
@@ -103,6 +105,16 @@ def open_session(path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _check_whole(model: nn.Module) -> None:
+    if not is_whole(model):
+        raise InputError(
+            f"{type(model).__name__} cannot be written as an ONNX file while its weights are not together",
+            received="a model that is dispatched, offloaded or sharded",
+            expected="a model on one device",
+            todo="pass its name or folder, or load it anew",
+        )
 
 
 class _Logits(nn.Module):

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.inputs import inference_inputs, run_on_inputs
+from ..errors import InputError
+from ..models.inputs import inference_inputs, input_device, run_on_inputs
 from ..models.latency import forward_call
 from ..models.outputs import logits_of
+from ..teacher.placement import is_sharded, is_whole
 from .export import open_session
 
 
@@ -31,14 +33,20 @@ class Runtime(Protocol):
 
 
 class PyTorch:
-    """A model in evaluation mode; one that is elsewhere than on the device is copied there."""
+    """A model in evaluation mode; one that is elsewhere than on the device is copied there.
+
+    One that is dispatched over several devices or offloaded runs where it is, and `device` says where that begins.
+    Raises `InputError` for one that is divided among processes: all of them would have to run it at the same time.
+    """
 
     name = "PyTorch"
 
     def __init__(self, model: nn.Module, device: torch.device):
-        there = all(entry.device == device for entry in model.parameters())
-        self.model = (model if there else copy.deepcopy(model).to(device)).eval()
-        self.device = device.type
+        check_undivided(model)
+        whole = is_whole(model)
+        moves = whole and any(entry.device != device for entry in model.parameters())
+        self.model = (copy.deepcopy(model).to(device) if moves else model).eval()
+        self.device = device.type if whole else input_device(model).type
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of a batch that the model takes, on its device."""
@@ -53,6 +61,18 @@ class PyTorch:
     def forward(self, batch: Mapping[str, Any]) -> Callable[[], object]:
         """Return a function that runs the model on a batch, and waits for the GPU."""
         return forward_call(self.model, batch)
+
+
+def check_undivided(model: nn.Module) -> None:
+    """Raise `InputError` for a model of which a process has a part: what evaluates it alone would wait for ever."""
+    if not any(map(is_sharded, model.parameters())):
+        return
+    raise InputError(
+        "A model that is divided among processes cannot be evaluated",
+        received=f"a sharded {type(model).__name__}",
+        expected="a model that this process has all of",
+        todo="load it anew from its name or folder, and evaluate it in one process",
+    )
 
 
 class OnnxRuntime:

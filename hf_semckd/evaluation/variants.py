@@ -26,6 +26,7 @@ from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX, teacher_entries
 from ..errors import InputError
 from ..models.inputs import InputSelector, inference_inputs
 from ..models.tasks import label_names, label_order
+from ..teacher.placement import is_whole
 from .decisions import SPANS
 from .export import NEEDED, export_onnx, is_installed
 from .memory import peak_memory
@@ -131,7 +132,7 @@ def make_variants(
         order = class_order(model, last)
         plain = Variant(name, pytorch, pytorch, saved, _size(saved), place == 0, order)
         found.append(plain)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and is_whole(model):
             found.append(replace(plain, runtime=PyTorch(model, torch.device("cuda"))))
         if not exports:
             continue
@@ -165,14 +166,16 @@ def class_order(model: nn.Module, last: nn.Module) -> Tensor | None:
 
 
 def _save(model: nn.Module, folder: Path) -> Path | None:
-    """Save a model that can be; `None` for others."""
-    if not isinstance(model, PreTrainedModel):
+    """Save a model that can be; `None` for others, and for one whose weights are not together."""
+    if not isinstance(model, PreTrainedModel) or not is_whole(model):
         return None
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     # Saving writes into the configuration.
     copied: Any = copy.copy(model)
     copied.config = copy.deepcopy(model.config)
+    # All of it is here: it is not to be looked for where parts may be offloaded.
+    vars(copied).pop("hf_device_map", None)
     copied.save_pretrained(folder)
     if shows:
         logging.enable_progress_bar()

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..data.columns import LABEL_COLUMNS, TEACHER_PREFIX
@@ -60,12 +61,25 @@ class InputSelector:
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch whose tensors are where the model is, and numbers in its precision."""
-    like = next(model.parameters(), None)
+    """Return a batch whose tensors are where the model runs, and numbers in its precision."""
+    like, device = next(model.parameters(), None), input_device(model)
     if like is None:
         return dict(batch)
-    tensors = {name: value.to(like.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     return {**batch, **{name: v.to(like.dtype) if v.is_floating_point() else v for name, v in tensors.items()}}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs: with its first weights, and those of an offloaded one where it runs."""
+    for module in model.modules():
+        first = next(module.parameters(recurse=False), None)
+        if first is not None and not first.is_meta:
+            return first.device
+        if first is not None:
+            hook = getattr(module, "_hf_hook", None)
+            places = (getattr(entry, "execution_device", None) for entry in getattr(hook, "hooks", [hook]))
+            return torch.device(next((place for place in places if place is not None), first.device))
+    return torch.device("cpu")
 
 
 def inference_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

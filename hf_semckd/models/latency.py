@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import inference_inputs
+from .inputs import inference_inputs, input_device
 
 # Of each turn the first call is not counted: another model has just used the caches.
 CALLS_A_TURN = 5
@@ -18,8 +18,7 @@ FEWEST_TURNS = 3
 
 def forward_call(model: nn.Module, batch: Mapping[str, Any]) -> Callable[[], object]:
     """Return a function that runs a model on what it takes of a batch, and waits for the GPU."""
-    inputs = inference_inputs(model, batch)
-    device = next((entry.device for entry in model.parameters()), torch.device("cpu"))
+    inputs, device = inference_inputs(model, batch), input_device(model)
 
     @torch.inference_mode()
     def call() -> object:

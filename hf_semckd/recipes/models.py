@@ -44,7 +44,7 @@ def has_head(config: Any, task: type[Task]) -> bool:
     return any(name.endswith(task.heads) for name in getattr(config, "architectures", None) or ())
 
 
-def load_teacher(source: str, task: type[Task]) -> nn.Module:
+def load_teacher(source: str, task: type[Task]) -> Any:
     """Return a fine-tuned teacher; `InputError` for a model without the head of the task."""
     if not has_head(read_config(source, "teacher"), task):
         raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from ..data.views import preserved_random_state
 from ..errors import ConfigurationError, InputError
 from ..models.sizes import count_parameters
 from ..models.tasks import class_names
+from ..teacher.placement import is_whole
 from ..training.interrupts import saved_when_terminated
+from ..training.whole_weights import whole_loading
 from .data import make_samples
 from .folder import START, TEACHER, RunFolder
 from .models import cut_student, has_head, head_of, load_teacher, needs_batch, new_model, read_config
@@ -55,6 +57,34 @@ def prepare(
     with args.main_process_first(desc="preparing the data"):
         samples = make_samples(rows.task(recipe.data, length), rows.splits, student, own, processor)
     return Prepared(rows, teachers, student, samples)
+
+
+def whole_teachers(
+    recipe: Recipe, args: SemCKDConfig, folder: RunFolder, kind: type[Task], teachers: Sequence[Any]
+) -> list[nn.Module]:
+    """Return the teachers with all their weights in this process: one that training has spread is loaded anew.
+
+    What runs them alone must not wait for other processes.
+    """
+    own = folder.ready(TEACHER) if recipe.models.teacher_epochs else None
+    sources = [own] if own is not None else recipe.models.teacher or []
+    found = []
+    for source, teacher in zip(sources, teachers, strict=True):
+        if not is_whole(teacher):
+            padding = getattr(teacher.config, "pad_token_id", None)
+            with whole_loading(args):
+                teacher = load_teacher(source, kind)
+            teacher.config.pad_token_id = padding
+        found.append(teacher)
+    return found
+
+
+def whole_student(args: SemCKDConfig, folder: RunFolder, kind: type[Task], student: nn.Module) -> nn.Module:
+    """Return a trained student with all its weights in this process: as it was saved, where an engine divides it."""
+    if is_whole(student):
+        return student
+    with whole_loading(args):
+        return new_model(str(folder.path), "student", kind, {})
 
 
 def _check_read_alike(processor: Any, sources: list[str], kind: type[Task]) -> None:

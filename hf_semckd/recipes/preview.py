@@ -10,8 +10,10 @@ from typing import Any
 
 import datasets
 
+from ..config import SemCKDConfig
 from ..data.batches import collate
 from ..data.samples import first_samples
+from ..errors import ConfigurationError
 from ..models.tables import aligned_lines
 from ..training.memory import readable
 from ..training.report import inspect_models
@@ -75,6 +77,7 @@ class Plan:
 
 def preview(reading: Reading, voice: Voice) -> Plan:
     """Print the data, the layers and how they are compared, parameters, memory and time; nothing stays on disk."""
+    _check_alone(reading.args, "hf-semckd distill recipe.yaml --dry-run")
     assert reading.args.output_dir is not None
     RunFolder(reading.args.output_dir).check(reading.options)
     with _trial_folder() as folder:
@@ -96,6 +99,7 @@ def preview(reading: Reading, voice: Voice) -> Plan:
 
 def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voice) -> Plan:
     """Measure a few steps, with and without a teacher cache, and print what training on so much data takes."""
+    _check_alone(reading.args, "hf-semckd plan recipe.yaml")
     with _trial_folder() as folder:
         prepared = _prepared(reading, folder, voice)
         if tokens is not None:
@@ -141,6 +145,17 @@ def _constants(made: Plan, length: int | None) -> str:
         said.append(f"to fill it {1000 * made.cache.seconds:,.1f} ms and {readable(made.cache.bytes)} a sample")
     each = "" if length is None else f" of {length:,} tokens"
     return f"{', '.join(said)}\ncalculated for {made.samples:,} samples{each}, num_train_epochs {made.epochs:g}"
+
+
+def _check_alone(args: SemCKDConfig, command: str) -> None:
+    """Refuse several processes: each would have a trial folder of its own, and the others' student is in none."""
+    if args.world_size > 1:
+        raise ConfigurationError(
+            "A training is planned in one process",
+            received=f"{args.world_size} processes",
+            expected="one; the training itself may run in several",
+            todo=f"leave out `accelerate launch` or torchrun: {command}",
+        )
 
 
 @contextmanager

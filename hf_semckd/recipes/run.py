@@ -6,8 +6,11 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..evaluation.evaluate import evaluate
 from ..evaluation.export import export_onnx
@@ -18,7 +21,7 @@ from ..publishing.report.report import PAGE
 from ..training.checks import check_feature_loss
 from .check import check_metric, check_teacher
 from .folder import ONNX, RunFolder
-from .prepare import prepare
+from .prepare import prepare, whole_student, whole_teachers
 from .progress import Voice, use_progress
 from .reading import Reading
 from .rows import read_rows
@@ -110,13 +113,20 @@ class _Results:
             return make()
         except Exception as error:  # whatever it is: hours of training are done, and what follows can still work
             self.problems.append(f"{what}: {error}")
-            logger.error("The student is saved, but the %s failed. %s", what, error)
+            shown = logger.isEnabledFor(logging.DEBUG)
+            logger.error("The student is saved, but the %s failed. %s", what, error, exc_info=shown)
             return None
 
+    @cached_property
+    def _student(self) -> nn.Module:
+        kind = self.prepared.rows.kind
+        return whole_student(self.trainer.args, self.folder, kind, self.trainer.student)
+
     def _evaluate(self) -> Evaluation:
-        teachers = self.prepared.teachers
+        args, kind = self.trainer.args, self.prepared.rows.kind
+        teachers = whole_teachers(self.recipe, args, self.folder, kind, self.prepared.teachers)
         names = ["teacher"] if len(teachers) == 1 else [f"teacher {place + 1}" for place in range(len(teachers))]
-        models = {**dict(zip(names, teachers, strict=True)), "student": self.trainer.student}
+        models = {**dict(zip(names, teachers, strict=True)), "student": self._student}
         for model in models.values():
             model.to("cpu")
         found = evaluate(
@@ -125,7 +135,7 @@ class _Results:
             data_collator=self.prepared.samples.collator,
             metric=self.recipe.results.metric,
             onnx=self.recipe.results.onnx,
-            batch_size=self.trainer.args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
         )
         found.save(self.folder.path)
         self.voice.text(f"{found.text(self.voice.width)}\n")
@@ -138,7 +148,7 @@ class _Results:
     def _export(self) -> tuple[str, ...]:
         samples = self.prepared.samples
         batch = samples.collator([samples.splits.test[place % len(samples.splits.test)] for place in range(2)])
-        return tuple(map(str, export_onnx(self.trainer.student, self.folder.path / ONNX, batch, int8=True)))
+        return tuple(map(str, export_onnx(self._student, self.folder.path / ONNX, batch, int8=True)))
 
 
 def _is_told(folder: RunFolder, recipe: Recipe) -> bool:

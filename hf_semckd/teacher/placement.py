@@ -1,12 +1,13 @@
 """Where a teacher's weights are: on the device, on several, divided among processes, or in the host's memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
-from torch import nn
+from torch import Tensor, nn
 
 from ..choices import TeacherPlacement
 from ..errors import InputError
@@ -17,15 +18,18 @@ Placer = Callable[[nn.Module, torch.device], None]
 def place(model: nn.Module, device: torch.device, placement: TeacherPlacement) -> None:
     """Bring a teacher to where it is to be; one that looks after its own placement stays where it is.
 
+    So one that was placed in the same way before, by another trainer or by its owner, is taken again.
+
     Raises:
-        InputError: For a placement of a model that is quantized, dispatched or sharded already.
+        InputError: For a placement of a model that is quantized, or dispatched, offloaded or sharded in another way.
     """
     if is_placed(model):
-        if placement != "device":
+        own = placement_of(model)
+        if placement not in ("device", own):
             raise InputError(
                 "The teacher has a placement of its own already",
-                received=f"teacher_placement={placement!r} and a {type(model).__name__} that is quantized, "
-                "dispatched, offloaded or sharded",
+                received=f"teacher_placement={placement!r} and a {type(model).__name__} that is "
+                + ("quantized, dispatched or sharded" if own is None else f"placed by {own!r}"),
                 expected="one of them",
                 todo="leave teacher_placement out, or pass the teacher as from_pretrained gives it",
             )
@@ -42,16 +46,52 @@ def is_placed(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False)) or is_spread(model)
 
 
+def placement_of(model: nn.Module) -> TeacherPlacement | None:
+    """Return the `teacher_placement` that a model has; None for none of them, or one that none of them makes."""
+    if any(is_sharded(entry) for entry in model.parameters()):
+        # Tensor parallelism and ZeRO-3 divide a model, too. Not part of torch on every system.
+        from torch.distributed.fsdp import FSDPModule
+
+        return "shard" if isinstance(model, FSDPModule) else None
+    if getattr(model, "hf_device_map", None) is not None:
+        return "device_map"
+    return "offload" if any(entry.is_meta for entry in model.parameters()) and is_spread(model) else None
+
+
 def is_spread(model: nn.Module) -> bool:
-    """Whether a model is not on one device, whole: dispatched over several, offloaded, or sharded."""
+    """Whether a model may not be on one device, whole: dispatched, be it to a single one, offloaded, or sharded."""
+    return getattr(model, "hf_device_map", None) is not None or not is_whole(model)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a process has all of a model's weights, and nothing moves them: it can be copied, moved and saved."""
     hooked = any(hasattr(module, "_hf_hook") or hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
-    dispatched = getattr(model, "hf_device_map", None) is not None
-    return hooked or dispatched or any(is_sharded(entry) for entry in model.parameters())
+    return not hooked and not any(is_sharded(entry) for entry in model.parameters())
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether a process holds a part of a parameter: a DTensor (FSDP2, tensor parallelism), or of ZeRO-3."""
     return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by name, those of an offloaded model from where they wait; each once, if tied."""
+    seen: set[int] = set()
+    for name, entry in chain(model.named_parameters(), model.named_buffers()):
+        waiting = _waiting(model, name) if entry.is_meta else None
+        if waiting is None:
+            yield name, entry
+        elif waiting.numel() == 0 or waiting.data_ptr() not in seen:
+            seen.add(waiting.data_ptr())
+            yield name, waiting
+
+
+def _waiting(model: nn.Module, name: str) -> Tensor | None:
+    """Return the weight that a hook of accelerate brings to the device when its module runs."""
+    owner, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    maps = (getattr(entry, "weights_map", None) for entry in getattr(hook, "hooks", [hook]))
+    return next((weights[own] for weights in maps if weights is not None), None)
 
 
 def _shard(model: nn.Module, device: torch.device) -> None:
@@ -87,7 +127,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _offload(model: nn.Module, device: torch.device) -> None:
     """Keep a model's weights in the host's memory, and bring each layer's to the device while it runs."""
-    cpu_offload(model, device, offload_buffers=True)
+    # "cpu:0", one of several processes on CPUs, is another device to accelerate, and parameters become plain tensors.
+    cpu_offload(model, torch.device("cpu") if device.type == "cpu" else device, offload_buffers=True)
 
 
 def _dispatch(model: nn.Module, device: torch.device) -> None:

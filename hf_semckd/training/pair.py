@@ -23,6 +23,7 @@ from ..models.loading import ModelSource, TeacherSource, empty_model, load_model
 from ..models.quantized import Quantized
 from ..teacher.cached import CachedTeacher
 from ..teacher.notes import TeacherRequest, is_noted, source_digest
+from ..teacher.placement import is_placed
 from ..teacher.running import teacher_prefix
 from ..teacher.teacher import Teacher
 from .checks import (
@@ -169,7 +170,8 @@ class Pair:
         """Load the teacher, or several, check that they can teach this student, and bring them to their place."""
         given = teacher_list(teacher)
         objects = [entry for entry in given if isinstance(entry, nn.Module)]
-        complete_weights([student, *objects], accelerator)
+        # A teacher that was placed before has its weights, elsewhere.
+        complete_weights([student, *(entry for entry in objects if not is_placed(entry))], accelerator)
         check_same_teacher(objects, accelerator)
         # Before anything is loaded.
         check_placement(args, source)

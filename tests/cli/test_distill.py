@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import torch
 from datasets import Dataset
 from launching import TESTS, python, torchrun
 from makers import assert_same_weights
@@ -169,3 +170,25 @@ def test_two_processes_make_one_student_and_one_set_of_files(parts, tmp_path):
     # Each line is said once.
     assert len([line for line in done.stderr.splitlines() if line.startswith("data")]) == 1
     assert weights_of(tmp_path / "out").keys() == weights_of(alone).keys()
+
+
+@pytest.mark.slow
+def test_a_teacher_divided_among_two_processes_is_in_the_table(parts, tmp_path):
+    done = distill(parts, tmp_path / "out", "--json", "--teacher_placement", "shard", start=torchrun)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["problems"] == [] and [row["model"] for row in told["evaluation"]["rows"]] == ["teacher", "student"]
+    assert all(row["disk_bytes"] > 0 for row in told["evaluation"]["rows"])
+    # As with a teacher that each process has all of, to rounding.
+    whole = tmp_path / "whole"
+    assert distill(parts, whole, start=torchrun).returncode == 0
+    found, expected = weights_of(tmp_path / "out"), weights_of(whole)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_dry_run_in_two_processes_is_refused_before_anything_is_loaded(parts, tmp_path):
+    done = distill(parts, tmp_path / "out", "--dry-run", start=torchrun)
+    assert done.returncode != 0 and done.stderr.count("A training is planned in one process") == 2
+    assert "torchrun: hf-semckd distill recipe.yaml --dry-run" in done.stderr and not done.stdout
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from launching import TESTS, torchrun
 from recipe_parts import command, save_bert, save_gpt2, sentences, write_rows
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -49,6 +50,20 @@ def test_tokens_are_counted_in_samples_of_their_length(tmp_path, capsys):
     size = ("--per_device_train_batch_size", 2)
     assert command("plan", *given, *size, "--tokens", "1e5", "--json") == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 6250
+
+
+@pytest.mark.parametrize("placement", ["offload", "device_map", "shard"])
+def test_a_teacher_that_is_elsewhere_is_planned_with(flags, placement, capsys):
+    assert command("plan", *flags, "--teacher_placement", placement, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cache"]["bytes"] > 100 and told["step"]["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_several_processes_are_refused_before_anything_is_loaded(flags):
+    done = torchrun(TESTS / "recipe_worker.py", "plan", *flags)
+    assert done.returncode != 0 and "A training is planned in one process" in done.stderr
+    assert "torchrun: hf-semckd plan recipe.yaml" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize(

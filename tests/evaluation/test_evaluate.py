@@ -2,20 +2,34 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import cpu_offload, dispatch_model
 from datasets import Dataset, DatasetDict
-from makers import bert, bert_tokens, images, plain_arguments, resnet, texts, traces, vit, weights
+from makers import bert, bert_tokens, distiller, images, plain_arguments, resnet, texts, traces, vit, weights
 from matrix.tasks import TASKS, tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForLanguageModeling, Trainer
 
-from hf_semckd import evaluate
+from hf_semckd import evaluate, export_onnx
 from hf_semckd.errors import ConfigurationError, InputError, MissingDependencyError
 from hf_semckd.evaluation import evaluate as module
 from hf_semckd.evaluation import variants
+from hf_semckd.teacher.placement import placement_of
 
 QUICK = {"onnx": False, "memory": False, "seconds": 0.0}
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    """A group of this process alone: what is sharded over it is a DTensor as with many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def accuracy(prediction):
@@ -212,3 +226,42 @@ def test_what_is_no_split_is_refused(data):
 def test_an_empty_data_set_is_refused():
     with pytest.raises(InputError, match="(?s)nothing to evaluate.*and 0 samples"):
         evaluate({"a": vit()}, [], **QUICK)
+
+
+# ---- Models that are not whole in one place -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["device_map", "offload"])
+def test_a_placed_teacher_is_evaluated_where_it_is_and_teaches_on(placement, tmp_path):
+    teacher, data = vit(3, 24, seed=4), images(19)
+    expected = evaluate({"teacher": teacher, "student": resnet(seed=5)}, data, **QUICK)
+    how = {"teacher_placement": placement, "max_steps": 2}
+    trainer = distiller(tmp_path, how, model=resnet(seed=5), teacher_model=teacher, train_dataset=data)
+    for _ in range(2):
+        trainer.train()
+        found = evaluate({"teacher": teacher, "student": resnet(seed=5)}, data, **QUICK)
+        for name in ("quality", "agreement", "calibration_error", "parameters", "device"):
+            for model in ("teacher", "student"):
+                assert getattr(found.row(model), name) == pytest.approx(getattr(expected.row(model), name)), name
+    # What is on one device, such as this machine's only one, is whole.
+    sizes = {"device_map": expected.row("teacher").disk_bytes, "offload": None}
+    assert found.row("teacher").disk_bytes == sizes[placement] and found.row("student").disk_bytes > 0
+    report = trainer.distillation_report(dataset=data)
+    assert report.comparison.quality["teacher"] == pytest.approx(expected.row("teacher").quality)
+    assert placement_of(teacher) == placement
+
+
+@pytest.mark.parametrize("spread", [cpu_offload, partial(dispatch_model, device_map={"": "cpu"}, force_hooks=True)])
+def test_an_onnx_file_needs_the_weights_together(spread):
+    teacher = spread(bert(seed=3))
+    with pytest.raises(InputError, match="(?s)weights are not together.*load it anew"):
+        export_onnx(teacher, "unused", {"input_ids": torch.ones(2, 4, dtype=torch.long)})
+    found = evaluate({"teacher": teacher}, texts(4), memory=True, seconds=0.0)
+    assert found.rows[0].peak_bytes is None and "teacher is not measured as an ONNX file" in found.notes[0]
+
+
+def test_a_model_divided_among_processes_is_refused_at_once(one_process_group):
+    teacher = vit()
+    fully_shard(teacher, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match="(?s)divided among processes.*sharded FSDPViT.*load it anew"):
+        evaluate({"teacher": teacher, "student": vit()}, images(4), **QUICK)

@@ -2,12 +2,14 @@
 
 import io
 import json
+import logging
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from makers import assert_same_weights, weights
 from recipe_parts import (
     KINDS,
@@ -21,6 +23,8 @@ from recipe_parts import (
     write_rows,
 )
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForSequenceClassification, GPT2ForSequenceClassification
 
 from hf_semckd.recipes import prepare, run
@@ -245,6 +249,68 @@ def test_a_card_or_a_push_that_fails_costs_only_itself(recipe, tmp_path, monkeyp
     monkeypatch.setattr(PublishingTrainer, "push_to_hub", lambda *_, **__: pushes.append(1) or fail())
     assert recipe("--push_to_hub") == 1
     assert pushes and "The student is saved" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_where_a_failed_part_came_from(recipe, monkeypatch, caplog, debug):
+    monkeypatch.setattr(run._Results, "_evaluate", fail)
+    assert recipe(*(["--debug"] if debug else [])) == 1
+    assert "The student is saved, but the table failed. something was wrong" in caplog.text
+    assert ("Traceback" in caplog.text and "in fail" in caplog.text) is debug
+    assert not run.logger.isEnabledFor(logging.DEBUG)
+
+
+# ---- Teachers that are elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["offload", "device_map"])
+def test_wherever_the_teacher_was_the_student_and_the_table_are_the_same(finished, recipe, tmp_path, placement):
+    assert recipe("--teacher_placement", placement) == 0
+    out = tmp_path / "out"
+    assert FILES <= files(out)
+    assert_same_weights(student(finished[0]), student(out))
+    table, plain = (json.loads((path / "evaluation.json").read_text())["rows"] for path in (out, finished[0]))
+    told = ("model", "runtime", "device", "quality", "agreement", "parameters", "disk_bytes")
+    assert [[row[name] for name in told] for row in table] == [[row[name] for name in told] for row in plain]
+    assert "Student and teacher were not compared" not in (out / "report.html").read_text()
+    # Made anew by another run, which has not trained.
+    (out / "evaluation.txt").unlink()
+    assert recipe("--teacher_placement", placement) == 0 and (out / "evaluation.txt").is_file()
+
+
+def test_a_teacher_that_was_fine_tuned_and_offloaded_is_in_the_table(recipe, tmp_path):
+    assert recipe("--teacher_placement", "offload", "--teacher_epochs", 1) == 0
+    table = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert table[0]["model"] == "teacher" and table[0]["disk_bytes"] > table[1]["disk_bytes"]
+
+
+def test_a_student_that_is_divided_is_in_the_table_as_it_was_saved(recipe, finished, tmp_path, monkeypatch):
+    train = run._train
+
+    def divide(trainer, folder, voice):
+        train(trainer, folder, voice)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+        fully_shard(trainer.student, mesh=init_device_mesh("cpu", (1,)))
+
+    monkeypatch.setattr(run, "_train", divide)
+    # Once for the table, and once for the files.
+    monkeypatch.setattr(run, "evaluate", lambda *a, onnx, **k: quick_evaluate(*a, onnx=False, **k))
+    try:
+        assert recipe("--onnx") == 0
+    finally:
+        dist.destroy_process_group()
+    table, plain = (
+        json.loads((path / "evaluation.json").read_text())["rows"] for path in (tmp_path / "out", finished[0])
+    )
+    assert [row["quality"] for row in table] == [row["quality"] for row in plain if row["runtime"] == "PyTorch"]
+    assert (tmp_path / "out" / "onnx" / "model_int8.onnx").is_file()
+
+
+def test_an_offloaded_gpt2_without_a_padding_token_is_in_the_table(tmp_path, quick_table):
+    teacher = save_gpt2(tmp_path / "gpt2", GPT2ForSequenceClassification, num_labels=3)
+    data, names = write_rows(tmp_path / "rows.jsonl", sentences(24)), ("--class_names", "good", "bad", "odd")
+    given = ("--teacher", teacher, "--dataset", data, "--num_layers", 1, "--output_dir", tmp_path / "out", *names)
+    assert command("distill", *given, *QUICK, "--teacher_placement", "offload") == 0
 
 
 # ---- Other students ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...data.columns import CACHED, teacher_entries
 from ...losses.sampled_logits import TokenSampling
 from ..outputs import TeacherOutputs
+from ..placement import named_weights
 from .rows import Row, RowCheck, check_row_count, is_alike, to_batch, to_rows, with_draws
 from .shard import KEY_BYTES
 from .store import TensorStore
@@ -181,7 +182,7 @@ def weights_digest(model: nn.Module) -> str:
     described = repr(sorted((key, value) for key, value in settings.items() if key not in LOCATION_SETTINGS))
     digest.update((described + _adapters(model)).encode())
     # Not state_dict(): on a CPU that changes what a 4-bit model of bitsandbytes computes.
-    for name, value in sorted([*model.named_parameters(), *model.named_buffers()], key=itemgetter(0)):
+    for name, value in sorted(named_weights(model), key=itemgetter(0)):
         _update(digest, name, value)
         scales = getattr(getattr(value, "quant_state", None), "absmax", None)
         if isinstance(scales, Tensor):
