@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from torch import Tensor, nn
 
 from ..choices import TeacherPlacement
@@ -134,7 +135,9 @@ def _offload(model: nn.Module, device: torch.device) -> None:
 def _dispatch(model: nn.Module, device: torch.device) -> None:
     """Divide a model's layers among all devices of this process, and the host where they do not fit."""
     kept = getattr(model, "_no_split_modules", None)
-    devices = infer_auto_device_map(model, no_split_module_classes=kept)
+    # In equal shares: whatever fits would be put beside the student otherwise.
+    room = get_balanced_memory(model, no_split_module_classes=kept)
+    devices = infer_auto_device_map(model, max_memory=room, no_split_module_classes=kept)
     dispatch_model(model, device_map=devices)
     model.hf_device_map = devices
 

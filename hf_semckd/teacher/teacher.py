@@ -143,7 +143,7 @@ class Teacher:
         with nullcontext() if head is None else recording_head_input(head) as seen:
             outputs, recorded = self.forward(inputs, features=features)
         hidden = None if seen is None else seen.hidden.detach()
-        taken = [feature.detach() for feature in self.capture.collect(outputs, recorded)] if features else []
+        taken = _together(self.capture.collect(outputs, recorded), inputs) if features else []
         attention = {} if own else {"attention_mask": chosen(batch.get("attention_mask"))}
         documents = Documents.of({**teacher_entries(batch), **attention}) if features else None
         if documents is not None:
@@ -178,7 +178,7 @@ class Teacher:
         taken, specs = [], []
         if features:
             found = run_on_inputs("teacher", batch, lambda: self.capture.find(self.model, inputs))
-            outputs, taken = found.outputs, found.features
+            outputs, taken = found.outputs, _together(found.features, inputs)
             specs = found.describe(of_image=holds_images(self.model, inputs))
         else:
             outputs, _ = run_on_inputs("teacher", batch, lambda: self.forward(inputs, features=False))
@@ -219,3 +219,9 @@ class Teacher:
             # Multiple choice: a row of features for each of a sample's choices.
             content, mask = content.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
         return content_phase(content, mask)
+
+
+def _together(features: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return features without their history, where the inputs are: layers of a divided teacher are elsewhere."""
+    device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
+    return [feature.detach() if device is None else feature.detach().to(device) for feature in features]
