@@ -58,7 +58,9 @@ def class_count(logits: Tensor | None, task: Task) -> int | None:
     """Return the number of classes of a head whose labels are class numbers, and None for any other."""
     if logits is None or task not in ("single_label", "tokens", "frames"):
         return None
-    return int(logits.shape[1] if task == "single_label" else logits.shape[-1])
+    classes = int(logits.shape[1] if task == "single_label" else logits.shape[-1])
+    # One logit a pixel tells two classes apart.
+    return None if logits.dim() == 4 and classes == 1 else classes
 
 
 def check_label_range(check: BatchCheck, dataset: Any) -> None:

@@ -290,6 +290,7 @@ def _make_plan(
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
+        own_loss=found.own_loss,
     )
 
 
