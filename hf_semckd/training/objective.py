@@ -93,7 +93,7 @@ class Objective:
             loss = loss + zero_of(outputs)
         self.guard.check(loss, terms, batch, step)
         shares = {name: term / counts.processes for name, term in terms.items()}
-        self.monitor.record(shares, computed, batch_size(batch))
+        self.monitor.record(shares, computed, batch_size(batch), counts.items)
         return (loss, outputs) if return_outputs else loss
 
     def trial(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
