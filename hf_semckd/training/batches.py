@@ -61,8 +61,11 @@ def batch_check(
             lengths[name] = min(longest, lengths.get(name, longest))
     labels = [name for name in labels if name in batch] or labels
     for name in labels:
-        of_loss = _object_classes(models[0]) if _lists_objects(batch.get(name)) else classes
-        if of_loss is not None:
+        value = batch.get(name)
+        of_loss = _object_classes(models[0]) if _lists_objects(value) else classes
+        # Of several columns one may hold numbers that are measured.
+        measured = len(labels) > 1 and isinstance(value, Tensor) and value.is_floating_point()
+        if of_loss is not None and not measured:
             limits[name] = of_loss
     return BatchCheck(frozenset(taken), tuple(labels), limits, lengths, own_loss.ignored, own_loss.field)
 

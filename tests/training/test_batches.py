@@ -13,6 +13,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.errors import InputError
+from hf_semckd.training.batches import batch_check
 
 
 def roberta(types: int = 1) -> Any:
@@ -123,3 +124,11 @@ def test_evaluation_is_the_students_alone(tmp_path: Path) -> None:
 def test_a_stream_that_gives_nothing_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the stream ended before its first one"):
         train(tmp_path, Stream(Samples([])), bert(), bert(3, 24, 9))
+
+
+def test_of_several_label_columns_one_may_be_measured() -> None:
+    batch = {"input_ids": torch.zeros(2, 4).long(), "labels": torch.tensor([0, 2]), "strength": torch.rand(2)}
+    check = batch_check(batch, [bert()], ["labels", "strength"], 3)
+    check(batch)
+    with pytest.raises(InputError, match="make labels int64"):
+        check({**batch, "labels": torch.tensor([0.0, 2.0])})

@@ -141,6 +141,28 @@ def test_one_batch_is_trainers(name: str, tmp_path: Path) -> None:
     assert losses(made, "task_loss") == pytest.approx(losses(plain), rel=1e-3)
 
 
+def one_logit(rows: Rows) -> Rows:
+    """Return pictures whose pixels are an object, or none."""
+    return [{**row, "labels": (row["labels"] % 2).where(row["labels"] != 255, 255)} for row in rows]
+
+
+def test_one_logit_a_pixel_is_judged_at_every_pixel(tmp_path: Path) -> None:
+    task, rows, found = TASKS["segmentation"], one_logit(four("segmentation")), []
+    single = dataclasses.replace(task, make=lambda **sizes: with_classes(task.make(**sizes), 1))
+    for size in (4, 2):
+        made = trainer(single, rows, tmp_path, size, logit_weight=1e-300)
+        made.train()
+        found.append(weights(made.student))
+    torch.testing.assert_close(found[1], found[0], **NEAR)
+
+
+def with_classes(segmenter: Any, count: int) -> Any:
+    """Return a SegFormer with another number of classes."""
+    torch.manual_seed(0)
+    segmenter.config.num_labels = count
+    return type(segmenter)(segmenter.config)
+
+
 # ---- Micro-batches without any label -------------------------------------------------------------------------------
 
 
