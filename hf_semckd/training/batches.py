@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,22 @@ from ..models.tasks import Task
 from ..teacher.cache.cache import CachingCollator
 from ..teacher.cached import CachedTeacher
 from .checks import learned_positions
+from .inspection import Inspection
+from .pair import Pair
+from .plan import Plan, Services
 from .processes import is_lost
 
 # A picture or a sound may stand in a text under a number that is no word.
 OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}
+
+
+def check_of_batches(pair: Pair, plan: Plan, found: Inspection, services: Services, *, trains: bool) -> BatchCheck:
+    """Return the check of batches to train or evaluate on, with the labels that the student's loss reads."""
+    reads = (plan.task_weight > 0 or not trains) and services.custom_loss is None
+    labels = (plan.label_names or ("labels",)) if reads else ()
+    models = (pair.student, *(pair.teacher_models if trains else ()))
+    check = batch_check(found.batch, models, labels, class_count(found.student_logits, plan.task), plan.own_loss)
+    return replace(check, needs_labels=trains)
 
 
 def batch_check(

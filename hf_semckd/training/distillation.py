@@ -24,7 +24,7 @@ from ..teacher.outputs import TeacherDescription
 from ..teacher.running import TeacherEnsemble, TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .attempts import Attempts
-from .batches import batch_check, check_label_range, class_count
+from .batches import check_label_range, check_of_batches
 from .caching import TrainingData, check_cache, token_sampling
 from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
@@ -122,12 +122,12 @@ class Distillation:
                 size = found.student_logits.shape[-1]
                 language = find_language_distillation(pair, plan, found.batch, size, args, services)
                 plan = dataclasses.replace(plan, language=language)
-            check = _check_of_batches(pair, plan, found, services, trains=True)
+            check = check_of_batches(pair, plan, found, services, trains=True)
             check_label_range(check, None if data is None else data.dataset)
             check(found.batch)
             warn_of_single_samples(loss, args)
             distillation = cls(pair, plan, loss, args, services, check)
-            distillation.check_evaluation = _check_of_batches(pair, plan, found, services, trains=False)
+            distillation.check_evaluation = check_of_batches(pair, plan, found, services, trains=False)
             distillation.trial_batch = batch if data is None or longest is None else data.prepare(longest)
             runners = zip(distillation.run_teacher.alone(), found.teachers, strict=True)
             draws = args.teacher_cache_samples
@@ -294,15 +294,6 @@ def _make_plan(
         feature_weight=weight,
         own_loss=found.own_loss,
     )
-
-
-def _check_of_batches(pair: Pair, plan: Plan, found: Inspection, services: Services, *, trains: bool) -> BatchCheck:
-    """Return the check of batches to train or evaluate on; labels are looked at where the student's loss reads."""
-    reads = (plan.task_weight > 0 or not trains) and services.custom_loss is None
-    labels = (plan.label_names or ("labels",)) if reads else ()
-    models = (pair.student, *(pair.teacher_models if trains else ()))
-    check = batch_check(found.batch, models, labels, class_count(found.student_logits, plan.task), plan.own_loss)
-    return dataclasses.replace(check, needs_labels=trains)
 
 
 def _temperature(args: SemCKDConfig, found: Inspection) -> float:
