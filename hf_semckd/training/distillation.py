@@ -24,7 +24,7 @@ from ..teacher.outputs import TeacherDescription
 from ..teacher.running import TeacherEnsemble, TeacherRunner
 from .attachment import StudentAttachment, forget_preparation
 from .attempts import Attempts
-from .batches import batch_check, check_label_range, class_count
+from .batches import check_label_range, check_of_batches
 from .caching import TrainingData, check_cache, token_sampling
 from .checks import check_lengths, check_published_batches, warn_of_single_samples
 from .guard import FiniteGuard
@@ -52,7 +52,7 @@ class Distillation:
 
     Attributes:
         attachment: Joins losses and student; None where none is computed inside the student's forward.
-        check_batch: What every training batch must be.
+        check_batch, check_evaluation: What every batch must be, in training and in evaluation (None: not known).
         settings: Those of the configuration, with what is used where they depend on the models.
         trial_batch: A few samples, to measure a step on: the longest one, where it is known.
         cache_bytes: What a teacher cache will take on disk; None without one, and for a stream.
@@ -71,6 +71,7 @@ class Distillation:
         self.plan = plan
         self.loss = loss
         self.check_batch = check
+        self.check_evaluation: BatchCheck | None = None
         teacher = pair.teacher if plan.mixture is None else TeacherEnsemble(pair.teachers, plan.mixture)
         head = None if plan.language is None else plan.language.teacher_head
         self.run_teacher = TeacherRunner(
@@ -121,11 +122,12 @@ class Distillation:
                 size = found.student_logits.shape[-1]
                 language = find_language_distillation(pair, plan, found.batch, size, args, services)
                 plan = dataclasses.replace(plan, language=language)
-            check = _check_of_batches(pair, plan, found, services)
+            check = check_of_batches(pair, plan, found, services, trains=True)
             check_label_range(check, None if data is None else data.dataset)
             check(found.batch)
             warn_of_single_samples(loss, args)
             distillation = cls(pair, plan, loss, args, services, check)
+            distillation.check_evaluation = check_of_batches(pair, plan, found, services, trains=False)
             distillation.trial_batch = batch if data is None or longest is None else data.prepare(longest)
             runners = zip(distillation.run_teacher.alone(), found.teachers, strict=True)
             draws = args.teacher_cache_samples
@@ -299,15 +301,8 @@ def _make_plan(
         task_weight=args.task_weight,
         logit_weight=args.logit_weight,
         feature_weight=weight,
+        own_loss=found.own_loss,
     )
-
-
-def _check_of_batches(pair: Pair, plan: Plan, found: Inspection, services: Services) -> BatchCheck:
-    """Return the check of the training's batches; labels are looked at where the student's own loss reads them."""
-    reads = plan.task_weight > 0 and services.custom_loss is None
-    labels = (plan.label_names or ("labels",)) if reads else ()
-    classes = class_count(found.student_logits, plan.task)
-    return batch_check(found.batch, (pair.student, *pair.teacher_models), labels, classes)
 
 
 def _temperature(args: SemCKDConfig, found: Inspection) -> float:

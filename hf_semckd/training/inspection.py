@@ -17,6 +17,7 @@ from ..losses.logits import LogitMatch
 from ..losses.regression import find_head
 from ..models.inputs import InputSelector, evaluating, run_on_inputs
 from ..models.outputs import detects_objects, holds_images, is_encoder_decoder, logits_of
+from ..models.own_loss import OwnLoss, find_own_loss
 from ..models.packing import check_documents
 from ..models.tasks import Task, head_task, predicts_next_token
 from ..teacher.outputs import TeacherDescription
@@ -34,6 +35,7 @@ class Inspection:
         shifts_labels: Whether position n of them predicts label n + 1.
         tokens_aligned: Whether position n of both models stands for the same input.
         writes_text: Whether the student's decoder gives logits of a vocabulary.
+        own_loss: How the loss that the student computes comes about.
         matches: Bring the logits of the student and each teacher to the same classes; empty where they are not needed.
         student_specs, student_features: The student's chosen layers, and what they gave; empty without a feature loss.
     """
@@ -44,6 +46,7 @@ class Inspection:
     shifts_labels: bool
     tokens_aligned: bool
     writes_text: bool
+    own_loss: OwnLoss
     matches: list[LogitMatch]
     student_specs: list[FeatureSpec]
     student_features: list[Tensor]
@@ -77,6 +80,8 @@ def inspect_pair(
     task: Task = "single_label"
     if student_logits is not None:
         task = head_task(student, outputs, student_logits, batch, pair.teacher_models)
+    with evaluating(student):
+        own_loss = find_own_loss(student, outputs, student_logits, batch, task)
     matches = []
     shapes = [entry.logits for entry in described if entry.logits]
     if logits and shapes:
@@ -89,6 +94,7 @@ def inspect_pair(
         shifts_labels=shifts,
         tokens_aligned=not has_own_tokens(batch) and not detects_objects(outputs),
         writes_text=is_encoder_decoder(student) and student_logits is not None and student_logits.dim() == 3,
+        own_loss=own_loss,
         matches=matches,
         student_specs=specs,
         student_features=taken,

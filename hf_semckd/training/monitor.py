@@ -1,4 +1,4 @@
-"""What is shown of a training: loss terms and the association, averaged over logging windows, and two warnings."""
+"""What is shown of a training: loss terms and the association, averaged over logging windows, and warnings."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from .plan import Plan, Services
 
 logger = logging.getLogger(__name__)
 TERMS = ("task_loss", "logit_loss", "feature_loss")
+# Items of the task loss, summed beside the terms so that nothing else is read from the device.
+ITEMS = "items"
+# So many steps without one are no accident of small batches.
+UNLABELED_STEPS = 10
 # A weight this near to the largest possible one, the same for all samples, carries no information.
 COLLAPSE_SHARE = 0.95
 COLLAPSE_SPREAD = 0.01
@@ -115,7 +119,7 @@ class LossMeter:
 
         `counts` of this process are added over all of them on the way.
         """
-        names = [name for name in TERMS if name in self._terms]
+        names = [name for name in (*TERMS, ITEMS) if name in self._terms]
         parts = [self._terms[name].reshape(1) for name in names]
         if self._association is not None:
             parts.append(self._association)
@@ -161,7 +165,7 @@ class Monitor:
         self.judges_student = classifies and learns_features and services.custom_loss is None
         self.last_association: np.ndarray | None = None
         self.last_errors: np.ndarray | None = None
-        self._warned_of_collapse = self._warned_of_size = False
+        self._warned_of_collapse = self._warned_of_size = self._warned_of_labels = False
         self._cached_teachers = pair.cached_teachers
         self.start(0)
 
@@ -170,14 +174,23 @@ class Monitor:
         self._meter = LossMeter()
         self.task_losses: deque[tuple[int, float]] = deque()
         self._started_at = self._averaged_to = step
+        self._unlabeled = 0
         self.cache_use = CacheUse()
         self._samples, self._computed = 0, sum(teacher.computed for teacher in self._cached_teachers)
 
-    def record(self, terms: Mapping[str, Tensor], features: Mapping[str, Tensor] | None, samples: int) -> None:
-        """Add a micro-batch's shares of the terms, the association weights among its features, and its samples."""
+    def record(
+        self,
+        terms: Mapping[str, Tensor],
+        features: Mapping[str, Tensor] | None,
+        samples: int,
+        items: Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch's shares of the terms, the association weights among its features, samples and items."""
         self._samples += samples * len(self._cached_teachers)
         for name, value in terms.items():
             self._meter.add_term(name, value)
+        if items is not None and "task_loss" in terms and self.services.custom_loss is None:
+            self._meter.add_term(ITEMS, items.to(terms["task_loss"].device, non_blocking=True))
         if features is not None and "association" in features:
             self._meter.add_association(features["association"], features.get("errors"))
 
@@ -188,6 +201,7 @@ class Monitor:
         steps = step - self._averaged_to
         averages = self._meter.average(steps, self.services.reduce_sum, self._cache_counts())
         self._averaged_to = step
+        self._look_for_labels(averages.terms.pop(ITEMS, 1.0), steps)
         if averages.counts:
             window = CacheUse(*averages.counts)
             self.cache_use = self.cache_use + window
@@ -253,6 +267,20 @@ class Monitor:
                 self.plan.feature_weight,
                 learning_rate,
                 steps,
+            )
+
+    def _look_for_labels(self, items: float, steps: int) -> None:
+        """Warn once where no label counted in many steps, one window behind the other."""
+        self._unlabeled = 0 if items else self._unlabeled + steps
+        if self._unlabeled >= UNLABELED_STEPS and self.services.is_main and not self._warned_of_labels:
+            self._warned_of_labels = True
+            ignored = self.plan.own_loss.ignored
+            logger.warning(
+                "No label counted in the last %d steps, so the task loss taught nothing: %s. Look at the labels of a "
+                "batch, and at what makes them (a collator that does not find its response template ignores all), or "
+                "set task_weight=0.",
+                self._unlabeled,
+                "all answers are outside their texts" if self.plan.own_loss.finds_ends else f"all are {ignored}",
             )
 
     def _warn_of_collapse(self, association: np.ndarray) -> None:

@@ -1,10 +1,10 @@
 """What is minimized in a step: the task, logit and feature terms, exact over micro-batches and processes."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SemCKDError
@@ -21,7 +21,9 @@ from .language import LanguageTargets
 from .monitor import Monitor
 from .pair import Pair
 from .plan import Plan, Services
-from .task_loss import TaskLoss
+from .task_loss import TaskLoss, zero_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -40,6 +42,7 @@ class Objective:
     monitor: Monitor
     services: Services
     statistics_ready: bool = False
+    told: bool = False
     shapes: KnownShapes = field(default_factory=KnownShapes)
 
     def begin_step(self, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]) -> list[dict[str, Any]]:
@@ -48,6 +51,7 @@ class Objective:
         `prepare` moves a batch to the device.
         """
         counts = self._count(batches)
+        self._tell_of_cut(len(batches))
         if self.services.processes > 1 and counts[0].stops is not None:
             self.services.stop.share(counts[0].stops)
         if self.loss is not None:
@@ -86,16 +90,17 @@ class Objective:
         loss: Any = sum((weights.get(name, self.plan.feature_weight) * terms[name] for name in added), start)
         if terms.keys() == {"feature_loss"}:
             # The head learns nothing then, but a wrapper may wait for its gradient.
-            loss = loss + _zero(outputs)
+            loss = loss + zero_of(outputs)
         self.guard.check(loss, terms, batch, step)
         shares = {name: term / counts.processes for name, term in terms.items()}
-        self.monitor.record(shares, computed, batch_size(batch))
+        self.monitor.record(shares, computed, batch_size(batch), counts.items)
         return (loss, outputs) if return_outputs else loss
 
     def trial(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return the loss of a micro-batch that is a step of its own; other processes are not waited for."""
         labeled = self.plan.with_labels(batch)
-        counts = count_step([labeled], self.plan.task, self.plan.shifts_labels, lambda total: total)
+        kind = self.plan.task, self.plan.shifts_labels
+        counts = count_step([labeled], *kind, lambda total: total, own_loss=self.plan.own_loss)
         return self(model, {**batch, COUNTS: counts[0]}, 0)
 
     def _run_student(
@@ -112,8 +117,9 @@ class Objective:
             inputs.pop("labels", None)
         elif self.task_loss.drops_labels and not self.pair.router.student_needs_labels(inputs):
             inputs.pop("labels", None)
-        elif "labels" in inputs:
-            inputs["labels"] = safe_labels(inputs["labels"], counts.items)
+        elif counts.ends is None:
+            for name in {"labels", *self.plan.label_names} & inputs.keys():
+                inputs[name] = safe_labels(inputs[name], counts.items)
         if self.loss is None and language is None:
             return model(**inputs), {}
         # A student that takes no mask (FNet) is compared where the batch has tokens all the same.
@@ -144,7 +150,7 @@ class Objective:
         plan = self.plan
         terms: dict[str, Tensor] = {}
         if plan.task_weight > 0:
-            terms["task_loss"] = self.task_loss(outputs, plan.labels_of(batch), counts)
+            terms["task_loss"] = self.task_loss(outputs, batch, counts)
         if plan.distills_logits:
             taught = targets.logits if targets.sampled is None else targets.sampled
             assert taught is not None
@@ -159,7 +165,21 @@ class Objective:
         plan, services = self.plan, self.services
         labeled = [plan.with_labels(batch) for batch in batches]
         kind = plan.task, plan.shifts_labels
-        return count_step(labeled, *kind, services.reduce_sum, services.processes, services.stop.asked)
+        return count_step(
+            labeled, *kind, services.reduce_sum, services.processes, services.stop.asked, own_loss=plan.own_loss
+        )
+
+    def _tell_of_cut(self, parts: int) -> None:
+        """Say once that the task loss depends on how a step is cut, where it does and the step is."""
+        plan, services = self.plan, self.services
+        cut = parts > 1 or services.processes > 1
+        if cut and not plan.own_loss.divisible and plan.task_weight > 0 and services.is_main and not self.told:
+            self.told = True
+            logger.warning(
+                "The student's task loss is divided by the objects of each micro-batch, not of the whole optimizer "
+                "step: with gradient accumulation or several processes it differs a little from that of one batch. "
+                "Where that matters, raise per_device_train_batch_size and lower gradient_accumulation_steps."
+            )
 
     def _merge_statistics(
         self, loss: FeatureLoss, batches: Sequence[Mapping[str, Any]], prepare: Callable[[Any], Any]
@@ -176,12 +196,3 @@ class Objective:
             loss.collecting = False
         services = self.services
         loss.synchronize(services.reduce_sum, rank=services.rank, world=services.processes)
-
-
-def _zero(outputs: Any) -> Tensor:
-    """Return a zero that depends on the student's outputs, so that backward reaches every parameter."""
-    if isinstance(outputs, Mapping):
-        outputs = tuple(outputs.values())
-    values = outputs if isinstance(outputs, tuple) else (outputs,)
-    tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad and value.dim()]
-    return torch.stack([tensor.sum() for tensor in tensors]).sum() * 0.0 if tensors else torch.zeros(())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses.fused_linear import LanguageDistillation
 from ..losses.logits import LogitMatch, LogitMixture
+from ..models.own_loss import DEFAULT_LOSS, OwnLoss
 from ..models.tasks import Task
 from .arriving import StopRequest
 
@@ -29,6 +30,7 @@ class Plan:
         match: Brings the logits of both models to the same classes.
         mixture: Joins the logits of several teachers; None for one.
         task_weight, logit_weight, feature_weight: With 0 a term is not computed.
+        own_loss: How the loss that the student computes comes about.
         language: How task and logit term are computed without all logits at once; None where they are not.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     task_weight: float
     logit_weight: float
     feature_weight: float
+    own_loss: OwnLoss = DEFAULT_LOSS
     language: LanguageDistillation | None = None
 
     @property
@@ -55,8 +58,9 @@ class Plan:
         return next((batch[name] for name in ("labels", *self.label_names) if name in batch), None)
 
     def with_labels(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the batch with its labels under the usual name, where a plain model calls them otherwise."""
-        labels = None if "labels" in batch or self.student_computes_loss else self.labels_of(batch)
+        """Return the batch with its labels under the usual name, where a model calls them otherwise."""
+        known = self.student_computes_loss and self.task != "single_label"
+        labels = None if "labels" in batch or known else self.labels_of(batch)
         return batch if labels is None else {**batch, "labels": labels}
 
 

@@ -14,7 +14,7 @@ from ..losses.registry import LossSource
 from ..models.loading import ModelSource, TeacherSource, load_model, teacher_list
 from .arriving import StopRequest
 from .attachment import forget_wrappers
-from .batches import checked_batches
+from .batches import checked_batches, checked_collator
 from .caching import TrainingData, check_filled, fill_cache, require_cache
 from .callbacks import install_callback
 from .checks import check_dataset, check_feature_loss, check_labels, check_output_folder, check_teacher_given
@@ -205,10 +205,13 @@ class DistillationTrainer(PublishingTrainer):
         # The caches are open when the distillation is built.
         if self.distillation is None:
             return super().get_train_dataloader()
-        teachers = self.distillation.pair.cached_teachers
-        drop_last = self.args.dataloader_drop_last
-        with checked_batches(self, self.distillation.check_batch, teachers, drop_last=drop_last):
+        with checked_batches(self, self.distillation.check_batch, self.distillation.pair.cached_teachers):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return `Trainer`'s, whose batches are checked too: what fails there would end a training in the middle."""
+        with checked_collator(self, None if self.distillation is None else self.distillation.check_evaluation):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches, each with the counts that its terms are averaged over."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hf_semckd.errors import InputError
 from hf_semckd.losses.logits import cross_entropy, logit_loss_sum
 from hf_semckd.models.outputs import batch_size, token_targets
+from hf_semckd.models.own_loss import OwnLoss
 from hf_semckd.models.tasks import task_of
 from hf_semckd.training.counts import StepCounts, count_items, count_step, safe_labels, scaled
 
@@ -192,6 +193,27 @@ def test_samples_are_counted_for_classes_and_ignored_ones_are_not():
 def test_float_labels_count_as_samples():
     batch = {"x": torch.zeros(4, 3), "labels": torch.zeros(4, 5)}
     assert [int(entry) for entry in count_items(batch, "multi_label", False)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("ignored", "items"), [(255, 7), (-100, 6), (None, 8)])
+def test_pixels_are_counted_where_the_students_own_loss_counts_them(ignored, items):
+    labels = torch.tensor([[[0, 255], [1, -100]], [[2, 2], [-100, 0]]])
+    batch = {"pixel_values": torch.zeros(2, 3, 2, 2), "labels": labels}
+    assert [int(entry) for entry in count_items(batch, "single_label", False, OwnLoss(ignored))] == [items, 2, 2]
+
+
+def test_answers_are_counted_where_they_start_and_where_they_end():
+    texts = torch.zeros(2, 5, dtype=torch.long)
+    batches = [
+        {"input_ids": texts, "start_positions": torch.tensor([4, 5]), "end_positions": torch.tensor([7, 9])},
+        {"input_ids": texts, "start_positions": torch.tensor([0, -1]), "end_positions": torch.tensor([9, 1])},
+    ]
+    found = count_step(batches, "spans", False, lambda sums: sums * 2, 2, True, OwnLoss(finds_ends=True))
+    assert [int(entry.items) for entry in found] == [1, 3]
+    assert all(entry.ends.tolist() == [6, 2] and float(entry.stops) == 2 for entry in found)
+    assert all(entry.totals.tolist() == [8, 8, 8] for entry in found)
+    plain = count_step(batches, "spans", False, lambda sums: sums)
+    assert plain[0].ends is None and plain[0].totals.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize(("shifted", "items"), [(False, 4), (True, 3)])

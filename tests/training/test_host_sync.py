@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import PROBLEMS, Outcome, assert_same, fit, make, outcome
+from makers import Samples, bert, texts
+from matrix.tasks import TASKS
+from tiny import PROBLEMS, Outcome, Problem, assert_same, fit, make, outcome
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import BertForQuestionAnswering, TrainerCallback
 
 import hf_semckd
 from hf_semckd.data import batches
@@ -106,7 +109,7 @@ class _Watch(TrainerCallback):
             self.modes.pop().__exit__(None, None, None)
 
 
-def train_watched(problem: str, folder: Any, **changes: Any) -> tuple[Outcome, int]:
+def train_watched(problem: str | Problem, folder: Any, **changes: Any) -> tuple[Outcome, int]:
     trainer = make(problem, folder, samples=24, logging_strategy="no", **changes)
     trainer.distillation.guard.deferred = True
     watch = _Watch()
@@ -134,6 +137,25 @@ def test_no_step_waits(problem: str, association: str, tmp_path: Path) -> None:
 )
 def test_no_other_kind_of_head_waits(problem: str, tmp_path: Path) -> None:
     train_watched(problem, tmp_path, **CUT)
+
+
+def answers(count: int) -> Samples:
+    """Return texts with answers, of which some are outside."""
+    rows = texts(count, types=False, labels=None).rows
+    return Samples([{**row, "start_positions": n % 12, "end_positions": n % 13} for n, row in enumerate(rows)])
+
+
+READER = partial(bert, labels=2, head=BertForQuestionAnswering)
+PIXELS = TASKS["segmentation"]
+OWN_LOSSES = {
+    "answers": Problem(READER, partial(READER, layers=3, width=24, seed=9), answers),
+    "pixels": Problem(PIXELS.student_model, PIXELS.teacher_model, lambda count: Samples(PIXELS.rows() * (count // 8))),
+}
+
+
+@pytest.mark.parametrize("problem", OWN_LOSSES)
+def test_no_loss_that_counts_in_its_own_way_waits(problem: str, tmp_path: Path) -> None:
+    train_watched(OWN_LOSSES[problem], tmp_path, **CUT)
 
 
 def test_unlabeled_text_does_not_wait(tmp_path: Path) -> None:

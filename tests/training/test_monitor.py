@@ -9,7 +9,21 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from makers import IMAGE, LABELS, bert, bert_tokens, config, distiller, gpt2, images, losses, resnet, texts, vit
+from makers import (
+    IMAGE,
+    LABELS,
+    Samples,
+    bert,
+    bert_tokens,
+    config,
+    distiller,
+    gpt2,
+    images,
+    losses,
+    resnet,
+    texts,
+    vit,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -522,3 +536,26 @@ def test_a_failed_picture_leaves_tensorboard_whole(tmp_path, monkeypatch):
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*"))))
     events.Reload()
     assert len(events.Scalars("train/loss")) == 3 and "association" not in events.Tags()["images"]
+
+
+# ---- Labels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize(
+    ("labeled", "logged", "weight", "told"),
+    [((), 1, 1.0, 1), ((), 30, 1.0, 1), ((5,), 1, 1.0, 0), ((5,), 30, 1.0, 0), ((), 1, 0.0, 0), ((0, 5), 1, 1.0, 0)],
+)
+def test_labels_that_never_count_are_told_once(labeled, logged, weight, told, chunk, tmp_path, no_picture, caplog):
+    """Twelve samples, one a step."""
+    rows = [{**row, "labels": torch.full((10,), -100)} for row in texts(12, labels="input", types=False).rows]
+    for index in labeled:
+        rows[index]["labels"][1] = 3
+    args = {"max_steps": 12, "per_device_train_batch_size": 1, "logging_steps": logged, "logit_chunk_size": chunk}
+    made = Ordered(
+        gpt2(), config(tmp_path, **args, task_weight=weight), train_dataset=Samples(rows), teacher_model=gpt2(3, 24, 9)
+    )
+    with caplog.at_level(logging.WARNING, logger="hf_semckd"):
+        made.train()
+    assert sum("No label counted in the last" in entry for entry in caplog.messages) == told
+    assert not any("items" in row for row in made.state.log_history)
