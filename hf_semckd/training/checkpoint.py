@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerState
@@ -96,14 +97,22 @@ def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> 
     Checkpoints use the Hub's key names, which differ from those of the live modules for some families. Only
     `from_pretrained` translates them; a lenient `load_state_dict` would skip them silently.
     """
-    loaded, info = type(student).from_pretrained(
-        os.fspath(folder),
-        config=student.config,
-        dtype=student.dtype,
-        output_loading_info=True,
-        # Reported below, with the others; from_pretrained would raise its own error.
-        ignore_mismatched_sizes=True,
-    )
+    try:
+        loaded, info = type(student).from_pretrained(
+            os.fspath(folder),
+            config=student.config,
+            dtype=student.dtype,
+            output_loading_info=True,
+            # Reported below, with the others; from_pretrained would raise its own error.
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            "The checkpoint's weights cannot be read",
+            received=f"{Path(folder).name}: {error}",
+            expected=f"the whole weights of {type(student).__name__}, as save_pretrained writes them",
+            todo="resume from another checkpoint, with a student of the kind that it was written for",
+        ) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {kind: sorted(map(str, info[kind]))[:5] for kind in kinds if info[kind]}
     if wrong:

@@ -21,6 +21,18 @@ SEAL = "checkpoint_files.json"
 CHUNK = 1 << 20
 # Stands in a seal while the checkpoint is being written.
 UNFINISHED = "unfinished"
+# What holds a student: whole weights, the index of shards, adapters (several in folders), and what engines write.
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.*",
+    "*/*.safetensors",
+    "*/*.bin",
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
 
 
 def break_seal(folder: Path) -> None:
@@ -110,6 +122,9 @@ def _fault_without_seal(folder: Path) -> str | None:
     """Return what is wrong by the formats' own checks: the state is written last, and torch's files have checksums."""
     if _read(folder / STATE_FILE) is None:
         return f"it has no whole {STATE_FILE}, which is written last"
+    lost = _lost_weights(folder)
+    if lost is not None:
+        return lost
     for path in sorted(entry for entry in folder.iterdir() if entry.suffix in (".safetensors", ".pt", ".pth")):
         try:
             if path.suffix == ".safetensors":
@@ -121,6 +136,21 @@ def _fault_without_seal(folder: Path) -> str | None:
         except (OSError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
             return f"{path.name} cannot be read ({error})"
         return f"{path.name} was changed (another checksum)"
+    return None
+
+
+def _lost_weights(folder: Path) -> str | None:
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        return "it holds no weights of a student (model.safetensors, its index or an adapter)"
+    for index in sorted(folder.glob("*.index.json")):
+        if index.with_name(index.name.removesuffix(".index.json")).is_file():
+            continue  # whole weights go first
+        shards = (_read(index) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            return f"{index.name} cannot be read"
+        lost = next((name for name in sorted(set(map(str, shards.values()))) if not (folder / name).is_file()), None)
+        if lost is not None:
+            return f"{lost} is missing, which {index.name} names"
     return None
 
 

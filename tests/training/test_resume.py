@@ -138,6 +138,12 @@ def test_a_student_of_another_family_is_refused(halfway):
         resume_with(resnet(), halfway)
 
 
+def test_an_adapter_is_no_checkpoint_of_a_whole_student(tmp_path):
+    fit(trainer_of("bert", tmp_path, [Stop(HALF)], student=adapted()))
+    with pytest.raises(CheckpointError, match="cannot be read|does not fit the student"):
+        fit(trainer_of("bert", tmp_path), True)
+
+
 # ---- The best checkpoint -------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,58 @@ def test_without_a_seal_the_formats_own_checks_count(name, run):
         check_whole(run / "checkpoint-3")
 
 
+def test_without_a_seal_a_checkpoint_without_weights_is_refused_and_passed_over(run, caplog):
+    newest = run / "checkpoint-3"
+    (newest / SEAL).unlink()
+    (newest / "model.safetensors").unlink()
+    trainer = distiller(run, {**EACH, "max_steps": 4})
+    with pytest.raises(CheckpointError, match="checkpoint-3: it holds no weights"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert "checkpoint-3 is passed over: it holds no weights" in caplog.text
+    assert "goes on from checkpoint-2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "second/adapter_model.safetensors",
+        "pytorch_model_fsdp.bin",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "global_step3/mp_rank_00_model_states.pt",
+    ],
+)
+def test_without_a_seal_weights_of_other_kinds_count(name, run):
+    newest = run / "checkpoint-3"
+    (newest / SEAL).unlink()
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / "model.safetensors").rename(newest / name)
+    check_whole(newest)
+
+
+def test_without_a_seal_every_shard_that_the_index_names_is_looked_for(trained, tmp_path):
+    newest = shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    (newest / SEAL).unlink()
+    (newest / "model.safetensors").unlink()
+    vit().save_pretrained(newest, max_shard_size="8KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    check_whole(newest)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        check_whole(newest)
+    (newest / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        check_whole(newest)
+    vit().save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(newest / "model.safetensors")
+    check_whole(newest)
+
+
 def test_nothing_to_resume_from_is_said(tmp_path):
     assert checkpoint_to_resume(None, tmp_path) is None and checkpoint_to_resume(False, tmp_path) is None
     assert newest_whole(tmp_path) is None
