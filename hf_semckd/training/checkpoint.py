@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 FEATURE_LOSS_FILE = "feature_loss.safetensors"
 PICKLED_ARGUMENTS = "training_args.bin"
 OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
 # A checkpoint's files that only resuming needs; they are not published.
 TRAINING_STATE = (
     "optimizer*",
-    "scheduler.pt",
+    SCHEDULER_FILE,
     "scaler.pt",
     "rng_state*",
     STATE_FILE,
@@ -63,17 +64,16 @@ def save_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None
 
 
 def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> None:
-    """Read the feature loss back, or warn where only the student was saved; `CheckpointError` when it does not fit."""
-    if not (Path(folder) / OPTIMIZER_FILE).is_file():
-        logger.warning(
-            "The checkpoint holds the student alone (save_only_model): projections, association and optimizer "
-            "start anew, so the run goes on but is not the one that was interrupted."
-        )
-        return
+    """Read the feature loss back; `CheckpointError` when it does not fit, or is missing where the optimizer is not.
+
+    Where neither is there it starts anew; see `warn_of_missing`.
+    """
     if not loss.state_dict():
         return
     path = Path(folder) / FEATURE_LOSS_FILE
     if not path.is_file():
+        if not (Path(folder) / OPTIMIZER_FILE).is_file():
+            return
         raise CheckpointError(
             "The checkpoint holds no feature loss to resume from",
             received=f"no {FEATURE_LOSS_FILE} in the checkpoint",
@@ -89,6 +89,34 @@ def resume_feature_loss(loss: FeatureLoss, folder: str | os.PathLike[str]) -> No
             expected="the layers, association and projector that the checkpoint was trained with",
             todo=f"compare {SETTINGS_FILE} in the checkpoint with your configuration",
         ) from error
+
+
+def warn_of_missing(
+    folder: str | os.PathLike[str], random_state: str, *, feature_loss: bool, is_main: bool = True
+) -> None:
+    """Warn once of what a checkpoint lacks and what therefore starts anew: `Trainer` says nothing.
+
+    Args:
+        random_state: Name of this process's file; of others than the main one it is all that is looked for.
+        feature_loss: Whether there is one to go on with.
+    """
+    there = {name for name in (OPTIMIZER_FILE, SCHEDULER_FILE, random_state) if (Path(folder) / name).is_file()}
+    lost, anew = list[str](), list[str]()
+    if not {OPTIMIZER_FILE, SCHEDULER_FILE} <= there and is_main:
+        lost += [name for name in (OPTIMIZER_FILE, SCHEDULER_FILE) if name not in there]
+        # Trainer loads both or none.
+        anew += ["optimizer", "schedule of the learning rate"]
+    if random_state not in there and (there or is_main):
+        lost, anew = [*lost, random_state], [*anew, "random numbers"]
+    if feature_loss and is_main and not (Path(folder) / FEATURE_LOSS_FILE).is_file():
+        lost, anew = [*lost, FEATURE_LOSS_FILE], [*anew, "projections and association"]
+    if lost:
+        told = "The checkpoint holds the student alone (save_only_model)"
+        if there or (feature_loss and FEATURE_LOSS_FILE not in lost):
+            told = f"{Path(folder).name} lacks {', '.join(lost)}"
+        logger.warning(
+            "%s: %s start anew, so the run goes on but is not the one that was interrupted.", told, ", ".join(anew)
+        )
 
 
 def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from .checkpoint import (
     reload_student,
     resume_feature_loss,
     save_feature_loss,
+    warn_of_missing,
 )
 from .distillation import Distillation
 from .engines import saves_in_parts
@@ -174,17 +175,22 @@ class StudentTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        distillation = self.distillation
-        if distillation is None or not self._reloads_here:
+        distillation, loss = self.distillation, None
+        if not self._reloads_here:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with distillation.plain_student():
-            if isinstance(self.model, PreTrainedModel):
+        with self._plain_student():
+            if distillation is not None and isinstance(self.model, PreTrainedModel):
                 reload_student(self.model, resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if distillation.attached and distillation.loss is not None:
-            resume_feature_loss(distillation.loss, resume_from_checkpoint)
+        if distillation is not None and distillation.attached and distillation.loss is not None:
+            loss = distillation.loss
+            resume_feature_loss(loss, resume_from_checkpoint)
+        random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        learns = loss is not None and bool(loss.state_dict())
+        is_main = self.is_local_process_zero()
+        warn_of_missing(resume_from_checkpoint, random_state, feature_loss=learns, is_main=is_main)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -14,11 +14,12 @@ from makers import bert, config, resnet, texts, vit, weights
 from resuming import ACCUMULATED, FAMILIES, HALF, WHOLE, Stop, assert_equal, checkpoint, fit, trainer_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_semckd import SemCKDTrainer
 from hf_semckd.errors import CheckpointError
 from hf_semckd.training.checkpoint import FEATURE_LOSS_FILE
+from hf_semckd.training.sealing import SEAL
 
 # ---- Invariant 4: resume is exact ----------------------------------------------------------------------------------
 
@@ -123,6 +124,62 @@ def test_a_checkpoint_without_calibration_is_refused(halfway):
 def test_a_calibration_of_another_kind_is_refused(halfway):
     with pytest.raises(CheckpointError, match="does not fit this run"):
         fit(trainer_of("vit", halfway.parent, association="learned"), str(halfway))
+
+
+BOTH = ("optimizer", "schedule of the learning rate")
+ANEW = {
+    "optimizer.pt": BOTH,
+    "scheduler.pt": BOTH,
+    "rng_state.pth": ("random numbers",),
+}
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was said of things that start anew."""
+    return [record.getMessage() for record in caplog.records if "start anew" in record.getMessage()]
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+@pytest.mark.parametrize("name", list(ANEW))
+def test_what_an_unsealed_checkpoint_lacks_is_told_with_what_starts_anew(name, weight, tmp_path, caplog):
+    fit(trainer_of("vit", tmp_path, [Stop(HALF)], feature_weight=weight))
+    place = tmp_path / f"checkpoint-{HALF}"
+    (place / SEAL).unlink()
+    (place / name).unlink()
+    resumed = fit(trainer_of("vit", tmp_path, feature_weight=weight), True)
+    assert resumed.state.global_step == WHOLE
+    (text,) = said(caplog)
+    assert text.startswith(f"checkpoint-{HALF} lacks {name}: {', '.join(ANEW[name])} start anew")
+
+
+def test_a_feature_loss_is_gone_on_with_where_the_optimizer_is_missing(halfway):
+    trained = load_file(halfway / FEATURE_LOSS_FILE)
+    (halfway / SEAL).unlink()
+    (halfway / "optimizer.pt").unlink()
+    first: list[dict[str, Tensor]] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            first.append(weights(trainer.feature_loss))
+
+    trainer = trainer_of("vit", halfway.parent, [Look()])
+    fit(trainer, str(halfway))
+    assert_equal(trained, first[0])
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_a_checkpoint_of_the_student_alone_is_told(weight, tmp_path, caplog):
+    settings = {"feature_weight": weight, "save_only_model": True}
+    fit(trainer_of("vit", tmp_path, [Stop(HALF)], **settings))
+    fit(trainer_of("vit", tmp_path, **settings), True)
+    (text,) = said(caplog)
+    assert text.startswith("The checkpoint holds the student alone (save_only_model): optimizer, ")
+    assert ("projections and association" in text) == (weight > 0)
+
+
+def test_a_whole_checkpoint_is_gone_on_from_without_a_word(halfway, caplog):
+    fit(trainer_of("vit", halfway.parent), True)
+    assert not said(caplog)
 
 
 @pytest.mark.parametrize(
