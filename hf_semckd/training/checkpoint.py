@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel, TrainerState
 
 from ..config import SemCKDConfig
 from ..errors import CheckpointError
-from ..files import write_json
+from ..files import json_text, write_json
 from ..losses import FeatureLoss
 from ..publishing.facts import environment
 from ..publishing.folder import SETTINGS_FILE, STATE_FILE
 from ..publishing.sources import dataset_source, hub_source, source_of
+from .optimizer import difference
 from .sealing import SEAL
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,41 @@ def warn_of_missing(
         logger.warning(
             "%s: %s start anew, so the run goes on but is not the one that was interrupted.", told, ", ".join(anew)
         )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str], now: Mapping[str, Any]) -> None:
+    """Refuse (`CheckpointError`) a checkpoint whose optimizer's state is not one for this optimizer.
+
+    `now` are the settings of this run, by the names that the checkpoint's own have, to tell which differ.
+    """
+    place = Path(folder)
+    if not all((place / name).is_file() for name in (OPTIMIZER_FILE, SCHEDULER_FILE)):
+        return
+    # Mapped, not read: of the moments only the shapes are looked at.
+    saved = torch.load(place / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True)
+    found = difference(optimizer, saved) if isinstance(saved, dict) and "param_groups" in saved else None
+    if found is None:
+        return
+    then, changed = _recorded_settings(place), json.loads(json_text(now))
+    # None: left open, and not decided in this run.
+    names = [name for name in changed if name in then and None is not changed[name] != then[name]]
+    written, present = (", ".join(f"{name}={side[name]!r}" for name in names) for side in (then, changed))
+    raise CheckpointError(
+        "The checkpoint's optimizer does not fit this run",
+        received=f"{place.name}{f' trained with {written}' if names else ''}: {found[0]}",
+        expected=f"{found[1]}{f'; this run has {present}' if names else ''}",
+        todo="resume with the arguments, optimizer and frozen weights that the checkpoint was trained with "
+        f"({SETTINGS_FILE} in it tells the arguments), or start anew from its weights: load the student with "
+        "from_pretrained and the checkpoint's folder, and train without resume_from_checkpoint",
+    )
+
+
+def _recorded_settings(checkpoint: Path) -> dict[str, Any]:
+    try:
+        written = json.loads((checkpoint / SETTINGS_FILE).read_text(encoding="utf-8"))
+        return {"method": written["method"], "optim": written["training"]["optim"], **written["distillation"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # of plain Trainer
 
 
 def reload_student(student: PreTrainedModel, folder: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from ..losses import FeatureLoss
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
 from .checkpoint import (
+    check_optimizer,
     finish_folder,
     recorded_arguments,
     reload_student,
@@ -173,6 +174,13 @@ class StudentTrainer(Trainer):
             if self.args.should_save and self._reloads_here:
                 save_feature_loss(loss, output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._reloads_here:
+            optim = getattr(self.args.optim, "value", self.args.optim)
+            settings = {"method": self._method, "optim": optim, **self.distillation_settings()}
+            check_optimizer(self.optimizer, checkpoint, settings)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         distillation, loss = self.distillation, None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launching import TESTS, python
 from makers import bert, config, resnet, texts, vit, weights
-from resuming import ACCUMULATED, FAMILIES, HALF, WHOLE, Stop, assert_equal, checkpoint, fit, trainer_of
+from resuming import ACCUMULATED, FAMILIES, HALF, WHOLE, Stop, assert_equal, checkpoint, fit, flat, trainer_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -193,6 +193,78 @@ def test_a_student_of_another_shape_is_refused(halfway, student):
 def test_a_student_of_another_family_is_refused(halfway):
     with pytest.raises(CheckpointError):
         resume_with(resnet(), halfway)
+
+
+def frozen() -> Any:
+    student = vit()
+    student.vit.embeddings.requires_grad_(False)
+    return student
+
+
+def swapped(first: bool) -> Any:
+    """Return a student one of whose two matrices of other shapes is frozen."""
+    student = vit()
+    for half, part in ((first, "fc1"), (not first, "fc2")):
+        for name, parameter in student.named_parameters():
+            if part in name and parameter.dim() > 1:
+                parameter.requires_grad_(half)
+    return student
+
+
+OTHER: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no features": (
+        {"feature_weight": 0.0},
+        ("trained with", "feature_weight=3.0", "feature_weight=0.0", "groups of"),
+    ),
+    "frozen": ({"student": frozen}, ("parameter groups of", "frozen weights")),
+    "sgd": ({"optim": "sgd"}, ("optim='adamw", "optim='sgd'", "momentum", "SGD")),
+    "adafactor": ({"optim": "adafactor"}, ("optim='adafactor'", "Adafactor, which has")),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHER))
+def test_an_optimizer_of_another_kind_is_refused_before_the_first_step(kind, halfway):
+    changes, words = OTHER[kind]
+    settings = {name: value() if name == "student" else value for name, value in changes.items()}
+    trainer = trainer_of("vit", halfway.parent, **settings)
+    with pytest.raises(CheckpointError, match="optimizer does not fit this run") as refused:
+        fit(trainer, str(halfway))
+    assert not [word for word in words if word not in str(refused.value)], str(refused.value)
+    # What the error advises.
+    anew = AutoModelForImageClassification.from_pretrained(halfway)
+    assert_equal(anew.state_dict(), weights(trainer.student))
+    done = fit(trainer_of("vit", halfway.parent / "anew", **{**settings, "student": anew}))
+    assert done.state.global_step == WHOLE
+
+
+def test_another_method_is_refused_with_both_names(halfway):
+    student, teacher, data = FAMILIES["vit"]
+    trainer = SemCKDTrainer(
+        student(), config(halfway.parent), teacher_model=teacher(), train_dataset=data(), feature_loss="rkd"
+    )
+    with pytest.raises(CheckpointError, match=r"method='SemCKD'(.|\n)*method='RKD'"):
+        fit(trainer, str(halfway))
+
+
+def test_as_many_other_weights_that_are_frozen_are_refused(tmp_path):
+    fit(trainer_of("vit", tmp_path, [Stop(HALF)], student=swapped(True)))
+    with pytest.raises(CheckpointError, match="moments of shape"):
+        fit(trainer_of("vit", tmp_path, student=swapped(False)), True)
+
+
+def test_an_optimizer_of_the_user_that_is_refused_is_as_it_was(halfway):
+    trainer = momentum(halfway.parent)
+    before = flat(trainer.optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="optimizer does not fit"):
+        fit(trainer, str(halfway))
+    assert flat(trainer.optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr_scheduler_type": "cosine"}, {"optim": "adamw_torch"}, {"learning_rate": 0.1}]
+)
+def test_arguments_that_leave_the_optimizer_its_shape_may_change(changes, halfway):
+    assert fit(trainer_of("vit", halfway.parent, **changes), str(halfway)).state.global_step == WHOLE
 
 
 def test_an_adapter_is_no_checkpoint_of_a_whole_student(tmp_path):
