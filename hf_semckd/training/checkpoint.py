@@ -28,8 +28,8 @@ FEATURE_LOSS_FILE = "feature_loss.safetensors"
 PICKLED_ARGUMENTS = "training_args.bin"
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULER_FILE = "scheduler.pt"
-# A checkpoint's files that only resuming needs; they are not published.
-TRAINING_STATE = (
+# A checkpoint's files that only resuming needs.
+RESUMED = (
     "optimizer*",
     SCHEDULER_FILE,
     "scaler.pt",
@@ -38,9 +38,9 @@ TRAINING_STATE = (
     SEAL,
     PICKLED_ARGUMENTS,
     FEATURE_LOSS_FILE,
-    "pytorch_model_fsdp*",
-    "global_step*",
 )
+# With the weights of an engine, those that are not published.
+TRAINING_STATE = (*RESUMED, "pytorch_model_fsdp*", "global_step*")
 RECORDED_ARGUMENTS = (
     "learning_rate",
     "per_device_train_batch_size",

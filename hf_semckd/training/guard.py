@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import NonFiniteLossError
@@ -88,6 +89,13 @@ class FiniteGuard:
             todo="lower the learning rate, clip gradients (max_grad_norm), use bf16 instead of fp16, and "
             "go on from the last checkpoint with train(resume_from_checkpoint=True)",
         )
+
+
+def in_any_process(found: bool, accelerator: Accelerator) -> bool:
+    """Whether something was found in any process: all of them ask, and get the same answer."""
+    if accelerator.num_processes == 1:
+        return found
+    return bool(accelerator.reduce(torch.tensor(float(found), device=accelerator.device), reduction="sum"))
 
 
 def non_finite(student: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 """A trainer whose student stays a plain model: in evaluations, in checkpoints and in what it saves."""
 
+import logging
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel, Trainer
 
 from ..config import SemCKDConfig
 from ..data.samples import column_names
+from ..errors import CheckpointError
 from ..files import saving
 from ..losses import FeatureLoss
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
 from .checkpoint import (
+    RESUMED,
     check_optimizer,
     finish_folder,
     recorded_arguments,
@@ -25,10 +28,12 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .engines import saves_in_parts
-from .guard import refuse_non_finite
+from .guard import in_any_process, refuse_non_finite
 from .pair import Pair
 from .reasons import used_settings
-from .sealing import break_seal, seal
+from .sealing import break_seal, fault_of, seal
+
+logger = logging.getLogger(__name__)
 
 
 class StudentTrainer(Trainer):
@@ -146,6 +151,8 @@ class StudentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
+        # Until then it does not count as whole, and it may be the best one that all are about to load.
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts."""
@@ -201,14 +208,38 @@ class StudentTrainer(Trainer):
         warn_of_missing(resume_from_checkpoint, random_state, feature_loss=learns, is_main=is_main)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        reloads = self.distillation is not None and self._reloads_here and best is not None
+        best = Path(str(self.state.best_model_checkpoint))
+        fault = fault_of(best, RESUMED if self._reloads_here else ())
+        # Nodes without a file system in common may know of no best checkpoint, and not come here.
+        together = not self._reloads_here or self.args.save_on_each_node
+        if in_any_process(fault is not None, self.accelerator) if together else fault is not None:
+            self._keep_last(best, fault or "another process finds it damaged")
+            return
+        reloads = self.distillation is not None and self._reloads_here
         # An engine's checkpoint holds the feature loss as well.
         with self._plain_student() if self._reloads_here else nullcontext():
-            if reloads and isinstance(self.model, PreTrainedModel):
-                reload_student(self.model, best)
-            else:
+            if not reloads or not isinstance(self.model, PreTrainedModel):
                 super()._load_best_model()
+                return
+            try:
+                reload_student(self.model, best)
+            except CheckpointError as error:
+                self._keep_last(best, str(error))
+
+    def _keep_last(self, best: Path, why: str) -> None:
+        """Say that the best checkpoint was not loaded: an error would lose what is trained, now that training is over.
+
+        `Trainer` would also delete all checkpoints but the best.
+        """
+        self.state.best_model_checkpoint = None
+        if self.is_local_process_zero():
+            logger.warning(
+                "The best checkpoint could not be loaded (%s: %s). The student keeps its last weights, of step %d, "
+                "and state.best_model_checkpoint is None; to use another checkpoint, load it with from_pretrained.",
+                best.name,
+                why,
+                self.state.global_step,
+            )
 
     @property
     def _reloads_here(self) -> bool:

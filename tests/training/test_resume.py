@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -276,22 +277,115 @@ def test_an_adapter_is_no_checkpoint_of_a_whole_student(tmp_path):
 # ---- The best checkpoint -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_the_best_model_is_loaded_whole(family, tmp_path):
-    """The first evaluation is the best one here; a lenient reload would leave most of a ViT at the last step."""
+class Damage(TrainerCallback):
+    """Does something to the first checkpoint, which is the best, when the last one has been written."""
+
+    def __init__(self, do: Callable[[Path], object] | None):
+        self.do = do
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.do is not None and state.global_step == state.max_steps:
+            self.do(Path(args.output_dir) / "checkpoint-1")
+
+
+def best_of_three(
+    family: str,
+    folder: Path,
+    damage: Callable[[Path], object] | None = None,
+    student: Any = None,
+    feature_loss: Any = None,
+    **changes: Any,
+) -> SemCKDTrainer:
+    """Train three steps, after the first of which the student was best."""
     scores = iter([3.0, 2.0, 1.0, 0.0])
-    student, teacher, data = FAMILIES[family]
+    make_student, teacher, data = FAMILIES[family]
     settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
     trainer = SemCKDTrainer(
-        model=student(),
+        model=make_student() if student is None else student,
         teacher_model=teacher(),
-        args=config(tmp_path, **settings, **best),
+        args=config(folder, **settings, **best, **changes),
         train_dataset=data(),
         eval_dataset=data(),
         compute_metrics=lambda _: {"score": next(scores)},
+        callbacks=[Damage(damage)],
+        feature_loss=feature_loss,
     )
-    fit(trainer)
+    return fit(trainer)
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def halve_unsealed(folder: Path) -> None:
+    (folder / SEAL).unlink()
+    halve(folder / "model.safetensors")
+
+
+def refit(folder: Path) -> None:
+    (folder / SEAL).unlink()
+    vit(3).save_pretrained(folder)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (lambda folder: flip(folder / "model.safetensors"), "model.safetensors was changed"),
+    "halved": (lambda folder: halve(folder / "model.safetensors"), "model.safetensors has"),
+    "deleted": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "unsealed": (halve_unsealed, "model.safetensors cannot be read"),
+    "of another student": (refit, "does not fit the student"),
+    "gone": (shutil.rmtree, "there is no such folder"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGES))
+def test_a_damaged_best_checkpoint_leaves_the_last_weights_and_is_told(kind, tmp_path, caplog):
+    damage, told = DAMAGES[kind]
+    trainer = best_of_three("vit", tmp_path, damage, save_total_limit=1)
+    assert trainer.state.global_step == 3 and trainer.state.best_model_checkpoint is None
+    (text,) = [record.getMessage() for record in caplog.records if "best checkpoint" in record.getMessage()]
+    assert told in text and "checkpoint-1" in text and "last weights, of step 3" in text
+    # With a limit of one, Trainer would keep the best alone.
+    last = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-3")
+    assert_equal(last.state_dict(), weights(trainer.student))
+
+
+def test_a_student_that_takes_the_teachers_classifier_has_it_without_its_best_checkpoint(tmp_path):
+    trainer = best_of_three("resnet", tmp_path, DAMAGES["flipped"][0], feature_loss="simkd")
+    last = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert trainer.state.best_model_checkpoint is None
+    assert_equal(last, weights(trainer.student))
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded_without_distillation(tmp_path, caplog):
+    trainer = best_of_three("vit", tmp_path, DAMAGES["flipped"][0], logit_weight=0.0, feature_weight=0.0)
+    assert trainer.state.best_model_checkpoint is None and "model.safetensors was changed" in caplog.text
+
+
+def test_a_damaged_best_adapter_is_not_loaded(tmp_path, caplog):
+    trainer = best_of_three(
+        "bert", tmp_path, lambda folder: flip(folder / "adapter_model.safetensors"), student=adapted()
+    )
+    assert trainer.state.best_model_checkpoint is None and "adapter_model.safetensors was changed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "feature_loss.safetensors", "trainer_state.json"])
+def test_what_only_resuming_needs_may_be_gone_from_the_best_checkpoint(name, tmp_path):
+    trainer = best_of_three("vit", tmp_path, lambda folder: (folder / name).unlink())
+    assert Path(str(trainer.state.best_model_checkpoint)).name == "checkpoint-1"
+    best = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-1")
+    assert_equal(best.state_dict(), weights(trainer.student))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_best_model_is_loaded_whole(family, tmp_path):
+    """The first evaluation is the best one here; a lenient reload would leave most of a ViT at the last step."""
+    trainer = best_of_three(family, tmp_path)
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
     first, last = [
         AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}").state_dict()
