@@ -139,8 +139,7 @@ class StudentTrainer(Trainer):
         with saving(folder.name, folder), self._finished_student():
             if self.distillation is not None:
                 self.distillation.guard.check_pending(self.state.global_step)
-            if self._reloads_here:
-                refuse_non_finite(self.model, self.state.global_step)
+            refuse_non_finite(self.model, self.state.global_step, self.accelerator)
             if self.args.should_save:
                 break_seal(folder)
             super()._save_checkpoint(model, trial)
@@ -155,7 +154,14 @@ class StudentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts."""
+        """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts.
+
+        Raises `NonFiniteLossError`, and writes nothing, where weights or buffers hold NaN or infinity.
+        """
+        # Without an engine the main process may save alone. Weights are the same in all; buffers need not be.
+        together = None if self._reloads_here else self.accelerator
+        with self._plain_student() if self._reloads_here else nullcontext():
+            refuse_non_finite(self.model, self.state.global_step, together, buffers=self.args.should_save)
         super().save_model(output_dir, _internal_call)
         if saves_in_parts(self.accelerator):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
@@ -224,7 +230,7 @@ class StudentTrainer(Trainer):
             try:
                 reload_student(self.model, best)
             except CheckpointError as error:
-                self._keep_last(best, str(error))
+                self._keep_last(best, " ".join(str(error).split()))
 
     def _keep_last(self, best: Path, why: str) -> None:
         """Say that the best checkpoint was not loaded: an error would lose what is trained, now that training is over.

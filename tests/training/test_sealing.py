@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from makers import distiller, vit
+from transformers import TrainerCallback
 
 from hf_semckd.errors import CheckpointError, NonFiniteLossError
 from hf_semckd.training.sealing import SEAL, break_seal, check_whole, checkpoint_to_resume, newest_whole, seal
@@ -166,22 +167,69 @@ def test_nothing_to_resume_from_is_said(tmp_path):
         newest_whole(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["weight", "buffer"])
-def test_of_a_student_that_is_not_finite_no_checkpoint_is_written(kind, tmp_path):
+# ---- Nothing that is not finite is saved ---------------------------------------------------------------------------
+
+
+def counting():
+    """Return a student with a buffer that is saved, and one that is not and holds infinities, as masks do."""
     student = vit()
     student.register_buffer("counted", torch.zeros(3))
-    trainer = distiller(tmp_path, EACH, model=student)
-    step = trainer.training_step
+    student.register_buffer("mask", torch.full((3,), float("-inf")), persistent=False)
+    return student
+
+
+def breaking(trainer, kind, step):
+    """Return the trainer, whose student is broken behind the loss of a step."""
+    training_step, student = trainer.training_step, trainer.student
 
     def breaks(*args, **kwargs):
-        loss = step(*args, **kwargs)
-        if trainer.state.global_step == 1:
+        loss = training_step(*args, **kwargs)
+        if trainer.state.global_step == step:
             with torch.no_grad():
                 (student.counted if kind == "buffer" else student.classifier.bias).fill_(float("nan"))
         return loss
 
     trainer.training_step = breaks
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+def test_of_a_student_that_is_not_finite_no_checkpoint_is_written(kind, tmp_path):
+    trainer = breaking(distiller(tmp_path, EACH, model=counting()), kind, 1)
     with pytest.raises(NonFiniteLossError, match="counted" if kind == "buffer" else "classifier.bias|not finite"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     check_whole(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_student_that_the_last_step_broke_is_not_saved(weight, kind, tmp_path):
+    """No checkpoint and no loss comes behind it, so training ends as ever."""
+    terms = {"logit_weight": weight, "feature_weight": weight}
+    trainer = distiller(tmp_path, terms, model=counting())
+    trainer.save_model(str(tmp_path / "saved"))
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    breaking(trainer, kind, 2).train()
+    assert trainer.state.global_step == 3
+    word = "counted" if kind == "buffer" else "classifier.bias"
+    with pytest.raises(NonFiniteLossError, match=f"not saved(.|\\n)*{word}"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    with pytest.raises(NonFiniteLossError, match="after step 3"):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_feature_loss_that_is_not_finite_costs_no_student(tmp_path):
+    """It is not saved with the student: a callback that saves gets one."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                next(trainer.feature_loss.parameters()).fill_(float("nan"))
+            trainer.save_model(str(tmp_path / "saved"))
+
+    trainer = distiller(tmp_path, {"max_steps": 1}, callbacks=[Save()])
+    trainer.train()
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
