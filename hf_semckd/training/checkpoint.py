@@ -107,7 +107,7 @@ def warn_of_missing(
     if not {OPTIMIZER_FILE, SCHEDULER_FILE} <= there and is_main:
         lost += [name for name in (OPTIMIZER_FILE, SCHEDULER_FILE) if name not in there]
         # Trainer loads both or none.
-        anew += ["optimizer", "schedule of the learning rate"]
+        anew.append("optimizer and schedule of the learning rate")
     if random_state not in there and (there or is_main):
         lost, anew = [*lost, random_state], [*anew, "random numbers"]
     if feature_loss and is_main and not (Path(folder) / FEATURE_LOSS_FILE).is_file():
@@ -116,9 +116,8 @@ def warn_of_missing(
         told = "The checkpoint holds the student alone (save_only_model)"
         if there or (feature_loss and FEATURE_LOSS_FILE not in lost):
             told = f"{Path(folder).name} lacks {', '.join(lost)}"
-        logger.warning(
-            "%s: %s start anew, so the run goes on but is not the one that was interrupted.", told, ", ".join(anew)
-        )
+        end = "start anew, so the run goes on but is not the one that was interrupted."
+        logger.warning("%s: %s %s", told, ", ".join(anew), end)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str], now: Mapping[str, Any]) -> None:

@@ -93,8 +93,6 @@ class FiniteGuard:
 
 def in_any_process(found: bool, accelerator: Accelerator) -> bool:
     """Whether something was found in any process: all of them ask, and get the same answer."""
-    if accelerator.num_processes == 1:
-        return found
     return bool(accelerator.reduce(torch.tensor(float(found), device=accelerator.device), reduction="sum"))
 
 

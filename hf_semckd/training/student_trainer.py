@@ -239,13 +239,9 @@ class StudentTrainer(Trainer):
         """
         self.state.best_model_checkpoint = None
         if self.is_local_process_zero():
-            logger.warning(
-                "The best checkpoint could not be loaded (%s: %s). The student keeps its last weights, of step %d, "
-                "and state.best_model_checkpoint is None; to use another checkpoint, load it with from_pretrained.",
-                best.name,
-                why,
-                self.state.global_step,
-            )
+            told = "The best checkpoint could not be loaded (%s: %s). The student keeps its last weights, of step %d, "
+            told += "and state.best_model_checkpoint is None; to use another checkpoint, load it with from_pretrained."
+            logger.warning(told, best.name, why, self.state.global_step)
 
     @property
     def _reloads_here(self) -> bool:

@@ -127,11 +127,11 @@ def test_a_calibration_of_another_kind_is_refused(halfway):
         fit(trainer_of("vit", halfway.parent, association="learned"), str(halfway))
 
 
-BOTH = ("optimizer", "schedule of the learning rate")
+BOTH = "optimizer and schedule of the learning rate"
 ANEW = {
     "optimizer.pt": BOTH,
     "scheduler.pt": BOTH,
-    "rng_state.pth": ("random numbers",),
+    "rng_state.pth": "random numbers",
 }
 
 
@@ -150,7 +150,7 @@ def test_what_an_unsealed_checkpoint_lacks_is_told_with_what_starts_anew(name, w
     resumed = fit(trainer_of("vit", tmp_path, feature_weight=weight), True)
     assert resumed.state.global_step == WHOLE
     (text,) = said(caplog)
-    assert text.startswith(f"checkpoint-{HALF} lacks {name}: {', '.join(ANEW[name])} start anew")
+    assert text.startswith(f"checkpoint-{HALF} lacks {name}: {ANEW[name]} start anew")
 
 
 def test_a_feature_loss_is_gone_on_with_where_the_optimizer_is_missing(halfway):
@@ -174,7 +174,9 @@ def test_a_checkpoint_of_the_student_alone_is_told(weight, tmp_path, caplog):
     fit(trainer_of("vit", tmp_path, [Stop(HALF)], **settings))
     fit(trainer_of("vit", tmp_path, **settings), True)
     (text,) = said(caplog)
-    assert text.startswith("The checkpoint holds the student alone (save_only_model): optimizer, ")
+    assert text.startswith(
+        "The checkpoint holds the student alone (save_only_model): optimizer and schedule of the learning rate, "
+    )
     assert ("projections and association" in text) == (weight > 0)
 
 
