@@ -2,11 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import NonFiniteLossError
@@ -90,25 +91,48 @@ class FiniteGuard:
         )
 
 
-def non_finite(student: nn.Module) -> str | None:
-    """Name the weights and buffers that hold NaN or infinity, the first three; None where all are finite."""
+def in_any_process(found: bool, accelerator: Accelerator) -> bool:
+    """Whether something was found in any process: all of them ask, and get the same answer."""
+    return bool(accelerator.reduce(torch.tensor(float(found), device=accelerator.device), reduction="sum"))
+
+
+def non_finite(student: nn.Module, but: Container[str] = ()) -> str | None:
+    """Name the first three weights and buffers, `but` some, that hold NaN or infinity; None where all are finite."""
     broken = []
     for name, tensor in itertools.chain(student.named_parameters(), student.named_buffers()):
         # Of a sharded one the part that is here: to look at all would need the other processes.
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if local.is_floating_point() and not bool(local.detach().isfinite().all()):
+        if name not in but and local.is_floating_point() and not bool(local.detach().isfinite().all()):
             broken.append(name)
     more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     return f"{', '.join(broken[:3])}{more}" if broken else None
 
 
-def refuse_non_finite(student: nn.Module, step: int) -> None:
-    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: no checkpoint is written of them."""
-    broken = non_finite(student)
-    if broken is not None:
-        raise NonFiniteLossError(
-            f"The student is not finite after step {step}; no checkpoint is written of it, and the last one is intact",
-            received=f"NaN or infinity in {broken}",
-            expected="finite weights and buffers",
-            todo="check the inputs, lower the learning rate, and go on with train(resume_from_checkpoint=True)",
-        )
+def refuse_non_finite(
+    student: nn.Module, step: int, accelerator: Accelerator | None = None, *, buffers: bool = True
+) -> None:
+    """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: such a student is not saved.
+
+    Args:
+        accelerator: Given where all processes come here: they raise alike then.
+        buffers: Whether this process's are saved, so far as a module saves them at all.
+    """
+    broken = non_finite(student, set(_unsaved_buffers(student, buffers)))
+    found = broken is not None
+    if not (found if accelerator is None else in_any_process(found, accelerator)):
+        return
+    raise NonFiniteLossError(
+        f"The student is not finite after step {step}; it is not saved, and what was saved before is intact",
+        received=f"NaN or infinity in {broken or 'the student of another process'}",
+        expected="finite weights and buffers",
+        todo="check the inputs, lower the learning rate, and train anew, or from the last checkpoint with "
+        "train(resume_from_checkpoint=True)",
+    )
+
+
+def _unsaved_buffers(student: nn.Module, saves: bool) -> Iterator[str]:
+    for place, module in student.named_modules():
+        for name, _ in module.named_buffers(recurse=False):
+            # Masks of -inf are such.
+            if not saves or name in module._non_persistent_buffers_set:
+                yield f"{place}.{name}" if place else name

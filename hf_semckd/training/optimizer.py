@@ -1,6 +1,6 @@
 """The feature loss's parameters in the student's optimizer, for the time of training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import nn
 
 # Lists that a scheduler keeps in step with the optimizer's groups.
 _SCHEDULER_LISTS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr")
+# What torch's optimizers keep of a parameter, in its shape.
+_MOMENTS = ("exp_avg", "momentum_buffer", "square_avg")
 
 
 def add_feature_loss_groups(
@@ -68,6 +70,42 @@ class BorrowedOptimizer:
                 values.append(values[0])
         for inner in getattr(scheduler, "_schedulers", ()):
             self._extend(inner)
+
+
+def difference(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what a saved state is of and what this optimizer needs, in words; None where it can take the state.
+
+    Torch would take the state of another kind of optimizer, and fail in the first step.
+    """
+    groups, old = optimizer.param_groups, saved["param_groups"]
+    sizes, old_sizes = ([len(group["params"]) for group in side] for side in (groups, old))
+    if sizes != old_sizes:
+        return _counted(old_sizes), _counted(sizes)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    kind = type(inner).__name__
+    pairs = list(zip(groups, old, strict=True))
+    # Flags are what versions of torch add; the scheduler adds the initial rate.
+    numbers = {name for group, _ in pairs for name, value in group.items() if _is_number(value)} - {"initial_lr"}
+    lost = sorted(name for name in numbers if any(name in now and name not in then for now, then in pairs))
+    if lost:
+        return f"the state of an optimizer without {', '.join(lost)}", f"that of {kind}, which has them"
+    if not type(inner).__module__.startswith("torch.optim"):
+        return None  # others may keep their moments in other shapes
+    for now, then in pairs:
+        for parameter, key in zip(now["params"], then["params"], strict=True):
+            state = saved["state"].get(key, {})
+            shapes = {tuple(state[name].shape) for name in _MOMENTS if torch.is_tensor(state.get(name))}
+            if shapes - {tuple(parameter.shape)}:
+                return f"moments of shape {min(shapes)}", f"{tuple(parameter.shape)} in the same place"
+    return None
+
+
+def _counted(sizes: Sequence[int]) -> str:
+    return f"parameter groups of {', '.join(map(str, sizes))} parameters"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
 
 
 def _missing_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

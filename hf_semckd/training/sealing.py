@@ -1,5 +1,6 @@
 """Which checkpoints are whole: each is sealed, with a checksum of every file, when all of it is written."""
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,18 @@ SEAL = "checkpoint_files.json"
 CHUNK = 1 << 20
 # Stands in a seal while the checkpoint is being written.
 UNFINISHED = "unfinished"
+# What holds a student: whole weights, the index of shards, adapters (several in folders), and what engines write.
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.*",
+    "*/*.safetensors",
+    "*/*.bin",
+    "pytorch_model_fsdp*",
+    "global_step*",
+)
 
 
 def break_seal(folder: Path) -> None:
@@ -73,7 +87,7 @@ def newest_whole(output_dir: str | os.PathLike[str]) -> str | None:
 
 def check_whole(folder: Path) -> None:
     """Raise `CheckpointError`, with the name of the file, where a checkpoint is not what was written."""
-    fault = _fault(folder) if folder.is_dir() else "there is no such folder"
+    fault = fault_of(folder)
     if fault is not None:
         raise CheckpointError(
             "The checkpoint is not whole",
@@ -83,18 +97,24 @@ def check_whole(folder: Path) -> None:
         )
 
 
+def fault_of(folder: Path, apart_from: Sequence[str] = ()) -> str | None:
+    """Return what is wrong with a checkpoint, by the name of the file, or None; files like `apart_from` may be."""
+    return _fault(folder, apart_from) if folder.is_dir() else "there is no such folder"
+
+
 def _newest_first(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: Path, apart_from: Sequence[str] = ()) -> str | None:
     """Return what is wrong with a checkpoint; of one without a seal, of another version, what can be known."""
     if not (folder / SEAL).is_file():
-        return _fault_without_seal(folder)
+        return _fault_without_seal(folder, apart_from)
     files = _read(folder / SEAL)
     if files is None:
         return f"{SEAL} cannot be read, or says that not all was written"
+    files = {name: known for name, known in files.items() if not _is_like(name, apart_from)}
     for name, known in files.items():
         path = folder / name
         if not path.is_file():
@@ -106,11 +126,19 @@ def _fault(folder: Path) -> str | None:
     return next((f"{name} was changed (another checksum)" for name in changed), None)
 
 
-def _fault_without_seal(folder: Path) -> str | None:
+def _is_like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _fault_without_seal(folder: Path, apart_from: Sequence[str]) -> str | None:
     """Return what is wrong by the formats' own checks: the state is written last, and torch's files have checksums."""
-    if _read(folder / STATE_FILE) is None:
+    if not _is_like(STATE_FILE, apart_from) and _read(folder / STATE_FILE) is None:
         return f"it has no whole {STATE_FILE}, which is written last"
-    for path in sorted(entry for entry in folder.iterdir() if entry.suffix in (".safetensors", ".pt", ".pth")):
+    lost = _lost_weights(folder)
+    if lost is not None:
+        return lost
+    found = sorted(entry for entry in folder.iterdir() if entry.suffix in (".safetensors", ".pt", ".pth"))
+    for path in (entry for entry in found if not _is_like(entry.name, apart_from)):
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="numpy"):
@@ -121,6 +149,21 @@ def _fault_without_seal(folder: Path) -> str | None:
         except (OSError, SafetensorError, zipfile.BadZipFile, zlib.error) as error:
             return f"{path.name} cannot be read ({error})"
         return f"{path.name} was changed (another checksum)"
+    return None
+
+
+def _lost_weights(folder: Path) -> str | None:
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        return "it holds no weights of a student (model.safetensors, its index or an adapter)"
+    for index in sorted(folder.glob("*.index.json")):
+        if index.with_name(index.name.removesuffix(".index.json")).is_file():
+            continue  # whole weights go first
+        shards = (_read(index) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            return f"{index.name} cannot be read"
+        lost = next((name for name in sorted(set(map(str, shards.values()))) if not (folder / name).is_file()), None)
+        if lost is not None:
+            return f"{lost} is missing, which {index.name} names"
     return None
 
 

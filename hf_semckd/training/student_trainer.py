@@ -1,5 +1,6 @@
 """A trainer whose student stays a plain model: in evaluations, in checkpoints and in what it saves."""
 
+import logging
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,29 @@ from transformers import PreTrainedModel, Trainer
 
 from ..config import SemCKDConfig
 from ..data.samples import column_names
+from ..errors import CheckpointError
 from ..files import saving
 from ..losses import FeatureLoss
 from ..teacher.cached import CachedTeacher
 from .attachment import without_feature_loss
 from .checkpoint import (
+    RESUMED,
+    check_optimizer,
     finish_folder,
     recorded_arguments,
     reload_student,
     resume_feature_loss,
     save_feature_loss,
+    warn_of_missing,
 )
 from .distillation import Distillation
 from .engines import saves_in_parts
-from .guard import refuse_non_finite
+from .guard import in_any_process, refuse_non_finite
 from .pair import Pair
 from .reasons import used_settings
-from .sealing import break_seal, seal
+from .sealing import break_seal, fault_of, seal
+
+logger = logging.getLogger(__name__)
 
 
 class StudentTrainer(Trainer):
@@ -132,8 +139,7 @@ class StudentTrainer(Trainer):
         with saving(folder.name, folder), self._finished_student():
             if self.distillation is not None:
                 self.distillation.guard.check_pending(self.state.global_step)
-            if self._reloads_here:
-                refuse_non_finite(self.model, self.state.global_step)
+            refuse_non_finite(self.model, self.state.global_step, self.accelerator)
             if self.args.should_save:
                 break_seal(folder)
             super()._save_checkpoint(model, trial)
@@ -144,9 +150,18 @@ class StudentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(checkpoint)
+        # Until then it does not count as whole, and it may be the best one that all are about to load.
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts."""
+        """Save the student, whole; see `Trainer.save_model`, which writes nothing where FSDP's state is in parts.
+
+        Raises `NonFiniteLossError`, and writes nothing, where weights or buffers hold NaN or infinity.
+        """
+        # Without an engine the main process may save alone. Weights are the same in all; buffers need not be.
+        together = None if self._reloads_here else self.accelerator
+        with self._plain_student() if self._reloads_here else nullcontext():
+            refuse_non_finite(self.model, self.state.global_step, together, buffers=self.args.should_save)
         super().save_model(output_dir, _internal_call)
         if saves_in_parts(self.accelerator):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
@@ -173,28 +188,60 @@ class StudentTrainer(Trainer):
                 save_feature_loss(loss, output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._reloads_here:
+            optim = getattr(self.args.optim, "value", self.args.optim)
+            settings = {"method": self._method, "optim": optim, **self.distillation_settings()}
+            check_optimizer(self.optimizer, checkpoint, settings)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        distillation = self.distillation
-        if distillation is None or not self._reloads_here:
+        distillation, loss = self.distillation, None
+        if not self._reloads_here:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with distillation.plain_student():
-            if isinstance(self.model, PreTrainedModel):
+        with self._plain_student():
+            if distillation is not None and isinstance(self.model, PreTrainedModel):
                 reload_student(self.model, resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if distillation.attached and distillation.loss is not None:
-            resume_feature_loss(distillation.loss, resume_from_checkpoint)
+        if distillation is not None and distillation.attached and distillation.loss is not None:
+            loss = distillation.loss
+            resume_feature_loss(loss, resume_from_checkpoint)
+        random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        learns = loss is not None and bool(loss.state_dict())
+        is_main = self.is_local_process_zero()
+        warn_of_missing(resume_from_checkpoint, random_state, feature_loss=learns, is_main=is_main)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        reloads = self.distillation is not None and self._reloads_here and best is not None
+        best = Path(str(self.state.best_model_checkpoint))
+        fault = fault_of(best, RESUMED if self._reloads_here else ())
+        # Nodes without a file system in common may know of no best checkpoint, and not come here.
+        together = not self._reloads_here or self.args.save_on_each_node
+        if in_any_process(fault is not None, self.accelerator) if together else fault is not None:
+            self._keep_last(best, fault or "another process finds it damaged")
+            return
+        reloads = self.distillation is not None and self._reloads_here
         # An engine's checkpoint holds the feature loss as well.
         with self._plain_student() if self._reloads_here else nullcontext():
-            if reloads and isinstance(self.model, PreTrainedModel):
-                reload_student(self.model, best)
-            else:
+            if not reloads or not isinstance(self.model, PreTrainedModel):
                 super()._load_best_model()
+                return
+            try:
+                reload_student(self.model, best)
+            except CheckpointError as error:
+                self._keep_last(best, " ".join(str(error).split()))
+
+    def _keep_last(self, best: Path, why: str) -> None:
+        """Say that the best checkpoint was not loaded: an error would lose what is trained, now that training is over.
+
+        `Trainer` would also delete all checkpoints but the best.
+        """
+        self.state.best_model_checkpoint = None
+        if self.is_local_process_zero():
+            told = "The best checkpoint could not be loaded (%s: %s). The student keeps its last weights, of step %d, "
+            told += "and state.best_model_checkpoint is None; to use another checkpoint, load it with from_pretrained."
+            logger.warning(told, best.name, why, self.state.global_step)
 
     @property
     def _reloads_here(self) -> bool:

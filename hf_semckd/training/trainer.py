@@ -253,7 +253,8 @@ class DistillationTrainer(PublishingTrainer):
                 # A trial may have turned the distillation off.
                 if self.distillation is not None:
                     self.distillation.guard.check_pending(self.state.global_step)
-                    if not self.args.load_best_model_at_end:
+                    # The best checkpoint, where it was loaded, holds a finished student.
+                    if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
                         self.distillation.finish_student()
                 return result
             finally:

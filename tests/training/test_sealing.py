@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from makers import distiller, vit
+from transformers import TrainerCallback
 
 from hf_semckd.errors import CheckpointError, NonFiniteLossError
 from hf_semckd.training.sealing import SEAL, break_seal, check_whole, checkpoint_to_resume, newest_whole, seal
@@ -103,6 +104,58 @@ def test_without_a_seal_the_formats_own_checks_count(name, run):
         check_whole(run / "checkpoint-3")
 
 
+def test_without_a_seal_a_checkpoint_without_weights_is_refused_and_passed_over(run, caplog):
+    newest = run / "checkpoint-3"
+    (newest / SEAL).unlink()
+    (newest / "model.safetensors").unlink()
+    trainer = distiller(run, {**EACH, "max_steps": 4})
+    with pytest.raises(CheckpointError, match="checkpoint-3: it holds no weights"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert "checkpoint-3 is passed over: it holds no weights" in caplog.text
+    assert "goes on from checkpoint-2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "second/adapter_model.safetensors",
+        "pytorch_model_fsdp.bin",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "global_step3/mp_rank_00_model_states.pt",
+    ],
+)
+def test_without_a_seal_weights_of_other_kinds_count(name, run):
+    newest = run / "checkpoint-3"
+    (newest / SEAL).unlink()
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / "model.safetensors").rename(newest / name)
+    check_whole(newest)
+
+
+def test_without_a_seal_every_shard_that_the_index_names_is_looked_for(trained, tmp_path):
+    newest = shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    (newest / SEAL).unlink()
+    (newest / "model.safetensors").unlink()
+    vit().save_pretrained(newest, max_shard_size="8KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    check_whole(newest)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        check_whole(newest)
+    (newest / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        check_whole(newest)
+    vit().save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(newest / "model.safetensors")
+    check_whole(newest)
+
+
 def test_nothing_to_resume_from_is_said(tmp_path):
     assert checkpoint_to_resume(None, tmp_path) is None and checkpoint_to_resume(False, tmp_path) is None
     assert newest_whole(tmp_path) is None
@@ -114,22 +167,69 @@ def test_nothing_to_resume_from_is_said(tmp_path):
         newest_whole(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["weight", "buffer"])
-def test_of_a_student_that_is_not_finite_no_checkpoint_is_written(kind, tmp_path):
+# ---- Nothing that is not finite is saved ---------------------------------------------------------------------------
+
+
+def counting():
+    """Return a student with a buffer that is saved, and one that is not and holds infinities, as masks do."""
     student = vit()
     student.register_buffer("counted", torch.zeros(3))
-    trainer = distiller(tmp_path, EACH, model=student)
-    step = trainer.training_step
+    student.register_buffer("mask", torch.full((3,), float("-inf")), persistent=False)
+    return student
+
+
+def breaking(trainer, kind, step):
+    """Return the trainer, whose student is broken behind the loss of a step."""
+    training_step, student = trainer.training_step, trainer.student
 
     def breaks(*args, **kwargs):
-        loss = step(*args, **kwargs)
-        if trainer.state.global_step == 1:
+        loss = training_step(*args, **kwargs)
+        if trainer.state.global_step == step:
             with torch.no_grad():
                 (student.counted if kind == "buffer" else student.classifier.bias).fill_(float("nan"))
         return loss
 
     trainer.training_step = breaks
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+def test_of_a_student_that_is_not_finite_no_checkpoint_is_written(kind, tmp_path):
+    trainer = breaking(distiller(tmp_path, EACH, model=counting()), kind, 1)
     with pytest.raises(NonFiniteLossError, match="counted" if kind == "buffer" else "classifier.bias|not finite"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     check_whole(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_student_that_the_last_step_broke_is_not_saved(weight, kind, tmp_path):
+    """No checkpoint and no loss comes behind it, so training ends as ever."""
+    terms = {"logit_weight": weight, "feature_weight": weight}
+    trainer = distiller(tmp_path, terms, model=counting())
+    trainer.save_model(str(tmp_path / "saved"))
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    breaking(trainer, kind, 2).train()
+    assert trainer.state.global_step == 3
+    word = "counted" if kind == "buffer" else "classifier.bias"
+    with pytest.raises(NonFiniteLossError, match=f"not saved(.|\\n)*{word}"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    with pytest.raises(NonFiniteLossError, match="after step 3"):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_feature_loss_that_is_not_finite_costs_no_student(tmp_path):
+    """It is not saved with the student: a callback that saves gets one."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                next(trainer.feature_loss.parameters()).fill_(float("nan"))
+            trainer.save_model(str(tmp_path / "saved"))
+
+    trainer = distiller(tmp_path, {"max_steps": 1}, callbacks=[Save()])
+    trainer.train()
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
