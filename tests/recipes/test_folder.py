@@ -5,6 +5,7 @@ import json
 
 import pytest
 from makers import bert
+from safetensors.numpy import save_file
 
 from hf_semckd.errors import ConfigurationError
 from hf_semckd.recipes.folder import RECIPE, START, TEACHER, RunFolder
@@ -20,6 +21,7 @@ def checkpoint(folder, step, whole=True):
     place.mkdir(parents=True)
     if whole:
         (place / "trainer_state.json").write_text("{}")
+        save_file({}, place / "model.safetensors")
 
 
 def test_a_new_folder_is_claimed_by_the_main_process(folder):

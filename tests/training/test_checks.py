@@ -169,7 +169,7 @@ def test_a_folder_that_is_not_there(tmp_path, role):
 
 def test_a_name_that_is_not_on_the_hub(tmp_path):
     """Without a connection, as here, it is the same to the user."""
-    facts = ("teacher could not be loaded", "'no-such-user/no-such-model'", "check the name and the connection")
+    facts = ("teacher could not be loaded", "'no-such-user/no-such-model'", "check the name, the connection")
     refuse(tmp_path, InputError, *facts, teacher_model="no-such-user/no-such-model")
 
 
