@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import benchmark_memory  # noqa: E402
 import benchmark_vocabulary  # noqa: E402
 import compare_cached_logits  # noqa: E402
 import compare_sampling  # noqa: E402
@@ -51,6 +52,7 @@ def regions() -> dict[str, Callable[..., str]]:
         **step_regions(SCRIPTS / "results" / "step"),
         "demo": run_demo_seeds.table,
         "vocabulary": benchmark_vocabulary.table,
+        "memory": benchmark_memory.table,
         "sampling": compare_sampling.table,
         "cached-logits": compare_cached_logits.table,
         "students": study_students.table,

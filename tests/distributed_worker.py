@@ -122,7 +122,7 @@ JOBS: dict[str, Callable[[Path], Outcome]] = {
     "vit-evaluated": evaluated,
     **{
         f"vit-{placement}": job(taken_again, "vit", *ACCUMULATED, samples=20, teacher_placement=placement)
-        for placement in ("offload", "shard", "device_map")
+        for placement in ("offload", "shard")
     },
 }
 
