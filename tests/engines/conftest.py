@@ -21,6 +21,8 @@ def outcome_of(tmp_path_factory: Any, request: Any) -> Callable[[str, str], Path
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     """Print which checks each engine has passed; all of them go to the page that `ENGINES_PAGE` names."""
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # a process of pytest-xdist, which knows its own tests alone
     reports = [report for entries in terminalreporter.stats.values() for report in entries]
     found: dict[tuple[str, str], set[str]] = {}
     for report in reports:

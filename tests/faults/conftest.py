@@ -41,6 +41,8 @@ def small_disk(tmp_path: Path) -> Iterator[Any]:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     """Print faults injected and survived, by their kind; all of them go to the page that `FAULTS_PAGE` names."""
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # a process of pytest-xdist, which knows its own tests alone
     reports = [report for entries in terminalreporter.stats.values() for report in entries]
     called = [report for report in reports if getattr(report, "when", None) == "call"]
     found = [value for report in called for name, value in report.user_properties if name == "fault"]

@@ -62,7 +62,8 @@ Known limits:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     path = os.environ.get("SUPPORT_TABLE")
-    if path:
+    # A process of pytest-xdist knows its own tests alone.
+    if path and not hasattr(terminalreporter.config, "workerinput"):
         outcomes = {
             report.nodeid.rpartition("::")[2]: outcome
             for outcome in MARKS
