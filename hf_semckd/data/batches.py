@@ -28,8 +28,9 @@ class BatchCheck:
         labels: Columns that must hold labels; empty where nobody reads them.
         limits: What the whole numbers in a column stay below: the classes of labels, the entries of a table.
         lengths: The most tokens that a column may have.
-        ignored: The label that the student's loss ignores; None where it ignores none.
+        ignored: Labels that the student's loss ignores, or may.
         ignored_field: The field of the student's configuration that says so, where there is one.
+        whole: Whether the loss is known to need class numbers in int64.
         needs_labels: Whether there must be labels; where not, all samples have them or none.
     """
 
@@ -37,8 +38,9 @@ class BatchCheck:
     labels: tuple[str, ...] = ()
     limits: Mapping[str, int] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
-    ignored: int | None = IGNORED
+    ignored: tuple[int, ...] = (IGNORED,)
     ignored_field: str | None = None
+    whole: bool = True
     needs_labels: bool = True
 
     def __call__(self, batch: Any, samples: Sequence[Any] = ()) -> None:
@@ -97,20 +99,22 @@ class BatchCheck:
 
     def _check_classes(self, name: str, value: Tensor, limit: int, place: str | None) -> None:
         """Refuse labels that are no class of the student's, nor the one that its loss ignores."""
-        if value.dtype != torch.int64:
+        if not self.whole and value.is_floating_point():
+            return
+        if self.whole and value.dtype != torch.int64:
             received, expected = f"{value.dtype}".removeprefix("torch."), "int64: one class number for each item"
             raise _refusal("The labels are class numbers of another type", name, received, expected, MAKE_WHOLE)
         bad = (value < 0) | (value >= limit)
-        if self.ignored is not None:
-            bad &= value != self.ignored
+        for ignored in self.ignored:
+            bad &= value != ignored
         if not bool(bad.any()):
             return
         first, known = int(value[bad][0]), f"0 to {limit - 1}"
         received = f"{first} in {place or f'row {_row(bad)} of the batch'}"
-        if self.ignored is not None:
-            known += f", or {self.ignored} for what does not count"
+        instead = " or ".join(map(str, self.ignored))
+        known += f", or {instead} for what does not count" if instead else ""
         if first == IGNORED or (first == IGNORED_PIXEL and value.dim() > 2):
-            todo = f"replace {first} by {self.ignored}" if self.ignored is not None else LEAVE_OUT
+            todo = f"replace {first} by {instead}" if instead else LEAVE_OUT
             if self.ignored_field is not None:
                 todo += f", or set student.config.{self.ignored_field}={first} and make the trainer anew"
             raise _refusal("There are labels that the student's loss does not ignore", name, received, known, todo)

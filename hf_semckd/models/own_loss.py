@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
-from ..data.columns import IGNORED
+from ..data.columns import IGNORED, IGNORED_PIXEL
 from .inputs import FAILURES, InputSelector
 from .outputs import base_model, detects_objects
 from .tasks import SAME_LOSS, Task
@@ -28,7 +28,7 @@ class OwnLoss:
     """How the loss that a student computes comes about, for its share of an optimizer step to be exact.
 
     Attributes:
-        ignored: The label that does not count; None where every one does.
+        ignored: Labels that do not count: of pixels two, where nothing says which one the loss knows.
         field: The field of the configuration that says so, where there is one.
         adds: Whether it is a sum over samples in place of a mean (CTC with `ctc_loss_reduction="sum"`).
         finds_ends: Whether it is the mean of two: of where answers start, and of where they end, each over the answers
@@ -36,7 +36,7 @@ class OwnLoss:
         divisible: Whether it follows from the losses of parts of a batch at all.
     """
 
-    ignored: int | None = IGNORED
+    ignored: tuple[int, ...] = (IGNORED,)
     field: str | None = None
     adds: bool = False
     finds_ends: bool = False
@@ -62,9 +62,9 @@ def find_own_loss(
     if logits is not None and logits.dim() == 4:
         field = next((name for name in PIXEL_FIELDS if isinstance(getattr(settings, name, None), int)), None)
         if field is None:
-            return DEFAULT_LOSS
+            return OwnLoss((IGNORED, IGNORED_PIXEL) if logits.shape[1] <= IGNORED_PIXEL else (IGNORED,))
         # One logit a pixel (SegFormer) is judged at those without a label too, at which the loss is 0.
-        return OwnLoss(None if logits.shape[1] == 1 else getattr(settings, field), field)
+        return OwnLoss(() if logits.shape[1] == 1 else (getattr(settings, field),), field)
     return DEFAULT_LOSS
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data.batches import OBJECTS, BatchCheck, CheckedCollator
 from ..data.columns import CACHED, LABEL_COLUMNS, TEACHER_PREFIX, has_own_tokens, teacher_entries
@@ -78,9 +79,14 @@ def batch_check(
         of_loss = _object_classes(models[0]) if _lists_objects(value) else classes
         # Of several columns one may hold numbers that are measured.
         measured = len(labels) > 1 and isinstance(value, Tensor) and value.is_floating_point()
-        if of_loss is not None and not measured:
+        # What the student's forward does not name is for the metrics.
+        read = name in LABEL_COLUMNS or name in InputSelector(models[0]).parameters
+        if of_loss is not None and read and not measured:
             limits[name] = of_loss
-    return BatchCheck(frozenset(taken), tuple(labels), limits, lengths, own_loss.ignored, own_loss.field)
+    base = base_model(models[0])
+    # The loss of a module of one's own may convert labels, or mix them; CTC takes any whole numbers.
+    whole = isinstance(base, PreTrainedModel) and not type(base).__name__.endswith("ForCTC")
+    return BatchCheck(frozenset(taken), tuple(labels), limits, lengths, own_loss.ignored, own_loss.field, whole)
 
 
 def class_count(logits: Tensor | None, task: Task) -> int | None:

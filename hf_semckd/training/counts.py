@@ -111,7 +111,9 @@ def count_items(
         count = samples if mask is None else mask.sum().to(**kind)
         return (count, count, samples) if _countable(labels) else (samples, count, samples)
     if _countable(labels):
-        counted = torch.ones_like(labels) if own_loss.ignored is None else labels != own_loss.ignored
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        for ignored in own_loss.ignored:
+            counted &= labels != ignored
         return counted.sum().to(**kind), samples, samples
     return samples, samples, samples
 

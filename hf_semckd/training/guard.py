@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class FiniteGuard:
     Attributes:
         check_teacher: Raises where the teacher's outputs for a batch are not finite.
         student: Of it the message tells which weights and buffers are broken.
+        infinite: The student's buffers that were not finite from the start, such as masks of -inf.
         deferred: Whether a loss is checked late, but before anything is logged or saved: everywhere but on the CPU.
         pending: The loss that was not checked yet.
     """
@@ -39,6 +40,7 @@ class FiniteGuard:
         self.services = services
         self.check_teacher = check_teacher
         self.student = student
+        self.infinite = infinite_buffers(student)
         self.deferred = services.device.type != "cpu"
         self.pending: PendingLoss | None = None
 
@@ -80,7 +82,7 @@ class FiniteGuard:
         named = zip(seen.names, values, strict=True)
         broken = [f"{name} = {value:g}" for name, value in named if not math.isfinite(value)]
         # Weights may have been broken before; BatchNorm's buffers have seen the batch.
-        state = non_finite(self.student)
+        state = non_finite(self.student, self.infinite)
         told = "the weights untouched" if state is None else f"the student's {state} not finite"
         raise NonFiniteLossError(
             f"The loss is not finite in step {seen.step}; training stops with {told}, and the checkpoints intact",
@@ -108,16 +110,32 @@ def non_finite(student: nn.Module, but: Container[str] = ()) -> str | None:
     return f"{', '.join(broken[:3])}{more}" if broken else None
 
 
+def infinite_buffers(student: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that hold infinity, and no NaN, as masks do."""
+    numbers = {name: entry for name, entry in student.named_buffers() if entry.is_floating_point()}
+    return frozenset(
+        name
+        for name, entry in numbers.items()
+        if not entry.is_meta and bool(entry.isinf().any()) and not bool(entry.isnan().any())
+    )
+
+
 def refuse_non_finite(
-    student: nn.Module, step: int, accelerator: Accelerator | None = None, *, buffers: bool = True
+    student: nn.Module,
+    step: int,
+    accelerator: Accelerator | None = None,
+    *,
+    buffers: bool = True,
+    but: Iterable[str] = (),
 ) -> None:
     """Raise `NonFiniteLossError` where weights or buffers hold NaN or infinity: such a student is not saved.
 
     Args:
         accelerator: Given where all processes come here: they raise alike then.
         buffers: Whether this process's are saved, so far as a module saves them at all.
+        but: What was not finite before the training.
     """
-    broken = non_finite(student, set(_unsaved_buffers(student, buffers)))
+    broken = non_finite(student, {*_unsaved_buffers(student, buffers), *but})
     found = broken is not None
     if not (found if accelerator is None else in_any_process(found, accelerator)):
         return

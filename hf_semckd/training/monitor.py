@@ -274,7 +274,7 @@ class Monitor:
         self._unlabeled = 0 if items else self._unlabeled + steps
         if self._unlabeled >= UNLABELED_STEPS and self.services.is_main and not self._warned_of_labels:
             self._warned_of_labels = True
-            ignored = self.plan.own_loss.ignored
+            ignored = " or ".join(map(str, self.plan.own_loss.ignored))
             logger.warning(
                 "No label counted in the last %d steps, so the task loss taught nothing: %s. Look at the labels of a "
                 "batch, and at what makes them (a collator that does not find its response template ignores all), or "

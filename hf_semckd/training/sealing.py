@@ -1,5 +1,6 @@
 """Which checkpoints are whole: each is sealed, with a checksum of every file, when all of it is written."""
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -8,11 +9,12 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
 
 from ..errors import CheckpointError
 from ..files import write_json
@@ -48,6 +50,26 @@ def seal(folder: Path) -> None:
         name: {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)} for name in _names(folder)
     }
     write_json(folder / SEAL, files)
+
+
+class _SealAgain(TrainerCallback):
+    """Seals a checkpoint again into which another callback has written since: averaged weights, its own files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and (folder / SEAL).is_file() and _is_touched(folder):
+            seal(folder)
+
+
+@contextlib.contextmanager
+def resealing(trainer: Any) -> Iterator[None]:
+    """Let what a trainer's callbacks write into a checkpoint in `on_save` belong to it."""
+    last = _SealAgain()
+    trainer.add_callback(last)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(last)
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | os.PathLike[str]) -> str | None:
@@ -100,6 +122,13 @@ def check_whole(folder: Path) -> None:
 def fault_of(folder: Path, apart_from: Sequence[str] = ()) -> str | None:
     """Return what is wrong with a checkpoint, by the name of the file, or None; files like `apart_from` may be."""
     return _fault(folder, apart_from) if folder.is_dir() else "there is no such folder"
+
+
+def _is_touched(folder: Path) -> bool:
+    """Whether a file was written after the seal, or is not in it, or gone; no file is read."""
+    sealed, known = (folder / SEAL).stat().st_mtime_ns, _read(folder / SEAL) or {}
+    names = _names(folder)
+    return set(names) != set(known) or any((folder / name).stat().st_mtime_ns >= sealed for name in names)
 
 
 def _newest_first(output_dir: Path) -> list[Path]:

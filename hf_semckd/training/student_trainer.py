@@ -28,7 +28,7 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .engines import saves_in_parts
-from .guard import in_any_process, refuse_non_finite
+from .guard import in_any_process, infinite_buffers, refuse_non_finite
 from .pair import Pair
 from .reasons import used_settings
 from .sealing import break_seal, fault_of, seal
@@ -97,6 +97,12 @@ class StudentTrainer(Trainer):
         return self.args.distillation_settings() if self.distillation is None else dict(self.distillation.settings)
 
     @property
+    def _infinite_buffers(self) -> frozenset[str]:
+        found = self.distillation
+        # Without distillation nobody has looked at them before the training.
+        return infinite_buffers(self.model) if found is None else found.guard.infinite
+
+    @property
     def _layer_names(self) -> dict[str, list[str]]:
         return {"student_layers": self.student_layer_names, "teacher_layers": self.teacher_layer_names}
 
@@ -139,7 +145,7 @@ class StudentTrainer(Trainer):
         with saving(folder.name, folder), self._finished_student():
             if self.distillation is not None:
                 self.distillation.guard.check_pending(self.state.global_step)
-            refuse_non_finite(self.model, self.state.global_step, self.accelerator)
+            refuse_non_finite(self.model, self.state.global_step, self.accelerator, but=self._infinite_buffers)
             if self.args.should_save:
                 break_seal(folder)
             super()._save_checkpoint(model, trial)
@@ -161,7 +167,8 @@ class StudentTrainer(Trainer):
         # Without an engine the main process may save alone. Weights are the same in all; buffers need not be.
         together = None if self._reloads_here else self.accelerator
         with self._plain_student() if self._reloads_here else nullcontext():
-            refuse_non_finite(self.model, self.state.global_step, together, buffers=self.args.should_save)
+            saved, known = self.args.should_save, self._infinite_buffers
+            refuse_non_finite(self.model, self.state.global_step, together, buffers=saved, but=known)
         super().save_model(output_dir, _internal_call)
         if saves_in_parts(self.accelerator):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))

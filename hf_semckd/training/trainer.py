@@ -26,7 +26,7 @@ from .pair import Pair
 from .plan import Services
 from .processes import noticing_lost_processes, noting_step
 from .publishing_trainer import PublishingTrainer
-from .sealing import checkpoint_to_resume
+from .sealing import checkpoint_to_resume, resealing
 from .streams import batches_to_read, check_equal_sizes, check_position
 from .task_loss import plain_module_loss
 
@@ -242,7 +242,7 @@ class DistillationTrainer(PublishingTrainer):
         check_position(resume_from_checkpoint, self.train_dataset, self.args)
         check_output_folder(self.args, probe=True)
         stop = self._stop if self._distills else None
-        with noticing_lost_processes(self.args.world_size), saved_when_terminated(self, stop):
+        with noticing_lost_processes(self.args.world_size), resealing(self), saved_when_terminated(self, stop):
             if self.pair is None:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             # A search may have taken the last trial's student away; this one's is made by `model_init`, in training.

@@ -86,7 +86,7 @@ def test_a_failing_collator_is_told_with_what_differs():
 
 @pytest.mark.parametrize(("value", "place"), [(-100, 0), (7, 1)])
 def test_pixels_have_a_label_of_their_own_that_does_not_count(value, place):
-    check = BatchCheck(labels=("labels",), limits={"labels": 3}, ignored=255, ignored_field="ignores")
+    check = BatchCheck(labels=("labels",), limits={"labels": 3}, ignored=(255,), ignored_field="ignores")
     check(batch(labels=torch.tensor([[[0, 255]], [[255, 2]]])))
     labels = torch.tensor([[[0, 1]], [[2, 2]]])
     labels[place, 0, 1] = value

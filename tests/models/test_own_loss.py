@@ -64,11 +64,13 @@ def test_the_loss_of_answers_is_tried(kind, proven):
 @pytest.mark.parametrize(
     ("changes", "channels", "expected"),
     [
-        ({"semantic_loss_ignore_index": 255}, 3, OwnLoss(255, "semantic_loss_ignore_index")),
-        ({"semantic_loss_ignore_index": 7}, 3, OwnLoss(7, "semantic_loss_ignore_index")),
-        ({"semantic_loss_ignore_index": 255}, 1, OwnLoss(None, "semantic_loss_ignore_index")),
-        ({"loss_ignore_index": 254}, 3, OwnLoss(254, "loss_ignore_index")),
-        ({}, 3, OwnLoss()),
+        ({"semantic_loss_ignore_index": 255}, 3, OwnLoss((255,), "semantic_loss_ignore_index")),
+        ({"semantic_loss_ignore_index": 7}, 3, OwnLoss((7,), "semantic_loss_ignore_index")),
+        ({"semantic_loss_ignore_index": 255}, 1, OwnLoss((), "semantic_loss_ignore_index")),
+        ({"loss_ignore_index": 254}, 3, OwnLoss((254,), "loss_ignore_index")),
+        # A model of one's own may know either.
+        ({}, 3, OwnLoss((-100, 255))),
+        ({}, 300, OwnLoss()),
     ],
 )
 def test_the_ignored_pixel_is_the_configurations(changes, channels, expected):

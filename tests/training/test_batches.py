@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from makers import Samples, Stream, bert, bert_tokens, config, gpt2, texts
+from makers import Samples, Stream, bert, bert_tokens, config, distiller, gpt2, texts
 from matrix.tasks import TASKS
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -71,6 +71,47 @@ def test_labels_of_another_type_are_refused_before_training(make: Any, dtype: to
     rows = [{**row, "labels": row["labels"].clamp(min=0).to(dtype)} for row in labels]
     with pytest.raises(InputError, match="make labels int64"):
         train(tmp_path, Samples(rows), make(), make(layers=3, width=24, seed=9))
+
+
+class Pixels(torch.nn.Module):
+    """A student of one's own, which converts its labels and ignores 255; nothing tells of it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body, self.head = torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.Conv2d(width, 4, 1)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(self.body(pixel_values).relu())
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": torch.nn.functional.cross_entropy(logits, labels.long(), ignore_index=255)}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
+def test_a_student_of_ones_own_has_labels_of_its_own(dtype: torch.dtype, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 8, 8, generator=generator),
+            "labels": torch.randint(4, (8, 8), generator=generator).index_fill_(0, torch.tensor([row % 8]), 255),
+        }
+        for row in range(8)
+    ]
+    for row in rows:
+        row["labels"] = row["labels"].to(dtype)
+    parts = {"model": Pixels(6), "teacher_model": Pixels(8)}
+    args = {"num_train_epochs": 1, "max_steps": -1, "feature_weight": 0.0}
+    distiller(tmp_path, args, train_dataset=Samples(rows), **parts).train()
+    bad = spoiled(rows, labels=torch.full((8, 8), 9, dtype=dtype))
+    with pytest.raises(InputError, match="(?s)labels outside.*`labels`: 9"):
+        distiller(tmp_path, args, train_dataset=bad, **parts).train()
+
+
+def test_columns_for_the_metrics_alone_are_not_labels(tmp_path: Path) -> None:
+    rows = [{**row, "is_hard": torch.tensor(True), "group": torch.tensor(99)} for row in texts().rows]
+    student, teacher = bert(), bert(layers=3, width=24, seed=9)
+    args = config(tmp_path, max_steps=2, label_names=["labels", "is_hard", "group"], remove_unused_columns=False)
+    SemCKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=Samples(rows)).train()
 
 
 @pytest.mark.parametrize("chunk", [0, 3])

@@ -195,7 +195,7 @@ def test_float_labels_count_as_samples():
     assert [int(entry) for entry in count_items(batch, "multi_label", False)] == [4, 4, 4]
 
 
-@pytest.mark.parametrize(("ignored", "items"), [(255, 7), (-100, 6), (None, 8)])
+@pytest.mark.parametrize(("ignored", "items"), [((255,), 7), ((-100,), 6), ((), 8), ((-100, 255), 5)])
 def test_pixels_are_counted_where_the_students_own_loss_counts_them(ignored, items):
     labels = torch.tensor([[[0, 255], [1, -100]], [[2, 2], [-100, 0]]])
     batch = {"pixel_values": torch.zeros(2, 3, 2, 2), "labels": labels}

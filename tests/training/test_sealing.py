@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from makers import distiller, vit
+from makers import distiller, images, vit
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_semckd.errors import CheckpointError, NonFiniteLossError
@@ -219,6 +221,48 @@ def test_a_student_that_the_last_step_broke_is_not_saved(weight, kind, tmp_path)
     with pytest.raises(NonFiniteLossError, match="after step 3"):
         trainer.save_model()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_mask_of_the_students_is_saved_as_it_is(weight, tmp_path):
+    student = vit()
+    student.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+    trainer = distiller(tmp_path, {**EACH, "logit_weight": weight, "feature_weight": weight}, model=student)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")["mask"], student.mask)
+    # What breaks it is refused all the same.
+    student.mask[0, 0] = float("nan")
+    if weight == 0.0:
+        with pytest.raises(NonFiniteLossError, match="mask"):
+            trainer.save_model(str(tmp_path / "again"))
+
+
+class Writes(TrainerCallback):
+    """Writes into each checkpoint: a note into its configuration, other weights, a file of its own."""
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        model.config.note = f"step {state.global_step}"
+        model.config.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], state.global_step)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "notes.txt").write_text("mine")
+
+
+def test_what_callbacks_write_into_a_checkpoint_belongs_to_it(tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    parts = {"eval_dataset": images(4), "callbacks": [Writes()]}
+    trainer = distiller(tmp_path, {**EACH, **changes}, **parts)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    for folder in tmp_path.glob("checkpoint-*"):
+        check_whole(folder)
+    assert trainer.student.classifier.bias.unique().tolist() == [int(best.name.partition("-")[2])]
+    (best / "notes.txt").write_text("changed")
+    with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        check_whole(best)
 
 
 def test_a_feature_loss_that_is_not_finite_costs_no_student(tmp_path):
