@@ -23,6 +23,8 @@ from .schema import ModelOptions
 from .tasks.base import Task
 
 logger = logging.getLogger(__name__)
+# Of models whose base model is no module of theirs (CLIP, Whisper).
+HEADS = ("classifier", "projector", "score")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -133,11 +135,12 @@ def _has_weights(source: str) -> bool:
 def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], source: str, role: str) -> None:
     """Tell which weights below the head the checkpoint does not have; `InputError` where it has none of them.
 
-    Where no module is the base model, and of a language model's output layer, it is not known to be a new head.
+    Where no module is the base model, the head is what is usually called so. A language model's output layer is none.
     """
     new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     weights = dict(model.named_parameters())
-    below = [name for name in weights if name.startswith(f"{model.base_model_prefix}.")] or list(weights)
+    below = [name for name in weights if name.startswith(f"{model.base_model_prefix}.")]
+    below = below or [name for name in weights if name.partition(".")[0] not in HEADS]
     outputs = model.get_output_embeddings()
     words = [name for name, weight in weights.items() if outputs is not None and weight is outputs.weight]
     missing = [name for name in dict.fromkeys([*below, *words]) if name in new]

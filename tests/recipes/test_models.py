@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    CLIPConfig,
+    CLIPForImageClassification,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -21,6 +23,7 @@ from hf_semckd.models.tasks import class_names
 from hf_semckd.recipes.classes import Classes
 from hf_semckd.recipes.models import has_head, head_of, load_teacher, new_model, read_config
 from hf_semckd.recipes.tasks.generation import TextGeneration, TextToText
+from hf_semckd.recipes.tasks.images import ImageClassification
 from hf_semckd.recipes.tasks.text import TextClassification, TokenClassification
 
 CLASSES = Classes(("x", "y"), "single", ("x", "y"))
@@ -80,6 +83,14 @@ def test_a_model_without_a_base_model_of_its_own_is_looked_at_whole(tmp_path, ca
     rewrite(tmp_path, lambda name, value: (change.format(name), value))
     with pytest.raises(InputError, match="nothing of the checkpoint"):
         new_model(str(tmp_path), "student", TextToText, {})
+
+
+def test_a_new_head_is_no_news_where_no_module_is_the_base_model(tmp_path, caplog):
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = {**tower, "image_size": 8, "patch_size": 4}, {**tower, "vocab_size": 40}
+    CLIPForImageClassification(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(tmp_path)
+    new_model(str(tmp_path), "student", ImageClassification, {"num_labels": 5})
+    assert "new weights" not in caplog.text
 
 
 def test_the_output_layer_of_a_language_model_is_no_new_head(tmp_path, caplog):
