@@ -26,7 +26,6 @@ from .reading import Reading
 from .rows import read_rows
 from .training import Prepared, total_steps
 
-GIGABYTE = 2**30
 # Times from a few steps differ by that much.
 NOISE = 0.1
 
@@ -69,7 +68,7 @@ class Plan:
         if self.cache is None:
             return "Run the teacher in every step: its outputs cannot be cached here."
         live, cached = self.seconds["live"], self.seconds["cached"]
-        disk = f"{self.samples * self.cache.bytes / GIGABYTE:.2f} GB"
+        disk = readable(self.samples * self.cache.bytes)
         if cached < (1 - NOISE) * live:
             return f"Set teacher_cache_dir: {duration(live - cached)} are saved, for {disk} of disk."
         return f"Leave teacher_cache_dir out: a cache of {disk} saves little time or none in so few epochs."
@@ -109,7 +108,7 @@ def plan(reading: Reading, samples: int | None, tokens: float | None, voice: Voi
     rows = [("teacher", "time", "a step", "disk")]
     for name, seconds in made.seconds.items():
         step = made.step if name == "live" or made.cache is None else made.cache.step
-        disk = f"{made.samples * made.cache.bytes / GIGABYTE:.2f} GB" if made.cache and name == "cached" else "-"
+        disk = readable(made.samples * made.cache.bytes) if made.cache and name == "cached" else "-"
         rows.append((name, duration(seconds), f"{1000 * step.seconds:,.0f} ms", disk))
     voice.text("\n".join(aligned_lines(rows)) + "\n")
     voice("measured", _constants(made, prepared.samples.length if tokens is not None else None))
@@ -181,7 +180,7 @@ def _tell_cost(made: Plan, voice: Voice) -> None:
     if memory is not None:
         voice("memory", "\n".join(aligned_lines(memory.rows())))
     if made.step.peak_bytes is not None:
-        voice("" if memory else "memory", f"{made.step.peak_bytes / GIGABYTE:.2f} GB at most in the measured steps")
+        voice("" if memory else "memory", f"{readable(made.step.peak_bytes)} at most in the measured steps")
     seconds = made.steps * made.step.seconds
     voice("time", f"{duration(seconds)}: {made.steps:,} steps of {1000 * made.step.seconds:,.0f} ms on this machine")
     if made.teacher is not None:

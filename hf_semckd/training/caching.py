@@ -20,7 +20,8 @@ from ..teacher.cache.shard import row_bytes
 from ..teacher.cache.store import check_space
 from ..teacher.cached import CachedTeacher
 from ..teacher.running import TeacherRunner
-from .pair import GIGABYTE, Pair
+from .memory import readable
+from .pair import Pair
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def check_cache(teacher: CachedTeacher, data: TrainingData, run_teacher: Teacher
         size += sum(map(row_bytes, rows)) / len(rows)
     needed = int(size / len(batches) * len(dataset) * views)
     check_space(cache.store.folder, needed, cache.store.limit_bytes)
-    logger.info("The teacher cache will take about %.2f GB in %s.", needed / GIGABYTE, cache.store.folder)
+    logger.info("The teacher cache will take about %s in %s.", readable(needed), cache.store.folder)
     return size / len(missing)
 
 

@@ -115,7 +115,7 @@ def made(cached, live=1.0, cache_step=0.5):
 def test_the_advice_is_the_shorter_training():
     # 100 samples at 0.01 s and 10 steps of 0.5 s are 6 s, in place of 10.
     assert made(0.01).seconds == {"live": 10.0, "cached": 6.0}
-    assert "Set teacher_cache_dir: 4 s are saved, for 0.10 GB" in made(0.01).advice
+    assert "Set teacher_cache_dir: 4 s are saved, for 100 MB" in made(0.01).advice
     assert "Leave teacher_cache_dir out" in made(0.06).advice
     assert "cannot be cached" in Plan(1, 1, 1, Cost(1.0, None), None, None).advice
 
