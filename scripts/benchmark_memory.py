@@ -45,7 +45,7 @@ CASES = tuple(
         ("vit-12x192", (2, 8)),
         ("resnet34-18", (4, 16)),
         ("resnet32x4-8x4", (16, 64)),
-        (GPT2, (4, 16)),
+        (GPT2, (4,)),
     )
     for samples in sizes
 )
