@@ -1,0 +1,30 @@
+"""scripts/benchmark_memory.py: a tiny pair is measured, and a line of the table by hand."""
+
+from __future__ import annotations
+
+import json
+
+import benchmark_memory
+import pytest
+
+
+@pytest.mark.parametrize("name", ["bert-6x384", benchmark_memory.GPT2])
+def test_a_tiny_pair_trains_and_is_told_what_it_takes(name, tmp_path):
+    told = benchmark_memory._train(benchmark_memory.make(name, 2, tiny=True), 2, str(tmp_path))
+    teacher, student, _ = benchmark_memory.make(name, 2, tiny=True)
+    sizes = [sum(entry.nbytes for entry in model.parameters()) for model in (teacher, student)]
+    assert sizes[0] + 4 * sizes[1] < told < 10**8
+
+
+def test_a_line_by_hand(tmp_path):
+    runs = [
+        {
+            "pages": {"told_bytes": 1e9, "measured_bytes": pages},
+            "as_it_is": {"told_bytes": 1e9, "measured_bytes": taken},
+        }
+        for pages, taken in ((1.0e9, 1.2e9), (1.1e9, 1.5e9), (1.3e9, 1.4e9))
+    ]
+    path = tmp_path / "stored.json"
+    path.write_text(json.dumps({"vit-12x192:8": {"runs": runs}}))
+    line = benchmark_memory.table(path).splitlines()[-1]
+    assert line == "| vit-12x192 | 8 | 1,000 MB | 1,100 MB | 1.10 | 1,400 MB | 1.40 | 3 |"
