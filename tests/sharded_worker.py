@@ -61,6 +61,8 @@ def main() -> None:
         torch.testing.assert_close(whole, expected[name].grad, rtol=1e-10, atol=1e-12)
     assert all(sizes), "nothing was sharded"
     print(f"sharded over {world}: {len(sizes)} parameters agree")
+    # Neither may leave while the other still receives.
+    dist.barrier()
     dist.destroy_process_group()
 
 
