@@ -32,7 +32,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging
 
 from hf_semckd import SemCKDConfig, SemCKDTrainer
-from hf_semckd.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 GPT2 = "gpt2-4x256"
@@ -63,10 +62,7 @@ def main() -> None:
         return
     for case in [] if options.table else options.cases * options.rounds:
         found = {malloc: measure_elsewhere(case, malloc, options.threads) for malloc in MALLOCS}
-        stored = json.loads(options.output.read_text("utf-8")) if options.output.is_file() else {}
-        runs = [*stored.get(case, {}).get("runs", []), found]
-        record = {"runs": runs, "threads": options.threads, "conditions": conditions.conditions("cpu")}
-        write_json(options.output, {**stored, case: record})
+        conditions.add_round(options.output, case, found, options.threads)
     print(table(options.output))
 
 
@@ -76,12 +72,12 @@ def table(path: Path = RESULTS) -> str:
     lines = ["| pair | samples | told | pages of their own | share | malloc | share | rounds |", "|" + "---|" * 8]
     for case in [*(case for case in CASES if case in stored), *(case for case in stored if case not in CASES)]:
         runs = stored[case]["runs"]
-        told = statistics.median(run["pages"]["told_bytes"] for run in runs)
+        told = statistics.median(run["told_bytes"] for run in runs["pages"])
         cells = [*case.split(":"), f"{told / 1e6:,.0f} MB"]
         for malloc in ("pages", "as_it_is"):
-            measured = statistics.median(run[malloc]["measured_bytes"] for run in runs)
+            measured = statistics.median(run["measured_bytes"] for run in runs[malloc])
             cells += [f"{measured / 1e6:,.0f} MB", f"{measured / told:.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {len(runs)} |")
+        lines.append(f"| {' | '.join(cells)} | {len(runs['pages'])} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from step_cost.memory import current_bytes, peak_bytes, reset_peak
 from torch import Tensor, nn
 
-from hf_semckd.files import write_json
 from hf_semckd.losses.fused_linear import LanguageDistillation, TokenRows, fused_linear_losses
 from hf_semckd.losses.logits import logit_loss_sum
 from hf_semckd.models.language_head import LanguageHead
@@ -47,12 +46,7 @@ def main() -> None:
         return
     for case in [] if options.table else options.cases * options.rounds:
         found = {form: measure_elsewhere(form, case, options) for form in FORMS}
-        # Stored at once: a round of the largest case may take minutes.
-        stored = json.loads(options.output.read_text("utf-8")) if options.output.is_file() else {}
-        before = stored.get(case, {}).get("runs", {})
-        runs = {form: [*before.get(form, []), found[form]] for form in FORMS}
-        record = {"runs": runs, "threads": options.threads, "conditions": conditions.conditions("cpu")}
-        write_json(options.output, {**stored, case: record})
+        conditions.add_round(options.output, case, found, options.threads)
     print(table(options.output))
 
 

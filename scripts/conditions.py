@@ -1,19 +1,31 @@
-"""Under what conditions something was measured, and a file name for the machine."""
+"""Under what conditions something was measured, a file name for the machine, and rounds of measurements in a file."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_semckd.files import write_json
 from hf_semckd.publishing.facts import environment, processor
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_round(path: Path, case: str, found: Mapping[str, Any], threads: int) -> None:
+    """Add a round of a case, a measurement of each of its variants, to a JSON file of `runs` by case and variant."""
+    # Stored at once: a round may take minutes.
+    stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    before = stored.get(case, {}).get("runs", {})
+    runs = {variant: [*before.get(variant, []), run] for variant, run in found.items()}
+    write_json(path, {**stored, case: {"runs": runs, "threads": threads, "conditions": conditions("cpu")}})
 
 
 def conditions(device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from ..errors import ConfigurationError, SemCKDError, nearest
+from ..launch import launched_processes
 from ..version import __version__
 
 # Imported when they are run: the help needs neither torch nor transformers.
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-semckd {__version__}")
         return 0
     debug = "--debug" in words
-    # A recipe goes on behind what fails after its training, and logs that.
+    # A recipe goes on after what fails after its training, and logs that.
     log = logging.getLogger(f"{__name__.partition('.')[0]}.recipes")
     level = log.level
     log.setLevel(logging.DEBUG if debug else level)
@@ -83,8 +84,7 @@ def _run(command: str, words: list[str]) -> int:
         near = nearest(command, COMMANDS, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise SemCKDError(f"unknown command {command!r}{meant}\n\n{USAGE}")
-    # A cluster may set one of them alone; what starts processes sets both.
-    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    count = launched_processes()
     if count > 1 and command not in TOGETHER:
         raise ConfigurationError(
             f"hf-semckd {command} runs in one process",

@@ -1,7 +1,7 @@
 """What a model returns: logits, and which of its positions are tokens."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,6 +167,11 @@ def first_tensor(output: Any) -> Tensor | None:
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def device_of(values: Iterable[Any]) -> torch.device | None:
+    """Return where the first tensor among the values of a batch is; None without one."""
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:

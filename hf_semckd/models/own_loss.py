@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..data.columns import IGNORED, IGNORED_PIXEL
 from .inputs import FAILURES, InputSelector
-from .outputs import base_model, detects_objects
+from .outputs import base_model, detects_objects, device_of
 from .tasks import SAME_LOSS, Task
 
 # The columns of the first and the last token of an answer.
@@ -71,7 +71,7 @@ def find_own_loss(
 def ends_loss(outputs: Any, batch: Mapping[str, Any], totals: Tensor) -> Tensor:
     """Return the loss of where answers start and end (`ENDS`), each summed and divided by its total (2).
 
-    As transformers has it, positions before the text are its first, and those behind it do not count.
+    As transformers has it, positions before the text are its first, and those after it do not count.
     """
     shares = []
     for logits, name, total in zip((outputs.start_logits, outputs.end_logits), ENDS, totals, strict=True):
@@ -86,9 +86,7 @@ def ends_loss(outputs: Any, batch: Mapping[str, Any], totals: Tensor) -> Tensor:
 def count_ends(batch: Mapping[str, Any]) -> Tensor:
     """Return how many answers of a batch start, and how many end, inside its texts (2); none where it tells none."""
     if not has_ends(batch):
-        return torch.zeros(
-            2, dtype=torch.int64, device=next(v.device for v in batch.values() if isinstance(v, Tensor))
-        )
+        return torch.zeros(2, dtype=torch.int64, device=device_of(batch.values()))
     length = batch["input_ids"].shape[1]
     return torch.stack([(batch[name] < length).sum() for name in ENDS])
 
@@ -99,7 +97,7 @@ def has_ends(batch: Mapping[str, Any]) -> bool:
 
 
 def _finds_ends(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether a model's loss is that of `ends_loss`, tried on answers of which one starts behind its text."""
+    """Whether a model's loss is that of `ends_loss`, tried on answers of which one starts after its text."""
     if not has_ends(batch) or batch["input_ids"].dim() != 2:
         return False
     rows, length = batch["input_ids"].shape

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..choices import TeacherPlacement
 from ..data.columns import teacher_entries
@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, InputError
 from ..losses import FeatureLoss
 from ..losses.sampled_logits import TokenSampling
 from ..models.images import ImageAdaptation
-from ..models.outputs import tokens_mask
+from ..models.outputs import device_of, tokens_mask
 from ..models.packing import Documents
 from .cache.cache import TeacherCache, lookup_of, teacher_fingerprint, token_count
 from .cache.rows import RowCheck, is_alike, to_batch, to_outputs
@@ -216,7 +216,7 @@ class CachedTeacher:
         if lookup is None or not all(lookup.present):
             # What was missing when the batch was made may be there by now.
             lookup = cache.look_up(batch, None if lookup is None else lookup.keys)
-        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        device = device_of(inputs.values())
         stored = {name: value.to(device, non_blocking=True) for name, value in lookup.values.items()}
         missing = [index for index, present in enumerate(lookup.present) if not present]
         if missing:

@@ -19,7 +19,7 @@ from ..losses import FeatureLoss
 from ..models.images import ImageAdaptation, fitting_size
 from ..models.inputs import InputSelector, run_on_inputs
 from ..models.language_head import LanguageHead, recording_head_input
-from ..models.outputs import holds_images, layer_masks, logits_of, token_attention, tokens_mask
+from ..models.outputs import device_of, holds_images, layer_masks, logits_of, token_attention, tokens_mask
 from ..models.packing import Documents, check_documents
 from .cache.cache import weights_digest
 from .outputs import TeacherDescription, TeacherOutputs, check_finite
@@ -223,5 +223,5 @@ class Teacher:
 
 def _together(features: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:
     """Return features without their history, where the inputs are: layers of a divided teacher are elsewhere."""
-    device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
+    device = device_of(inputs.values())
     return [feature.detach() if device is None else feature.detach().to(device) for feature in features]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..features.precision import at_least_float32
-from ..models.outputs import batch_size, token_targets
+from ..models.outputs import batch_size, device_of, token_targets
 from ..models.own_loss import DEFAULT_LOSS, OwnLoss, count_ends, has_ends
 from ..models.packing import document_count, document_starts
 from ..models.tasks import Task
@@ -95,8 +95,7 @@ def count_items(
     the tokens that are not padding. `shifted` tells that position n predicts label n + 1 (causal language models).
     """
     labels = batch.get("labels")
-    tensors = (value for value in (labels, *batch.values()) if isinstance(value, Tensor))
-    device = next((value.device for value in tensors), torch.device("cpu"))
+    device = device_of((labels, *batch.values())) or torch.device("cpu")
     # Sums of counts are exact in the widest precision of the device.
     kind: dict[str, Any] = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
     # The samples of packed rows are their documents.

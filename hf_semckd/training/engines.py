@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ..config import SemCKDConfig
 from ..errors import CheckpointError, ConfigurationError, InputError
+from ..launch import launched_processes
 
 logger = logging.getLogger(__name__)
 EngineName = Literal["one process or DDP", "FSDP", "DeepSpeed"]
@@ -128,8 +129,8 @@ def check_parallelism(accelerator: Accelerator, config: SemCKDConfig) -> None:
 
 def _check_launch(accelerator: Accelerator) -> None:
     """Refuse processes that were started together and train alone; tell of FSDP that was asked for and is off."""
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > 1 and "LOCAL_RANK" in os.environ and accelerator.num_processes == 1:
+    started = launched_processes()
+    if started > 1 and accelerator.num_processes == 1:
         raise ConfigurationError(
             "The processes that were started do not train together: each would train alone, in one folder",
             received=f"{started} processes, no GPU, and use_cpu=False",

@@ -270,7 +270,7 @@ class Monitor:
             )
 
     def _look_for_labels(self, items: float, steps: int) -> None:
-        """Warn once where no label counted in many steps, one window behind the other."""
+        """Warn once where no label counted in many steps, one window after the other."""
         self._unlabeled = 0 if items else self._unlabeled + steps
         if self._unlabeled >= UNLABELED_STEPS and self.services.is_main and not self._warned_of_labels:
             self._warned_of_labels = True

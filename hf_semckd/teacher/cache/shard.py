@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 20
 # Arrow aligns the buffers of a file to 8 bytes; aligned alike within a row, so is every tensor.
 ALIGNMENT = 8
-# `row` holds the bytes of a row's tensors, one behind the other, and `layout` their names, types and shapes as JSON.
+# `row` holds the bytes of a row's tensors, one after the other, and `layout` their names, types and shapes as JSON.
 SCHEMA = pa.schema(
     {
         "key": pa.binary(KEY_BYTES),
